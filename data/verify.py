@@ -1,0 +1,143 @@
+"""Check a folder of shards and say what is in it.
+
+    python data/verify.py data/datasets/pydocs_sp1024
+    python data/verify.py data/datasets/mine_sp1024 --tokenizer data/tokenizers/mine_1024_bpe.model
+
+Prints tokens, documents and sha256 of each shard and split; with a tokenizer also the bytes its
+text decodes to. Exit codes: 0 all good, 1 with one line for each fault found, 2 nothing to check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from shards import BOS, Problem, Progress, command, manifest_files, read_manifest, read_tokens, sha256_file
+from tokenize_docs import load_tokenizer
+
+DECODE_TOKENS = 1 << 20  # ids turned into Python lists at a time
+
+
+class ByteCounter:
+    """Counts the bytes a split decodes to, document by document, across its shards."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
+        self.tokenizer, self.bytes = tokenizer, 0
+        self.open = np.empty(0, dtype=np.uint16)  # a document that the next shard may continue
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Take the next shard's tokens, [n] uint16."""
+        for start in range(0, tokens.size, DECODE_TOKENS):
+            joined = np.concatenate((self.open, tokens[start : start + DECODE_TOKENS]))
+            edges = np.flatnonzero(joined == BOS)
+            cut = int(edges[-1]) if edges.size else 0
+            self.decode(joined[:cut], edges[:-1])
+            self.open = joined[cut:]
+
+    def decode(self, tokens: np.ndarray, starts: np.ndarray) -> None:
+        rows = [row[row != BOS].tolist() for row in np.split(tokens, starts) if row.size]
+        self.bytes += sum(len(text.encode("utf-8")) for text in self.tokenizer.decode(rows)) if rows else 0
+
+    def close(self) -> int:
+        """Decode the last document; bytes of the whole split."""
+        self.decode(self.open, np.flatnonzero(self.open == BOS))
+        return self.bytes
+
+
+def check_shard(path: Path, vocab_size: int | None, known: dict | None) -> tuple[np.ndarray, str]:
+    """Read one shard. Returns its tokens and sha256; raises Problem at the first fault."""
+    tokens = read_tokens(path)
+    if vocab_size is not None and int(tokens.max()) >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))
+        raise Problem(
+            f"{path}: token {tokens[at]} at {at} is not below {vocab_size}; wrong tokenizer or damage"
+        )
+    digest = sha256_file(path)
+    if known and digest != known["sha256"]:
+        raise Problem(
+            f"{path}: sha256 {digest[:16]}... is not the manifest's {known['sha256'][:16]}...; rebuild it"
+        )
+    return tokens, digest
+
+
+def check_split(
+    paths: list[Path], split: str, vocab_size: int | None, manifest: dict, counter: ByteCounter | None
+) -> list[str]:
+    """Check one split's shards in order, print its lines, return its faults."""
+    files, expected = manifest_files(manifest), manifest.get("splits", {}).get(split)
+    faults, total, documents = [], 0, 0
+    whole = hashlib.sha256()
+    progress = Progress(split, len(paths), "shards")
+    for index, path in enumerate(paths):
+        try:
+            if files and path.name not in files:
+                raise Problem(f"{path}: not in the manifest; a leftover, remove it")
+            tokens, digest = check_shard(path, vocab_size, files.get(path.name))
+        except Problem as problem:
+            faults.append(str(problem))
+            continue
+        if index == 0 and tokens[0] != BOS:
+            faults.append(
+                f"{path}: starts with token {tokens[0]}, not BOS {BOS}; the split lacks its beginning"
+            )
+        found = int(np.count_nonzero(tokens == BOS))
+        print(f"{path.name}: tokens {tokens.size:,} docs {found:,} sha256 {digest}")
+        whole.update(digest.encode())
+        total, documents = total + tokens.size, documents + found
+        if counter:
+            counter.add(tokens)
+        progress.add(1)
+    progress.close()
+    facts = {"tokens": total, "documents": documents, **({"bytes": counter.close()} if counter else {})}
+    text = " ".join(f"{name} {value:,}" for name, value in facts.items())
+    print(f"{split}: {text} files {len(paths)} sha256-of-sha256s {whole.hexdigest()}")
+    if expected and not faults:
+        faults += [
+            f"{split}: {value:,} {name}, the manifest says {expected[name]:,}; build it again"
+            for name, value in facts.items()
+            if name in expected and expected[name] != value
+        ]
+    return faults
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dataset", type=Path, help="folder of *_train_*.bin and *_val_*.bin")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model: also count bytes by decoding")
+    options = parser.parse_args()
+    if not options.dataset.is_dir():
+        raise Problem(f"{options.dataset}: no such folder; build one with data/pydocs.py")
+    splits = {split: sorted(options.dataset.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
+    if not any(splits.values()):
+        raise Problem(f"{options.dataset}: no *_train_*.bin or *_val_*.bin; build them with data/pydocs.py")
+    manifest = read_manifest(options.dataset / "manifest.json") or {}
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
+    vocab_size = tokenizer.vocab_size() if tokenizer else manifest.get("tokenizer", {}).get("vocab_size")
+    faults = [
+        f"{options.dataset / name}: in the manifest but not there; build or fetch it again"
+        for name in manifest_files(manifest)
+        if not (options.dataset / name).is_file()
+    ]
+    if options.tokenizer and "sha256" in manifest.get("tokenizer", {}):
+        digest = sha256_file(options.tokenizer)
+        if digest != manifest["tokenizer"]["sha256"]:
+            faults.append(f"{options.tokenizer}: not the tokenizer the manifest names; use that one")
+    for split, paths in splits.items():
+        if paths:
+            counter = ByteCounter(tokenizer) if tokenizer else None
+            faults += check_split(paths, split, vocab_size, manifest, counter)
+    if not manifest:
+        print("no manifest: hashes not compared" + ("" if vocab_size else ", token ids not bounded"))
+    for fault in faults:
+        print(f"bad: {fault}", file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Sets up Python and data, trains and scores on this machine. `bash run_best.sh --help` says how.
+set -euo pipefail
+CDPATH='' cd -- "$(dirname -- "$0")"
+source sweeps/python_env.sh
+
+overlay=sweeps/presets/cpu.env
+
+presets() {
+  local file
+  for file in sweeps/presets/*.env; do
+    [[ $file == "$overlay" ]] || basename "$file" .env
+  done
+}
+
+usage() {
+  local name
+  echo "usage: bash run_best.sh [PRESET] [--dry-run] [KNOB=VALUE ...]"
+  echo
+  echo "Presets (default best), from sweeps/presets:"
+  for name in $(presets); do
+    printf '  %-12s %s\n' "$name" "$(sed -n '1s/^# *//p' "sweeps/presets/$name.env")"
+  done
+  echo
+  echo "KNOB=VALUE wins over the environment, that over $overlay (laid on where torch"
+  echo "sees no CUDA GPU or DEVICE=cpu), that over the preset. --dry-run, --check: do not train."
+  echo "Relative paths count from the script's folder. All knobs: python train_gpt.py --help"
+}
+
+misuse() {
+  say "$* (presets: $(presets | paste -s -d ' ' -); see --help)" >&2
+  exit 2
+}
+
+is_assignment() { [[ $1 =~ ^[A-Z][A-Z0-9_]*= ]]; }
+
+# Exports what a file assigns, except names that are set by now. Read backwards, so its later lines win.
+# What it exported is left in `applied`.
+apply() {
+  local words=() line i name
+  applied=''
+  while read -ra line || ((${#line[@]})); do
+    [[ ${line[0]:-#} == '#'* ]] || words+=("${line[@]}")
+  done <"$1"
+  for ((i = ${#words[@]} - 1; i >= 0; i--)); do
+    is_assignment "${words[i]}" || die "$1: not KNOB=VALUE: ${words[i]}"
+    name=${words[i]%%=*}
+    [[ -z ${!name+set} ]] || continue
+    export "${words[i]}"
+    applied="${words[i]}${applied:+ $applied}"
+  done
+}
+
+choose_data() {
+  local fineweb=data/datasets/fineweb10B_sp1024 tokenizer=data/tokenizers/fineweb_1024_bpe.model
+  if [[ -n ${DATA_PATH+set}${TOKENIZER_PATH+set} ]]; then
+    say "data: as given, DATA_PATH=${DATA_PATH-(default)} TOKENIZER_PATH=${TOKENIZER_PATH-(default)}"
+  elif compgen -G "$fineweb/fineweb_train_*.bin" >/dev/null &&
+    compgen -G "$fineweb/fineweb_val_*.bin" >/dev/null && [[ -f $tokenizer ]]; then
+    export DATA_PATH=$fineweb TOKENIZER_PATH=$tokenizer
+    say "data: FineWeb, $DATA_PATH"
+  else
+    export DATA_PATH=data/datasets/pydocs_sp1024 TOKENIZER_PATH=data/tokenizers/pydocs_1024_bpe.model
+    say "data: no FineWeb shards here, so the embedded corpus, $DATA_PATH"
+    "$PYTHON" data/pydocs.py
+  fi
+}
+
+# Runs a command and leaves its exit code in `status`. SIGTERM goes on to it, so that it can save its state;
+# Ctrl-C reaches it by itself.
+supervise() {
+  local child again=''
+  (trap - INT; exec "$@") &  # a background command would otherwise ignore Ctrl-C
+  child=$!
+  trap 'again=1; kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'again=1' INT
+  while :; do
+    status=0
+    wait "$child" || status=$?
+    [[ -n $again ]] || break
+    again=''
+  done
+  trap - TERM INT
+}
+
+preset='' dry_run=''
+for argument in "$@"; do
+  case $argument in
+    -h | --help) usage; exit 0 ;;
+    --check | --dry-run) dry_run=1 ;;
+    *)
+      if is_assignment "$argument"; then
+        export "${argument?}"
+      elif [[ ! $argument =~ ^[a-z0-9_]+$ ]]; then
+        misuse "neither a preset nor KNOB=VALUE: $argument"
+      elif [[ -n $preset ]]; then
+        misuse "two presets: $preset and $argument"
+      elif [[ ! -f sweeps/presets/$argument.env || sweeps/presets/$argument.env == "$overlay" ]]; then
+        misuse "unknown preset: $argument"
+      else
+        preset=$argument
+      fi
+      ;;
+  esac
+done
+preset=${preset:-best}
+
+use_python requirements.txt
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+[[ ${DEVICE:-auto} != cpu ]] || gpus=0
+if ((gpus == 0)); then
+  apply "$overlay"
+  say "no CUDA GPU to use: CPU sizing from $overlay: ${applied:-(nothing, all set already)}"
+fi
+apply "sweeps/presets/$preset.env"
+say "preset $preset: ${applied:-(nothing to set)}"
+choose_data
+export RUN_ID=${RUN_ID:-$preset-$(date -u +%Y%m%d-%H%M%S)}
+export OUT_DIR=${OUT_DIR:-runs/$RUN_ID}
+
+if [[ -n $dry_run ]]; then exec "$PYTHON" train_gpt.py --dry-run; fi
+run=("$PYTHON")
+((gpus < 2)) || run+=(-m torch.distributed.run --standalone "--nproc_per_node=$gpus")
+say "run $RUN_ID on $gpus GPU, files in $OUT_DIR"
+supervise "${run[@]}" train_gpt.py
+
+log=$OUT_DIR/logs/$RUN_ID.jsonl
+# torchrun turns every failure into 1; the run's own code stands in its log.
+((status == 0 || gpus < 2)) || status=$("$PYTHON" sweeps/summary.py --exit-code "$log" || echo "$status")
+"$PYTHON" sweeps/summary.py "$log" || true
+exit "$status"

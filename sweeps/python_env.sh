@@ -1,0 +1,74 @@
+# shellcheck shell=bash
+# Finds or makes the Python that runs this project. Source it from the project's folder, then call
+#     use_python requirements.txt [requirements-lab.txt]
+# which leaves its command in PYTHON. Works with bash 3.2, the one macOS has.
+
+say() { printf '%s: %s\n' "${0##*/}" "$*"; }
+die() { say "$*" >&2; exit 1; }
+
+# The packages named in requirements files, by import name, as one comma-separated line.
+package_names() {
+  sed -E 's/[[:space:]]*#.*//; s/[^A-Za-z0-9_-].*//; /^$/d; y/-/_/' "$@" | sort -u | paste -s -d , -
+}
+
+is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }
+
+has_packages() {  # COMMAND FILE...
+  local python=$1
+  shift
+  "$python" -c "import $(package_names "$@")" >/dev/null 2>&1
+}
+
+file_hash() { .venv/bin/python -c 'import hashlib, sys
+print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest())' "$1" 2>/dev/null; }
+
+# A stamp per requirements file, written last, says that all of it is in .venv.
+stamp() { printf '.venv/%s.sha256' "$1"; }
+
+venv_is_complete() {  # FILE...
+  local file
+  for file in "$@"; do
+    [[ -f $(stamp "$file") && $(file_hash "$file") == "$(cat "$(stamp "$file")")" ]] || return 1
+  done
+}
+
+# On Linux the default torch brings gigabytes of CUDA libraries; without a GPU the CPU wheel will do.
+cpu_wheels() {
+  local index=https://download.pytorch.org/whl/cpu
+  [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi rocm-smi >/dev/null || return 0
+  .venv/bin/python -c "import urllib.request as u; u.urlopen('$index/torch/', timeout=5)" >/dev/null 2>&1 || return 0
+  echo "--extra-index-url=$index"
+}
+
+make_venv() {  # COMMAND FILE...
+  local python=$1 file
+  shift
+  "$python" -c 'import ensurepip, venv' >/dev/null 2>&1 ||
+    die "$python cannot make virtual environments; on Debian or Ubuntu: sudo apt install python3-venv"
+  say "installs $* into .venv, once (about 1 minute, with CUDA libraries about 5)"
+  local requirements=()
+  for file in "$@"; do
+    rm -f "$(stamp "$file")"
+    requirements+=(-r "$file")
+  done
+  "$python" -m venv .venv || die "could not make .venv"
+  # shellcheck disable=SC2046  # no word at all where the default index is right
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check $(cpu_wheels) "${requirements[@]}" ||
+    die "pip could not install $* (above); run again to go on from here"
+  has_packages .venv/bin/python "$@" || die ".venv is damaged: remove it and run again"
+  for file in "$@"; do file_hash "$file" > "$(stamp "$file")"; done
+}
+
+# shellcheck disable=SC2034  # PYTHON is for the caller
+use_python() {  # FILE...: the active Python if it has the packages, else .venv
+  local candidate base=''
+  for candidate in python3 python; do
+    is_recent "$candidate" || continue
+    if has_packages "$candidate" "$@"; then PYTHON=$candidate; return; fi
+    base=${base:-$candidate}
+  done
+  PYTHON=.venv/bin/python
+  venv_is_complete "$@" && return
+  [[ -n $base ]] || die "needs Python 3.10 or newer as python3 or python on PATH"
+  make_venv "$base" "$@"
+}

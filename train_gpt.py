@@ -1,0 +1,2118 @@
+"""Train a small GPT under a clock, pack it under 16,000,000 bytes, report its bits per byte.
+
+    python train_gpt.py                                    one process, CPU or GPU
+    torchrun --standalone --nproc_per_node=8 train_gpt.py  the same run on eight GPUs
+    SEED=7 MATRIX_LR=0.03 python train_gpt.py              every knob is an environment variable
+    python train_gpt.py --help                             all knobs: default, range, meaning
+    python train_gpt.py --dry-run                          what this run would be; trains nothing
+    EVAL_ONLY=final_model.int8.ptz python train_gpt.py     score a packed model again
+
+Exit codes: 0 ok, 2 bad knob or input, 3 over 16,000,000 bytes, 4 over the evaluation budget, 5 diverged.
+
+Sections: 1 Knobs, 2 Runtime and logs, 3 Progress and schedules, 4 Data, 5 Bytes, 6 Model, 7 Optimisers,
+8 Quantise and pack, 9 Score, 10 Train, 11 Main.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import queue
+import random
+import re
+import resource
+import struct
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import Field, asdict, dataclass, field, fields, replace
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+OVER_SIZE, OVER_EVAL_TIME, DIVERGED = 3, 4, 5
+SIZE_LIMIT = 16_000_000  # decimal bytes of code + packed model, the challenge's rule
+
+
+class RunError(Exception):
+    """Ends the run with one line for the user and an exit code; 2 (bad knob or input) unless said."""
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+
+def require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RunError(message)
+
+
+# =============================================================================
+# 1. KNOBS: everything a run can be told, declared once
+# =============================================================================
+
+
+def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="train"):
+    """A Config field that the environment variable of the same name, in capitals, sets.
+
+    needs: comma list of `NAME=VALUE` / `NAME!=VALUE` without which the knob does nothing.
+    role: "train" and "pack" shape the result; "model" does too and is stored in the artifact; "place"
+    says only where and how to run and stays out of the config hash.
+    """
+    limits = dict(low=low, high=high, choices=choices)
+    return field(default=default, metadata=dict(doc=doc, needs=needs, role=role, **limits))
+
+
+shape_knob, place_knob, pack_knob = (partial(knob, role=role) for role in ("model", "place", "pack"))
+CONTROL_NAMES = (
+    "attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_mixes q_gain skip_weight skip_weights"
+)
+CONTROL_NAMES = tuple(CONTROL_NAMES.split())
+MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All knobs of a run. Defaults are the official baseline's (openai/parameter-golf train_gpt.py)."""
+
+    # -- data --
+    data_path: str = place_knob("./data/datasets/fineweb10B_sp1024", "folder of *_{train,val}_*.bin shards")
+    tokenizer_path: str = place_knob(
+        "./data/tokenizers/fineweb_1024_bpe.model", "the shards' SentencePiece model"
+    )
+    data_shuffle: bool = knob(False, "visit training windows in an order drawn from SEED; 0 = shard order")
+    # -- length --
+    iterations: int = knob(20_000, "most optimiser steps; 0 = validate, pack and score only", low=0)
+    max_wallclock_seconds: float = knob(600.0, "training clock; 0 = none", low=0)
+    max_eval_seconds: float = place_knob(600.0, "clock of the final scores; 0 = none", low=0)
+    warmup_steps: int = place_knob(20, "untimed steps that compile, then are undone", low=0)
+    train_batch_tokens: int = knob(524_288, "tokens per step over all ranks", low=1)
+    train_seq_len: int = shape_knob(1024, "training and validation context", low=2)
+    micro_batch_tokens: int = place_knob(0, "tokens per forward pass and rank; 0 = fit the device", low=0)
+    val_batch_size: int = place_knob(524_288, "validation tokens per pass, over eight devices", low=8)
+    # -- schedule --
+    warmdown_iters: int = knob(1200, "last steps of linear decay to 0", low=0, needs="TIDAL_LR=0,COSINE_LR=0")
+    tidal_lr: bool = knob(False, "rise from 10 % to 1, then cosine back to 10 % (PR #1434)")
+    tidal_warmup: float = knob(
+        0.382, "share of the run Tidal rises", low=0.001, high=0.999, needs="TIDAL_LR=1"
+    )
+    cosine_lr: bool = knob(False, "cosine from 1 to a floor of 10 % (PR #1434)")
+    cosine_cycles: float = knob(1.0, "cosine periods, each from the top", low=0.01, needs="COSINE_LR=1")
+    golden_lr: bool = knob(False, "cosine floor 38.2 % instead of 10 %", needs="COSINE_LR=1")
+    # -- model --
+    vocab_size: int = shape_knob(1024, "must equal the tokenizer's size", low=2, high=65_536)
+    num_layers: int = shape_knob(9, "transformer blocks", low=1)
+    encoder_layers: int = shape_knob(-1, "blocks whose output feeds a U-Net skip; -1 = half", low=-1)
+    model_dim: int = shape_knob(512, "residual width", low=2)
+    num_heads: int = shape_knob(8, "query heads", low=1)
+    num_kv_heads: int = shape_knob(4, "key/value heads", low=1)
+    mlp_mult: float = shape_knob(2.0, "MLP hidden width / MODEL_DIM", low=0.01)
+    mlp_act: str = shape_knob("relu2", "MLP nonlinearity", choices=MLP_ACTS)
+    leaky_slope: float = shape_knob(0.01, "negative slope before squaring", needs="MLP_ACT=leaky_relu2")
+    parallel_block: bool = shape_knob(False, "attention and MLP read one norm and add together (PR #1434)")
+    sandwich_norm: bool = shape_knob(False, "RMS norm on the attention output", needs="PARALLEL_BLOCK=0")
+    embed_scale: float = shape_knob(
+        0.0, "embedding factor before its norm, which all but cancels it; 0 = off"
+    )
+    tie_embeddings: bool = shape_knob(True, "the output head is the embedding table")
+    tied_embed_init_std: float = knob(0.005, "embedding init", low=0, needs="TIE_EMBEDDINGS=1")
+    rope_base: float = shape_knob(10_000.0, "rotary wavelength base", low=1)
+    logit_softcap: float = shape_knob(30.0, "logits are c*tanh(z/c)", low=1e-3)
+    qk_gain_init: float = knob(1.5, "initial per-head gain of queries")
+    init_from: str = knob("", "start from this state dict, e.g. the official script's final_model.pt")
+    # -- optimisers --
+    embed_lr: float = knob(0.6, "Adam, embedding", low=0, needs="TIE_EMBEDDINGS=0")
+    head_lr: float = knob(0.008, "Adam, output head", low=0, needs="TIE_EMBEDDINGS=0")
+    tied_embed_lr: float = knob(0.05, "Adam, shared embedding", low=0, needs="TIE_EMBEDDINGS=1")
+    matrix_lr: float = knob(0.04, "Muon, matrices of the blocks", low=0)
+    scalar_lr: float = knob(0.04, "Adam, vectors and control tensors", low=0)
+    muon_momentum: float = knob(0.95, "Nesterov momentum after its warm-up", low=0, high=1)
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=0)
+    muon_momentum_warmup_start: float = knob(0.85, "Muon momentum at step 0", low=0, high=1)
+    muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warm-up", low=0)
+    beta1: float = knob(0.9, "Adam first moment", low=0, high=1)
+    beta2: float = knob(0.95, "Adam second moment", low=0, high=1)
+    adam_eps: float = knob(1e-8, "Adam epsilon", low=0)
+    grad_clip_norm: float = knob(0.0, "global L2 clip of the gradient; 0 = off", low=0)
+    control_tensor_name_patterns: tuple[str, ...] = knob(
+        CONTROL_NAMES, "names that train with Adam at SCALAR_LR"
+    )
+    # -- loss terms --
+    head_diversity: float = knob(0.0, "times mean squared cosine of heads' output projections (PR #1434)")
+    # -- artifact --
+    codec: str = pack_knob("zstd", "compressor of the artifact", choices=("zstd", "zlib"))
+    zstd_level: int = pack_knob(22, "zstd effort", low=1, high=22, needs="CODEC=zstd")
+    quant_scale_floor: float = pack_knob(0.0, "least int8 step; official scripts have 1/127 = 0.00787", low=0)
+    int8_keep_float_fp32_name_patterns: tuple[str, ...] = pack_knob(CONTROL_NAMES, "names packed as float32")
+    eval_only: str = place_knob("", "score this artifact instead of training")
+    # -- reports --
+    val_loss_every: int = place_knob(1000, "validate every so many steps; 0 = only at the end", low=0)
+    train_log_every: int = place_knob(200, "log the first ten steps, then one in so many; 0 = none", low=0)
+    # -- where and how --
+    run_id: str = place_knob("", "names the logs; empty = a new id")
+    out_dir: str = place_knob(".", "holds logs/ and the model files")
+    seed: int = place_knob(1337, "seeds weights and every random choice", low=0)
+    device: str = place_knob("auto", "where to run", choices=("auto", "cuda", "cpu", "mps"))
+    dtype: str = knob(
+        "auto", "compute type; auto = bf16 where it is the faster", choices=("auto", "bf16", "fp32")
+    )
+    compile: str = place_knob("auto", "torch.compile; auto = if a toy compiles", choices=("auto", "0", "1"))
+    allow_inert: bool = place_knob(False, "a knob without effect is a warning, not an error")
+    allow_env: tuple[str, ...] = place_knob((), "variables that look like knobs but are not ours")
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Config:
+        """Read every knob; RunError on a bad value, a misspelt name, a clash or a knob without effect."""
+        known = {f.name.upper(): f for f in fields(cls)}
+        cfg = cls(**{f.name: parse(f, env[name]) for name, f in known.items() if name in env})
+        refuse_strangers(env, known, cfg.allow_env)
+        inert = "; ".join(cfg.inert())
+        require(not inert or cfg.allow_inert, f"{inert} (ALLOW_INERT=1 makes this a warning)")
+        return cfg
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            require_in_range(f, getattr(self, f.name))
+        schedules = [name.upper() for name in SCHEDULES if getattr(self, name, False)]
+        require(len(schedules) < 2, f"two schedules at once: {', '.join(schedules)}; set one to 0")
+        for whole, part in (
+            ("model_dim", "num_heads"),
+            ("num_heads", "num_kv_heads"),
+            ("train_batch_tokens", "train_seq_len"),
+        ):
+            a, b = getattr(self, whole), getattr(self, part)
+            require(a % b == 0, f"{whole.upper()}={a} is not a multiple of {part.upper()}={b}")
+        require(
+            self.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotary positions"
+        )
+        require(self.encoder_layers <= self.num_layers, "ENCODER_LAYERS must not exceed NUM_LAYERS")
+        require(
+            bool(re.fullmatch(r"[\w.+-]*", self.run_id)),
+            f"RUN_ID={self.run_id!r}: only letters, digits . _ + -",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of one step, all ranks together."""
+        return self.train_batch_tokens // self.train_seq_len
+
+    def changed(self) -> list[Field]:
+        return [f for f in fields(self) if getattr(self, f.name) != f.default]
+
+    def overrides(self) -> dict[str, object]:
+        """The knobs that differ from their defaults, by environment name."""
+        return {f.name.upper(): getattr(self, f.name) for f in self.changed()}
+
+    def unmet(self, f: Field) -> str:
+        """The first condition in the knob's `needs` that does not hold, or ''."""
+        types = {other.name.upper(): other for other in fields(self)}
+        for need in filter(None, f.metadata["needs"].split(",")):
+            name, differs, value = re.fullmatch(r"(\w+)(!?)=(.*)", need).groups()
+            if (getattr(self, name.lower()) == parse(types[name], value)) == bool(differs):
+                return need
+        return ""
+
+    def inert(self) -> list[str]:
+        """One phrase for each changed knob that cannot have an effect."""
+        return [
+            f"{f.name.upper()} has no effect without {self.unmet(f)}" for f in self.changed() if self.unmet(f)
+        ]
+
+    def effective(self) -> dict[str, object]:
+        """What shapes the result: knobs that act, without seed, paths and other `place` knobs."""
+        acting = [f for f in fields(self) if f.metadata["role"] != "place" and not self.unmet(f)]
+        return {f.name.upper(): getattr(self, f.name) for f in acting}
+
+    @property
+    def hash(self) -> str:
+        """Same hash = same experiment, apart from seed, data and machine."""
+        return hashlib.sha256(json.dumps(self.effective(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def shape(self) -> dict[str, object]:
+        """The `model` knobs: what an artifact must say to be scored elsewhere."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["role"] == "model"}
+
+
+def parse_finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+PARSERS: dict[str, tuple[Callable, str]] = {
+    "bool": ({"0": False, "1": True}.__getitem__, "0 or 1"),
+    "int": (int, "a whole number"),
+    "float": (parse_finite, "a finite number"),
+    "str": (str, "text"),
+    "tuple[str, ...]": (lambda text: tuple(filter(None, text.split(","))), "a comma list"),
+}
+
+
+def parse(f: Field, text: str):
+    """The knob's value; RunError if the text does not fit its type."""
+    reader, wanted = PARSERS[f.type]
+    try:
+        return reader(text)
+    except (KeyError, ValueError):
+        raise RunError(f"{f.name.upper()}={text!r} is not {wanted}") from None
+
+
+def require_in_range(f: Field, value) -> None:
+    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+    name = f.name.upper()
+    require(low is None or value >= low, f"{name}={value} is below {low}")
+    require(high is None or value <= high, f"{name}={value} is above {high}")
+    require(not choices or value in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
+
+
+# Switches of PR #1434, #895 and #148 that this version does not have. Dropping one in silence would
+# make a historic command line mean something else, so they are refused unless they are off.
+NOT_BUILT = """
+    BREATHING_LR WHALE_LR CIRCADIAN_LR ROOT_FIRST COSMO_LR CORAL_LR WEIGHT_SHARE MIRROR_TRAIN EMBED_MIXUP
+    TOKEN_DROP LAYER_DROP PROGRESSIVE_GROW ATTN_RECYCLE FOCAL_GAMMA GAMMA_ANNEAL LABEL_SMOOTH LOGIT_TEMP
+    Z_LOSS LOGIT_PENALTY MULTI_TOKEN ENTROPY_BONUS GRAD_CENTRAL SAM_RHO WD_SCHEDULE CANOPY_LR MYCORRHIZAL
+    THERMAL_VENT PREDPREY_LR CONTROLLED_BURN BURN_INTERVAL SYNAPTIC_SCALE WEIGHT_PERTURB PERTURB_INTERVAL
+    MUTATION_DECAY PROG_DEPTH XSA_LAST_N SWA_ENABLED SWA_START_FRAC SWA_EVERY EVAL_SEQ_LEN EVAL_STRIDE
+    EVAL_BATCH_SEQS USE_HEDGE HEDGE_ETA NUM_REPEATS NUM_VALUE_EMBEDS MUON_WD QUANT_LEVELS MLP_QUANT_LEVELS
+    TTT_STEPS TTT_LR BIGRAM_VOCAB_SIZE BIGRAM_DIM"""
+# First words so common that a foreign variable may carry them (DATA_DIR, MAX_JOBS, NUM_WORKERS ...).
+COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
+
+
+def refuse_strangers(env: Mapping[str, str], known: Mapping[str, Field], ignore: tuple[str, ...]) -> None:
+    """A misspelt knob would run for ten minutes at its default and say nothing: refuse it at once.
+
+    Refused: a name close to a knob (difflib ratio >= 0.88), and a name that starts like at least two
+    knobs (MUON_..., TIED_...), which alone catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC.
+    """
+    words = Counter(name.partition("_")[0] for name in known if "_" in name)
+    families = {word for word, count in words.items() if count > 1} - COMMON_WORDS
+    for name in env:
+        if name in known or name in ignore or not re.fullmatch(r"[A-Z0-9_]+", name):
+            continue
+        if name in NOT_BUILT.split():
+            off = env[name] in ("", "0", "0.0")
+            require(off, f"{name}={env[name]} is a published switch that is not built yet; unset it")
+            continue
+        near = get_close_matches(name, known, n=1, cutoff=0.88)
+        stranger = "_" in name and name.partition("_")[0] in families
+        hint = f"did you mean {near[0]}?" if near else "see --help"
+        require(not (near or stranger), f"{name} is not a knob; {hint} (ALLOW_ENV={name} ignores it)")
+
+
+def knob_rows() -> list[tuple[str, str, str, str]]:
+    """(name, default, allowed, meaning) of every knob, for --help and the README."""
+    rows = []
+    for f in fields(Config):
+        low, high, choices, needs = (f.metadata[key] for key in ("low", "high", "choices", "needs"))
+        limits = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
+        allowed = " ".join(choices) or " ".join(limits) or ("0 1" if f.type == "bool" else "")
+        default = ",".join(f.default) if isinstance(f.default, tuple) else f.default
+        default = str(int(default) if isinstance(default, bool) else default)
+        rows.append(
+            (f.name.upper(), default, allowed, f.metadata["doc"] + (f" [needs {needs}]" if needs else ""))
+        )
+    return rows
+
+
+def help_text() -> str:
+    rows = [(n, d if len(d) < 42 else "(names)", doc, f"({a})" if a else "") for n, d, a, doc in knob_rows()]
+    return "\n".join([__doc__, *(f"{n:36} {d:42} {doc} {a}" for n, d, doc, a in rows)])
+
+
+def knob_table() -> str:
+    """The README's table, in Markdown."""
+    head = ["| knob | default | allowed | meaning |", "|---|---|---|---|"]
+    return "\n".join(
+        head + [f"| {n} | {f'`{d}`' if d else ''} | {a} | {doc} |" for n, d, a, doc in knob_rows()]
+    )
+
+
+# =============================================================================
+# 2. RUNTIME AND LOGS: the only code that knows about devices, ranks and files
+# =============================================================================
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass
+class Runtime:
+    """Where the run happens. Every method is a no-op or the identity on one CPU process."""
+
+    device: torch.device = torch.device("cpu")
+    rank: int = 0
+    world_size: int = 1
+    dtype: torch.dtype = torch.float32
+    compiles: bool = False
+
+    @classmethod
+    @contextmanager
+    def launch(cls, cfg: Config, env: Mapping[str, str]) -> Iterator[Runtime]:
+        """One process, or one of torchrun's: nccl between GPUs, gloo between CPUs."""
+        device = pick_device(cfg.device, int(env.get("LOCAL_RANK", 0)))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        world_size = int(env.get("WORLD_SIZE", 1))
+        if world_size > 1:
+            # Both backends on GPUs: clocks and verdicts travel over gloo, so that no rank has to
+            # wait for its device only to learn the time.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        try:
+            runtime = cls(device, int(env.get("RANK", 0)), world_size)
+            runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
+            runtime.compiles = runtime.main_decides(lambda: pick_compile(cfg.compile, device))
+            yield runtime
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def compile(self, fn: Callable) -> Callable:
+        return torch.compile(fn, dynamic=False, fullgraph=True) if self.compiles else fn
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """In-place sum over ranks."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def main_decides(self, decide: Callable):
+        """Call `decide` on rank 0 and give its result, or its RunError, to every rank."""
+        message: list = [None, None]
+        if self.is_main:
+            try:
+                message[0] = decide()
+            except RunError as error:
+                message[1] = (str(error), error.code)
+        if self.world_size > 1:
+            dist.broadcast_object_list(message, device=torch.device("cpu"))
+        if message[1]:
+            raise RunError(*message[1])
+        return message[0]
+
+    def main_number(self, value: float) -> float:
+        """Rank 0's number on every rank, over the host network: no device is waited for."""
+        if self.world_size == 1:
+            return value
+        shared = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(shared, 0)
+        return shared.item()
+
+    def share(self, count: int) -> range:
+        """This rank's contiguous part of `count` items."""
+        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+
+    def peak_memory_mib(self) -> int:
+        """Most memory held: the allocator's on CUDA, the process's resident set elsewhere."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated() // 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def pick_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this process; RunError if the wanted kind is not there."""
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    require(kind != "cuda" or torch.cuda.is_available(), "DEVICE=cuda but torch sees no GPU; use DEVICE=cpu")
+    require(
+        kind != "mps" or torch.backends.mps.is_available(),
+        "DEVICE=mps but torch has no MPS here; use DEVICE=cpu",
+    )
+    if kind != "cuda":
+        return torch.device(kind)
+    count = torch.cuda.device_count()
+    require(
+        local_rank < count,
+        f"rank {local_rank} has no GPU of its own: torch sees {count}; lower --nproc_per_node",
+    )
+    return torch.device("cuda", local_rank)
+
+
+def pick_dtype(wanted: str, device: torch.device) -> str:
+    """'bf16' or 'fp32': by capability on GPUs (T4 and V100 have no bf16), by a 20 ms race on CPUs."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type != "cpu":
+        return "fp32"
+    return min(DTYPES, key=lambda name: matmul_seconds(DTYPES[name]))
+
+
+def matmul_seconds(dtype: torch.dtype, device: str | torch.device = "cpu") -> float:
+    """Median seconds of a [2048, 512] x [512, 512] product, a typical size here: 1.07 GFLOP."""
+    a, b = torch.ones(2048, 512, dtype=dtype, device=device), torch.ones(512, 512, dtype=dtype, device=device)
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        times.append(time.perf_counter() - start)
+    return median(times[2:])
+
+
+def pick_compile(wanted: str, device: torch.device) -> bool:
+    """auto: whether a toy function compiles, which on a CPU needs a C++ compiler and Python's headers."""
+    if wanted != "auto":
+        return wanted == "1"
+    if device.type == "mps":
+        return False
+    try:
+        torch.compile(lambda x: (x * 2 + 1).sum())(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # whatever the toolchain raises: the run goes on without it
+        print(
+            f"warning: torch.compile does not work here ({type(error).__name__}); running eagerly",
+            file=sys.stderr,
+        )
+        return False
+
+
+class RunLog:
+    """Rank 0's two logs: logs/RUN_ID.txt in the official line formats, logs/RUN_ID.jsonl as typed events."""
+
+    def __init__(self, folder: Path | None, run_id: str):
+        self.text = self.events = None
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.text = (folder / f"{run_id}.txt").open("x", encoding="utf-8")
+            self.events = (folder / f"{run_id}.jsonl").open("x", encoding="utf-8")
+
+    def line(self, text: str, echo: bool = True) -> None:
+        if self.text:
+            print(text, file=self.text, flush=True)
+            if echo:
+                print(text, flush=True)
+
+    def event(self, kind: str, **values) -> None:
+        if self.events:
+            print(json.dumps(dict(event=kind, time=time.time(), **values)), file=self.events, flush=True)
+
+    def close(self) -> None:
+        for file in filter(None, (self.text, self.events)):
+            file.close()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Whole or not at all: temporary file, fsync, rename."""
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def claim_outputs(cfg: Config, run_id: str) -> tuple[Path, list]:
+    """Refuse to write where another run has written or is writing; returns (OUT_DIR, locks to hold)."""
+    out = Path(cfg.out_dir)
+    try:
+        (out / "logs").mkdir(parents=True, exist_ok=True)
+        log_lock = (out / "logs" / f".{run_id}.lock").open("w")
+        model_lock = (out / ".final_model.lock").open("w") if not cfg.eval_only else log_lock
+    except OSError as error:
+        raise RunError(
+            f"cannot write to OUT_DIR={out}: {error.strerror}; set OUT_DIR to a writable folder"
+        ) from None
+    taken = [out / "logs" / f"{run_id}{end}" for end in (".txt", ".jsonl")]
+    taken += [] if cfg.eval_only else [out / "final_model.pt", out / "final_model.int8.ptz"]
+    try:
+        for lock in {log_lock, model_lock}:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError(f"another run is writing to OUT_DIR={out}; set another OUT_DIR") from None
+    for path in taken:
+        mend = (
+            "another RUN_ID" if path.parent.name == "logs" else "OUT_DIR to a new folder, e.g. OUT_DIR=runs/2"
+        )
+        require(not path.exists(), f"{path} is there from an earlier run; set {mend}, or move it away")
+    return out, [log_lock, model_lock]
+
+
+# =============================================================================
+# 3. PROGRESS AND SCHEDULES: pure functions of how far the run is
+# =============================================================================
+
+
+def progress(cfg: Config, step: int, elapsed: float) -> float:
+    """How far the run is, 0..1: by steps or by the clock, whichever is further (PR #1434 review, R1)."""
+    by_time = elapsed / cfg.max_wallclock_seconds if cfg.max_wallclock_seconds else 0.0
+    return min(1.0, max(step / max(cfg.iterations, 1), by_time))
+
+
+def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
+    """Steps until the step limit or, at `step_seconds` a step, until the clock; inf-free, >= 0."""
+    left = float(cfg.iterations - step)
+    if cfg.max_wallclock_seconds and step_seconds > 0:
+        left = min(left, (cfg.max_wallclock_seconds - elapsed) / step_seconds)
+    return max(left, 0.0)
+
+
+def finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> bool:
+    """True when the next step would pass a limit. One step always runs, so that a slow machine trains."""
+    late = 0 < cfg.max_wallclock_seconds < elapsed + step_seconds
+    return step >= cfg.iterations or (late and step > 0)
+
+
+def warmdown(cfg: Config, p: float, left: float) -> float:
+    """Official: 1, then linear to 0 over the last WARMDOWN_ITERS steps."""
+    return min(1.0, left / cfg.warmdown_iters) if cfg.warmdown_iters else 1.0
+
+
+def cosine(cfg: Config, p: float, left: float) -> float:
+    """f + (1-f)/2 (1+cos(pi frac(cycles p))), f = 0.1 or 0.382 (PR #1434); the end of the run is an end."""
+    floor = 0.382 if cfg.golden_lr else 0.1
+    phase = cfg.cosine_cycles * p
+    phase = 1.0 if p >= 1.0 and phase == int(phase) else phase % 1.0
+    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * phase))
+
+
+def tidal(cfg: Config, p: float, left: float) -> float:
+    """Linear 0.1 -> 1 until p = TIDAL_WARMUP, then cosine back to 0.1 at p = 1 (PR #1434)."""
+    rise = cfg.tidal_warmup
+    if p < rise:
+        return 0.1 + 0.9 * p / rise
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (p - rise) / (1 - rise)))
+
+
+# Keyed by the knob that switches each on; "warmdown" acts when none is.
+SCHEDULES: dict[str, Callable[[Config, float, float], float]] = {
+    "tidal_lr": tidal,
+    "cosine_lr": cosine,
+    "warmdown": warmdown,
+}
+
+
+def muon_momentum(cfg: Config, step: int) -> float:
+    """Linear in steps from the warm-up start to MUON_MOMENTUM, as the official script."""
+    done = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
+    return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything that changes from step to step, decided before the step, equal on every rank."""
+
+    progress: float
+    lr_scale: float
+    muon_momentum: float
+
+
+def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> StepPlan:
+    """elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown."""
+    name = next((n for n in SCHEDULES if getattr(cfg, n, False)), "warmdown")
+    p, left = progress(cfg, step, elapsed), steps_left(cfg, step, elapsed, step_seconds)
+    return StepPlan(p, SCHEDULES[name](cfg, p, left), muon_momentum(cfg, step))
+
+
+class Clock:
+    """Rank 0's training seconds, the only clock; it stands still while paused.
+
+    On CUDA the host would run ahead of the device, so `tick` waits for the step before the last one:
+    the reading lags the device by at most two steps and the device never waits for the host.
+    """
+
+    def __init__(self, runtime: Runtime, step_seconds: float = 0.0):
+        self.runtime, self.total, self.started = runtime, 0.0, 0.0
+        self.recent: deque[float] = deque([step_seconds] if step_seconds else [], maxlen=15)
+        self.last: float | None = None
+        self.pending: deque = deque()
+
+    def start(self) -> None:
+        self.runtime.synchronize()
+        self.started, self.last = time.perf_counter(), None
+
+    def stop(self) -> None:
+        self.runtime.synchronize()
+        self.total += time.perf_counter() - self.started
+        self.pending.clear()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        self.stop()
+        yield
+        self.start()
+
+    def tick(self) -> float:
+        """Seconds trained, the same number on every rank; call once before each step."""
+        if self.runtime.is_cuda:
+            self.pending.append(torch.cuda.Event())
+            self.pending[-1].record()
+            if len(self.pending) > 2:
+                self.pending.popleft().synchronize()
+        now = self.runtime.main_number(self.seconds())
+        if self.last is not None:
+            self.recent.append(now - self.last)
+        self.last = now
+        return now
+
+    def seconds(self) -> float:
+        """This rank's reading, for logs."""
+        return self.total + time.perf_counter() - self.started
+
+    def behind(self) -> float:
+        """Seconds of work the device may still have before it: two steps on CUDA, none elsewhere."""
+        return len(self.pending) * self.step_seconds()
+
+    def step_seconds(self) -> float:
+        """Median of recent steps: one slow step (a compile, a hiccup) does not bend the schedule."""
+        return median(self.recent) if self.recent else 0.0
+
+
+# =============================================================================
+# 4. DATA: official shards -> the same global batches at any world size
+# =============================================================================
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-mapped uint16 tokens [count] of an official shard; RunError on anything but a whole one."""
+    size = path.stat().st_size
+    require(
+        size >= SHARD_HEADER_BYTES,
+        f"{path} is no token shard: {size} bytes, less than its header; fetch it again",
+    )
+    try:
+        magic, version, count = np.fromfile(path, dtype="<i4", count=3)
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    require(magic == SHARD_MAGIC, f"{path} is no token shard: magic {magic}, not {SHARD_MAGIC}")
+    require(
+        version == SHARD_VERSION, f"{path} has shard version {version}; this reads version {SHARD_VERSION}"
+    )
+    expected = SHARD_HEADER_BYTES + 2 * int(count)
+    require(size == expected, f"{path} is damaged: {size} bytes, its header says {expected}; fetch it again")
+    require(count > 0, f"{path} holds no tokens")
+    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+
+
+class TokenStream:
+    """The shards of one split as one sequence of tokens."""
+
+    def __init__(self, folder: str, split: str, vocab_size: int):
+        self.paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+        make = "make some with `python data/pydocs.py` or `python data/fineweb.py`, or set DATA_PATH"
+        require(bool(self.paths), f"no *_{split}_*.bin in DATA_PATH={folder}; {make}")
+        kinds = {path.name.partition(f"_{split}_")[0] for path in self.paths}
+        require(len(kinds) == 1, f"DATA_PATH={folder} mixes datasets {sorted(kinds)}; keep one a folder")
+        self.shards = [open_shard(path) for path in self.paths]
+        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.vocab_size = vocab_size
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) as int64; RunError if one is outside the vocabulary."""
+        parts, at = [], start
+        while at < start + count:
+            index = int(np.searchsorted(self.ends, at, side="right"))
+            begin = at - (int(self.ends[index - 1]) if index else 0)
+            part = self.shards[index][begin : begin + start + count - at]
+            highest = int(part.max())
+            require(
+                highest < self.vocab_size,
+                f"{self.paths[index]} holds token {highest}, VOCAB_SIZE is {self.vocab_size}: another tokenizer's shard?",
+            )
+            parts.append(part)
+            at += len(part)
+        return np.concatenate(parts).astype(np.int64)
+
+
+def window_order(cfg: Config, windows: int, step: int) -> np.ndarray:
+    """Indices [sequences] of the training windows of one step: a pure function of (seed, step)."""
+    places = np.arange(step * cfg.sequences, (step + 1) * cfg.sequences)
+    epochs, places = places // windows, places % windows
+    if cfg.data_shuffle:
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            order = np.random.default_rng((cfg.seed, int(epoch))).permutation(windows)
+            places[here] = order[places[here]]
+    return places
+
+
+def batches(
+    cfg: Config, stream: TokenStream, runtime: Runtime, first_step: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's (inputs, targets), each [sequences here, seq_len] int64, of steps first_step, ...
+
+    Windows overlap by one token, so every token but the stream's first is a target once an epoch.
+    """
+    length = cfg.train_seq_len
+    windows = (len(stream) - 1) // length
+    require(
+        windows > 0, f"the training shards hold {len(stream)} tokens, less than TRAIN_SEQ_LEN+1={length + 1}"
+    )
+    for step in itertools.count(first_step):
+        order = window_order(cfg, windows, step)[list(runtime.share(cfg.sequences))]
+        rows = [stream.read(int(w) * length, length + 1) for w in order]
+        block = torch.from_numpy(np.stack(rows) if rows else np.empty((0, length + 1), np.int64))
+        block = block.pin_memory() if runtime.is_cuda else block
+        yield block[:, :-1], block[:, 1:]
+
+
+def prefetch(items: Iterable, depth: int = 2) -> Iterator:
+    """The same items, made ahead on a thread; an error in the thread is raised here."""
+    ready: queue.Queue = queue.Queue(depth)
+
+    def work() -> None:
+        try:
+            for item in items:
+                ready.put((item, None))
+        except BaseException as error:
+            ready.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        item, error = ready.get()
+        if error:
+            raise error
+        yield item
+
+
+# =============================================================================
+# 5. BYTES: the denominator of bits per byte, checked against decoded text
+# =============================================================================
+
+
+@dataclass(frozen=True)
+class ByteTable:
+    """Per token id: bytes of its own, whether it starts with a space mark, whether it is a boundary."""
+
+    own: np.ndarray
+    space: np.ndarray
+    boundary: np.ndarray
+
+    @classmethod
+    def of(cls, tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
+        size = tokenizer.vocab_size()
+        own, space = np.zeros(size, np.int64), np.zeros(size, bool)
+        boundary = np.array(
+            [
+                tokenizer.is_control(i) or tokenizer.is_unknown(i) or tokenizer.is_unused(i)
+                for i in range(size)
+            ]
+        )
+        for i in np.flatnonzero(~boundary).tolist():
+            piece = tokenizer.id_to_piece(i)
+            space[i] = not tokenizer.is_byte(i) and piece.startswith("\u2581")
+            text = piece[1:] if space[i] else piece  # further marks inside a piece are plain spaces
+            own[i] = 1 if tokenizer.is_byte(i) else len(text.replace("\u2581", " ").encode())
+        return cls(own, space, boundary)
+
+    def targets(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes [N-1] that each target tokens[1:] adds: a space mark counts 1 unless it follows a boundary."""
+        previous, target = tokens[:-1], tokens[1:]
+        return self.own[target] + (self.space[target] & ~self.boundary[previous])
+
+
+def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
+    path = Path(cfg.tokenizer_path)
+    require(
+        path.is_file(),
+        f"no tokenizer at TOKENIZER_PATH={path}; it comes with the dataset (see data/README.md)",
+    )
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except Exception as error:  # sentencepiece raises RuntimeError, OSError or its own, by version
+        raise RunError(
+            f"TOKENIZER_PATH={path} is not a SentencePiece model ({type(error).__name__})"
+        ) from None
+    size = tokenizer.vocab_size()
+    require(size == cfg.vocab_size, f"VOCAB_SIZE={cfg.vocab_size} but {path} has {size} pieces")
+    return tokenizer
+
+
+def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int, int]:
+    """(documents, bytes) of the text that `tokens` decode to, one document after another: the oracle.
+
+    A document is what stands between boundary tokens (BOS and other controls). Its leading space mark
+    adds no byte, as in ByteTable; whether decode drops that mark depends on the tokenizer, so it is
+    probed. A U+FFFD in the text may be three bytes of the source or one broken byte token, so those
+    documents are decoded in runs, byte tokens apart.
+    """
+    marked = np.flatnonzero(table.space)[:1].tolist()
+    keeps_mark = bool(marked) and tokenizer.decode(marked).startswith(" ")
+    edges = np.flatnonzero(np.concatenate(([True], table.boundary[tokens], [True])))
+    documents = [tokens[max(a - 1, 0) : b - 1] for a, b in itertools.pairwise(edges)]
+    documents = [ids[int(table.boundary[ids[0]]) :].tolist() for ids in documents if len(ids)]
+    documents = [ids for ids in documents if ids]
+    total = 0
+    for at in range(0, len(documents), 1000):
+        chunk = documents[at : at + 1000]
+        for ids, text in zip(chunk, tokenizer.decode(chunk), strict=True):
+            if "\ufffd" in text:
+                total += broken_bytes(tokenizer, ids) - bool(table.space[ids[0]])
+            else:
+                total += len(text.encode()) - (keeps_mark and bool(table.space[ids[0]]))
+    return len(documents), total
+
+
+def broken_bytes(tokenizer, ids: list[int]) -> int:
+    """Bytes of one document whose byte tokens may not form whole characters, leading space mark included."""
+    anchor, total = tokenizer.piece_to_id("<0x61>"), 0  # an 'a' in front keeps decode from dropping a space
+    for is_byte, run in itertools.groupby(ids, tokenizer.is_byte):
+        run = list(run)
+        total += len(run) if is_byte else len(tokenizer.decode([anchor, *run]).encode()) - 1
+    return total
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The held-out split: tokens [N] int64, bytes of each of the N-1 targets, and what identifies it."""
+
+    tokens: np.ndarray
+    target_bytes: np.ndarray
+    documents: int
+    sha256: str
+
+    @property
+    def targets(self) -> int:
+        return len(self.tokens) - 1
+
+    @property
+    def bytes(self) -> int:
+        return int(self.target_bytes.sum())
+
+
+def load_validation(cfg: Config, tokenizer) -> Validation:
+    """Read the validation shards and prove the byte count; RunError if table and decoded text differ."""
+    stream = TokenStream(cfg.data_path, "val", cfg.vocab_size)
+    tokens = stream.read(0, len(stream))
+    require(len(tokens) > 1, f"the validation shards in {cfg.data_path} hold fewer than two tokens")
+    table = ByteTable.of(tokenizer)
+    counts = table.targets(tokens)
+    model = Path(cfg.tokenizer_path).read_bytes()
+    key = hashlib.sha256(tokens.astype("<u2").tobytes() + model).hexdigest()
+    documents, decoded = cached_oracle(cfg, key, lambda: decoded_bytes(tokenizer, table, tokens))
+    counted = int(counts.sum() + table.own[tokens[0]])
+    require(decoded > 0, f"the validation shards in {cfg.data_path} decode to no text")
+    require(
+        counted == decoded,
+        f"byte count is wrong: pieces say {counted}, decoded validation text has {decoded}; "
+        f"{cfg.tokenizer_path} does not fit {cfg.data_path}, or needs a byte rule of its own",
+    )
+    return Validation(tokens, counts, documents, hashlib.sha256(tokens.astype("<u2").tobytes()).hexdigest())
+
+
+def cached_oracle(cfg: Config, key: str, compute: Callable[[], tuple[int, int]]) -> tuple[int, int]:
+    """The oracle's answer for these tokens and this tokenizer, kept beside the data where that is writable."""
+    path = Path(cfg.data_path) / f".bytes-{key[:16]}.json"
+    try:
+        saved = json.loads(path.read_text())
+        if saved["key"] == key:
+            return int(saved["documents"]), int(saved["bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # absent or damaged: count again
+    documents, decoded = compute()
+    try:
+        write_atomic(path, json.dumps(dict(key=key, documents=documents, bytes=decoded)).encode())
+    except OSError:
+        pass  # a read-only dataset only costs the count again next time
+    return documents, decoded
+
+
+# =============================================================================
+# 6. MODEL: official names and shapes, so official checkpoints load
+# =============================================================================
+
+NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm uses for float32, fixed for every dtype
+
+
+def norm(x: Tensor) -> Tensor:
+    """Parameter-free RMS norm over the last dimension."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+class Linear(nn.Linear):
+    """No bias; float32 weights, used in the dtype of the input."""
+
+    def __init__(self, inputs: int, outputs: int, zero: bool = False):
+        super().__init__(inputs, outputs, bias=False)
+        if zero:
+            nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [length, head_dim/2], of angle t * base^(-2i/head_dim)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, half-split pairs. x [..., T, D]; cos, sin [T, D/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention, grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
+    groups = q.size(1) // k.size(1)
+    if groups > 1 and not q.is_cuda:  # SDPA's CPU kernels want equal head counts; the copy is cheap there
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        groups = 1
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: QK RMS norm, rotary positions, a learned gain per query head."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.c_q = Linear(cfg.model_dim, cfg.model_dim)
+        self.c_k = Linear(cfg.model_dim, self.kv_heads * self.head_dim)
+        self.c_v = Linear(cfg.model_dim, self.kv_heads * self.head_dim)
+        self.proj = Linear(cfg.model_dim, cfg.model_dim, zero=True)
+        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q = self.c_q(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
+        k = self.c_k(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        v = self.c_v(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
+        return self.proj(y.transpose(1, 2).reshape(batch, length, width))
+
+
+# f(hidden) of the plain MLPs; all are squared (PR #1434; relu2 is the baseline's). swiglu is a module of its own.
+ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "relu2": lambda x, slope: x.relu().square(),
+    "leaky_relu2": lambda x, slope: F.leaky_relu(x, slope).square(),
+    "gelu2": lambda x, slope: F.gelu(x).square(),
+    "silu2": lambda x, slope: F.silu(x).square(),
+}
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: Config):
+        super().__init__()
+        hidden = int(cfg.mlp_mult * cfg.model_dim)
+        self.fc = Linear(cfg.model_dim, hidden)
+        self.proj = Linear(hidden, cfg.model_dim, zero=True)
+        self.activation, self.slope = ACTIVATIONS[cfg.mlp_act], cfg.leaky_slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.activation(self.fc(x), self.slope))
+
+
+class SwiGLU(nn.Module):
+    """silu(G x) * (F x), hidden width 2/3 of the plain MLP's so that the parameters match (PR #1434)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        hidden = int(2 * cfg.mlp_mult * cfg.model_dim / 3)
+        self.gate, self.fc = Linear(cfg.model_dim, hidden), Linear(cfg.model_dim, hidden)
+        self.proj = Linear(hidden, cfg.model_dim, zero=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.silu(self.gate(x)) * self.fc(x))
+
+
+class Block(nn.Module):
+    """x <- m0*x + m1*x0, then attention and MLP residuals, each with a gain per channel."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.attn = Attention(cfg)
+        self.mlp = SwiGLU(cfg) if cfg.mlp_act == "swiglu" else MLP(cfg)
+        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
+        self.after_attention = norm if cfg.sandwich_norm else nn.Identity()
+
+    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
+        keep, again = self.resid_mix.to(x.dtype)
+        return keep * x + again * x0
+
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = self.mix(x, x0)
+        x = x + self.attn_scale.to(x.dtype) * self.after_attention(self.attn(norm(x), cos, sin))
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
+
+
+class ParallelBlock(Block):
+    """Attention and MLP read the same norm and are added together (PR #1434)."""
+
+    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = self.mix(x, x0)
+        h = norm(x)
+        return (
+            x
+            + self.attn_scale.to(x.dtype) * self.attn(h, cos, sin)
+            + self.mlp_scale.to(x.dtype) * self.mlp(h)
+        )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One effective layer: the block it runs, and the U-Net skip it adds first (an earlier layer's output)."""
+
+    block: int
+    skip: int | None = None  # row of skip_weights
+    source: int | None = None  # effective layer whose output is added
+
+
+def layer_plan(cfg: Config) -> list[Layer]:
+    """The first E layers push their output, each later one pops the latest push still there, if any."""
+    encoders = cfg.num_layers // 2 if cfg.encoder_layers < 0 else cfg.encoder_layers
+    layers, stack = [], []
+    for index in range(cfg.num_layers):
+        if index < encoders:
+            layers.append(Layer(index))
+            stack.append(index)
+        else:
+            layers.append(Layer(index, index - encoders, stack.pop()) if stack else Layer(index))
+    return layers
+
+
+class GPT(nn.Module):
+    """Token ids [B, T] -> softcapped float32 logits [B, T, V]."""
+
+    def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dtype, self.softcap, self.embed_scale = dtype, cfg.logit_softcap, cfg.embed_scale or 1.0
+        self.layers = layer_plan(cfg)
+        self.sources = {layer.source for layer in self.layers} - {None}
+        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+        self.skip_weights = nn.Parameter(
+            torch.ones(sum(x.skip is not None for x in self.layers), cfg.model_dim)
+        )
+        block = ParallelBlock if cfg.parallel_block else Block
+        self.blocks = nn.ModuleList(block(cfg) for _ in range(cfg.num_layers))
+        self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size, zero=True)
+        if cfg.tie_embeddings:
+            nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
+        cos, sin = rotary_table(cfg.train_seq_len, cfg.head_dim, cfg.rope_base)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = x0 = norm(self.tok_emb(ids) * self.embed_scale).to(self.dtype)
+        cos, sin = self.cos[: ids.size(1)].to(x.dtype), self.sin[: ids.size(1)].to(x.dtype)
+        kept: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            if layer.skip is not None:
+                x = x + self.skip_weights[layer.skip].to(x.dtype) * kept.pop(layer.source)
+            x = self.blocks[layer.block](x, x0, cos, sin)
+            if index in self.sources:
+                kept[index] = x
+        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
+        z = F.linear(norm(x), head.to(x.dtype)).float()
+        return self.softcap * torch.tanh(z / self.softcap)
+
+
+def token_nats(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) of every position, float32 [B, T]. Evaluation uses this and nothing else."""
+    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
+
+def head_diversity(model: GPT, logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared cosine between the heads' parts of each output projection, over all blocks.
+
+    Heads are input columns of proj. PR #1434 meant this, but looked for another attribute and never ran.
+    """
+    total = logits.new_zeros(())
+    for block in model.blocks:
+        heads = block.attn.heads
+        parts = F.normalize(
+            block.attn.proj.weight.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1), dim=1
+        )
+        cosine = parts @ parts.T
+        off_diagonal = cosine - torch.diag(torch.diagonal(cosine))
+        total = total + off_diagonal.square().sum() / max(heads * (heads - 1), 1)
+    return total / len(model.blocks)
+
+
+# Training-only additions to the loss: knob -> term(model, logits, targets) -> scalar, times the knob's value.
+LOSS_TERMS: dict[str, Callable[[GPT, Tensor, Tensor], Tensor]] = {"head_diversity": head_diversity}
+
+
+def training_loss(cfg: Config, model: GPT) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(ids, targets) -> (what is minimised, mean nats per token alone), both scalars."""
+    terms = [(getattr(cfg, name), term) for name, term in LOSS_TERMS.items() if getattr(cfg, name)]
+
+    def loss(ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = model(ids)
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        objective = nats
+        for weight, term in terms:
+            objective = objective + weight * term(model, logits, targets)
+        return objective, nats.detach()
+
+    return loss
+
+
+def matmul_params(model: GPT) -> int:
+    """Weights that multiply every token: 2-D block matrices and the output head."""
+    inner = sum(
+        p.numel() for name, p in model.blocks.named_parameters() if p.ndim == 2 and "resid_mix" not in name
+    )
+    return inner + model.tok_emb.weight.numel()
+
+
+def step_flops(cfg: Config, model: GPT) -> float:
+    """Training FLOPs of one step: 6 per matmul weight and token, plus 12*d*context*layers, mean context T/2."""
+    attention = 12 * cfg.model_dim * (cfg.train_seq_len / 2) * len(model.layers)
+    return cfg.train_batch_tokens * (6.0 * matmul_params(model) + attention)
+
+
+def load_checkpoint(path: str) -> dict[str, Tensor]:
+    """A state dict saved by torch.save, as float32; nothing in the file is executed (weights_only)."""
+    require(Path(path).is_file(), f"no checkpoint at INIT_FROM={path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.float() for name, tensor in state.items()}
+    except Exception as error:  # torch raises many kinds on a foreign file
+        raise RunError(f"INIT_FROM={path} is not a state dict of tensors ({type(error).__name__})") from None
+
+
+def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy a state dict into the model; RunError naming the first differences if it does not fit."""
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = [
+        f"{n}: {given.get(n, 'missing')}, here {own.get(n, 'unknown')}"
+        for n in own | given
+        if own.get(n) != given.get(n)
+    ]
+    require(
+        not wrong,
+        f"{source} does not fit this model: " + "; ".join(wrong[:3]) + ("; ..." if len(wrong) > 3 else ""),
+    )
+    model.load_state_dict(state)
+
+
+# =============================================================================
+# 7. OPTIMISERS: Muon for the blocks' matrices, Adam for the rest
+# =============================================================================
+
+
+def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Move all singular values of each [r, c] matrix of a stack [n, r, c] near 1 (Muon's quintic Newton-Schulz)."""
+    a, b, c = (
+        3.4445,
+        -4.7750,
+        2.0315,
+    )  # Keller Jordan's coefficients: steep at 0, within 0.7..1.2 after 5 steps
+    x = matrices.to(dtype)
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.size(1) > x.size(2)
+    x = x.mT if tall else x
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, then an orthogonalised step (Keller Jordan; PG baseline scaling).
+
+    Same-shape matrices are orthogonalised in one batch. Each rank does every world_size-th matrix and
+    the updates are exchanged as one flat buffer, so all ranks apply the same numbers.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, runtime: Runtime):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
+        self.steps, self.runtime = steps, runtime
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for group in self.param_groups:
+            params = group["params"]
+            sizes = [p.numel() for p in params]
+            flat = torch.zeros(sum(sizes), dtype=self.runtime.dtype, device=params[0].device)
+            updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
+            mine = range(self.runtime.rank, len(params), self.runtime.world_size)
+            for indices in self.same_shape(params, mine):
+                self.update([params[i] for i in indices], [updates[i] for i in indices], group["momentum"])
+            if self.runtime.world_size > 1:
+                flat = self.runtime.sum(flat.float())
+                updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
+            for p, update in zip(params, updates, strict=True):
+                p.add_(update.to(p.dtype), alpha=-group["lr"])
+
+    @staticmethod
+    def same_shape(params: list[nn.Parameter], indices: Iterable[int]) -> list[list[int]]:
+        shapes: dict[torch.Size, list[int]] = {}
+        for i in indices:
+            shapes.setdefault(params[i].shape, []).append(i)
+        return list(shapes.values())
+
+    def update(self, params: list[nn.Parameter], updates: list[Tensor], momentum: float) -> None:
+        """Write the update direction of each same-shaped parameter."""
+        grads = [p.grad for p in params]
+        averages = [self.state[p].setdefault("momentum_buffer", torch.zeros_like(p)) for p in params]
+        torch._foreach_mul_(averages, momentum)
+        torch._foreach_add_(averages, grads)
+        nesterov = torch._foreach_add(grads, averages, alpha=momentum)
+        directions = orthogonalise(torch.stack(nesterov), self.steps, self.runtime.dtype)
+        rows, columns = params[0].shape
+        for update, direction in zip(updates, directions, strict=True):
+            update.copy_(direction * max(1.0, rows / columns) ** 0.5)
+
+
+def parameter_roles(cfg: Config, model: GPT) -> dict[str, list[nn.Parameter]]:
+    """Every parameter in exactly one role, as in the official script; empty tensors are left out."""
+    roles: dict[str, list[nn.Parameter]] = {"embed": [], "head": [], "matrix": [], "scalar": []}
+    for name, p in model.named_parameters():
+        if name in ("tok_emb.weight", "lm_head.weight"):
+            role = "embed" if name == "tok_emb.weight" else "head"
+        else:
+            control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
+            role = "matrix" if p.ndim == 2 and name.startswith("blocks.") and not control else "scalar"
+        roles[role] += [p] if p.numel() else []
+    return roles
+
+
+class Optimisers:
+    """Muon and Adam over one flat gradient buffer, stepped together."""
+
+    def __init__(self, cfg: Config, model: GPT, runtime: Runtime):
+        roles = parameter_roles(cfg, model)
+        self.params = [p for held in roles.values() for p in held]
+        rates = dict(
+            embed=cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr,
+            head=cfg.head_lr,
+            scalar=cfg.scalar_lr,
+        )
+        groups = [dict(params=roles[role], lr=lr, base_lr=lr) for role, lr in rates.items() if roles[role]]
+        fused = runtime.device.type in ("cuda", "cpu")
+        self.adam = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
+        matrix = [dict(params=roles["matrix"], base_lr=cfg.matrix_lr)]
+        self.muon = Muon(matrix, cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime)
+        held = [p for optimiser in self.all for group in optimiser.param_groups for p in group["params"]]
+        assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.numel())
+        self.flat = torch.zeros(sum(p.numel() for p in self.params), device=runtime.device)
+        for p, part in zip(self.params, self.flat.split([p.numel() for p in self.params]), strict=True):
+            p.grad = part.view_as(p)  # backward adds into the buffer: one all-reduce, no copies
+        self.clip, self.runtime = cfg.grad_clip_norm, runtime
+
+    @property
+    def all(self) -> tuple[torch.optim.Optimizer, ...]:
+        return (self.adam, self.muon)
+
+    def zero_grad(self) -> None:
+        self.flat.zero_()
+
+    def step(self, plan: StepPlan) -> None:
+        """Sum gradients over ranks, clip, and update by the plan's learning rate and momentum."""
+        self.runtime.sum(self.flat)
+        if self.clip:
+            self.flat.mul_((self.clip / (self.flat.norm() + 1e-6)).clamp(max=1.0))
+        for optimiser in self.all:
+            for group in optimiser.param_groups:
+                group["lr"] = group["base_lr"] * plan.lr_scale
+        self.muon.param_groups[0]["momentum"] = plan.muon_momentum
+        for optimiser in self.all:
+            optimiser.step()
+
+
+# =============================================================================
+# 8. QUANTISE AND PACK: weights -> int8 rows -> one compressed file, and back
+# =============================================================================
+
+KEEP_FLOAT_NUMEL = 65_536  # official: tensors of at most this many values stay float
+CLIP_QUANTILE = 0.9999984  # official: each row is clipped at this quantile of its magnitudes
+MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
+PREFIX = struct.Struct("<6sB1s8sQQ")  # magic, version, codec, sha256[:8] of the body, raw and packed length
+RAW_LIMIT = 1 << 30  # no artifact this tool makes unpacks to more; a header that says so is damaged
+
+
+def quantise_rows(weight: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+    """int8 codes [r, c] and float16 steps [r]: symmetric, clipped at the official quantile.
+
+    The official script keeps steps >= 1/127, which is coarse for every row whose largest weight is
+    below 1; `floor` 0 drops that. Codes are rounded by the step as stored.
+    """
+    clip = torch.quantile(weight.abs(), CLIP_QUANTILE, dim=1)
+    step = (clip / 127).clamp_min(max(floor, 2.0**-24)).half()  # 2^-24: the least positive float16
+    codes = (weight / step.float()[:, None]).round().clamp(-127, 127)
+    return codes.to(torch.int8), step
+
+
+def stored_form(cfg: Config, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """The arrays that stand for a tensor in the artifact, by kind."""
+    weight = tensor.detach().float().cpu()
+    if weight.ndim == 2 and weight.numel() > KEEP_FLOAT_NUMEL:
+        codes, step = quantise_rows(weight, cfg.quant_scale_floor)
+        return {"int8": codes, "step": step}
+    if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns):
+        return {"fp32": weight}
+    return {"fp16": weight.half()}
+
+
+STORED = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}
+
+
+def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
+    """The artifact: a checked prefix and one compressed body of header and planes. Same input, same bytes.
+
+    Planes of one kind stand together (all codes, then all steps, ...), which compresses better than
+    tensor by tensor.
+    """
+    forms = {name: stored_form(cfg, name, tensor) for name, tensor in state.items()}
+    table = [[name, list(state[name].shape), list(forms[name])] for name in sorted(forms)]
+    header = json.dumps(dict(about, model=cfg.shape(), tensors=table), sort_keys=True, separators=(",", ":"))
+    planes = [
+        forms[name][kind].contiguous().numpy().astype(STORED[kind], copy=False).tobytes()
+        for kind in STORED
+        for name, _, kinds in table
+        if kind in kinds
+    ]
+    raw = struct.pack("<I", len(header.encode())) + header.encode() + b"".join(planes)
+    body = CODECS[cfg.codec].compress(raw, cfg)
+    check = hashlib.sha256(body).digest()[:8]
+    return PREFIX.pack(MAGIC, FORMAT_VERSION, CODECS[cfg.codec].tag, check, len(raw), len(body)) + body
+
+
+def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
+    """(state dict in float32, header) of an artifact; RunError on anything damaged. Nothing is executed."""
+    require(len(blob) >= PREFIX.size and blob[:6] == MAGIC, f"{source} is not an artifact of this tool")
+    _, version, tag, check, raw_length, body_length = PREFIX.unpack_from(blob)
+    body = blob[PREFIX.size :]
+    require(version == FORMAT_VERSION, f"{source} has format version {version}; this reads {FORMAT_VERSION}")
+    whole = (
+        len(body) == body_length and hashlib.sha256(body).digest()[:8] == check and raw_length <= RAW_LIMIT
+    )
+    require(whole, f"{source} is damaged: its checksum or length does not match; copy it again")
+    codec = next((codec for codec in CODECS.values() if codec.tag == tag), None)
+    require(codec is not None, f"{source} is packed with an unknown codec {tag!r}")
+    try:
+        raw = codec.decompress(body, raw_length)
+        size = struct.unpack_from("<I", raw)[0]
+        header = json.loads(raw[4 : 4 + size])
+        return read_planes(header["tensors"], raw, 4 + size), header
+    except RunError:
+        raise
+    except Exception as error:  # a forged body: whatever breaks, the file is to blame
+        raise RunError(f"{source} cannot be unpacked ({type(error).__name__}: {error})") from None
+
+
+def read_planes(table: list, raw: bytes, at: int) -> dict[str, Tensor]:
+    """Rebuild float32 tensors from the planes that start at byte `at`."""
+    arrays: dict[tuple[str, str], np.ndarray] = {}
+    for kind, code in STORED.items():
+        for name, shape, kinds in table:
+            if kind in kinds:
+                shape_here = shape[:1] if kind == "step" else shape
+                count = math.prod(shape_here)
+                arrays[name, kind] = np.frombuffer(raw, code, count, at).reshape(shape_here)
+                at += count * np.dtype(code).itemsize
+    require(at == len(raw), "the artifact's planes do not fill it")
+    state = {}
+    for name, _, kinds in table:
+        values = torch.from_numpy(arrays[name, kinds[0]].astype(np.float32))
+        steps = arrays.get((name, "step"))
+        state[name] = (
+            values if steps is None else values * torch.from_numpy(steps.astype(np.float32))[:, None]
+        )
+    return state
+
+
+@dataclass(frozen=True)
+class Codec:
+    tag: bytes
+    compress: Callable[[bytes, Config], bytes]
+    decompress: Callable[[bytes, int], bytes]
+
+
+def import_zstandard():
+    """The module; RunError if it is missing, instead of a silent fall-back to zlib (30 of 59 runs went over the cap)."""
+    try:
+        import zstandard
+    except ImportError:
+        raise RunError(
+            "CODEC=zstd needs the package zstandard: pip install zstandard, or set CODEC=zlib"
+        ) from None
+    return zstandard
+
+
+def inflate(body: bytes, size: int) -> bytes:
+    return zlib.decompressobj().decompress(body, size)
+
+
+CODECS = {
+    "zstd": Codec(
+        b"s",
+        lambda raw, cfg: import_zstandard().ZstdCompressor(level=cfg.zstd_level).compress(raw),
+        lambda body, size: import_zstandard().ZstdDecompressor().decompress(body, max_output_size=size),
+    ),
+    "zlib": Codec(b"z", lambda raw, cfg: zlib.compress(raw, 9), inflate),
+}
+
+
+def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
+    """Bytes of the planes before compression, from shapes alone."""
+    total = 0
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and tensor.numel() > KEEP_FLOAT_NUMEL:
+            total += tensor.numel() + 2 * tensor.size(0)
+        else:
+            fp32 = any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns)
+            total += tensor.numel() * (4 if fp32 else 2)
+    return total
+
+
+# Compressed / raw bytes of trained int8 weights: 0.9165 in PR #895 (zstd 22, no step floor), 0.92 in LowerLR (zlib).
+TRAINED_RATIO = 0.92
+
+
+def predict_size(cfg: Config, model: GPT) -> int:
+    """Expected bytes of the packed model after training. Untrained weights are more uniform: up to 8 % more."""
+    return int(TRAINED_RATIO * payload_bytes(cfg, model.state_dict()))
+
+
+# =============================================================================
+# 9. SCORE: nats of every validation token, once, divided by the bytes of its text
+# =============================================================================
+
+
+@dataclass(frozen=True)
+class Score:
+    nats: float
+    tokens: int
+    bytes: int
+    seconds: float
+
+    @property
+    def loss(self) -> float:
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of text: the only place where nats become bits."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def plain_windows(targets: int, length: int) -> list[tuple[int, int]]:
+    """(start, count) of the official validation windows plus the tail it drops: every target once."""
+    return [(start, min(length, targets - start)) for start in range(0, targets, length)]
+
+
+def eval_batch_sequences(cfg: Config, device: torch.device) -> int:
+    """Windows per pass, independent of the world size. A CPU wants its cache: 16 K tokens a pass."""
+    tokens = min(cfg.val_batch_size // 8, 16_384 if device.type == "cpu" else 65_536)
+    return max(1, tokens // cfg.train_seq_len)
+
+
+def roundtrip(
+    cfg: Config, nats_of: Callable[[Tensor, Tensor], Tensor], data: Validation, runtime: Runtime
+) -> Score:
+    """Score the split by official windows, sharded over ranks. Short batches are padded: one compiled shape."""
+    start_time = time.perf_counter()
+    length, batch = cfg.train_seq_len, eval_batch_sequences(cfg, runtime.device)
+    windows = plain_windows(data.targets, length)
+    mine = [windows[i] for i in runtime.share(len(windows))]
+    totals = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    for at in range(0, len(mine), batch):
+        block = np.zeros((batch, length + 1), np.int64)
+        scored = np.zeros((batch, length), bool)
+        for row, (start, count) in enumerate(mine[at : at + batch]):
+            block[row, : count + 1] = data.tokens[start : start + count + 1]
+            scored[row, :count] = True
+        ids = torch.from_numpy(block).to(runtime.device)
+        with torch.no_grad():
+            nats = nats_of(ids[:, :-1], ids[:, 1:]).double().cpu()
+        totals += torch.stack(
+            (nats[torch.from_numpy(scored)].sum(), torch.tensor(float(scored.sum())).double())
+        )
+    nats, tokens = runtime.sum(totals).tolist()
+    require(
+        tokens == data.targets, f"scored {tokens:.0f} targets of {data.targets}: a bug; no score is printed"
+    )
+    return Score(nats, int(tokens), data.bytes, time.perf_counter() - start_time)
+
+
+# =============================================================================
+# 10. TRAIN
+# =============================================================================
+
+
+@dataclass
+class Run:
+    """What every phase of a run needs."""
+
+    cfg: Config
+    runtime: Runtime
+    log: RunLog
+    model: GPT
+    data: Validation
+
+    def __post_init__(self) -> None:
+        self.loss = self.runtime.compile(training_loss(self.cfg, self.model))
+        self.nats = self.runtime.compile(lambda ids, targets: token_nats(self.model, ids, targets))
+
+    def score(self) -> Score:
+        return roundtrip(self.cfg, self.nats, self.data, self.runtime)
+
+
+def micro_batch_limit(cfg: Config, device: torch.device) -> int:
+    """Most sequences of one forward pass. 8 K tokens was the fastest on 2 CPU cores (records/benchmarks)."""
+    tokens = cfg.micro_batch_tokens or (65_536 if device.type == "cuda" else 8_192)
+    return max(1, tokens // cfg.train_seq_len)
+
+
+def micro_batches(batch: tuple[Tensor, Tensor], limit: int) -> list[tuple[Tensor, Tensor]]:
+    """Split a rank's sequences into the fewest near-equal parts of at most `limit`: at most two shapes."""
+    count = -(-len(batch[0]) // limit)
+    return list(zip(*(part.tensor_split(count) for part in batch), strict=True)) if count else []
+
+
+def train_step(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: int) -> Tensor:
+    """One optimiser step; returns this rank's share of the mean nats per token."""
+    optimisers.zero_grad()
+    total = torch.zeros((), device=run.runtime.device)
+    for ids, targets in micro_batches(batch, limit):
+        ids, targets = (part.to(run.runtime.device, non_blocking=True) for part in (ids, targets))
+        share = len(ids) / run.cfg.sequences
+        objective, nats = run.loss(ids, targets)
+        (objective * share).backward()
+        total += nats * share
+    optimisers.step(plan)
+    return total
+
+
+def fit_micro_batch(run: Run, optimisers: Optimisers, batch) -> int:
+    """Sequences per forward pass that fit the device: halved on out-of-memory, each rank for itself.
+
+    Raises the device's own error when not even one sequence fits.
+    """
+    limit = min(micro_batch_limit(run.cfg, run.runtime.device), max(1, len(batch[0])))
+    while True:
+        try:
+            for ids, targets in micro_batches(batch, limit)[:1]:
+                run.loss(ids.to(run.runtime.device), targets.to(run.runtime.device))[0].backward()
+            return limit
+        except torch.OutOfMemoryError:
+            if limit == 1:
+                raise
+            limit //= 2
+            torch.cuda.empty_cache()
+            print(
+                f"warning: out of memory, micro-batch halved to {limit} sequences",
+                file=sys.stderr,
+                flush=True,
+            )
+        finally:
+            optimisers.zero_grad()
+
+
+def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int, float]:
+    """Compile everything the run will use, untimed, then undo it. (micro-batch limit, seconds of a step)"""
+    cfg, seconds = run.cfg, 0.0
+    loader = batches(cfg, stream, run.runtime)
+    if not cfg.warmup_steps or not cfg.iterations:
+        return micro_batch_limit(cfg, run.runtime.device), seconds
+    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    states = [optimiser.state_dict() for optimiser in optimisers.all]  # still without any state
+    random_state = torch.get_rng_state()
+    limit = fit_micro_batch(run, optimisers, next(batches(cfg, stream, run.runtime)))
+    for step in range(cfg.warmup_steps):
+        run.runtime.synchronize()
+        start = time.perf_counter()
+        train_step(run, optimisers, next(loader), plan_step(cfg, 0, 0.0, 0.0), limit)
+        run.runtime.synchronize()
+        seconds = time.perf_counter() - start
+        run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
+    warm_evaluation(run)
+    run.model.load_state_dict(weights)
+    for optimiser, state in zip(optimisers.all, states, strict=True):
+        optimiser.load_state_dict(state)
+    optimisers.zero_grad()
+    torch.set_rng_state(random_state)
+    return limit, run.runtime.main_number(seconds)
+
+
+def warm_evaluation(run: Run) -> None:
+    """Compile the evaluation graph on blank tokens."""
+    batch = eval_batch_sequences(run.cfg, run.runtime.device)
+    blank = torch.zeros(batch, run.cfg.train_seq_len + 1, dtype=torch.int64, device=run.runtime.device)
+    with torch.no_grad():
+        run.nats(blank[:, :-1], blank[:, 1:])
+
+
+def graphs_compiled() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+
+
+def forecast(run: Run, stream: TokenStream, step_seconds: float) -> None:
+    """Say before the clock starts what the run will reach, and warn of the published traps."""
+    cfg, log = run.cfg, run.log
+    steps = steps_left(cfg, 0, 0.0, step_seconds)
+    epochs = steps * cfg.train_batch_tokens / len(stream)
+    log.line(f"forecast: steps:{steps:.0f} step_ms:{1000 * step_seconds:.0f} epochs:{epochs:.2f}")
+    if cfg.warmdown_iters > steps and not cfg.unmet(
+        next(f for f in fields(cfg) if f.name == "warmdown_iters")
+    ):
+        peak = steps / cfg.warmdown_iters
+        log.line(
+            f"warning: WARMDOWN_ITERS={cfg.warmdown_iters} is longer than the run; the learning rate "
+            f"starts at {peak:.2f} of its knobs and never reaches them"
+        )
+    seconds = steps * step_seconds
+    if cfg.max_wallclock_seconds and 0 < seconds < 0.5 * cfg.max_wallclock_seconds:
+        log.line(
+            f"warning: ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} s "
+            f"of MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:.0f}"
+        )
+    if epochs > 1:
+        log.line(
+            f"warning: the run will read its {len(stream)} training tokens {epochs:.1f} times; get more shards"
+        )
+
+
+@dataclass
+class Trained:
+    """How training ended."""
+
+    step: int = 0
+    seconds: float = 0.0
+    plan: StepPlan | None = None
+    mean_lr_scale: float = 0.0
+    score: Score | None = None
+
+    @property
+    def truncated(self) -> bool:
+        return self.plan is not None and self.plan.progress < 0.98
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def validate(run: Run, step: int, seconds: float) -> Score:
+    """Score the live weights, log it in the official line format."""
+    score, ms = run.score(), 1000 * seconds
+    run.log.line(
+        f"step:{step}/{run.cfg.iterations} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} "
+        f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
+    )
+    run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_ms=ms)
+    return score
+
+
+def report_step(run: Run, step: int, loss: Tensor, plan: StepPlan, seconds: float) -> None:
+    """Log a finished step, counted from 1; RunError (5) if its loss is not a number."""
+    value, ms = run.runtime.sum(loss).item(), 1000 * seconds
+    run.log.line(
+        f"step:{step}/{run.cfg.iterations} train_loss:{value:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms "
+        f"lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
+    )
+    tokens = step * run.cfg.train_batch_tokens
+    run.log.event(
+        "step",
+        step=step,
+        train_loss=value,
+        lr_scale=plan.lr_scale,
+        progress=plan.progress,
+        tokens=tokens,
+        train_ms=ms,
+    )
+    if not math.isfinite(value):
+        raise RunError(
+            f"diverged: loss is {value} at step {step}; lower MATRIX_LR and the other rates", DIVERGED
+        )
+
+
+def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
+    """Train until the step limit or the clock; validates at the end whatever the cadence."""
+    cfg, log, result, scales = run.cfg, run.log, Trained(), 0.0
+    limit, step_seconds = warm_up(run, optimisers, stream)
+    forecast(run, stream, step_seconds)
+    loader, windows, graphs = None, (len(stream) - 1) // cfg.train_seq_len, graphs_compiled()
+    clock = Clock(run.runtime, step_seconds)
+    clock.start()
+    for step in itertools.count():
+        elapsed = clock.tick()
+        plan = plan_step(cfg, step, elapsed, clock.step_seconds())
+        done = finished(cfg, step, elapsed + clock.behind(), clock.step_seconds())
+        if done or due(step, cfg.val_loss_every):
+            with clock.paused():
+                result.score = validate(run, step, clock.total)
+        if done:
+            break
+        loader = loader or prefetch(batches(cfg, stream, run.runtime))
+        loss = train_step(run, optimisers, next(loader), plan, limit)
+        scales += plan.lr_scale
+        if cfg.train_log_every and (step < 10 or due(step + 1, cfg.train_log_every)):
+            report_step(run, step + 1, loss, plan, clock.seconds())
+        if cfg.sequences * (step + 1) // windows > cfg.sequences * step // windows:
+            log.line(f"epoch:{cfg.sequences * (step + 1) // windows + 1} begins at step:{step + 1}")
+    result.step, result.seconds, result.plan, result.mean_lr_scale = (
+        step,
+        clock.total,
+        plan,
+        scales / max(step, 1),
+    )
+    if step < cfg.iterations:
+        log.line(
+            f"stopping_early: wallclock_cap train_time:{1000 * clock.total:.0f}ms step:{step}/{cfg.iterations}"
+        )
+    if result.truncated:
+        log.line(
+            f"warning: schedule_truncated at progress {plan.progress:.3f}: steps are too long for the clock"
+        )
+    if graphs_compiled() > graphs:
+        log.line(f"warning: {graphs_compiled() - graphs} graphs were compiled inside the training clock")
+    return result
+
+
+# =============================================================================
+# 11. MAIN
+# =============================================================================
+
+
+def code_bytes() -> bytes:
+    """This file, as it ships."""
+    return Path(__file__).read_bytes()
+
+
+def log_header(run: Run, stream: TokenStream | None) -> None:
+    """The official head of a log: the source, the versions, the setting; and the same as events."""
+    cfg, log, runtime, data = run.cfg, run.log, run.runtime, run.data
+    rule = "=" * 100
+    machine = describe_machine(runtime)
+    log.line(code_bytes().decode(), echo=False)
+    for text in (
+        rule,
+        f"Running Python {sys.version}",
+        f"Running PyTorch {torch.__version__}",
+        nvidia_smi(runtime),
+        rule,
+    ):
+        log.line(text, echo=False)
+    log.line(f"run_id:{log_name(log)} config_hash:{cfg.hash} overrides:{json.dumps(cfg.overrides())}")
+    log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}")
+    log.line(
+        f"train_loader:dataset:{Path(cfg.data_path).resolve().name} train_shards:{len(stream.paths) if stream else 0}"
+    )
+    log.line(f"val_loader:shards pattern={Path(cfg.data_path) / '*_val_*.bin'} tokens:{data.targets}")
+    log.line(f"val: tokens:{data.targets} bytes:{data.bytes} docs:{data.documents} sha256:{data.sha256}")
+    log.line(f"model_params:{sum(p.numel() for p in run.model.parameters())}")
+    log.line(
+        f"world_size:{runtime.world_size} micro_batch_sequences:{micro_batch_limit(cfg, runtime.device)}"
+    )
+    log.line(
+        f"device:{machine['device']} dtype:{machine['dtype']} compile:{int(runtime.compiles)} attention:sdpa"
+    )
+    log.line(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}")
+    rate = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
+    log.line(
+        f"tie_embeddings:{cfg.tie_embeddings} embed_lr:{rate} head_lr:{0.0 if cfg.tie_embeddings else cfg.head_lr} "
+        f"matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}"
+    )
+    log.line(
+        f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} iterations:{cfg.iterations} "
+        f"warmup_steps:{cfg.warmup_steps} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}"
+    )
+    log.line(f"seed:{cfg.seed}")
+    sha = hashlib.sha256(code_bytes()).hexdigest()
+    log.event(
+        "config", config=asdict(cfg), config_hash=cfg.hash, code_sha256=sha, code_bytes=len(code_bytes())
+    )
+    log.event("env", **machine, val_tokens=data.targets, val_bytes=data.bytes, val_sha256=data.sha256)
+
+
+def log_name(log: RunLog) -> str:
+    return Path(log.text.name).stem if log.text else ""
+
+
+def describe_machine(runtime: Runtime) -> dict[str, object]:
+    kind = torch.cuda.get_device_name() if runtime.is_cuda else platform.processor() or platform.machine()
+    dtype = str(runtime.dtype).removeprefix("torch.")
+    threads = torch.get_num_threads()
+    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+    name = kind if runtime.is_cuda else f"{runtime.device.type} {kind} threads={threads}"
+    return dict(device=name, world_size=runtime.world_size, dtype=dtype, compile=runtime.compiles, **versions)
+
+
+def nvidia_smi(runtime: Runtime) -> str:
+    if not runtime.is_cuda:
+        return "no GPU in use"
+    try:
+        return subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return "nvidia-smi not found"
+
+
+def require_finite(run: Run) -> None:
+    """RunError (5) if a weight is not finite: such a model is never written."""
+    bad = [name for name, tensor in run.model.state_dict().items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise RunError(f"diverged: {bad[0]} holds values that are not finite; nothing was written", DIVERGED)
+
+
+def save_model(run: Run, out: Path) -> dict[str, object]:
+    """Write final_model.pt and the artifact; returns the `artifact` event. Rank 0 only."""
+    cfg, log, state = run.cfg, run.log, run.model.state_dict()
+    buffer = io.BytesIO()
+    torch.save({name: tensor.cpu() for name, tensor in state.items()}, buffer)
+    write_atomic(out / "final_model.pt", buffer.getvalue())
+    code = len(code_bytes())
+    log.line(f"Serialized model: {buffer.tell()} bytes")
+    log.line(f"Code size: {code} bytes")
+    log.line(f"Total submission size: {buffer.tell() + code} bytes")
+    about = dict(quant="int8", dtype=str(run.runtime.dtype).removeprefix("torch."), config_hash=cfg.hash)
+    blob = pack(cfg, state, about)
+    path = out / "final_model.int8.ptz"
+    write_atomic(path, blob)
+    payload = payload_bytes(cfg, state)
+    ratio = sum(4 * tensor.numel() for tensor in state.values()) / payload
+    log.line(
+        f"Serialized model int8+{cfg.codec}: {len(blob)} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)"
+    )
+    log.line(f"Total submission size int8+{cfg.codec}: {len(blob) + code} bytes")
+    sizes = dict(model_bytes=len(blob), code_bytes=code, total_bytes=len(blob) + code)
+    return dict(path=str(path), quant="int8", codec=cfg.codec, **sizes)
+
+
+def score_artifact(run: Run, path: Path, codec: str) -> Score:
+    """Load the artifact from disk into the model and score it; prints the two official final lines."""
+    state = run.runtime.main_decides(lambda: unpack(read_artifact(path), str(path))[0])
+    load_weights(run.model, state, str(path))
+    score = run.score()
+    name = f"final_int8_{codec}_roundtrip"
+    run.log.line(
+        f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} eval_time:{1000 * score.seconds:.0f}ms"
+    )
+    run.log.line(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+    values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
+    run.log.event("score", name="roundtrip", **values, seconds=score.seconds)
+    return score
+
+
+def read_artifact(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RunError(f"cannot read the artifact {path}: {error.strerror}") from None
+
+
+def verdict(cfg: Config, artifact: Mapping[str, object], seconds: float) -> tuple[str, int, str]:
+    """(status, exit code, message) by the challenge's limits."""
+    total = artifact["total_bytes"]
+    if total > SIZE_LIMIT:
+        return (
+            "over_size",
+            OVER_SIZE,
+            f"{total} bytes of code and model, {total - SIZE_LIMIT} over {SIZE_LIMIT}",
+        )
+    if 0 < cfg.max_eval_seconds < seconds:
+        return (
+            "over_eval_time",
+            OVER_EVAL_TIME,
+            f"evaluation took {seconds:.0f} s of {cfg.max_eval_seconds:.0f}",
+        )
+    return "ok", 0, ""
+
+
+def finish(run: Run, trained: Trained, artifact: dict, score: Score, run_id: str) -> int:
+    """The `end` event and the RESULT line; returns the exit code."""
+    cfg, log = run.cfg, run.log
+    status, code, message = verdict(cfg, artifact, score.seconds)
+    log.line(f"peak memory: {run.runtime.peak_memory_mib()} MiB")
+    if message:
+        log.line(f"error: {message}")
+    reached = trained.plan.progress if trained.plan else 0.0
+    schedule = dict(progress=reached, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
+    log.event(
+        "end", status=status, step=trained.step, exit_code=code, train_seconds=trained.seconds, **schedule
+    )
+    before = trained.score
+    result = dict(
+        run_id=run_id, status=status, exit_code=code, seed=cfg.seed, config_hash=cfg.hash,
+        val_loss=round(score.loss, 8), val_bpb=round(score.bpb, 8),
+        prequant_val_bpb=round(before.bpb, 8) if before else None,
+        **artifact, steps=trained.step, tokens=trained.step * cfg.train_batch_tokens,
+        train_seconds=round(trained.seconds, 3), eval_seconds=round(score.seconds, 3), **schedule,
+        **describe_machine(run.runtime), val_sha256=run.data.sha256, overrides=cfg.overrides(),
+    )  # fmt: skip
+    log.line("RESULT " + json.dumps(result))
+    return code
+
+
+def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Config:
+    """The config with the artifact's model knobs; RunError if the environment asks for other ones."""
+    names = {f.name: f for f in fields(Config) if f.metadata["role"] == "model"}
+    require(
+        set(header["model"]) == set(names),
+        f"EVAL_ONLY={cfg.eval_only} was made by another version of this script",
+    )
+    for name, value in header["model"].items():
+        asked = name.upper() in env and getattr(cfg, name) != value
+        require(
+            not asked,
+            f"{name.upper()}={env.get(name.upper())} but the artifact was trained with {value}; unset it",
+        )
+    dtype = next(
+        (name for name, kind in DTYPES.items() if str(kind) == f"torch.{header['dtype']}"), cfg.dtype
+    )
+    return replace(cfg, **header["model"], dtype=cfg.dtype if "DTYPE" in env else dtype)
+
+
+def execute(cfg: Config, env: Mapping[str, str]) -> int:
+    """One run, whole; returns the exit code."""
+    header = unpack(read_artifact(Path(cfg.eval_only)), cfg.eval_only)[1] if cfg.eval_only else None
+    cfg = artifact_config(cfg, env, header) if header else cfg
+    if cfg.codec == "zstd":
+        import_zstandard()
+    with Runtime.launch(cfg, env) as runtime:
+        run_id = runtime.main_decides(
+            lambda: cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        )
+        tokenizer = runtime.main_decides(lambda: load_tokenizer(cfg) and None) or load_tokenizer(cfg)
+        data = runtime.main_decides(lambda: load_validation(cfg, tokenizer))
+        stream = None if header or not cfg.iterations else TokenStream(cfg.data_path, "train", cfg.vocab_size)
+        for seeded in (random.seed, np.random.seed, torch.manual_seed):
+            seeded(cfg.seed)
+        model = GPT(cfg, runtime.dtype)
+        if cfg.init_from:
+            load_weights(model, load_checkpoint(cfg.init_from), f"INIT_FROM={cfg.init_from}")
+        require_size(cfg, model)
+        locks: list = []
+        runtime.main_decides(lambda: locks.extend(claim_outputs(cfg, run_id)))
+        log = RunLog(Path(cfg.out_dir) / "logs" if runtime.is_main else None, run_id)
+        run = Run(cfg, runtime, log, model.to(runtime.device), data)
+        try:
+            return train_and_score(run, stream, header, run_id)
+        except RunError as error:
+            log.line(f"error: {error}", echo=False)
+            log.event(
+                "end",
+                status="diverged" if error.code == DIVERGED else "error",
+                step=None,
+                exit_code=error.code,
+            )
+            raise
+        finally:
+            log.close()
+
+
+def require_size(cfg: Config, model: GPT) -> None:
+    """RunError (3) before training when the artifact cannot fit; a warning when it is close."""
+    predicted = predict_size(cfg, model) + len(code_bytes())
+    if predicted > 1.03 * SIZE_LIMIT and not cfg.eval_only:
+        raise RunError(
+            f"about {predicted} bytes of code and model, over {SIZE_LIMIT}; make the model smaller", OVER_SIZE
+        )
+
+
+def train_and_score(run: Run, stream: TokenStream | None, header: Mapping | None, run_id: str) -> int:
+    """Train, pack, read back from disk, score what was read; or score a given artifact."""
+    cfg = run.cfg
+    log_header(run, stream)
+    if header:
+        path = Path(cfg.eval_only)
+        sizes = dict(model_bytes=path.stat().st_size, code_bytes=len(code_bytes()))
+        sizes["total_bytes"] = sum(sizes.values())
+        codec = next(name for name, codec in CODECS.items() if codec.tag == read_artifact(path)[7:8])
+        artifact = dict(path=str(path), quant=header["quant"], codec=codec, **sizes)
+        return finish(run, Trained(), artifact, score_artifact(run, path, codec), run_id)
+    if cfg.iterations:
+        trained = train(run, Optimisers(cfg, run.model, run.runtime), stream)
+    else:
+        trained = Trained(score=validate(run, 0, 0.0))
+    require_finite(run)
+    artifact = run.runtime.main_decides(lambda: save_model(run, Path(cfg.out_dir)))
+    run.log.event("artifact", **artifact)
+    return finish(run, trained, artifact, score_artifact(run, Path(artifact["path"]), cfg.codec), run_id)
+
+
+def dry_run(cfg: Config) -> None:
+    """Print what the run would be. One eager forward and backward pass is timed; nothing is trained or written."""
+    with Runtime.launch(replace(cfg, compile="0"), {}) as runtime:
+        model = GPT(cfg, runtime.dtype).to(runtime.device)
+        limit = min(micro_batch_limit(cfg, runtime.device), cfg.sequences)
+        ids = torch.zeros(limit, cfg.train_seq_len, dtype=torch.int64, device=runtime.device)
+        loss, times = training_loss(cfg, model), []
+        for _ in range(2):
+            runtime.synchronize()
+            start = time.perf_counter()
+            loss(ids, ids)[0].backward()
+            runtime.synchronize()
+            times.append(time.perf_counter() - start)
+        step_seconds = min(times) * cfg.sequences / limit
+        size, code = predict_size(cfg, model), len(code_bytes())
+        facts = dict(
+            config_hash=cfg.hash,
+            model_params=sum(p.numel() for p in model.parameters()),
+            predicted_artifact_bytes=size,
+            code_bytes=code,
+            predicted_total_bytes=size + code,
+            size_limit=SIZE_LIMIT,
+            flops_per_step=step_flops(cfg, model),
+            seconds_per_step=round(step_seconds, 4),
+            predicted_steps=int(steps_left(cfg, 0, 0.0, step_seconds)),
+            predicted_by=f"one eager process on {describe_machine(runtime)['device']}",
+        )
+    for name, value in cfg.effective().items():
+        print(f"{name}={value}")
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return
+    if arguments == ["--knob-table"]:
+        print(knob_table())
+        return
+    try:
+        require(
+            arguments in ([], ["--dry-run"]),
+            f"unknown argument {' '.join(arguments)}; knobs are environment variables",
+        )
+        cfg = Config.from_env(os.environ)
+        code = dry_run(cfg) if arguments else execute(cfg, os.environ)
+    except RunError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        code = error.code
+    sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()
