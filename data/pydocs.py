@@ -105,13 +105,15 @@ class Section:
 # --- reading -----------------------------------------------------------------------------------
 
 
-def find_sources(packages: dict[str, tuple[str, ...]]) -> tuple[list[tuple[str, Path]], dict, list[str]]:
+def find_sources(
+    packages: dict[str, tuple[str, ...]], library: Path
+) -> tuple[list[tuple[str, Path]], dict, list[str]]:
     """Locate the .py files. Returns (label, file) sorted by label, versions, missing packages.
 
-    A label is the path below the folder that holds the package, with forward slashes, so it is the
-    same wherever Python is installed.
+    `library` is the folder of the standard library. A label is the path below the folder that holds
+    the package, with forward slashes, so it is the same wherever Python is installed.
     """
-    files = list(python_files(Path(sysconfig.get_paths()["stdlib"]), ""))
+    files = list(python_files(library, ""))
     versions, missing = {}, []
     for distribution, names in packages.items():
         roots = [root for name in names if (root := package_root(name))]
@@ -122,6 +124,10 @@ def find_sources(packages: dict[str, tuple[str, ...]]) -> tuple[list[tuple[str, 
         for root in roots:
             files += [(root.name, root)] if root.is_file() else python_files(root, f"{root.name}/")
     return sorted(files), versions, missing
+
+
+def standard_library() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def package_root(name: str) -> Path | None:
@@ -412,12 +418,20 @@ def split_documents(documents: list[str]) -> tuple[list[str], dict]:
 # --- the build -----------------------------------------------------------------------------------
 
 
-def build(out: Path, workers: int = 2, packages: dict[str, tuple[str, ...]] = PACKAGES) -> dict:
-    """Build corpus and tokenizer below `out`; returns the manifest. Prints a line a stage."""
+def build(
+    out: Path,
+    workers: int = 2,
+    packages: dict[str, tuple[str, ...]] = PACKAGES,
+    library: Path | None = None,
+) -> dict:
+    """Build corpus and tokenizer below `out`; returns the manifest. Prints a line a stage.
+
+    `packages` and `library` (the standard library's folder) are for tests.
+    """
     dataset, tokenizer = out / "datasets" / NAME, out / "tokenizers" / TOKENIZER
     with scratch_folder(dataset) as scratch:
         clock = Clock()
-        files, versions, missing = find_sources(packages)
+        files, versions, missing = find_sources(packages, library or standard_library())
         sections = ordered_map(read_batch, file_batches(files), workers)
         documents = make_documents(itertools.chain.from_iterable(sections))
         size = sum(len(document.encode()) for document in documents)
@@ -476,11 +490,11 @@ def read_batch(files: list[tuple[str, Path]]) -> list[list[Section]]:
 
 def summary(manifest: dict, dataset: Path) -> str:
     """One line about a finished corpus."""
-    train, val = manifest["splits"]["train"], manifest["splits"]["val"]
-    return (
-        f"{dataset}: train {train['tokens']:,} tokens, {train['bytes']:,} bytes, {train['documents']:,} docs; "
-        f"val {val['tokens']:,} tokens, {val['bytes']:,} bytes, {val['documents']:,} docs"
-    )
+    parts = [
+        f"{split} {entry['tokens']:,} tokens, {entry['bytes']:,} bytes, {entry['documents']:,} docs"
+        for split, entry in sorted(manifest["splits"].items())
+    ]
+    return f"{dataset}: " + "; ".join(parts)
 
 
 def main() -> None:

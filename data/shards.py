@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,20 +33,24 @@ class Problem(Exception):
 
 
 def command(main: Callable[[], int | None]) -> None:
-    """Run a tool's `main` and exit: 0 or its result, 2 for bad input, 130 when interrupted."""
+    """Run a tool's `main` and exit: 0 or its result, 2 for bad input, 130 when interrupted.
+
+    A termination signal ends it like Ctrl-C, so that temporary files go there too.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main() or 0
     except Problem as problem:
         print(f"error: {problem}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:
+        code = 141
     except OSError as error:
         print(f"error: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was kept", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        code = 141
     sys.stdout.flush()
     raise SystemExit(code)
 

@@ -101,10 +101,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
+        raise Problem(f"no tokenizer from this text: {reason}; give more text") from None
+    found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
+    if found != vocab_size:
         raise Problem(
-            f"no tokenizer of {vocab_size} pieces from this text ({reason}); "
-            "give more text or a smaller --vocab-size"
-        ) from None
+            f"the text yields {found} pieces, not {vocab_size}; give more text or --vocab-size {found}"
+        )
     return model.getvalue()
 
 

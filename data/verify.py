@@ -65,11 +65,21 @@ def check_shard(path: Path, vocab_size: int | None, known: dict | None) -> tuple
 
 
 def check_split(
-    paths: list[Path], split: str, vocab_size: int | None, manifest: dict, counter: ByteCounter | None
+    folder: Path,
+    paths: list[Path],
+    split: str,
+    vocab_size: int | None,
+    manifest: dict,
+    counter: ByteCounter | None,
 ) -> list[str]:
     """Check one split's shards in order, print its lines, return its faults."""
     files, expected = manifest_files(manifest), manifest.get("splits", {}).get(split)
-    faults, total, documents = [], 0, 0
+    total, documents = 0, 0
+    faults = [
+        f"{folder / name}: in the manifest but not there; build or fetch it again"
+        for name in (expected or {}).get("files", {})
+        if not (folder / name).is_file()
+    ]
     whole = hashlib.sha256()
     progress = Progress(split, len(paths), "shards")
     for index, path in enumerate(paths):
@@ -119,21 +129,19 @@ def main() -> int:
     manifest = read_manifest(options.dataset / "manifest.json") or {}
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     vocab_size = tokenizer.vocab_size() if tokenizer else manifest.get("tokenizer", {}).get("vocab_size")
-    faults = [
-        f"{options.dataset / name}: in the manifest but not there; build or fetch it again"
-        for name in manifest_files(manifest)
-        if not (options.dataset / name).is_file()
-    ]
+    faults = []
     if options.tokenizer and "sha256" in manifest.get("tokenizer", {}):
         digest = sha256_file(options.tokenizer)
         if digest != manifest["tokenizer"]["sha256"]:
             faults.append(f"{options.tokenizer}: not the tokenizer the manifest names; use that one")
     for split, paths in splits.items():
-        if paths:
+        if paths or manifest.get("splits", {}).get(split, {}).get("files"):
             counter = ByteCounter(tokenizer) if tokenizer else None
-            faults += check_split(paths, split, vocab_size, manifest, counter)
+            faults += check_split(options.dataset, paths, split, vocab_size, manifest, counter)
     if not manifest:
-        print("no manifest: hashes not compared" + ("" if vocab_size else ", token ids not bounded"))
+        print("no manifest: hashes not compared")
+    if vocab_size is None:
+        print("no tokenizer given: token ids not bounded, bytes not counted")
     for fault in faults:
         print(f"bad: {fault}", file=sys.stderr)
     return 1 if faults else 0

@@ -1,0 +1,344 @@
+"""data/fineweb.py against a hub written here: a loopback server with the faults real networks have."""
+
+import contextlib
+import hashlib
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+sys.path.insert(0, str(DATA))
+fineweb = importlib.import_module("fineweb")
+shards = importlib.import_module("shards")
+pytest.importorskip("huggingface_hub")
+
+REPO = "someone/golf"
+NAME = "fineweb10B_sp1024"
+COMMIT = "c" * 40
+VAL_TOKENS, SCORED = 5000, 4096
+
+
+def shard_bytes(tokens: int, seed: int) -> bytes:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = shards.MAGIC, shards.VERSION, tokens
+    body = np.random.default_rng(seed).integers(3, 1024, tokens).astype("<u2")
+    body[0] = shards.BOS
+    return header.tobytes() + body.tobytes()
+
+
+def hub_files() -> dict[str, bytes]:
+    catalogue = {
+        "datasets": [
+            {"name": NAME, "tokenizer_name": "sp_bpe_1024", "stats": {"files_train": 3, "files_val": 1}}
+        ],
+        "tokenizers": [{"name": "sp_bpe_1024", "model_path": "tokenizers/x.model", "vocab_path": None}],
+    }
+    files = {
+        "datasets/manifest.json": json.dumps(catalogue).encode(),
+        "datasets/tokenizers/x.model": b"model" * 100,
+        f"datasets/datasets/{NAME}/fineweb_val_000000.bin": shard_bytes(VAL_TOKENS, 0),
+    }
+    for index in range(3):
+        files[f"datasets/datasets/{NAME}/fineweb_train_{index:06d}.bin"] = shard_bytes(200_000, index + 1)
+    return files
+
+
+class Hub(ThreadingHTTPServer):
+    """Serves `files`; `faults[path]` lists what goes wrong with the next GETs of that file.
+
+    "drop": half the bytes, then the connection breaks. "short": half the bytes, declared as all.
+    "flip": the right number of wrong bytes. "error": status 503.
+    """
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files, self.faults, self.log = hub_files(), {}, []
+        self.moved_to = ""  # other address that really holds the bytes
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def gets(self, part: str = "") -> list[tuple[str, dict]]:
+        return [(path, headers) for method, path, headers in self.log if method == "GET" and part in path]
+
+    def train(self, index: int) -> str:
+        return f"datasets/datasets/{NAME}/fineweb_train_{index:06d}.bin"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(head=True)
+
+    def do_GET(self) -> None:
+        self.answer(head=False)
+
+    def fail(self, status: int, code: str = "") -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def answer(self, head: bool) -> None:
+        hub: Hub = self.server
+        hub.log.append((self.command, self.path, dict(self.headers)))
+        match = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
+        if not match or match[1] != REPO:
+            return self.fail(404, "RepoNotFound")
+        body = hub.files.get(match[3])
+        if body is None:
+            return self.fail(404, "EntryNotFound")
+        # Like the hub: sha256 for large files, git's blob hash for small ones.
+        large = match[3].endswith(".bin")
+        digest = hashlib.sha256(body) if large else hashlib.sha1(b"blob %d\0" % len(body) + body)
+        extra = {"X-Repo-Commit": COMMIT, "ETag": f'"{digest.hexdigest()}"'}
+        if head:
+            extra |= {"X-Linked-Size": str(len(body)), "X-Linked-Etag": f'"{digest.hexdigest()}"'}
+            if hub.moved_to:
+                extra["Location"] = hub.moved_to + self.path
+            return self.send(302 if hub.moved_to else 200, extra, b"", len(body))
+        fault = hub.faults[match[3]].pop(0) if hub.faults.get(match[3]) else ""
+        if fault == "error":
+            return self.fail(503)
+        start = 0
+        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(asked[1])
+            extra["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        rest = body[start:]
+        if fault == "flip":
+            rest = rest[:-1] + bytes([rest[-1] ^ 1])
+        sent = rest[: len(rest) // 2] if fault in ("drop", "short") else rest
+        self.send(206 if start else 200, extra, sent, len(rest) if fault == "drop" else len(sent))
+
+    def send(self, status: int, headers: dict, body: bytes, length: int) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(length)}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(body)
+        self.close_connection = True
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "http_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server = Hub()
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", REPO)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(fineweb, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(fineweb, "SCORED_TOKENS", {"sp1024": SCORED})
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def get(hub, tmp_path, monkeypatch, capsys):
+    """Runs the tool in this process; returns what it printed."""
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["fineweb.py", "--out", str(tmp_path), *arguments])
+        fineweb.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def local(tmp_path: Path, index: int) -> Path:
+    return tmp_path / "datasets" / NAME / f"fineweb_train_{index:06d}.bin"
+
+
+def test_fetches_what_was_asked_for(hub, get, tmp_path):
+    output = get("--train-shards", "2")
+    for name, body in hub.files.items():
+        if name.endswith((".bin", ".model")) and "train_000002" not in name:
+            assert (tmp_path / name.removeprefix("datasets/")).read_bytes() == body
+    assert not local(tmp_path, 2).exists()
+    assert "3 shards checked, 400,000 training tokens" in output
+    assert f"{SCORED:,} scored: the challenge's set" in output
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_everything_after_the_catalogue_comes_from_one_commit(hub, get):
+    get("1")
+    revisions = [path.split("/resolve/")[1].split("/")[0] for _, path, _ in hub.log]
+    assert revisions[0] == "main" and set(revisions[1:]) == {COMMIT}
+
+
+def test_second_run_downloads_nothing(hub, get):
+    get("1")
+    hub.log.clear()
+    assert "already there" in get("1")
+    assert all("manifest" in path for path, _ in hub.gets())
+
+
+def test_resumes_after_a_broken_connection(hub, get, tmp_path):
+    hub.faults[hub.train(0)] = ["drop", "error", "drop"]
+    get("1")
+    assert local(tmp_path, 0).read_bytes() == hub.files[hub.train(0)]
+    ranges = [headers.get("Range") for _, headers in hub.gets("train_000000")]
+    assert ranges[0] is None and len(ranges) == 4
+    starts = [int(text[6:-1]) for text in ranges[1:]]
+    assert 0 < starts[0] == starts[1] < starts[2]
+
+
+def test_progress_earns_new_tries(hub, get, tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "TRIES", 2)
+    hub.faults[hub.train(0)] = ["drop"] * 6
+    get("1")
+    assert local(tmp_path, 0).read_bytes() == hub.files[hub.train(0)]
+
+
+def test_resumes_in_a_later_run(hub, get, tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "TRIES", 1)
+    hub.faults[hub.train(0)] = ["drop", "error"]
+    with pytest.raises(shards.Problem, match="gave up"):
+        get("1")
+    assert not local(tmp_path, 0).exists()
+    hub.faults.clear()
+    hub.log.clear()
+    assert "resumed" in get("1")
+    assert [int(h["Range"][6:-1]) > 0 for _, h in hub.gets("train_000000")] == [True]
+    assert local(tmp_path, 0).read_bytes() == hub.files[hub.train(0)]
+
+
+def test_truncated_body_is_completed(hub, get, tmp_path):
+    hub.faults[hub.train(0)] = ["short"]
+    get("1")
+    assert local(tmp_path, 0).read_bytes() == hub.files[hub.train(0)]
+
+
+def test_wrong_hash_is_fetched_again(hub, get, tmp_path):
+    hub.faults[hub.train(0)] = ["flip"]
+    assert "is not the hub's" in get("1")
+    assert local(tmp_path, 0).read_bytes() == hub.files[hub.train(0)]
+
+
+def test_persistent_wrong_hash_leaves_no_file(hub, get, tmp_path):
+    hub.faults[hub.train(0)] = ["flip"] * 100
+    with pytest.raises(shards.Problem, match="hash .* gave up after"):
+        get("1")
+    assert not local(tmp_path, 0).exists() and not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "magic"])
+def test_damaged_local_file_is_never_trusted(hub, get, tmp_path, damage):
+    get("1")
+    path = local(tmp_path, 0)
+    body = path.read_bytes()
+    changed = {
+        "empty": b"",
+        "truncated": body[:-4000],
+        "flipped": body[:-1] + bytes([body[-1] ^ 1]),
+        "magic": b"\0" + body[1:],
+    }[damage]
+    path.write_bytes(changed)
+    assert "fetching it again" in get("1")
+    assert path.read_bytes() == body
+
+
+def test_hub_file_with_a_bad_header_is_refused(hub, get, tmp_path):
+    body = bytearray(hub.files[hub.train(0)])
+    body[8:12] = (7).to_bytes(4, "little")
+    hub.files[hub.train(0)] = bytes(body)
+    with pytest.raises(shards.Problem, match="its header asks for"):
+        get("1")
+    assert not local(tmp_path, 0).exists()
+
+
+def test_other_validation_set_is_refused(hub, get):
+    hub.files[f"datasets/datasets/{NAME}/fineweb_val_000000.bin"] = shard_bytes(SCORED, 0)
+    with pytest.raises(shards.Problem, match="3,072 scored tokens, sp1024 has 4,096"):
+        get("0")
+
+
+def test_published_count_is_the_official_one():
+    assert fineweb.SCORED_TOKENS["sp1024"] == 62_021_632
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["4"], "has 3 training shards, not 4"),
+        (["--variant", "sp77", "1"], "may be one of sp1024"),
+    ],
+)
+def test_impossible_wishes_get_one_line(get, arguments, message):
+    with pytest.raises(shards.Problem, match=message):
+        get(*arguments)
+
+
+def test_manifest_cannot_lead_out_of_the_folder(hub, get, tmp_path):
+    text = hub.files["datasets/manifest.json"].decode().replace("tokenizers/x.model", "../../evil")
+    hub.files["datasets/manifest.json"] = text.encode()
+    with pytest.raises(shards.Problem, match="refusing to write there"):
+        get("1")
+
+
+def test_unknown_repository_is_final(hub, get, monkeypatch):
+    monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "someone/else")
+    with pytest.raises(shards.Problem, match="no dataset someone/else"):
+        get("1")
+    assert len(hub.log) == 1
+
+
+def test_other_prefix(hub, get, tmp_path, monkeypatch):
+    hub.files = {"mine" + name.removeprefix("datasets"): body for name, body in hub.files.items()}
+    monkeypatch.setenv("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "mine")
+    get("1")
+    assert local(tmp_path, 0).exists() and (tmp_path / "tokenizers" / "x.model").exists()
+
+
+def test_token_goes_to_the_hub_only(hub, get, monkeypatch):
+    store = Hub()
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.moved_to = store.url
+    get("1")
+    assert any("secret" in str(headers) for _, _, headers in hub.log)
+    assert store.gets("train") and not any("secret" in str(headers) for _, _, headers in store.log)
+    store.shutdown()
+    store.server_close()
+
+
+def test_receipts_let_verify_check_the_download(hub, get, tmp_path):
+    get("1")
+    command = [sys.executable, str(DATA / "verify.py"), str(tmp_path / "datasets" / NAME)]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    body = local(tmp_path, 0).read_bytes()
+    local(tmp_path, 0).write_bytes(body[:-1] + bytes([body[-1] ^ 1]))
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and "train_000000.bin: sha256" in result.stderr
+
+
+def test_missing_hub_package_says_how_to_get_it(tmp_path):
+    code = """import sys; sys.modules["huggingface_hub"] = None
+import fineweb, shards
+shards.command(fineweb.main)"""
+    result = subprocess.run(
+        [sys.executable, "-c", code, "--out", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(DATA)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines() == [
+        "error: huggingface_hub is not installed; run: pip install -r requirements-lab.txt"
+    ]

@@ -1,0 +1,354 @@
+"""data/shards.py, tokenize_docs.py and verify.py: files that are right or absent, and plain errors."""
+
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DATA = Path(__file__).resolve().parents[1] / "data"
+sys.path.insert(0, str(DATA))
+shards = importlib.import_module("shards")
+tools = importlib.import_module("tokenize_docs")
+verify = importlib.import_module("verify")
+
+RNG = random.Random(11)
+SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "en", "i", "or", "u")]
+
+
+def sentence(words: int = 40) -> str:
+    return (
+        " ".join("".join(RNG.choices(SYLLABLES, k=RNG.randint(1, 4))) for _ in range(words)).capitalize()
+        + "."
+    )
+
+
+TEXTS = [sentence() + "\n  caf\u00e9 \U0001f600 " + sentence(9) for _ in range(150)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tools.sentencepiece.SentencePieceProcessor(model_proto=tools.train_tokenizer(TEXTS, 400))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("inputs") / "docs.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS)))
+    return path
+
+
+def run(tool: str, *arguments, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(DATA / f"{tool}.py"), *map(str, arguments)],
+        capture_output=True, text=True, env={**os.environ, **env}, timeout=60,
+    )  # fmt: skip
+
+
+def tokenize(monkeypatch, *arguments) -> None:
+    """`tokenize_docs.py` in this process."""
+    monkeypatch.setattr(sys, "argv", ["tokenize_docs.py", *map(str, arguments)])
+    tools.main()
+
+
+@pytest.fixture(scope="module")
+def built(inputs, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("built")
+    options = ("--name", "t", "--vocab-size", 400, "--val-fraction", 0.2, "--shard-tokens", 1500)
+    result = run("tokenize_docs", inputs, "--out", out, *options, PYTHONHASHSEED="1")
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+
+def test_shard_has_the_official_layout(tmp_path):
+    path = tmp_path / "x_train_000000.bin"
+    shards.write_shard(path, np.array([1, 7, 65535], dtype=np.uint16))
+    raw = path.read_bytes()
+    assert np.frombuffer(raw[:1024], "<i4").tolist() == [20240520, 1, 3] + [0] * 253
+    assert raw[1024:] == b"\x01\x00\x07\x00\xff\xff"
+    assert shards.read_tokens(path).tolist() == [1, 7, 65535]
+
+
+@pytest.mark.parametrize("tokens", [[], [-1], [65536], [[1, 2]]])
+def test_shard_refuses_what_it_cannot_hold(tmp_path, tokens):
+    with pytest.raises(ValueError, match="a shard holds|16 bits"):
+        shards.write_shard(tmp_path / "x.bin", np.array(tokens, dtype=np.int64))
+    assert not list(tmp_path.iterdir())
+
+
+def test_failed_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), shards.atomic_file(path) as file:
+        file.write(b"new")
+        raise RuntimeError
+    assert contents(tmp_path) == {"file": b"old"}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 25))
+def test_split_writer_loses_nothing(tmp_path_factory, sizes, shard_tokens):
+    folder = tmp_path_factory.mktemp("split")
+    stream = np.arange(sum(sizes), dtype=np.uint16)
+    writer = shards.SplitWriter(folder, "x", "train", shard_tokens)
+    for part in np.split(stream, np.cumsum(sizes)[:-1]):
+        writer.add(part, 1, 2 * part.size)
+    entry = writer.close()
+    parts = [shards.read_tokens(path) for path in sorted(folder.glob("*.bin"))]
+    assert np.array_equal(np.concatenate(parts), stream)
+    assert all(part.size == shard_tokens for part in parts[:-1]) and len(entry["files"]) == len(parts)
+    assert (entry["tokens"], entry["documents"], entry["bytes"]) == (stream.size, len(sizes), 2 * stream.size)
+
+
+def test_publish_removes_shards_of_a_longer_build(tmp_path):
+    dataset, scratch = tmp_path / "d", tmp_path / "s"
+    dataset.mkdir()
+    (dataset / "x_train_000007.bin").write_bytes(b"old")
+    scratch.mkdir()
+    writer = shards.SplitWriter(scratch, "x", "train")
+    writer.add(np.ones(3, dtype=np.uint16), 3, 0)
+    (scratch / "t.model").write_bytes(b"model")
+    manifest = {"splits": {"train": writer.close()}, "tokenizer": {"path": "t.model", "size": 5}}
+    shards.publish(scratch, dataset, tmp_path / "t.model", manifest)
+    assert sorted(p.name for p in dataset.iterdir()) == ["manifest.json", "x_train_000000.bin"]
+    assert shards.is_complete(dataset, tmp_path)
+    (tmp_path / "t.model").write_bytes(b"mode")
+    assert not shards.is_complete(dataset, tmp_path)
+
+
+# --- tokenizer -----------------------------------------------------------------------------------
+
+
+def test_tokenizer_has_the_challenge_layout(tokenizer):
+    assert [tokenizer.id_to_piece(i) for i in range(4)] == ["<pad>", "<s>", "</s>", "<unk>"]
+    assert [tokenizer.id_to_piece(4 + i) for i in range(256)] == [f"<0x{i:02X}>" for i in range(256)]
+    assert tokenizer.vocab_size() == 400
+    assert "".join(tokenizer.encode("ba ben", out_type=str)) == f"ba{tools.SPACE_MARK}ben"
+
+
+def test_only_the_first_character_of_a_piece_is_a_space_mark(tokenizer):
+    # The trainer counts one leading mark as one byte; a mark inside would be counted as three.
+    pieces = [tokenizer.id_to_piece(i) for i in range(260, tokenizer.vocab_size())]
+    assert any(piece.startswith(tools.SPACE_MARK) for piece in pieces)
+    assert not [piece for piece in pieces if tools.SPACE_MARK in piece[1:]]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=60) | st.text(alphabet=" \u2581\n\r\t<s>a\u00e9\ud800\0", max_size=30))
+def test_tidy_text_survives_encoding(tokenizer, text):
+    text = tools.tidy(text)
+    tokens, size, inexact = tools.encode_documents(tokenizer, [text])
+    assert tokens[0] == shards.BOS and tokenizer.decode(tokens[1:].tolist()) == text
+    assert (size, inexact) == (len(text.encode()), 0)
+
+
+def test_byte_count_from_pieces_equals_decoding(tokenizer):
+    tokens, size, _ = tools.encode_documents(tokenizer, TEXTS)
+    count, previous = 0, shards.BOS
+    for token in tokens.tolist():
+        piece = tokenizer.id_to_piece(token)
+        if tokenizer.is_byte(token):
+            count += 1
+        elif not tokenizer.is_control(token):
+            bare = piece.removeprefix(tools.SPACE_MARK)
+            count += len(bare.encode()) + (bare != piece and previous != shards.BOS)
+        previous = token
+    assert count == size == sum(len(text.encode()) for text in TEXTS)
+
+
+def test_held_out_share_follows_the_fraction():
+    held = sum(tools.is_held_out(tools.text_digest(str(i)), 0.1) for i in range(5000))
+    assert 430 < held < 570
+
+
+def test_ordered_map_keeps_order_and_ends_on_error():
+    assert list(tools.ordered_map(abs, range(-20, 0), 2)) == list(range(20, 0, -1))
+    with pytest.raises(TypeError):
+        list(tools.ordered_map(abs, [1, None, 2], 2))
+
+
+# --- tokenize_docs -------------------------------------------------------------------------------
+
+
+def test_second_build_gives_the_same_bytes(inputs, built, tmp_path):
+    options = ("--name", "t", "--vocab-size", 400, "--val-fraction", 0.2, "--shard-tokens", 1500)
+    result = run("tokenize_docs", inputs, "--out", tmp_path, *options, "--workers", 1, PYTHONHASHSEED="2")
+    assert result.returncode == 0, result.stderr
+    assert contents(tmp_path) == contents(built)
+
+
+def test_every_document_is_on_exactly_one_side(built):
+    manifest = shards.read_manifest(built / "datasets" / "t_sp400" / "manifest.json")
+    splits = manifest["splits"]
+    assert splits["train"]["documents"] + splits["val"]["documents"] == len(TEXTS)
+    assert splits["train"]["bytes"] + splits["val"]["bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert len(splits["train"]["files"]) > 2 and manifest["documents_not_reproduced_exactly"] == 0
+
+
+def test_compressed_input_and_reused_tokenizer(inputs, built, tmp_path, monkeypatch):
+    packed = tmp_path / "docs.jsonl.zst"
+    packed.write_bytes(zstandard.compress(inputs.read_bytes()))
+    model = built / "tokenizers" / "t_400_bpe.model"
+    tokenize(
+        monkeypatch, packed, "--name", "z", "--out", tmp_path, "--tokenizer", model,
+        "--val-fraction", 0.2, "--workers", 1,
+    )  # fmt: skip
+    ours = shards.read_manifest(tmp_path / "datasets" / "z_sp400" / "manifest.json")["splits"]
+    theirs = shards.read_manifest(built / "datasets" / "t_sp400" / "manifest.json")["splits"]
+    for split in ("train", "val"):
+        assert (ours[split]["tokens"], ours[split]["bytes"]) == (
+            theirs[split]["tokens"],
+            theirs[split]["bytes"],
+        )
+
+
+def test_text_files_split_at_blank_lines_or_not(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one\ntwo\n\n\n  three\n \nfour\n")
+    assert list(tools.read_documents(path, "blank")) == ["one\ntwo", "three", "four"]
+    assert list(tools.read_documents(path, "file")) == ["one\ntwo\n\n\n  three\n \nfour"]
+
+
+def test_same_call_again_does_nothing_other_input_is_refused(inputs, tmp_path, monkeypatch, capsys):
+    arguments = (inputs, "--name", "n", "--out", tmp_path, "--vocab-size", 400, "--workers", 1)
+    tokenize(monkeypatch, *arguments, "--val-fraction", 0.2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    capsys.readouterr()
+    tokenize(monkeypatch, *arguments, "--val-fraction", 0.2)
+    assert capsys.readouterr().out.startswith("already there\n")
+    with pytest.raises(shards.Problem, match="holds something else"):
+        tokenize(monkeypatch, *arguments, "--val-fraction", 0.3)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    tokenize(monkeypatch, *arguments, "--val-fraction", 0.3, "--force")
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} != before
+
+
+BAD_INPUTS = {
+    "a.jsonl": (b'{"text": "fine"}\n{"txt": "no"}\n', 'a.jsonl:2: not an object with a "text" string'),
+    "b.jsonl": (b'{"text": "fine"\n', "b.jsonl:1: not an object"),
+    "c.jsonl": (b'{"text": 3}\n', "c.jsonl:1: not an object"),
+    "d.txt": (b"fine\n\xff\xfe\n", "d.txt:2: not UTF-8"),
+    "e.jsonl.zst": (b"not zstandard", "e.jsonl.zst: damaged zstandard file"),
+    "f.csv": (b"text\n", "f.csv: unknown kind of file"),
+    "g.txt": (b"\n \n", "no document is left for training"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input_is_named_and_nothing_is_written(tmp_path, monkeypatch, name):
+    body, message = BAD_INPUTS[name]
+    (tmp_path / name).write_bytes(body)
+    with pytest.raises(shards.Problem, match=message):
+        tokenize(monkeypatch, tmp_path / name, "--name", "n", "--out", tmp_path / "out", "--workers", 1)
+    assert contents(tmp_path) == {name: body}
+
+
+def test_too_little_text_for_the_vocabulary(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("tiny\n\ntext\n")
+    with pytest.raises(shards.Problem, match="pieces, not 5000; give more text"):
+        tokenize(
+            monkeypatch, tmp_path / "a.txt", "--name", "n", "--out", tmp_path / "out",
+            "--vocab-size", 5000, "--val-fraction", 0,
+        )  # fmt: skip
+    assert list((tmp_path / "out").rglob("*")) == [tmp_path / "out" / "datasets"]
+
+
+def test_errors_are_one_line_and_exit_2(tmp_path):
+    result = run("tokenize_docs", tmp_path / "absent.jsonl", "--name", "n", "--out", tmp_path)
+    assert result.returncode == 2
+    assert result.stderr == f"error: {tmp_path / 'absent.jsonl'}: No such file or directory\n"
+
+
+# --- verify --------------------------------------------------------------------------------------
+
+
+def check(capsys, monkeypatch, *arguments) -> tuple[int, str, list[str]]:
+    monkeypatch.setattr(sys, "argv", ["verify.py", *map(str, arguments)])
+    code = verify.main()
+    output = capsys.readouterr()
+    return code, output.out, output.err.splitlines()
+
+
+@pytest.fixture
+def copy(built, tmp_path) -> Path:
+    for name, body in contents(built).items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(body)
+    return tmp_path / "datasets" / "t_sp400"
+
+
+def test_verify_accepts_a_build_and_counts_its_bytes(copy, capsys, monkeypatch):
+    model = copy.parents[1] / "tokenizers" / "t_400_bpe.model"
+    # Small steps, so that documents span reads as well as shards.
+    monkeypatch.setattr(verify, "DECODE_TOKENS", 700)
+    code, output, errors = check(capsys, monkeypatch, copy, "--tokenizer", model)
+    assert (code, errors) == (0, [])
+    for split, entry in shards.read_manifest(copy / "manifest.json")["splits"].items():
+        counts = f"tokens {entry['tokens']:,} documents {entry['documents']:,} bytes {entry['bytes']:,}"
+        assert f"{split}: {counts}" in output
+
+
+def patch(path: Path, offset: int, value: bytes) -> None:
+    body = bytearray(path.read_bytes())
+    body[offset : offset + len(value)] = value
+    path.write_bytes(body)
+
+
+FAULTS = {
+    "magic": (lambda p: patch(p, 0, b"\1"), "magic"),
+    "version": (lambda p: patch(p, 4, b"\2"), "version 2, not 1"),
+    "count": (lambda p: patch(p, 8, b"\0\0\0\0"), "header says 0 tokens"),
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-2]), "its header asks for"),
+    "empty": (lambda p: p.write_bytes(b""), "shorter than a shard header"),
+    "token": (lambda p: patch(p, 1024 + 20, b"\xff\xff"), "token 65535 at 10 is not below 400"),
+    "flipped": (lambda p: patch(p, 1024 + 20, b"\5\0"), "is not the manifest's"),
+    "missing": (lambda p: p.unlink(), "in the manifest but not there"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verify_names_the_bad_shard(copy, capsys, monkeypatch, fault):
+    damage, message = FAULTS[fault]
+    path = copy / "t_train_000001.bin"
+    damage(path)
+    code, _, errors = check(capsys, monkeypatch, copy)
+    assert code == 1 and len(errors) == 1
+    assert str(path) in errors[0] and message in errors[0]
+
+
+def test_verify_sees_strangers_and_wrong_tokenizers(copy, capsys, monkeypatch):
+    (copy / "t_train_000099.bin").write_bytes((copy / "t_train_000000.bin").read_bytes())
+    other = copy / "other.model"
+    other.write_bytes(tools.train_tokenizer(TEXTS, 390))
+    code, _, errors = check(capsys, monkeypatch, copy, "--tokenizer", other)
+    assert code == 1
+    assert any("000099.bin: not in the manifest" in line for line in errors)
+    assert any("not the tokenizer the manifest names" in line for line in errors)
+
+
+def test_verify_compares_totals_with_the_manifest(copy, capsys, monkeypatch):
+    manifest = shards.read_manifest(copy / "manifest.json")
+    manifest["splits"]["val"]["documents"] += 1
+    shards.write_manifest(copy / "manifest.json", manifest)
+    code, _, errors = check(capsys, monkeypatch, copy)
+    assert code == 1 and "the manifest says" in errors[0]
+
+
+def test_verify_without_shards_exits_2(tmp_path):
+    result = run("verify", tmp_path)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "data/pydocs.py" in result.stderr
