@@ -110,7 +110,9 @@ gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 [[ ${DEVICE:-auto} != cpu ]] || gpus=0
 if ((gpus == 0)); then
   apply "$overlay"
-  say "no CUDA GPU to use: CPU sizing from $overlay: ${applied:-(nothing, all set already)}"
+  sizing=$applied own=${overlay%.env}/$preset.env  # a preset may need a scaled knob of its own
+  if [[ -f $own ]]; then apply "$own"; sizing="$sizing $applied"; fi
+  say "no CUDA GPU to use: CPU sizing from $overlay: ${sizing:-(nothing, all set already)}"
 fi
 apply "sweeps/presets/$preset.env"
 say "preset $preset: ${applied:-(nothing to set)}"

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import platform
-import queue
 import random
 import re
 import resource
@@ -31,12 +30,12 @@ import shutil
 import struct
 import subprocess
 import sys
-import threading
 import time
 import uuid
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -132,9 +131,7 @@ class Config:
     leaky_slope: float = shape_knob(0.01, "negative slope before squaring", needs="MLP_ACT=leaky_relu2")
     parallel_block: bool = shape_knob(False, "attention and MLP read one norm and add together (PR #1434)")
     sandwich_norm: bool = shape_knob(False, "RMS norm on the attention output", needs="PARALLEL_BLOCK=0")
-    embed_scale: float = shape_knob(
-        0.0, "embedding factor before its norm, which all but cancels it; 0 = off"
-    )
+    embed_scale: float = shape_knob(0.0, "embedding factor, all but cancelled by its norm; 0 = off")
     tie_embeddings: bool = shape_knob(True, "the output head is the embedding table")
     tied_embed_init_std: float = knob(0.005, "embedding init", low=0, needs="TIE_EMBEDDINGS=1")
     rope_base: float = shape_knob(10_000.0, "rotary wavelength base", low=1)
@@ -155,9 +152,7 @@ class Config:
     beta2: float = knob(0.95, "Adam second moment", low=0, high=1)
     adam_eps: float = knob(1e-8, "Adam epsilon", low=0)
     grad_clip_norm: float = knob(0.0, "global L2 clip of the gradient; 0 = off", low=0)
-    control_tensor_name_patterns: tuple[str, ...] = knob(
-        CONTROL_NAMES, "names that train with Adam at SCALAR_LR"
-    )
+    control_tensor_name_patterns: tuple[str, ...] = knob(CONTROL_NAMES, "names that SCALAR_LR trains")
     # -- loss terms --
     head_diversity: float = knob(0.0, "times mean squared cosine of heads' output projections (PR #1434)")
     # -- artifact --
@@ -174,9 +169,7 @@ class Config:
     out_dir: str = place_knob(".", "holds logs/ and the model files")
     seed: int = place_knob(1337, "seeds weights and every random choice", low=0)
     device: str = place_knob("auto", "where to run", choices=("auto", "cuda", "cpu", "mps"))
-    dtype: str = knob(
-        "auto", "compute type; auto = bf16 where it is the faster", choices=("auto", "bf16", "fp32")
-    )
+    dtype: str = knob("auto", "compute type; auto = bf16 where faster", choices=("auto", "bf16", "fp32"))
     compile: str = place_knob("auto", "torch.compile; auto = if a toy compiles", choices=("auto", "0", "1"))
     allow_inert: bool = place_knob(False, "a knob without effect is a warning, not an error")
     allow_env: tuple[str, ...] = place_knob((), "variables that look like knobs but are not ours")
@@ -196,21 +189,14 @@ class Config:
             require_in_range(f, getattr(self, f.name))
         schedules = [name.upper() for name in SCHEDULES if getattr(self, name, False)]
         require(len(schedules) < 2, f"two schedules at once: {', '.join(schedules)}; set one to 0")
-        for whole, part in (
-            ("model_dim", "num_heads"),
-            ("num_heads", "num_kv_heads"),
-            ("train_batch_tokens", "train_seq_len"),
-        ):
+        sizes = ("model_dim num_heads", "num_heads num_kv_heads", "train_batch_tokens train_seq_len")
+        for whole, part in map(str.split, sizes):
             a, b = getattr(self, whole), getattr(self, part)
             require(a % b == 0, f"{whole.upper()}={a} is not a multiple of {part.upper()}={b}")
-        require(
-            self.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotary positions"
-        )
+        require(self.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotation")
         require(self.encoder_layers <= self.num_layers, "ENCODER_LAYERS must not exceed NUM_LAYERS")
-        require(
-            bool(re.fullmatch(r"[\w.+-]*", self.run_id)),
-            f"RUN_ID={self.run_id!r}: only letters, digits . _ + -",
-        )
+        named = bool(re.fullmatch(r"[\w.+-]*", self.run_id))
+        require(named, f"RUN_ID={self.run_id!r} may hold only letters, digits and . _ + -")
 
     @property
     def head_dim(self) -> int:
@@ -239,9 +225,8 @@ class Config:
 
     def inert(self) -> list[str]:
         """One phrase for each changed knob that cannot have an effect."""
-        return [
-            f"{f.name.upper()} has no effect without {self.unmet(f)}" for f in self.changed() if self.unmet(f)
-        ]
+        unmet = [(f.name.upper(), self.unmet(f)) for f in self.changed()]
+        return [f"{name} has no effect without {need}" for name, need in unmet if need]
 
     def effective(self) -> dict[str, object]:
         """What shapes the result: knobs that act, without seed, paths and other `place` knobs."""
@@ -335,9 +320,8 @@ def knob_rows() -> list[tuple[str, str, str, str]]:
         allowed = " ".join(choices) or " ".join(limits) or ("0 1" if f.type == "bool" else "")
         default = ",".join(f.default) if isinstance(f.default, tuple) else f.default
         default = str(int(default) if isinstance(default, bool) else default)
-        rows.append(
-            (f.name.upper(), default, allowed, f.metadata["doc"] + (f" [needs {needs}]" if needs else ""))
-        )
+        doc = f.metadata["doc"] + (f" [needs {needs}]" if needs else "")
+        rows.append((f.name.upper(), default, allowed, doc))
     return rows
 
 
@@ -349,9 +333,8 @@ def help_text() -> str:
 def knob_table() -> str:
     """The README's table, in Markdown."""
     head = ["| knob | default | allowed | meaning |", "|---|---|---|---|"]
-    return "\n".join(
-        head + [f"| {n} | {f'`{d}`' if d else ''} | {a} | {doc} |" for n, d, a, doc in knob_rows()]
-    )
+    rows = [f"| {n} | {f'`{d}`' if d else ''} | {a} | {doc} |" for n, d, a, doc in knob_rows()]
+    return "\n".join(head + rows)
 
 
 # =============================================================================
@@ -767,23 +750,14 @@ def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tupl
         yield block[:, :-1], block[:, 1:]
 
 
-def prefetch(items: Iterable, depth: int = 2) -> Iterator:
-    """The same items, made ahead on a thread; an error in the thread is raised here."""
-    ready: queue.Queue = queue.Queue(depth)
-
-    def work() -> None:
-        try:
-            for item in items:
-                ready.put((item, None))
-        except BaseException as error:
-            ready.put((None, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    while True:
-        item, error = ready.get()
-        if error:
-            raise error
-        yield item
+def prefetch(items: Iterator) -> Iterator:
+    """The same endless items, each made on a thread while the one before is used; errors are raised here."""
+    with ThreadPoolExecutor(1) as pool:  # closing this generator ends the thread
+        ahead = pool.submit(next, items)
+        while True:
+            item = ahead.result()
+            ahead = pool.submit(next, items)
+            yield item
 
 
 # =============================================================================
@@ -982,11 +956,11 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
     groups = q.size(1) // k.size(1)
-    if q.device.type != "cpu":
+    if q.is_cuda and q.dtype != torch.float32:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
-    if groups > 1:  # the CPU kernels want equal head counts; the copy is cheap there
+    if groups > 1:  # only the half-precision CUDA kernels take grouped heads as they are
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if q.size(2) <= LONGEST_BLOCKED:
+    if q.device.type == "cpu" and q.size(2) <= LONGEST_BLOCKED:
         return blocked_attention(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
@@ -1582,9 +1556,7 @@ def fit_micro_batch(run: Run, batch) -> int:
                 raise
             limit //= 2
             torch.cuda.empty_cache()
-            print(
-                f"warning: out of memory, micro-batch is now {limit} sequences", file=sys.stderr, flush=True
-            )
+            print(f"warning: out of memory, micro-batch is now {limit} sequences", file=sys.stderr)
 
 
 def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int, float]:
@@ -1618,17 +1590,19 @@ def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
-def forecast(run: Run, stream: TokenStream, step_seconds: float) -> None:
+def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: float) -> None:
     """Say before the clock starts what the run will reach, and warn of the published traps."""
     cfg, log, cap = run.cfg, run.log, run.cfg.max_wallclock_seconds
+    size = predict_size(cfg, run.model) + len(own_source())
     steps = steps_left(cfg, 0, 0.0, step_seconds)
     epochs, seconds = steps * cfg.train_batch_tokens / len(stream), steps * step_seconds
-    log.line(f"forecast: steps:{steps:.0f} step_ms:{1000 * step_seconds:.0f} epochs:{epochs:.2f}")
+    speed = f"step_ms:{1000 * step_seconds:.0f} micro_batch_tokens:{limit * cfg.train_seq_len}"
+    log.line(f"forecast: steps:{steps:.0f} {speed} epochs:{epochs:.2f} bytes:{size}")
+    if size > SIZE_LIMIT:
+        log.line(f"warning: code and model may pass the limit of {SIZE_LIMIT} bytes")
     if schedule_name(cfg) == "warmdown" and cfg.warmdown_iters > steps:
         peak = f"{steps / cfg.warmdown_iters:.2f}"
-        log.line(
-            f"warning: WARMDOWN_ITERS={cfg.warmdown_iters} is longer than the run: rates start at {peak}"
-        )
+        log.line(f"warning: WARMDOWN_ITERS={cfg.warmdown_iters} is longer than the run: LR starts at {peak}")
     if 0 < seconds < 0.5 * cap:
         log.line(
             f"warning: ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} of {cap:.0f} s"
@@ -1659,11 +1633,9 @@ def due(step: int, every: int) -> bool:
 def validate(run: Run, step: int, seconds: float) -> Score:
     """Score the live weights, log it in the official line format."""
     score, ms = run.score(), 1000 * seconds
-    head, times = (
-        f"step:{step}/{run.cfg.iterations}",
-        f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms",
-    )
-    run.log.line(f"{head} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {times}")
+    values = f"val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}"
+    times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
+    run.log.line(f"step:{step}/{run.cfg.iterations} {values} {times}")
     run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_ms=ms)
     return score
 
@@ -1675,8 +1647,9 @@ def report_step(run: Run, step: int, loss: Tensor, plan: StepPlan, seconds: floa
     place = f"lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
     run.log.line(f"{head} train_loss:{value:.4f} {times} {place}")
     where = dict(lr_scale=plan.lr_scale, progress=plan.progress, tokens=step * run.cfg.train_batch_tokens)
-    run.log.event("step", step=step, train_loss=value, **where, train_ms=ms)
-    if not math.isfinite(value):
+    finite = math.isfinite(value)
+    run.log.event("step", step=step, train_loss=value if finite else None, **where, train_ms=ms)
+    if not finite:
         raise RunError(f"diverged: loss is {value} at step {step}; lower the learning rates", DIVERGED)
 
 
@@ -1684,9 +1657,8 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     """Train until the step limit or the clock; validates at the end whatever the cadence."""
     cfg, log, result, scales = run.cfg, run.log, Trained(), 0.0
     limit, step_seconds = warm_up(run, optimisers, stream)
-    forecast(run, stream, step_seconds)
-    loader = prefetch(batches(cfg, stream, run.runtime))
-    graphs = graphs_compiled()
+    forecast(run, stream, limit, step_seconds)
+    loader, graphs = prefetch(batches(cfg, stream, run.runtime)), graphs_compiled()
     clock = Clock(run.runtime, step_seconds)
     clock.start()
     for step in itertools.count():
@@ -1704,9 +1676,9 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         scales += plan.lr_scale
         if cfg.train_log_every and (step < 10 or due(step + 1, cfg.train_log_every)):
             report_step(run, step + 1, loss, plan, clock.seconds())
-    result = replace(
-        result, step=step, seconds=clock.total, progress=plan.progress, mean_lr_scale=scales / max(step, 1)
-    )
+    loader.close()
+    result.step, result.seconds, result.progress = step, clock.total, plan.progress
+    result.mean_lr_scale = scales / max(step, 1)
     report_end(run, result, graphs_compiled() - graphs)
     return result
 
@@ -1717,12 +1689,10 @@ def report_end(run: Run, result: Trained, late_graphs: int) -> None:
         log.line(f"stopping_early: wallclock_cap train_time:{1000 * result.seconds:.0f}ms {end}")
     if result.truncated:
         log.line(
-            f"warning: schedule_truncated at progress {result.progress:.3f}: a step is too long for the clock"
+            f"warning: schedule_truncated at progress {result.progress:.3f}: steps too long for the clock"
         )
     if late_graphs:
-        log.line(
-            f"warning: {late_graphs} graphs were compiled inside the training clock; set WARMUP_STEPS >= 1"
-        )
+        log.line(f"warning: {late_graphs} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
 
 
 # =============================================================================
@@ -1741,27 +1711,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def describe_machine(runtime: Runtime) -> dict[str, object]:
     """The `env` event: device and versions."""
-    device = (
-        torch.cuda.get_device_name()
-        if runtime.is_cuda
-        else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    )
+    device = torch.cuda.get_device_name() if runtime.is_cuda else cpu_name()
+    attention = "sdpa" if runtime.is_cuda else f"blocked to {LONGEST_BLOCKED}, then sdpa"
+    setting = dict(dtype=dtype_name(runtime.dtype), compile=runtime.compiles, attention=attention)
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    setting = dict(
-        dtype=dtype_name(runtime.dtype),
-        compile=runtime.compiles,
-        attention="sdpa" if runtime.device.type != "cpu" else "blocked/sdpa",
-    )
     return dict(device=device, world_size=runtime.world_size, **setting, **versions)
 
 
 def cpu_name() -> str:
-    """The processor's own name where Linux gives one, else its architecture."""
-    try:
-        found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    """The processor's name where Linux tells it, else its architecture; and the threads in use."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, TypeError):
+        name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def nvidia_smi(runtime: Runtime) -> str:
@@ -1782,9 +1744,8 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     length = f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps}"
     log.line(f"run_id:{run_id} config_hash:{cfg.hash} overrides:{json.dumps(cfg.overrides())}")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}")
-    log.line(
-        f"train_loader:dataset:{folder.resolve().name} train_shards:{len(stream.paths) if stream else 0}"
-    )
+    shards = len(stream.paths) if stream else 0
+    log.line(f"train_loader:dataset:{folder.resolve().name} train_shards:{shards}")
     log.line(f"val_loader:shards pattern={folder / '*_val_*.bin'} tokens:{tokens}")
     log.line(f"val: tokens:{tokens} bytes:{data.bytes} docs:{data.documents} sha256:{data.sha256}")
     log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
@@ -1816,9 +1777,8 @@ def save_model(run: Run, out: Path) -> dict[str, object]:
     write_atomic(out / MODEL_FILE, blob)
     raw, packed, code, payload = buffer.tell(), len(blob), len(own_source()), payload_bytes(cfg, state)
     label, ratio = f"{QUANT}+{cfg.codec}", sum(4 * tensor.numel() for tensor in state.values()) / payload
-    log.line(
-        f"Serialized model: {raw} bytes\nCode size: {code} bytes\nTotal submission size: {raw + code} bytes"
-    )
+    log.line(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
+    log.line(f"Total submission size: {raw + code} bytes")
     log.line(f"Serialized model {label}: {packed} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
     log.line(f"Total submission size {label}: {packed + code} bytes")
     return artifact_event(out / MODEL_FILE, cfg.codec, packed)
@@ -1832,9 +1792,8 @@ def artifact_event(path: Path, codec: str, size: int) -> dict[str, object]:
 def score_artifact(run: Run, artifact: Mapping) -> Score:
     """Read the artifact from disk into the model and score it; prints the two official final lines."""
     source = artifact["path"]
-    load_weights(
-        run.model, run.runtime.main_decides(lambda: unpack(read_artifact(source), source)[0]), source
-    )
+    state = run.runtime.main_decides(lambda: unpack(read_artifact(source), source)[0])
+    load_weights(run.model, state, source)
     score, name = run.score(), f"final_{QUANT}_{artifact['codec']}_roundtrip"
     ms = f"eval_time:{1000 * score.seconds:.0f}ms"
     run.log.line(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {ms}")
@@ -1866,10 +1825,8 @@ def finish(run: Run, trained: Trained, artifact: dict, score: Score, run_id: str
     cfg, log, before = run.cfg, run.log, trained.score
     status, code, message = verdict(cfg, artifact["total_bytes"], score.seconds)
     log.line(f"peak memory: {run.runtime.peak_memory_mib()} MiB" + (f"\nerror: {message}" if message else ""))
-    how = dict(
-        status=status, exit_code=code, train_seconds=round(trained.seconds, 3), progress=trained.progress
-    )
-    how |= dict(mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
+    how = dict(status=status, exit_code=code, train_seconds=round(trained.seconds, 3))
+    how |= dict(progress=trained.progress, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
     log.event("end", step=trained.step, **how)
     numbers = dict(val_loss=round(score.loss, 8), val_bpb=round(score.bpb, 8))
     numbers["prequant_val_bpb"] = round(before.bpb, 8) if before else None
@@ -1886,9 +1843,8 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
     require(made.keys() == cfg.shape().keys(), f"{source} was made by another version of this script")
     for name, value in made.items():
         asked = name.upper() in env and getattr(cfg, name) != value
-        require(
-            not asked, f"{name.upper()}={getattr(cfg, name)} but {source} was trained with {value}; unset it"
-        )
+        clash = f"{name.upper()}={getattr(cfg, name)} but {source} was trained with {value}"
+        require(not asked, f"{clash}; unset it")
     return replace(cfg, **made, dtype=cfg.dtype if "DTYPE" in env else header["dtype"])
 
 
@@ -1896,9 +1852,8 @@ def require_size(cfg: Config, model: GPT) -> None:
     """RunError (3) before training when the artifact will not fit."""
     predicted = predict_size(cfg, model) + len(own_source())
     if predicted > SIZE_SLACK * SIZE_LIMIT:
-        raise RunError(
-            f"code and model will take about {predicted} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE
-        )
+        message = f"code and model will take about {predicted} bytes, the limit is {SIZE_LIMIT}"
+        raise RunError(message, OVER_SIZE)
 
 
 def execute(cfg: Config, env: Mapping[str, str]) -> int:
@@ -1958,6 +1913,7 @@ def dry_run(cfg: Config) -> None:
         limit = min(micro_batch_limit(cfg, runtime.device), cfg.sequences)
         ids = torch.zeros(limit, cfg.train_seq_len, dtype=torch.int64, device=runtime.device)
         loss, clock = training_loss(cfg, model), Clock(runtime)
+        clock.start()
         for _ in range(3):
             loss(ids, ids)[0].backward()
             runtime.synchronize()
@@ -1986,9 +1942,7 @@ def main() -> None:
         elif arguments == ["--dry-run"]:
             dry_run(Config.from_env(os.environ))
         else:
-            require(
-                not arguments, f"unknown argument {arguments}: knobs are environment variables, see --help"
-            )
+            require(not arguments, f"unknown argument {arguments}: knobs are environment variables; --help")
             code = execute(Config.from_env(os.environ), os.environ)
     except RunError as error:
         if os.environ.get("RANK", "0") == "0":

@@ -53,7 +53,8 @@ make_venv() {  # COMMAND FILE...
   done
   "$python" -m venv .venv || die "could not make .venv"
   # shellcheck disable=SC2046  # no word at all where the default index is right
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check $(cpu_wheels) "${requirements[@]}" ||
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check $(cpu_wheels) \
+    -c constraints.txt "${requirements[@]}" ||
     die "pip could not install $* (above); run again to go on from here"
   has_packages .venv/bin/python "$@" || die ".venv is damaged: remove it and run again"
   for file in "$@"; do file_hash "$file" > "$(stamp "$file")"; done

@@ -191,10 +191,9 @@ def test_every_preset_is_made_of_knobs_and_says_what_it_is():
 
 def test_cpu_overlay_keeps_heads_divisible_and_leaves_the_recipe_alone():
     overlay = dict(word.split("=") for word in assignments("cpu"))
-    dim, heads, kv = (int(overlay[name]) for name in ("MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS"))
-    assert dim % heads == 0 and (dim // heads) % 2 == 0 and heads % kv == 0
+    assert int(overlay["MODEL_DIM"]) % (2 * 8) == 0, "eight heads, the default, of an even size"
     assert int(overlay["TRAIN_BATCH_TOKENS"]) % int(overlay["TRAIN_SEQ_LEN"]) == 0
-    recipe = {word.split("=")[0] for word in TIDAL.split()} - {"NUM_KV_HEADS"}
+    recipe = {word.split("=")[0] for word in TIDAL.split()}
     assert not recipe & overlay.keys()
 
 
@@ -204,7 +203,9 @@ def test_training_understands_every_preset_with_and_without_the_overlay(monkeypa
     cpu = dict(word.split("=") for word in assignments("cpu"))
     for path in (ROOT / "sweeps/presets").glob("*.env"):
         preset = dict(word.split("=") for word in assignments(path.stem))
-        for env in (preset, {**preset, **cpu}):
+        own = (path.parent / "cpu" / path.name).is_file()
+        scaled = dict(word.split("=") for word in assignments(f"cpu/{path.stem}")) if own else {}
+        for env in (preset, {**preset, **cpu, **scaled}):
             cfg = config.from_env(env)
             for name, text in env.items():
                 value = getattr(cfg, name.lower())
@@ -235,7 +236,7 @@ def test_a_gpu_run_gets_the_preset_and_no_more(project: Project):
 
 def test_precedence_argument_environment_overlay_preset(project: Project):
     preset_only = project.run("best", STUB_GPUS="0")
-    assert preset_only.env["NUM_KV_HEADS"] == dict(w.split("=") for w in assignments("cpu"))["NUM_KV_HEADS"]
+    assert preset_only.env["MODEL_DIM"] == dict(w.split("=") for w in assignments("cpu"))["MODEL_DIM"]
     # A copy in which all four levels disagree on one knob.
     write(project.root / "sweeps/presets/cpu.env", "NUM_KV_HEADS=3 NUM_LAYERS=5\n")
     assert project.run("best").env["NUM_KV_HEADS"] == "2"
@@ -248,7 +249,8 @@ def test_precedence_argument_environment_overlay_preset(project: Project):
 
 def test_cpu_line_names_the_knobs_it_set_and_only_those(project: Project):
     run = project.run("baseline", "NUM_LAYERS=3", STUB_GPUS="0", TRAIN_SEQ_LEN="64")
-    set_here = [w for w in assignments("cpu") if w.split("=")[0] not in ("NUM_LAYERS", "TRAIN_SEQ_LEN")]
+    sizing = assignments("cpu") + assignments("cpu/baseline")
+    set_here = [w for w in sizing if w.split("=")[0] not in ("NUM_LAYERS", "TRAIN_SEQ_LEN")]
     line = run.line("run_best.sh: no CUDA GPU to use")
     assert re.findall(r"[A-Z_]+=\S+", line) == set_here
     assert run.knobs(" ".join(set_here)) == " ".join(set_here)

@@ -1,0 +1,153 @@
+"""A tiny run for every test: knobs, a learnable dataset with its tokenizer, and the script as a process."""
+
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from train_gpt import SHARD_MAGIC, SHARD_VERSION, Config, fields  # noqa: E402
+
+PAD, BOS, EOS, UNK = range(4)
+VOCAB = 320  # 4 controls, 256 bytes, the letters and some pairs
+TINY = dict(
+    vocab_size=VOCAB, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=32,
+    train_batch_tokens=512, iterations=20, warmdown_iters=5, muon_momentum_warmup_steps=5,
+    max_wallclock_seconds=0.0, warmup_steps=1, val_loss_every=0, train_log_every=5,
+    device="cpu", dtype="fp32", compile="0",
+)  # fmt: skip
+
+GRAMMAR = """
+the old miller,a young clerk,our neighbour,the café owner,Zoë,the night train,her brother
+counts,carries,paints,forgets,repairs,sells,follows
+the bread,seven lamps,a letter,the wheel,twelve apples,the naïve plan,a map
+at dawn,by the river,in the market,without a word,near Ålesund,after 1902,in 漢字
+"""
+
+
+def make_texts(count: int, seed: int) -> list[str]:
+    """Short documents of a small grammar: after a few steps a model does much better than uniform."""
+    rng, columns = random.Random(seed), [line.split(",") for line in GRAMMAR.strip().splitlines()]
+
+    def sentence() -> str:
+        return " ".join(rng.choice(words) for words in columns).capitalize() + "."
+
+    return [" ".join(sentence() for _ in range(rng.randint(2, 9))) + "\n" for _ in range(count)]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB, **options) -> bytes:
+    """A SentencePiece model laid out as the challenge's; `options` go to the trainer."""
+    model = io.BytesIO()
+    layout = dict(pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK, byte_fallback=True, split_digits=True)
+    identity = dict(
+        normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False
+    )
+    quiet = dict(character_coverage=0.999, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+        **(layout | identity | quiet | options),
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def write_shard(path: Path, tokens, magic=SHARD_MAGIC, version=SHARD_VERSION, count=None) -> Path:
+    """An official shard; with a wrong header where one is given."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return path
+
+
+def encode_documents(tokenizer, texts: Iterable[str]) -> list[int]:
+    return [token for text in texts for token in [BOS, *tokenizer.encode(text)]]
+
+
+@pytest.fixture
+def tiny():
+    """tiny(knob=value, ...) -> Config of a run that takes a second."""
+    return lambda **knobs: replace(Config(), **{**TINY, **knobs})
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    """Folder with toy_train_000000.bin, toy_train_000001.bin, toy_val_000000.bin and tokenizer.model."""
+    folder = tmp_path_factory.mktemp("dataset")
+    train, val = make_texts(400, seed=1), make_texts(40, seed=2)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer(train))
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    assert tokenizer.vocab_size() == VOCAB
+    write_shard(folder / "toy_train_000000.bin", encode_documents(tokenizer, train[:250]))
+    write_shard(folder / "toy_train_000001.bin", encode_documents(tokenizer, train[250:]))
+    write_shard(folder / "toy_val_000000.bin", encode_documents(tokenizer, val))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(dataset) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=str(dataset / "tokenizer.model"))
+
+
+def as_text(value) -> str:
+    """A knob's value as the environment spells it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def env_of(dataset: Path, **knobs) -> dict[str, str]:
+    """The environment of a tiny run: this process's without knobs, TINY, then `knobs` (None unsets one)."""
+    ours = {f.name.upper() for f in fields(Config)}
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    env |= dict(OMP_NUM_THREADS="1", DATA_PATH=str(dataset), TOKENIZER_PATH=str(dataset / "tokenizer.model"))
+    chosen = {name.upper(): value for name, value in {**TINY, **knobs}.items()}
+    env |= {name: as_text(value) for name, value in chosen.items()}
+    return {name: value for name, value in env.items() if chosen.get(name, "") is not None}
+
+
+@dataclass
+class Outcome:
+    """What a run of the script left behind."""
+
+    code: int
+    stdout: str
+    stderr: str
+    result: dict | None = None  # the RESULT line
+    events: list[dict] = field(default_factory=list)  # of the one .jsonl this run wrote
+    log: str = ""  # its .txt
+
+    def of(self, kind: str) -> list[dict]:
+        return [event for event in self.events if event["event"] == kind]
+
+
+def launch(
+    tmp_path: Path, dataset: Path, ranks: int = 1, expect: int | None = 0, script=None, args=(), **knobs
+) -> Outcome:
+    """Run train_gpt.py in `tmp_path` with tiny knobs; its exit code must be `expect` (None: any)."""
+    env = env_of(dataset, **knobs)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), str(script or ROOT / "train_gpt.py"), *args]
+    logs = tmp_path / env.get("OUT_DIR", ".") / "logs"
+    earlier = set(logs.glob("*"))
+    run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+    if expect is not None:
+        assert run.returncode == expect, f"{run.returncode}\n{run.stdout[-1500:]}\n{run.stderr[-3000:]}"
+    outcome = Outcome(run.returncode, run.stdout, run.stderr)
+    if found := re.search(r"^RESULT (.*)$", run.stdout, re.M):
+        outcome.result = json.loads(found[1])
+    for path in set(logs.glob("*")) - earlier:
+        if path.suffix == ".jsonl":
+            outcome.events = [json.loads(line) for line in path.read_text().splitlines()]
+        elif path.suffix == ".txt":
+            outcome.log = path.read_text()
+    return outcome
