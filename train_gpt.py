@@ -168,7 +168,7 @@ class Config:
     run_id: str = place_knob("", "names the logs; empty = a new id")
     out_dir: str = place_knob(".", "holds logs/ and the model files")
     seed: int = place_knob(1337, "seeds weights and every random choice", low=0)
-    device: str = place_knob("auto", "where to run", choices=("auto", "cuda", "cpu", "mps"))
+    device: str = place_knob("auto", "where to run; mps is untested", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = knob("auto", "compute type; auto = bf16 where faster", choices=("auto", "bf16", "fp32"))
     compile: str = place_knob("auto", "torch.compile; auto = if a toy compiles", choices=("auto", "0", "1"))
     allow_inert: bool = place_knob(False, "a knob without effect is a warning, not an error")
@@ -359,15 +359,14 @@ class Runtime:
     def launch(cls, cfg: Config, env: Mapping[str, str]) -> Iterator[Runtime]:
         """One process, or one of torchrun's: nccl between GPUs, gloo between CPUs."""
         device = pick_device(cfg.device, int(env.get("LOCAL_RANK", 0)))
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         world_size = int(env.get("WORLD_SIZE", 1))
+        runtime = cls(device, int(env.get("RANK", 0)), world_size)
+        runtime.claim_device()
         if world_size > 1:
             # Both backends on GPUs: clocks and verdicts travel over gloo, so that no rank has to
             # wait for its device only to learn the time.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
-            runtime = cls(device, int(env.get("RANK", 0)), world_size)
             runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
             runtime.compiles = runtime.main_decides(lambda: pick_compile(cfg.compile, device))
             yield runtime
@@ -382,6 +381,11 @@ class Runtime:
     @property
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
+
+    def claim_device(self) -> None:
+        """Make this rank's GPU the thread's own; a new thread would open a context on the first one."""
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
 
     def compile(self, fn: Callable) -> Callable:
         return torch.compile(fn, dynamic=False, fullgraph=True) if self.compiles else fn
@@ -544,7 +548,7 @@ def progress(cfg: Config, step: int, elapsed: float) -> float:
 
 
 def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
-    """Steps until the step limit or, at `step_seconds` a step, until the clock; inf-free, >= 0."""
+    """Steps until the step limit or, at `step_seconds` a step, until the clock; at least 0."""
     left = float(cfg.iterations - step)
     if cfg.max_wallclock_seconds and step_seconds > 0:
         left = min(left, (cfg.max_wallclock_seconds - elapsed) / step_seconds)
@@ -750,9 +754,9 @@ def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tupl
         yield block[:, :-1], block[:, 1:]
 
 
-def prefetch(items: Iterator) -> Iterator:
+def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
     """The same endless items, each made on a thread while the one before is used; errors are raised here."""
-    with ThreadPoolExecutor(1) as pool:  # closing this generator ends the thread
+    with ThreadPoolExecutor(1, initializer=runtime.claim_device) as pool:  # closing the generator ends it
         ahead = pool.submit(next, items)
         while True:
             item = ahead.result()
@@ -1658,7 +1662,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     cfg, log, result, scales = run.cfg, run.log, Trained(), 0.0
     limit, step_seconds = warm_up(run, optimisers, stream)
     forecast(run, stream, limit, step_seconds)
-    loader, graphs = prefetch(batches(cfg, stream, run.runtime)), graphs_compiled()
+    loader, graphs = prefetch(batches(cfg, stream, run.runtime), run.runtime), graphs_compiled()
     clock = Clock(run.runtime, step_seconds)
     clock.start()
     for step in itertools.count():
