@@ -1843,8 +1843,11 @@ def finish(run: Run, trained: Trained, artifact: dict, score: Score, run_id: str
 
 def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Config:
     """The config with the artifact's shape and dtype; RunError if the environment asks for another one."""
-    made, source = header["model"], f"EVAL_ONLY={cfg.eval_only}"
-    require(made.keys() == cfg.shape().keys(), f"{source} was made by another version of this script")
+    made, source = header.get("model", {}), f"EVAL_ONLY={cfg.eval_only}"
+    known = (
+        made.keys() == cfg.shape().keys() and header.get("dtype") in DTYPES and header.get("quant") == QUANT
+    )
+    require(known, f"{source} was made by another version of this script")
     for name, value in made.items():
         asked = name.upper() in env and getattr(cfg, name) != value
         clash = f"{name.upper()}={getattr(cfg, name)} but {source} was trained with {value}"

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SIZES = "NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=2 NUM_KV_HEADS=1 TRAIN_SEQ_LEN=64 TRAIN_BATCH_TOKENS=512".split()
+SIZES = [
+    "NUM_LAYERS=2",
+    "MODEL_DIM=32",
+    "NUM_HEADS=2",
+    "NUM_KV_HEADS=1",
+    "TRAIN_SEQ_LEN=64",
+    "TRAIN_BATCH_TOKENS=512",
+]
 
 
 def bench(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:

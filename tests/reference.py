@@ -1,0 +1,183 @@
+"""What train_gpt.py should compute, restated in float64 numpy from the published formulas.
+
+Nothing here imports train_gpt. Weights come in as a state dict with the official names; the knobs come as
+any object with Config's attribute names. Where two roads lead to a number, this takes the other one:
+rotary positions by complex numbers, attention head by head, Newton-Schulz on singular values, rounding by
+trying every code.
+"""
+
+import math
+import zlib
+
+import numpy as np
+import torch
+
+EPS = 2.0**-23  # float32's, the one of the official RMS norm
+
+
+def randomise(model: torch.nn.Module) -> torch.nn.Module:
+    """Random numbers in every tensor: the zero and one initialisations would hide most mistakes.
+
+    A tensor's numbers depend on its name and shape alone, so two models differ only where they must.
+    """
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+            if name in ("tok_emb.weight", "lm_head.weight"):
+                p.copy_(noise)
+            elif p.ndim == 2 and "resid_mix" not in name and "skip_weights" not in name:
+                p.copy_(1.5 * noise / p.size(1) ** 0.5)
+            else:
+                p.add_(0.5 * noise)
+    return model
+
+
+def as_float64(state) -> dict[str, np.ndarray]:
+    return {name: tensor.detach().double().numpy() for name, tensor in state.items()}
+
+
+# --- model ---
+
+
+def rms(x: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + EPS)
+
+
+def rotate(x: np.ndarray, base: float) -> np.ndarray:
+    """[T, D]: dimensions i and i + D/2 are one complex number, turned back by t * base^(-2i/D)."""
+    length, size = x.shape
+    angle = np.outer(np.arange(length), base ** (-2 * np.arange(size // 2) / size))
+    turned = (x[:, : size // 2] + 1j * x[:, size // 2 :]) * np.exp(-1j * angle)
+    return np.concatenate((turned.real, turned.imag), axis=1)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def attention(w: dict, x: np.ndarray, cfg) -> np.ndarray:
+    """[T, C] -> [T, C], one query head at a time; head h reads key/value head h // (heads per kv head)."""
+    length, width = x.shape
+    size, shared = width // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
+    queries, keys, values = (x @ w[f"attn.c_{kind}.weight"].T for kind in "qkv")
+    out = np.zeros((length, width))
+    for head in range(cfg.num_heads):
+        mine = slice(head * size, (head + 1) * size)
+        theirs = slice(head // shared * size, (head // shared + 1) * size)
+        q = rotate(rms(queries[:, mine]), cfg.rope_base) * w["attn.q_gain"][head]
+        k = rotate(rms(keys[:, theirs]), cfg.rope_base)
+        scores = q @ k.T / math.sqrt(size)
+        scores[np.triu_indices(length, 1)] = -np.inf
+        out[:, mine] = softmax(scores) @ values[:, theirs]
+    return out @ w["attn.proj.weight"].T
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+
+def activation(name: str, slope: float, x: np.ndarray) -> np.ndarray:
+    if name == "relu2":
+        return np.maximum(x, 0) ** 2
+    if name == "leaky_relu2":
+        return np.where(x > 0, x, slope * x) ** 2
+    if name == "gelu2":
+        return (x * (1 + np.vectorize(math.erf)(x / math.sqrt(2))) / 2) ** 2
+    assert name == "silu2", name
+    return silu(x) ** 2
+
+
+def mlp(w: dict, x: np.ndarray, cfg) -> np.ndarray:
+    hidden = x @ w["mlp.fc.weight"].T
+    if cfg.mlp_act == "swiglu":
+        hidden = silu(x @ w["mlp.gate.weight"].T) * hidden
+    else:
+        hidden = activation(cfg.mlp_act, cfg.leaky_slope, hidden)
+    return hidden @ w["mlp.proj.weight"].T
+
+
+def block(w: dict, x: np.ndarray, x0: np.ndarray, cfg) -> np.ndarray:
+    x = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+    if cfg.parallel_block:
+        h = rms(x)
+        return x + w["attn_scale"] * attention(w, h, cfg) + w["mlp_scale"] * mlp(w, h, cfg)
+    added = attention(w, rms(x), cfg)
+    x = x + w["attn_scale"] * (rms(added) if cfg.sandwich_norm else added)
+    return x + w["mlp_scale"] * mlp(w, rms(x), cfg)
+
+
+def block_weights(state: dict, index: int) -> dict:
+    head = f"blocks.{index}."
+    return {name[len(head) :]: value for name, value in state.items() if name.startswith(head)}
+
+
+def logits(state: dict, ids, cfg) -> np.ndarray:
+    """Softcapped logits [T, V] of one sequence: the official baseline's, with the options of PR #1434."""
+    table = state["tok_emb.weight"]
+    x = x0 = rms(table[np.asarray(ids)] * (cfg.embed_scale or 1.0))
+    encoders = cfg.num_layers // 2 if cfg.encoder_layers < 0 else cfg.encoder_layers
+    pushed = []
+    for index in range(cfg.num_layers):
+        if index >= encoders and pushed:
+            x = x + state["skip_weights"][index - encoders] * pushed.pop()
+        x = block(block_weights(state, index), x, x0, cfg)
+        if index < encoders:
+            pushed.append(x)
+    z = rms(x) @ (table if cfg.tie_embeddings else state["lm_head.weight"]).T
+    return cfg.logit_softcap * np.tanh(z / cfg.logit_softcap)
+
+
+def nats(state: dict, ids, targets, cfg) -> np.ndarray:
+    """-log p(target) of each position of one sequence."""
+    z = logits(state, ids, cfg)
+    top = z.max(-1)
+    return top + np.log(np.exp(z - top[:, None]).sum(-1)) - z[np.arange(len(z)), np.asarray(targets)]
+
+
+def head_diversity(projections: list[np.ndarray], heads: int) -> float:
+    """Mean squared cosine between two heads' input columns of an output projection, over blocks."""
+    squares = []
+    for weight in projections:
+        size = weight.shape[1] // heads
+        parts = [weight[:, h * size : (h + 1) * size].ravel() for h in range(heads)]
+        for one in range(heads):
+            for other in range(one):
+                a, b = parts[one], parts[other]
+                squares.append((a @ b / np.linalg.norm(a) / np.linalg.norm(b)) ** 2)
+    return float(np.mean(squares))
+
+
+# --- Muon ---
+
+
+def newton_schulz(matrix: np.ndarray, steps: int) -> np.ndarray:
+    """The quintic iteration is odd in the matrix, so it acts on each singular value by itself."""
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    values = values / (np.linalg.norm(matrix) + 1e-7)
+    for _ in range(steps):
+        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    return (left * values) @ right
+
+
+def muon_step(weight, grad, buffer, lr: float, momentum: float, steps: int):
+    """(weight, momentum buffer) after a step with Nesterov momentum."""
+    buffer = momentum * buffer + grad
+    rows, columns = weight.shape
+    update = newton_schulz(grad + momentum * buffer, steps) * math.sqrt(max(1, rows / columns))
+    return weight - lr * update, buffer
+
+
+# --- int8 ---
+
+
+def row_steps(weight: np.ndarray, floor: float) -> np.ndarray:
+    """float16 steps [rows]: the row's 99.99984th percentile over 127, not below the floor."""
+    clip = np.quantile(np.abs(weight), 0.9999984, axis=1)
+    return np.maximum(clip / 127, max(floor, 2.0**-24)).astype(np.float16)
+
+
+def least_error(weight: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """Of each weight: its distance from the nearest multiple -127..127 of the row's step."""
+    grid = np.arange(-127, 128) * steps.astype(np.float64)[:, None]  # [rows, 255]
+    return np.abs(weight[:, :, None] - grid[:, None, :]).min(-1)
