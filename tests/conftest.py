@@ -73,7 +73,7 @@ def encode_documents(tokenizer, texts: Iterable[str]) -> list[int]:
     return [token for text in texts for token in [BOS, *tokenizer.encode(text)]]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")  # so that hypothesis can use it
 def tiny():
     """tiny(knob=value, ...) -> Config of a run that takes a second."""
     return lambda **knobs: replace(Config(), **{**TINY, **knobs})

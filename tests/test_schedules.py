@@ -63,10 +63,7 @@ class Trace:
     plans: list[StepPlan] = field(default_factory=list)
     starts: list[float] = field(default_factory=list)  # device seconds trained before each step
     lengths: list[float] = field(default_factory=list)
-
-    @property
-    def trained(self) -> float:
-        return sum(self.lengths)
+    trained: float = 0.0
 
     @property
     def rates(self) -> list[float]:
@@ -83,8 +80,9 @@ def simulate(
 
     def step(run, optimisers, batch, plan, limit):
         trace.plans.append(plan)
-        trace.starts.append(trace.trained if len(trace.lengths) < 2000 else math.nan)
+        trace.starts.append(trace.trained)
         trace.lengths.append(machine.seconds(len(trace.lengths)))
+        trace.trained += trace.lengths[-1]
         machine.work(trace.lengths[-1])
         return torch.zeros(())
 
@@ -247,10 +245,10 @@ def machines(draw):
 def test_a_run_ends_within_a_step_of_the_clock(knobs, machine, ahead):
     seconds, measured = machine
     trace = simulate(config(**knobs), seconds, measured, ahead)
-    longest = max(trace.lengths)
+    longest, hidden = max(trace.lengths), 2 if ahead else 0  # steps the device may be behind the host
     assert trace.end.seconds == pytest.approx(trace.trained, abs=0.5)
-    assert CAP - 2 * longest <= trace.trained <= CAP + longest
-    assert trace.end.progress >= 1 - 2 * longest / CAP
+    assert CAP - (2 + hidden) * longest <= trace.trained <= CAP + (1 + hidden) * longest
+    assert trace.end.progress >= 1 - (2 + hidden) * longest / CAP
     assert trace.end.step == len(trace.plans)
 
 
@@ -267,10 +265,14 @@ def test_tidal_anneals_to_its_floor_on_any_machine(machine):
 def test_tidal_follows_the_fraction_curve_on_any_machine(machine, ahead):
     """Slow first step, slow-down, asynchronous device: the rate is the curve at the share of the clock."""
     trace = simulate(config(tidal_lr=True), *machine, ahead)
-    late = 3 * max(trace.lengths) / CAP if ahead else 0.0  # the reading may lag two steps
-    for rate, start in zip(trace.rates, trace.starts, strict=True):
-        near = [tidal_curve(max(0.0, start / CAP - late * part)) for part in (0, 0.25, 0.5, 0.75, 1)]
-        assert min(near) - 0.01 <= rate <= max(near) + 0.01
+    starts = [start / CAP for start in trace.starts]  # an asynchronous clock reads up to two steps back
+    for index, rate in enumerate(trace.rates):
+        first, last = (
+            starts[max(0, index - 2) if ahead else index],
+            starts[index],
+        )
+        ends = tidal_curve(first), tidal_curve(last)
+        assert min(ends) - 0.01 <= rate <= (1.0 if first < 0.382 < last else max(ends)) + 0.01
 
 
 @settings(deadline=None, max_examples=60)
@@ -286,7 +288,7 @@ def test_warmdown_ends_near_zero(typical, jitter, ahead):
 def test_one_slow_step_does_not_bend_the_warmdown(slow_step):
     """A 20 s step among steps of 0.1 s: 1200 steps are the last 120 s, so the rate stays 1 until then."""
     trace = simulate(config(), lambda step: 20.0 if step == slow_step else 0.1, measured=0.1)
-    for rate, start in zip(trace.rates[:1500], trace.starts[:1500], strict=True):
+    for rate, start in zip(trace.rates, trace.starts, strict=True):
         assert rate == pytest.approx(min(1.0, (CAP - start) / 120), abs=0.01)
 
 
@@ -310,11 +312,14 @@ def test_the_step_limit_ends_a_run_with_time_to_spare(knobs, iterations, step_se
     )
 
 
-@pytest.mark.parametrize("ahead", [False, True], ids=["synchronous", "asynchronous"])
-@pytest.mark.parametrize("measured", [0.0, 1000.0])
+@pytest.mark.parametrize("measured, ahead", [(0.0, False), (1000.0, False), (1000.0, True)])
 def test_one_step_always_runs(measured, ahead):
     trace = simulate(config(), lambda step: 1000.0, measured, ahead)
     assert trace.end.step == 1 and trace.end.seconds == pytest.approx(1000.0, abs=0.1)
+
+
+def test_an_asynchronous_device_does_not_hide_long_steps():
+    assert simulate(config(), lambda step: 250.0, measured=250.0, ahead=True).trained == 500.0
 
 
 def test_a_run_without_limits_of_time_makes_its_steps():
@@ -379,16 +384,16 @@ def test_clock_measures_steps_and_not_pauses(now):
     assert clock.step_seconds() == pytest.approx(2)
 
 
-@given(st.lists(st.floats(0.9, 1.1), min_size=6, max_size=40), st.floats(5, 1000), st.data())
+@given(st.lists(st.floats(0.9, 1.1), min_size=2, max_size=40), st.floats(5, 1000), st.data())
 def test_median_step_ignores_one_slow_step(steps, slow, data):
+    steps[data.draw(st.integers(0, len(steps) - 1))] = slow
+    moment = [0.0]
     with mock.patch.object(train_gpt, "time", SimpleNamespace(perf_counter=lambda: moment[0])):
-        moment = [0.0]
         clock = Clock(Runtime(), 1.0)
         clock.start()
-        place = data.draw(st.integers(0, len(steps) - 1))
-        for index, seconds in enumerate(steps):
+        for seconds in steps:
             clock.tick()
-            moment[0] += slow if index == place else seconds
+            moment[0] += seconds
         clock.tick()
         assert 0.9 <= clock.step_seconds() <= 1.1
 
