@@ -1517,7 +1517,7 @@ class Run:
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:
     """Most sequences of one forward pass: 64 K tokens on a GPU as the official script, 8 K on a CPU.
 
-    On 2 CPU cores 2 K to 16 K tokens differ by less than the noise (records/benchmarks); 8 K needs 0.5 GB.
+    On 2 CPU cores 2 K, 4 K and 8 K tokens are equally fast, 16 K a third slower (cpu_micro_batch.json).
     """
     tokens = cfg.micro_batch_tokens or (65_536 if device.type == "cuda" else 8_192)
     return max(1, tokens // cfg.train_seq_len)

@@ -251,10 +251,10 @@ def test_too_few_tokens_is_one_line_without_a_warm_up_too(tmp_path, dataset):
 
 
 def test_prefetch_gives_the_same_items():
-    assert list(itertools.islice(prefetch(itertools.count()), 50)) == list(range(50))
+    assert list(itertools.islice(prefetch(itertools.count(), Runtime()), 50)) == list(range(50))
 
 
-def test_prefetch_works_ahead_but_not_far():
+def test_prefetch_works_one_item_ahead():
     made, second = [], threading.Event()
 
     def items():
@@ -264,10 +264,11 @@ def test_prefetch_works_ahead_but_not_far():
                 second.set()
             yield item
 
-    ready = prefetch(items(), depth=2)
+    ready = prefetch(items(), Runtime())
     assert next(ready) == 0
     assert second.wait(10), "nothing was made ahead"
-    assert len(made) <= 5
+    assert made == [0, 1]
+    ready.close()
 
 
 def test_prefetch_hands_an_error_on_after_the_items_before_it():
@@ -275,15 +276,15 @@ def test_prefetch_hands_an_error_on_after_the_items_before_it():
         yield 1
         raise RunError("shard 7 is damaged")
 
-    ready = prefetch(items())
+    ready = prefetch(items(), Runtime())
     assert next(ready) == 1
     with pytest.raises(RunError, match="shard 7 is damaged"):
         next(ready)
 
 
-def test_prefetch_ends_where_its_items_end():
-    got: list = []
-    thread = threading.Thread(target=lambda: got.extend(prefetch([1, 2, 3])), daemon=True)
-    thread.start()
-    thread.join(5)
-    assert not thread.is_alive() and got == [1, 2, 3]
+def test_closing_prefetch_ends_its_thread():
+    before = threading.active_count()
+    ready = prefetch(itertools.count(), Runtime())
+    assert next(ready) == 0 and threading.active_count() == before + 1
+    ready.close()
+    assert threading.active_count() == before
