@@ -19,8 +19,9 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import train_gpt  # noqa: E402
 from bench_throughput import commit  # noqa: E402
+
+import train_gpt  # noqa: E402
 
 TOKENS, HEADS, HEAD_DIM = 8192, 4, 64
 
