@@ -170,7 +170,7 @@ class Config:
     seed: int = place_knob(1337, "seeds weights and every random choice", low=0)
     device: str = place_knob("auto", "where to run; mps is untested", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = knob("auto", "compute type; auto = bf16 where faster", choices=("auto", "bf16", "fp32"))
-    compile: str = place_knob("auto", "torch.compile; auto = if a toy compiles", choices=("auto", "0", "1"))
+    compile: str = place_knob("auto", "torch.compile; auto = where it works", choices=("auto", "0", "1"))
     allow_inert: bool = place_knob(False, "a knob without effect is a warning, not an error")
     allow_env: tuple[str, ...] = place_knob((), "variables that look like knobs but are not ours")
 
@@ -368,7 +368,7 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
             runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
-            runtime.compiles = runtime.main_decides(lambda: pick_compile(cfg.compile, device))
+            runtime.compiles = cfg.compile != "0" and device.type != "mps"
             yield runtime
         finally:
             if dist.is_initialized():
@@ -464,20 +464,6 @@ def matmul_seconds(dtype: torch.dtype) -> float:
         torch.mm(a, b)
         times.append(time.perf_counter() - start)
     return median(times[2:])
-
-
-def pick_compile(wanted: str, device: torch.device) -> bool:
-    """auto: whether a toy function compiles, which on a CPU needs a C++ compiler and Python's headers."""
-    if wanted != "auto":
-        return wanted == "1"
-    if device.type == "mps":
-        return False
-    try:
-        torch.compile(lambda x: (x * 2 + 1).sum())(torch.ones(8, device=device))
-        return True
-    except Exception as error:  # whatever the toolchain raises: the run goes on without it
-        print(f"warning: no torch.compile here ({type(error).__name__}), so slower", file=sys.stderr)
-        return False
 
 
 class RunLog:
@@ -1507,8 +1493,29 @@ class Run:
     data: Validation
 
     def __post_init__(self) -> None:
+        self.build()
+
+    def build(self) -> None:
+        """The two functions that run the model, compiled if the runtime compiles."""
         self.loss = self.runtime.compile(training_loss(self.cfg, self.model))
         self.nats = self.runtime.compile(lambda ids, targets: token_nats(self.model, ids, targets))
+
+    def settle(self, warm: Callable):
+        """warm(), which compiles. If the compiler fails, once more without it, unless COMPILE=1 insists.
+
+        It needs a C++ compiler on a CPU; and torch 2.5 writes C++ for bfloat16 that does not build.
+        """
+        try:
+            return warm()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if not self.runtime.compiles or self.cfg.compile == "1":
+                raise
+            self.log.line(f"warning: no torch.compile ({type(error).__name__}); running eagerly, slower")
+            self.runtime.compiles = False
+            self.build()
+            return warm()
 
     def score(self) -> Score:
         return roundtrip(self.cfg, self.nats, self.data, self.runtime)
@@ -1571,7 +1578,9 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     states = [optimiser.state_dict() for optimiser in optimisers.all]  # empty as yet
     random_state = torch.get_rng_state()
-    limit = fit_micro_batch(run, next(batches(cfg, stream, runtime)))
+    first = next(batches(cfg, stream, runtime))
+    limit = run.settle(lambda: fit_micro_batch(run, first))
+    run.settle(lambda: warm_evaluation(run))
     for step, batch in enumerate(itertools.islice(batches(cfg, stream, runtime), cfg.warmup_steps)):
         runtime.synchronize()
         start = time.perf_counter()
@@ -1579,15 +1588,19 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
         runtime.synchronize()
         seconds = time.perf_counter() - start
         run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
-    shape = eval_batch_sequences(cfg, runtime.device), cfg.train_seq_len + 1
-    blank = torch.zeros(shape, dtype=torch.int64, device=runtime.device)
-    with torch.no_grad():
-        run.nats(blank[:, :-1], blank[:, 1:])
     run.model.load_state_dict(weights)
     for optimiser, state in zip(optimisers.all, states, strict=True):
         optimiser.load_state_dict(state)
     torch.set_rng_state(random_state)
     return limit, runtime.main_number(seconds)
+
+
+def warm_evaluation(run: Run) -> None:
+    """Compile the evaluation graph on blank tokens."""
+    shape = eval_batch_sequences(run.cfg, run.runtime.device), run.cfg.train_seq_len + 1
+    blank = torch.zeros(shape, dtype=torch.int64, device=run.runtime.device)
+    with torch.no_grad():
+        run.nats(blank[:, :-1], blank[:, 1:])
 
 
 def graphs_compiled() -> int:
@@ -1776,7 +1789,8 @@ def save_model(run: Run, out: Path) -> dict[str, object]:
         raise RunError(f"diverged: {bad[0]} is not finite; no model was written", DIVERGED)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    blob = pack(cfg, state, dict(quant=QUANT, dtype=dtype_name(run.runtime.dtype), config_hash=cfg.hash))
+    setting = dict(dtype=dtype_name(run.runtime.dtype), compile=run.runtime.compiles)
+    blob = pack(cfg, state, dict(setting, quant=QUANT, config_hash=cfg.hash))
     write_atomic(out / "final_model.pt", buffer.getvalue())
     write_atomic(out / MODEL_FILE, blob)
     raw, packed, code, payload = buffer.tell(), len(blob), len(own_source()), payload_bytes(cfg, state)
@@ -1842,7 +1856,11 @@ def finish(run: Run, trained: Trained, artifact: dict, score: Score, run_id: str
 
 
 def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Config:
-    """The config with the artifact's shape and dtype; RunError if the environment asks for another one."""
+    """The config with the artifact's shape; RunError if the environment asks for another one.
+
+    Its dtype and whether it was compiled hold too, unless the environment says otherwise: either moves
+    the score in the fourth digit.
+    """
     made, source = header.get("model", {}), f"EVAL_ONLY={cfg.eval_only}"
     known = (
         made.keys() == cfg.shape().keys() and header.get("dtype") in DTYPES and header.get("quant") == QUANT
@@ -1852,7 +1870,8 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
         asked = name.upper() in env and getattr(cfg, name) != value
         clash = f"{name.upper()}={getattr(cfg, name)} but {source} was trained with {value}"
         require(not asked, f"{clash}; unset it")
-    return replace(cfg, **made, dtype=cfg.dtype if "DTYPE" in env else header["dtype"])
+    compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
+    return replace(cfg, **made, compile=compiled, dtype=cfg.dtype if "DTYPE" in env else header["dtype"])
 
 
 def require_size(cfg: Config, model: GPT) -> None:
@@ -1901,6 +1920,8 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
 def train_and_score(run: Run, stream: TokenStream | None, header: Mapping | None, run_id: str) -> int:
     """Train, pack, read back from disk, score what was read; or score a given artifact."""
     cfg, trained = run.cfg, Trained()
+    if not stream:
+        run.settle(lambda: warm_evaluation(run))
     if header:
         artifact = artifact_event(Path(cfg.eval_only), header["codec"], Path(cfg.eval_only).stat().st_size)
     else:

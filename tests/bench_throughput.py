@@ -69,7 +69,7 @@ class Variant:
         shape = self.cfg.sequences, self.cfg.train_seq_len + 1
         tokens = torch.randint(self.cfg.vocab_size, shape)
         self.batch = tokens[:, :-1], tokens[:, 1:]
-        self.limit = train_gpt.fit_micro_batch(self.run, self.batch)
+        self.limit = self.run.settle(lambda: train_gpt.fit_micro_batch(self.run, self.batch))
         self.first = self.step()
         self.step()
 

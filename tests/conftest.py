@@ -54,10 +54,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = VOCAB, **options) ->
         normalization_rule_name="identity", add_dummy_prefix=False, remove_extra_whitespaces=False
     )
     quiet = dict(character_coverage=0.999, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    kind = dict(model_type="bpe", vocab_size=vocab_size)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-        **(layout | identity | quiet | options),
-    )  # fmt: skip
+        sentence_iterator=iter(texts), model_writer=model, **(layout | identity | quiet | kind | options)
+    )
     return model.getvalue()
 
 

@@ -254,7 +254,6 @@ def test_a_bad_value_is_refused_in_one_line(line, reason):
         ("MATRX_LR", "MATRIX_LR"),
         ("MATRIX_LRS", "MATRIX_LR"),
         ("TIED_EMBD_LR", "TIED_EMBED_LR"),
-        ("MUON_MOMENTUM_WARMUP", "MUON_MOMENTUM_WARMUP_"),
         ("WARMDOWN_ITER", "WARMDOWN_ITERS"),
         ("NUM_LAYER", "NUM_LAYERS"),
         ("ITERATION", "ITERATIONS"),
@@ -267,7 +266,7 @@ def test_a_bad_value_is_refused_in_one_line(line, reason):
     ],
 )
 def test_a_misspelt_knob_is_refused_with_the_right_name(wrong, right):
-    assert re.match(rf"{wrong} is not a knob; did you mean {right}\w*\?", refusal({wrong: "1"}))
+    assert re.match(rf"{wrong} is not a knob; did you mean {right}\?", refusal({wrong: "1"}))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if len(name) > 5])  # shorter ones leave common words
@@ -275,7 +274,7 @@ def test_a_knob_that_lacks_its_last_letter_is_not_ignored(name):
     assert refusal({name[:-1]: "1"}).startswith(name[:-1])
 
 
-@pytest.mark.parametrize("name", ["MUON_WEIGHT_DECAY", "TIDAL_FLOOR", "TRAIN_STEPS", "COSINE_FLOOR"])
+@pytest.mark.parametrize("name", ["MUON_MOMENTUM_WARMUP", "MUON_WEIGHT_DECAY", "TIDAL_FLOOR", "TRAIN_STEPS"])
 def test_a_name_that_starts_like_our_knobs_is_refused(name):
     assert refusal({name: "1"}).startswith(f"{name} is not a knob")
 
@@ -395,12 +394,14 @@ def test_runs_of_the_waves_with_a_missing_switch_say_which(name):
 
 
 PRESETS = {path.stem: preset(path) for path in sorted((ROOT / "sweeps/presets").glob("*.env"))}
+ON_CPU = {path.stem: preset(path) for path in sorted((ROOT / "sweeps/presets/cpu").glob("*.env"))}
 
 
 @pytest.mark.parametrize("overlay", ["gpu", "cpu"])
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() - {"cpu"}))
 def test_every_preset_parses_with_and_without_the_cpu_sizes(name, overlay):
-    env = PRESETS[name] | (PRESETS["cpu"] if overlay == "cpu" else {})
+    sizes = PRESETS["cpu"] | ON_CPU.get(name, {}) if overlay == "cpu" else {}
+    env = PRESETS[name] | sizes
     cfg = Config.from_env(env)
     assert cfg.overrides().keys() <= env.keys() and not cfg.inert()
 

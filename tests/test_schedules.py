@@ -92,7 +92,8 @@ def simulate(
 
     stubs = dict(
         warm_up=lambda *_: (1, measured), forecast=mock.Mock(), report_step=mock.Mock(), validate=validate,
-        batches=lambda *_: itertools.repeat(None), prefetch=lambda items, _: (item for item in items), train_step=step, report_end=mock.Mock(),
+        batches=lambda *_: itertools.repeat(None), prefetch=lambda items, _: (item for item in items),
+        train_step=step, report_end=mock.Mock(),
         time=SimpleNamespace(perf_counter=lambda: machine.host),
     )  # fmt: skip
     run = SimpleNamespace(cfg=cfg, runtime=runtime, log=mock.Mock())

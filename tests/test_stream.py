@@ -1,6 +1,7 @@
 """Shards and batches: damaged files are named, and the global batch is the same on any number of ranks."""
 
 import itertools
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, launch, write_shard
+from conftest import BOS, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +18,7 @@ from train_gpt import (
     Runtime,
     TokenStream,
     batches,
+    execute,
     micro_batches,
     open_shard,
     prefetch,
@@ -241,13 +243,14 @@ def test_too_few_tokens_for_one_window_is_refused(tiny, tmp_path):
     assert inputs[5].tolist() == list(range(32)) and targets[5].tolist() == list(range(1, 33))
 
 
-def test_too_few_tokens_is_one_line_without_a_warm_up_too(tmp_path, dataset):
-    data = tmp_path / "data"
-    data.mkdir()
-    write_shard(data / "toy_train_000000.bin", [BOS] * 20)
-    (data / "toy_val_000000.bin").write_bytes((dataset / "toy_val_000000.bin").read_bytes())
-    end = launch(tmp_path, dataset, expect=2, data_path=str(data), warmup_steps=0)
-    assert end.stderr.count("\n") == 1 and "hold 20 tokens, TRAIN_SEQ_LEN=32 needs more" in end.stderr
+def test_too_few_tokens_is_one_line_without_a_warm_up_too(tiny, tmp_path, dataset):
+    write_shard(tmp_path / "toy_train_000000.bin", [BOS] * 20)
+    shutil.copy(dataset / "toy_val_000000.bin", tmp_path)
+    paths = dict(
+        data_path=str(tmp_path), tokenizer_path=str(dataset / "tokenizer.model"), out_dir=str(tmp_path)
+    )
+    with pytest.raises(RunError, match="hold 20 tokens, TRAIN_SEQ_LEN=32 needs more"):
+        execute(tiny(warmup_steps=0, **paths), {})
 
 
 def test_prefetch_gives_the_same_items():
