@@ -41,7 +41,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 
 import numpy as np
 import sentencepiece
@@ -148,8 +148,8 @@ class Config:
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=0)
     muon_momentum_warmup_start: float = knob(0.85, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warm-up", low=0)
-    beta1: float = knob(0.9, "Adam first moment", low=0, high=1)
-    beta2: float = knob(0.95, "Adam second moment", low=0, high=1)
+    beta1: float = knob(0.9, "Adam first moment", low=0, high=0.999999)
+    beta2: float = knob(0.95, "Adam second moment", low=0, high=0.999999)
     adam_eps: float = knob(1e-8, "Adam epsilon", low=0)
     grad_clip_norm: float = knob(0.0, "global L2 clip of the gradient; 0 = off", low=0)
     control_tensor_name_patterns: tuple[str, ...] = knob(CONTROL_NAMES, "names that SCALAR_LR trains")
@@ -167,7 +167,7 @@ class Config:
     # -- where and how --
     run_id: str = place_knob("", "names the logs; empty = a new id")
     out_dir: str = place_knob(".", "holds logs/ and the model files")
-    seed: int = place_knob(1337, "seeds weights and every random choice", low=0)
+    seed: int = place_knob(1337, "seeds weights and every random choice", low=0, high=2**32 - 1)
     device: str = place_knob("auto", "where to run; mps is untested", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = knob("auto", "compute type; auto = bf16 where faster", choices=("auto", "bf16", "fp32"))
     compile: str = place_knob("auto", "torch.compile; auto = where it works", choices=("auto", "0", "1"))
@@ -426,11 +426,11 @@ class Runtime:
         """This rank's contiguous part of `count` items."""
         return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
 
-    def peak_memory_mib(self) -> int:
-        """Most memory held: the allocator's on CUDA, the process's resident set elsewhere."""
+    def peak_memory_mib(self) -> tuple[int, int]:
+        """Most memory (allocated, reserved) on CUDA; elsewhere twice the process's resident set."""
         if self.is_cuda:
-            return torch.cuda.max_memory_allocated() // 2**20
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            return torch.cuda.max_memory_allocated() // 2**20, torch.cuda.max_memory_reserved() // 2**20
+        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,) * 2
 
 
 def pick_device(wanted: str, local_rank: int) -> torch.device:
@@ -629,15 +629,17 @@ class Clock:
 
     def tick(self) -> float:
         """Seconds trained, the same number on every rank; call once before each step."""
+        paced = not self.runtime.is_cuda  # a host that runs ahead of its device measures nothing
         if self.runtime.is_cuda:
             self.pending.append(torch.cuda.Event())
             self.pending[-1].record()
             if len(self.pending) > 2:
                 self.pending.popleft().synchronize()
+                paced = True
         now = self.runtime.main_number(self.seconds())
-        if self.last is not None:
+        if self.last is not None and paced:
             self.recent.append(now - self.last)
-        self.last = now
+        self.last = now if paced else None
         return now
 
     def seconds(self) -> float:
@@ -650,7 +652,7 @@ class Clock:
 
     def step_seconds(self) -> float:
         """Median of recent steps: one slow step (a compile, a hiccup) does not bend the schedule."""
-        return median(self.recent) if self.recent else 0.0
+        return median_low(self.recent) if self.recent else 0.0
 
 
 # =============================================================================
@@ -705,9 +707,15 @@ class TokenStream:
             at += len(part)
         return np.concatenate(parts)
 
+    def windows(self, length: int) -> int:
+        """How many training windows of `length` targets it holds; RunError if none."""
+        short = f"the training shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more"
+        require(len(self) > length, short)
+        return (len(self) - 1) // length
+
     def epoch(self, cfg: Config, step: int) -> int:
         """Which pass over the training windows a step starts in, from 1."""
-        return cfg.sequences * max(step, 0) // ((len(self) - 1) // cfg.train_seq_len) + 1
+        return cfg.sequences * max(step, 0) // self.windows(cfg.train_seq_len) + 1
 
 
 def window_order(cfg: Config, windows: int, step: int) -> np.ndarray:
@@ -727,9 +735,7 @@ def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tupl
 
     Windows overlap by one token, so every token but the stream's first is a target once an epoch.
     """
-    length, tokens = cfg.train_seq_len, len(stream)
-    windows = (tokens - 1) // length
-    require(windows > 0, f"the training shards hold {tokens} tokens, TRAIN_SEQ_LEN={length} needs more")
+    length, windows = cfg.train_seq_len, stream.windows(cfg.train_seq_len)
     for step in itertools.count():
         order = window_order(cfg, windows, step)[list(runtime.share(cfg.sequences))]
         block = np.empty((len(order), length + 1), np.int64)
@@ -755,13 +761,20 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
 # =============================================================================
 
 
+MARK = "\u2581"  # SentencePiece's space
+
+
 @dataclass(frozen=True)
 class ByteTable:
-    """Per token id: bytes of its own, whether it starts with a space mark, whether it is a boundary."""
+    """Per token id: bytes of its own, whether it starts with a space mark, whether it is a boundary.
+
+    spelled: the three byte tokens that spell the mark where a vocabulary has no piece for a lone space.
+    """
 
     own: np.ndarray
     space: np.ndarray
     boundary: np.ndarray
+    spelled: tuple[int, ...]
 
     @classmethod
     def of(cls, tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
@@ -771,15 +784,29 @@ class ByteTable:
         boundary = np.array([any(kind(i) for kind in kinds) for i in range(size)])
         for i in np.flatnonzero(~boundary).tolist():
             piece = tokenizer.id_to_piece(i)
-            space[i] = not tokenizer.is_byte(i) and piece.startswith("\u2581")
+            space[i] = not tokenizer.is_byte(i) and piece.startswith(MARK)
             text = piece[1:] if space[i] else piece  # further marks inside a piece are plain spaces
-            own[i] = 1 if tokenizer.is_byte(i) else len(text.replace("\u2581", " ").encode())
-        return cls(own, space, boundary)
+            own[i] = 1 if tokenizer.is_byte(i) else len(text.replace(MARK, " ").encode())
+        spelled = tuple(tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode())
+        return cls(own, space, boundary, spelled if all(map(tokenizer.is_byte, spelled)) else ())
+
+    def weigh(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes [N] that each token adds: a space mark counts 1 unless it follows a boundary or the start.
+
+        A mark spelled in byte tokens is one space, not three bytes: counting three made scores a fifth
+        too good (parameter-golf #897).
+        """
+        begins = np.concatenate(([True], self.boundary[tokens[:-1]]))
+        weights = self.own[tokens] + (self.space[tokens] & ~begins).astype(np.int16)
+        if self.spelled and len(tokens) > 2:
+            runs = [tokens[k : len(tokens) - 2 + k] == byte for k, byte in enumerate(self.spelled)]
+            at = np.flatnonzero(np.logical_and.reduce(runs))
+            weights[at] = weights[at + 1] = 0
+        return weights
 
     def targets(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes [N-1] of each target tokens[1:]: a space mark counts 1 unless it follows a boundary."""
-        previous, target = tokens[:-1], tokens[1:]
-        return (self.own[target] + (self.space[target] & ~self.boundary[previous])).astype(np.int16)
+        """Bytes [N-1] of each target tokens[1:]."""
+        return self.weigh(tokens)[1:]
 
 
 def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
@@ -815,10 +842,10 @@ def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int,
     for at in range(0, len(spans), 1000):
         documents = [tokens[start:stop].tolist() for start, stop in spans[at : at + 1000]]
         for ids, text in zip(documents, tokenizer.decode(documents), strict=True):
-            if "\ufffd" in text:
+            if "\ufffd" in text and any(map(tokenizer.is_byte, ids)):
                 total += broken_bytes(tokenizer, ids) - bool(table.space[ids[0]])
             else:
-                total += len(text.encode()) - (keeps_mark and bool(table.space[ids[0]]))
+                total += len(text.replace(MARK, " ").encode()) - (keeps_mark and bool(table.space[ids[0]]))
     return len(spans), total
 
 
@@ -827,7 +854,11 @@ def broken_bytes(tokenizer, ids: list[int]) -> int:
     anchor, total = tokenizer.piece_to_id("<0x61>"), 0  # an 'a' in front keeps decode from dropping a space
     for is_byte, run in itertools.groupby(ids, tokenizer.is_byte):
         run = list(run)
-        total += len(run) if is_byte else len(tokenizer.decode([anchor, *run]).encode()) - 1
+        if is_byte:
+            raw = bytes(int(tokenizer.id_to_piece(i)[3:5], 16) for i in run)
+            total += len(raw.replace(MARK.encode(), b" "))
+        else:
+            total += len(tokenizer.decode([anchor, *run]).encode()) - 1
     return total
 
 
@@ -858,13 +889,14 @@ def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
     )
     tokens = stream.read(0, len(stream))
     require(len(tokens) > 1, f"the validation shards in {where} hold fewer than two tokens")
-    data = Validation(tokens, table.targets(tokens), 0, hashlib.sha256(tokens.tobytes()).hexdigest())
+    weights = table.weigh(tokens)
+    data = Validation(tokens, weights[1:], 0, hashlib.sha256(tokens.tobytes()).hexdigest())
     if not prove:
         return data
     require(data.bytes > 0, f"the validation shards in {where} decode to no text")
     key = data.sha256 + hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
     documents, decoded = cached_oracle(cfg, key, lambda: decoded_bytes(tokenizer, table, tokens))
-    counted = data.bytes + int(table.own[tokens[0]])
+    counted = int(weights.sum(dtype=np.int64))
     wrong = f"wrong byte count: {counted} by pieces, {decoded} by decoding the validation text"
     require(counted == decoded, f"{wrong}; does {cfg.tokenizer_path} belong to {where}?")
     return replace(data, documents=documents)
@@ -1209,6 +1241,8 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         for group in self.param_groups:
             params, sizes = group["params"], [p.numel() for p in group["params"]]
+            if not params:
+                continue
             flat = torch.zeros(sum(sizes), device=params[0].device)
             updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
             shapes: dict[torch.Size, list[int]] = {}
@@ -1317,11 +1351,15 @@ def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
     return ["fp32" if any(part in name for part in cfg.int8_keep_float_fp32_name_patterns) else "fp16"]
 
 
-def tensor_planes(cfg: Config, kinds: list[str], tensor: Tensor) -> dict[str, np.ndarray]:
-    """The stored arrays of a tensor, by kind."""
+def tensor_planes(cfg: Config, name: str, kinds: list[str], tensor: Tensor) -> dict[str, np.ndarray]:
+    """The stored arrays of a tensor, by kind; RunError (5) if one overflows float16."""
     weight = tensor.detach().float().cpu().contiguous()
     arrays = quantise_rows(weight, cfg.quant_scale_floor) if "int8" in kinds else [weight]
-    return {kind: array.numpy().astype(PLANES[kind]) for kind, array in zip(kinds, arrays, strict=True)}
+    dtypes = dict(int8=torch.int8, step=torch.float16, fp16=torch.float16, fp32=torch.float32)
+    stored = {kind: array.to(dtypes[kind]) for kind, array in zip(kinds, arrays, strict=True)}
+    if not all(torch.isfinite(array).all() for array in stored.values()):
+        raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
+    return {kind: array.numpy().astype(PLANES[kind]) for kind, array in stored.items()}
 
 
 def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
@@ -1330,14 +1368,20 @@ def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) 
     Planes of one kind stand together (all codes, then all steps, ...): they compress better so.
     """
     table = [[name, list(t.shape), plane_kinds(cfg, name, t.shape)] for name, t in sorted(state.items())]
-    arrays = {name: tensor_planes(cfg, kinds, state[name]) for name, _, kinds in table}
+    arrays = {name: tensor_planes(cfg, name, kinds, state[name]) for name, _, kinds in table}
     header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     planes = [arrays[name][kind].tobytes() for kind in PLANES for name, _, kinds in table if kind in kinds]
     raw = struct.pack("<I", len(text)) + text + b"".join(planes)
     body = CODECS[cfg.codec][0](raw, cfg)
-    check = hashlib.sha256(body).digest()[:8]
-    return PREFIX.pack(MAGIC, FORMAT_VERSION, cfg.codec.encode(), check, len(raw), len(body)) + body
+    return sealed(cfg.codec.encode(), len(raw), body)
+
+
+def sealed(codec: bytes, raw_length: int, body: bytes) -> bytes:
+    """The body behind its prefix, whose checksum covers both."""
+    fields_ = MAGIC, FORMAT_VERSION, codec
+    check = hashlib.sha256(PREFIX.pack(*fields_, bytes(8), raw_length, len(body)) + body).digest()[:8]
+    return PREFIX.pack(*fields_, check, raw_length, len(body)) + body
 
 
 def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
@@ -1349,23 +1393,23 @@ def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
     require(version == FORMAT_VERSION, f"{source} has format version {version}; this reads {FORMAT_VERSION}")
     require(codec.decode("latin1") in CODECS, f"{source} is packed with an unknown codec {codec!r}")
     body = blob[PREFIX.size :]
-    whole = (
-        len(body) == body_length and hashlib.sha256(body).digest()[:8] == check and raw_length <= RAW_LIMIT
-    )
+    whole = len(body) == body_length and sealed(codec, raw_length, body) == blob and raw_length <= RAW_LIMIT
     require(whole, f"{source} is damaged: its checksum or length is wrong; copy it again")
     try:
         raw = CODECS[codec.decode()][1](body, raw_length)
+        if len(raw) != raw_length:
+            raise ValueError("another length than it says")
         size = struct.unpack_from("<I", raw)[0]
         header = json.loads(raw[4 : 4 + size])
         return read_planes(header["tensors"], raw, 4 + size), header
-    except RunError:
-        raise
     except Exception as error:  # a forged body: whatever breaks, the file is to blame
         raise RunError(f"{source} cannot be unpacked ({type(error).__name__}: {error})") from None
 
 
 def read_planes(table: list, raw: bytes, at: int) -> dict[str, Tensor]:
-    """Rebuild float32 tensors from the planes that start at byte `at`."""
+    """Rebuild float32 tensors from the planes that start at byte `at`; any error means a bad table."""
+    if any(type(size) is not int or size < 0 for _, shape, _ in table for size in shape):
+        raise ValueError("a shape that is none")
     arrays: dict[tuple[str, str], Tensor] = {}
     for kind, code in PLANES.items():
         for name, shape, _ in (row for row in table if kind in row[2]):
@@ -1373,7 +1417,8 @@ def read_planes(table: list, raw: bytes, at: int) -> dict[str, Tensor]:
             values = np.frombuffer(raw, code, math.prod(shape), at)
             arrays[name, kind] = torch.from_numpy(values.astype(np.float32).reshape(shape))
             at += values.nbytes
-    require(at == len(raw), "the artifact's planes do not fill it")
+    if at != len(raw):
+        raise ValueError("planes that do not fill it")
     state = {name: arrays[name, kinds[0]] for name, _, kinds in table}
     return {n: t * arrays[n, "step"][:, None] if (n, "step") in arrays else t for n, t in state.items()}
 
@@ -1391,11 +1436,11 @@ def zstandard_module():
 CODECS: dict[str, tuple[Callable, Callable]] = {
     "zstd": (
         lambda raw, cfg: zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw),
-        lambda body, size: zstandard_module().ZstdDecompressor().decompress(body, max_output_size=size),
+        lambda body, size: zstandard_module().ZstdDecompressor().stream_reader(body).read(size + 1),
     ),
     "zlib": (
         lambda raw, cfg: zlib.compress(raw, 9),
-        lambda body, size: zlib.decompressobj().decompress(body, size),
+        lambda body, size: zlib.decompressobj().decompress(body, size + 1),
     ),
 }
 
@@ -1474,6 +1519,8 @@ def roundtrip(
         totals += torch.stack((nats[scored].sum(), scored.sum()))
     nats, tokens = runtime.sum(totals).tolist()
     require(tokens == data.targets, f"a bug: {tokens:.0f} of {data.targets} targets were scored; no score")
+    if not math.isfinite(nats):
+        raise RunError("diverged: the validation loss is not a number; lower the learning rates", DIVERGED)
     return Score(nats, int(tokens), data.bytes, time.perf_counter() - began)
 
 
@@ -1766,6 +1813,8 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     log.line(f"val_loader:shards pattern={folder / '*_val_*.bin'} tokens:{tokens}")
     log.line(f"val: tokens:{tokens} bytes:{data.bytes} docs:{data.documents} sha256:{data.sha256}")
     log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    accumulate = -(-len(runtime.share(cfg.sequences)) // micro_batch_limit(cfg, runtime.device))
+    log.line(f"world_size:{runtime.world_size} grad_accum_steps:{accumulate}")
     log.line(" ".join(f"{name}:{value}" for name, value in machine.items()))
     log.line(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}")
     log.line(f"tie_embeddings:{tied} {rates} matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}")
@@ -1842,7 +1891,11 @@ def finish(run: Run, trained: Trained, artifact: dict, score: Score, run_id: str
     """The `end` event and the RESULT line, the last of stdout; returns the exit code."""
     cfg, log, before = run.cfg, run.log, trained.score
     status, code, message = verdict(cfg, artifact["total_bytes"], score.seconds)
-    log.line(f"peak memory: {run.runtime.peak_memory_mib()} MiB" + (f"\nerror: {message}" if message else ""))
+    log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*run.runtime.peak_memory_mib()))
+    if message:
+        log.line(f"error: {message}", echo=False)
+        if run.runtime.is_main:
+            print(f"error: {message}", file=sys.stderr)
     how = dict(status=status, exit_code=code, train_seconds=round(trained.seconds, 3))
     how |= dict(progress=trained.progress, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
     log.event("end", step=trained.step, **how)
@@ -1861,17 +1914,19 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
     Its dtype and whether it was compiled hold too, unless the environment says otherwise: either moves
     the score in the fourth digit.
     """
-    made, source = header.get("model", {}), f"EVAL_ONLY={cfg.eval_only}"
-    known = (
-        made.keys() == cfg.shape().keys() and header.get("dtype") in DTYPES and header.get("quant") == QUANT
-    )
-    require(known, f"{source} was made by another version of this script")
+    made, source, shape = header.get("model"), f"EVAL_ONLY={cfg.eval_only}", cfg.shape()
+    known = isinstance(made, dict) and {n: type(v) for n, v in made.items()} == {
+        n: type(v) for n, v in shape.items()
+    }
+    setting = header.get("dtype") in DTYPES and header.get("quant") == QUANT and header.get("codec") in CODECS
+    require(known and setting, f"{source} was made by another version of this script")
     for name, value in made.items():
         asked = name.upper() in env and getattr(cfg, name) != value
         clash = f"{name.upper()}={getattr(cfg, name)} but {source} was trained with {value}"
         require(not asked, f"{clash}; unset it")
     compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
-    return replace(cfg, **made, compile=compiled, dtype=cfg.dtype if "DTYPE" in env else header["dtype"])
+    dtype = cfg.dtype if "DTYPE" in env else header["dtype"]
+    return replace(cfg, **made, compile=compiled, dtype=dtype, train_batch_tokens=made["train_seq_len"])
 
 
 def require_size(cfg: Config, model: GPT) -> None:
@@ -1894,6 +1949,8 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         runtime.main_decides(lambda: held.append(load_validation(cfg, tokenizer)))
         data = held.pop() if held else load_validation(cfg, tokenizer, prove=False)
         stream = None if header or not cfg.iterations else TokenStream(cfg.data_path, "train", cfg.vocab_size)
+        if stream:
+            stream.windows(cfg.train_seq_len)
         for seeded in (random.seed, np.random.seed, torch.manual_seed):
             seeded(cfg.seed)
         model = GPT(cfg, runtime.dtype)

@@ -97,7 +97,7 @@ class Variant:
             flops_per_second=round(flops / seconds),
             peak_flops_per_second=round(peak),
             share_of_peak=round(flops / seconds / peak, 4),
-            peak_memory_mib=self.runtime.peak_memory_mib(),
+            peak_memory_mib=self.runtime.peak_memory_mib()[0],
         )
 
 

@@ -101,6 +101,13 @@ def test_logits_are_the_reference_on_a_long_sequence(tiny):
         np.testing.assert_allclose(model(ids)[0].numpy(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-5, 3e-4, 0.005, 1.0, 1e4])
+def test_the_norm_is_the_reference_at_any_scale(scale):
+    x = scale * torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    expected = reference.rms(x.double().numpy())
+    np.testing.assert_allclose(train_gpt.norm(x).numpy(), expected, rtol=1e-5, atol=1e-9)
+
+
 def test_a_short_input_gives_the_same_logits_as_a_prefix(tiny):
     cfg = tiny()
     model, ids = random_model(cfg), random_ids(cfg, 2, 32)

@@ -84,6 +84,7 @@ def simulate(
         trace.lengths.append(machine.seconds(len(trace.lengths)))
         trace.trained += trace.lengths[-1]
         machine.work(trace.lengths[-1])
+        assert len(trace.lengths) < 20_000, "the run does not end"
         return torch.zeros(())
 
     def validate(run, step, seconds):
@@ -277,11 +278,11 @@ def test_tidal_follows_the_fraction_curve_on_any_machine(machine, ahead):
 
 
 @settings(deadline=None, max_examples=60)
-@given(STEP, JITTER, st.booleans())
+@given(STEP, st.lists(st.floats(0.9, 1.1), min_size=1, max_size=40), st.booleans())
 def test_warmdown_ends_near_zero(typical, jitter, ahead):
     cfg = config(warmdown_iters=60)
     trace = simulate(cfg, lambda step: typical * jitter[step % len(jitter)], typical, ahead)
-    assert trace.rates[-1] <= 8 / 60
+    assert trace.rates[-1] <= 6 / 60
     assert max(trace.rates) == 1.0 or trace.end.step < 100
 
 
@@ -320,7 +321,7 @@ def test_one_step_always_runs(measured, ahead):
 
 
 def test_an_asynchronous_device_does_not_hide_long_steps():
-    assert simulate(config(), lambda step: 250.0, measured=250.0, ahead=True).trained == 500.0
+    assert simulate(config(), lambda step: 250.0, measured=250.0, ahead=True).trained <= CAP
 
 
 def test_a_run_without_limits_of_time_makes_its_steps():
@@ -396,7 +397,7 @@ def test_median_step_ignores_one_slow_step(steps, slow, data):
             clock.tick()
             moment[0] += seconds
         clock.tick()
-        assert 0.9 <= clock.step_seconds() <= 1.1
+        assert 0.9 <= round(clock.step_seconds(), 9) <= 1.1
 
 
 class OtherRank(Runtime):
