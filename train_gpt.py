@@ -1324,7 +1324,7 @@ KEEP_FLOAT_NUMEL = 65_536  # official: tensors of at most this many values stay 
 CLIP_QUANTILE = 0.9999984  # official: each row is clipped at this quantile of its magnitudes
 PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}  # kinds of array in the file
 MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
-PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of the body, raw and packed length
+PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
 RAW_LIMIT = 1 << 30  # no artifact within the limit unpacks to more; a header that says so is forged
 # Packed / raw bytes of trained int8 weights: 0.9165 in PR #895 (zstd 22, no step floor), 0.92 in LowerLR
 # (zlib). Untrained weights are more uniform and take up to 8 % more.
@@ -1379,17 +1379,16 @@ def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) 
 
 def sealed(codec: bytes, raw_length: int, body: bytes) -> bytes:
     """The body behind its prefix, whose checksum covers both."""
-    fields_ = MAGIC, FORMAT_VERSION, codec
-    check = hashlib.sha256(PREFIX.pack(*fields_, bytes(8), raw_length, len(body)) + body).digest()[:8]
-    return PREFIX.pack(*fields_, check, raw_length, len(body)) + body
+    unchecked = PREFIX.pack(MAGIC, FORMAT_VERSION, codec, bytes(8), raw_length, len(body))
+    check = hashlib.sha256(unchecked + body).digest()[:8]
+    return PREFIX.pack(MAGIC, FORMAT_VERSION, codec, check, raw_length, len(body)) + body
 
 
 def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
     """(float32 state dict, header) of an artifact; RunError on anything damaged. Nothing is executed."""
-    require(
-        len(blob) >= PREFIX.size and blob.startswith(MAGIC), f"{source} is not an artifact of this script"
-    )
-    _, version, codec, check, raw_length, body_length = PREFIX.unpack_from(blob)
+    ours = len(blob) >= PREFIX.size and blob.startswith(MAGIC)
+    require(ours, f"{source} is not an artifact of this script")
+    _, version, codec, _, raw_length, body_length = PREFIX.unpack_from(blob)
     require(version == FORMAT_VERSION, f"{source} has format version {version}; this reads {FORMAT_VERSION}")
     require(codec.decode("latin1") in CODECS, f"{source} is packed with an unknown codec {codec!r}")
     body = blob[PREFIX.size :]
@@ -1914,10 +1913,9 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
     Its dtype and whether it was compiled hold too, unless the environment says otherwise: either moves
     the score in the fourth digit.
     """
-    made, source, shape = header.get("model"), f"EVAL_ONLY={cfg.eval_only}", cfg.shape()
-    known = isinstance(made, dict) and {n: type(v) for n, v in made.items()} == {
-        n: type(v) for n, v in shape.items()
-    }
+    made, source = header.get("model"), f"EVAL_ONLY={cfg.eval_only}"
+    kinds = {name: type(value) for name, value in cfg.shape().items()}
+    known = isinstance(made, dict) and {name: type(value) for name, value in made.items()} == kinds
     setting = header.get("dtype") in DTYPES and header.get("quant") == QUANT and header.get("codec") in CODECS
     require(known and setting, f"{source} was made by another version of this script")
     for name, value in made.items():
@@ -1941,7 +1939,7 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
     """One run, whole; returns the exit code. What a user may get wrong is checked before the log opens."""
     header = unpack(read_artifact(cfg.eval_only), cfg.eval_only)[1] if cfg.eval_only else None
     cfg = artifact_config(cfg, env, header) if header else cfg
-    if cfg.codec == "zstd":
+    if cfg.codec == "zstd" and not header:
         zstandard_module()
     with Runtime.launch(cfg, env) as runtime:
         held: list = []
