@@ -39,7 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median, median_low
 
@@ -725,15 +725,20 @@ def window_order(cfg: Config, windows: int, step: int) -> np.ndarray:
     if cfg.data_shuffle:
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            order = np.random.default_rng((cfg.seed, int(epoch))).permutation(windows)
-            places[here] = order[places[here]]
+            places[here] = epoch_order(cfg.seed, int(epoch), windows)[places[here]]
     return places
+
+
+@lru_cache(maxsize=2)  # 80 shards have 7.8 M windows: 0.8 s to permute, too long for every step
+def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(windows)
 
 
 def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's (inputs, targets), each [sequences here, seq_len] int64, of steps 0, 1, ...
 
-    Windows overlap by one token, so every token but the stream's first is a target once an epoch.
+    Windows overlap by one token, so each token is a target once an epoch, but for the first and the
+    last few that fill no window.
     """
     length, windows = cfg.train_seq_len, stream.windows(cfg.train_seq_len)
     for step in itertools.count():
@@ -741,9 +746,9 @@ def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tupl
         block = np.empty((len(order), length + 1), np.int64)
         for row, window in zip(block, order.tolist(), strict=True):
             row[:] = stream.read(window * length, length + 1)
-        block = torch.from_numpy(block)
-        block = block.pin_memory() if runtime.is_cuda else block
-        yield block[:, :-1], block[:, 1:]
+        pair = torch.from_numpy(block[:, :-1]), torch.from_numpy(block[:, 1:])
+        # Only a contiguous pinned tensor is copied to the GPU without waiting.
+        yield tuple(part.contiguous().pin_memory() for part in pair) if runtime.is_cuda else pair
 
 
 def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
