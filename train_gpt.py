@@ -353,6 +353,7 @@ class Runtime:
     world_size: int = 1
     dtype: torch.dtype = torch.float32
     compiles: bool = False
+    uncompiled: str = ""  # why not, if that is news to the user
 
     @classmethod
     @contextmanager
@@ -368,7 +369,8 @@ class Runtime:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
             runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
-            runtime.compiles = cfg.compile != "0" and device.type != "mps"
+            choice = runtime.main_decides(lambda: pick_compile(cfg.compile, device))
+            runtime.compiles, runtime.uncompiled = choice
             yield runtime
         finally:
             if dist.is_initialized():
@@ -464,6 +466,27 @@ def matmul_seconds(dtype: torch.dtype) -> float:
         torch.mm(a, b)
         times.append(time.perf_counter() - start)
     return median(times[2:])
+
+
+def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
+    """(whether to compile, what speaks against it). auto: on a CPU, if a compiled embedding learns right.
+
+    torch 2.5.1's CPU compiler drops repeated tokens from its gradient and says nothing (2.13 is right).
+    """
+    if wanted != "auto" or device.type != "cpu":
+        return wanted == "1" or device.type == "cuda" and wanted == "auto", ""
+    table = torch.linspace(-1, 1, 320 * 32).view(320, 32).requires_grad_()
+    ids, weight = torch.arange(512).view(16, 32) % 97, torch.linspace(1, 2, 512 * 32).view(16, 32, 32)
+
+    def loss(table: Tensor) -> Tensor:
+        return (F.embedding(ids, table) * weight).square().sum()
+
+    try:
+        eager, compiled = (torch.autograd.grad(f(table), table)[0] for f in (loss, torch.compile(loss)))
+        right = torch.allclose(eager, compiled, rtol=1e-3)
+        return right, "" if right else "its gradients are wrong"
+    except Exception as error:  # whatever the toolchain raises: the run goes on without it
+        return False, type(error).__name__
 
 
 class RunLog:
@@ -1826,6 +1849,8 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     log.line(f"seed:{cfg.seed}")
     for phrase in cfg.inert():
         log.line(f"warning: {phrase}")
+    if runtime.uncompiled:
+        log.line(f"warning: no torch.compile ({runtime.uncompiled}); running eagerly, slower")
     sha = hashlib.sha256(source).hexdigest()
     log.event("config", config=asdict(cfg), config_hash=cfg.hash, code_sha256=sha, code_bytes=len(source))
     log.event("env", **machine, val_tokens=tokens, val_bytes=data.bytes, val_sha256=data.sha256)

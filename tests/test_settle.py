@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train_gpt
-from train_gpt import GPT, Run, RunLog, Runtime, artifact_config
+from train_gpt import GPT, Run, RunLog, Runtime, artifact_config, pick_compile
 
 
 class CompilerFailed(Exception):
@@ -76,3 +76,23 @@ def test_an_artifact_is_scored_as_it_was(tiny, compiled, env, expected):
     cfg = tiny(compile=env.get("COMPILE", "auto"), eval_only="x")
     header = dict(model=cfg.shape(), dtype="fp32", quant="int8", codec="zstd", compile=compiled)
     assert artifact_config(cfg, env, header).compile == expected
+
+
+@pytest.mark.parametrize("factor, expected", [(1, (True, "")), (2, (False, "its gradients are wrong"))])
+def test_a_compiler_that_is_wrong_is_not_used(monkeypatch, factor, expected):
+    monkeypatch.setattr(torch, "compile", lambda fn: lambda table: factor * fn(table))
+    assert pick_compile("auto", torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize(
+    "wanted, kind, expected",
+    [
+        ("1", "cpu", True),
+        ("0", "cpu", False),
+        ("0", "cuda", False),
+        ("auto", "cuda", True),
+        ("auto", "mps", False),
+    ],
+)
+def test_compile_is_as_wanted_and_auto_trusts_cuda(wanted, kind, expected):
+    assert pick_compile(wanted, torch.device(kind)) == (expected, "")
