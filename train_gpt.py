@@ -832,10 +832,6 @@ class ByteTable:
             weights[at] = weights[at + 1] = 0
         return weights
 
-    def targets(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes [N-1] of each target tokens[1:]."""
-        return self.weigh(tokens)[1:]
-
 
 def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
     path = Path(cfg.tokenizer_path)

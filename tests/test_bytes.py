@@ -90,7 +90,7 @@ def tokenizer_named(name: str) -> SentencePieceProcessor:
 def counted(tokenizer, tokens) -> int:
     """Bytes of all targets of a stream that starts with BOS."""
     assert tokens[0] == BOS
-    return int(ByteTable.of(tokenizer).targets(np.array(tokens, np.uint16)).sum(dtype=np.int64))
+    return int(ByteTable.of(tokenizer).weigh(np.array(tokens, np.uint16))[1:].sum(dtype=np.int64))
 
 
 def decoded(tokenizer, tokens) -> int:

@@ -119,22 +119,16 @@ def tidal_curve(p: float) -> float:
 # --- values --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "steps, horizon, at_stop, average",
-    [(240, 400, 0.751, 0.681), (259, 400, 0.649, 0.682), (266, 400, 0.609, 0.681), (276, 400, 0.552, 0.678)],
+SEEN = dict(  # (steps, multiplier at the stop, its mean)
+    tidal_lr=[(240, 0.751, 0.681), (259, 0.649, 0.682), (266, 0.609, 0.681), (276, 0.552, 0.678)],
+    cosine_lr=[(240, 0.411, 0.778), (259, 0.349, 0.749), (266, 0.327, 0.738), (276, 0.297, 0.723)],
 )
-def test_tidal_has_the_multipliers_seen_in_pr_1434(steps, horizon, at_stop, average):
-    cfg = config(tidal_lr=True, iterations=horizon, max_wallclock_seconds=0)
-    rates = [plan_step(cfg, step, 0.0, 2.0).lr_scale for step in range(steps + 1)]
-    assert rates[-1] == pytest.approx(at_stop, abs=6e-4) and mean(rates) == pytest.approx(average, abs=2e-3)
 
 
-@pytest.mark.parametrize(
-    "steps, horizon, at_stop, average",
-    [(240, 400, 0.411, 0.778), (259, 400, 0.349, 0.749), (266, 400, 0.327, 0.738), (276, 400, 0.297, 0.723)],
-)
-def test_cosine_has_the_multipliers_seen_in_pr_1434(steps, horizon, at_stop, average):
-    cfg = config(cosine_lr=True, iterations=horizon, max_wallclock_seconds=0)
+@pytest.mark.parametrize("schedule, seen", [(name, row) for name, rows in SEEN.items() for row in rows])
+def test_a_schedule_has_the_multipliers_seen_in_pr_1434(schedule, seen):
+    steps, at_stop, average = seen
+    cfg = config(**{schedule: True}, iterations=400, max_wallclock_seconds=0)
     rates = [plan_step(cfg, step, 0.0, 2.0).lr_scale for step in range(steps + 1)]
     assert rates[-1] == pytest.approx(at_stop, abs=6e-4) and mean(rates) == pytest.approx(average, abs=2e-3)
 
