@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py  the same run on eight GPUs
     SEED=7 MATRIX_LR=0.03 python train_gpt.py              every knob is an environment variable
     python train_gpt.py --help                             all knobs: default, range, meaning
+    python train_gpt.py --list-ideas                       the published ideas: state, source, formula
     python train_gpt.py --dry-run                          what this run would be; trains nothing
     EVAL_ONLY=final_model.int8.ptz python train_gpt.py     score a packed model again
 
@@ -72,23 +73,37 @@ def require(condition: bool, message: str) -> None:
 # =============================================================================
 
 
-def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="train"):
+def knob(
+    default, doc: str, *, low=None, high=None, choices=(), needs="", role="train", idea="", source="PR #1434"
+):
     """A Config field that the environment variable of the same name, in capitals, sets.
 
     needs: comma list of `NAME=VALUE` / `NAME!=VALUE` without which the knob does nothing.
     role: "train" and "pack" shape the result; "model" does too and is stored in the artifact; "place"
     says only where and how to run and stays out of the config hash.
+    idea: how a published idea fared at its source, one of STATES; its doc is its formula.
     """
     limits = dict(low=low, high=high, choices=choices)
-    return field(default=default, metadata=dict(doc=doc, needs=needs, role=role, **limits))
+    about = dict(doc=doc, needs=needs, role=role, idea=idea, source=source)
+    return field(default=default, metadata=about | limits)
 
 
 shape_knob, place_knob, pack_knob = (partial(knob, role=role) for role in ("model", "place", "pack"))
+# broken: it did something else than its description, nothing, or crashed; ours does what was described.
+STATES = "works", "rejected", "broken", "not run"
+works, rejected, broken, not_run = (partial(knob, idea=state) for state in STATES)
+SHARE = dict(low=0, high=0.999)
 CONTROL_NAMES = (
     "attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_mixes q_gain skip_weight skip_weights"
 )
 CONTROL_NAMES = tuple(CONTROL_NAMES.split())
 MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
+
+
+SCHEDULE_KNOBS = (
+    "TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST CORAL_LR"
+)
+NO_SCHEDULE = ",".join(f"{name}=0" for name in SCHEDULE_KNOBS.split())
 
 
 @dataclass(frozen=True)
@@ -111,27 +126,34 @@ class Config:
     micro_batch_tokens: int = place_knob(0, "tokens per forward pass and rank; 0 = fit the device", low=0)
     val_batch_size: int = place_knob(524_288, "validation tokens per pass, over eight devices", low=8)
     # -- schedule --
-    warmdown_iters: int = knob(1200, "last steps of linear decay to 0", low=0, needs="TIDAL_LR=0,COSINE_LR=0")
-    tidal_lr: bool = knob(False, "rise from 10 % to 1, then cosine back to 10 % (PR #1434)")
-    tidal_warmup: float = knob(
-        0.382, "share of the run Tidal rises", low=0.001, high=0.999, needs="TIDAL_LR=1"
-    )
-    cosine_lr: bool = knob(False, "cosine from 1 to a floor of 10 % (PR #1434)")
-    cosine_cycles: float = knob(1.0, "cosine periods, each from the top", low=0.01, needs="COSINE_LR=1")
-    golden_lr: bool = knob(False, "cosine floor 38.2 % instead of 10 %", needs="COSINE_LR=1")
+    warmdown_iters: int = knob(1200, "last steps of linear decay to 0", low=0, needs=NO_SCHEDULE)
+    tidal_lr: bool = works(False, "LR 0.1 -> 1 until p = TIDAL_WARMUP, then cosine back to 0.1")
+    tidal_warmup: float = broken(0.382, "share of the run Tidal rises; unread", **SHARE, needs="TIDAL_LR=1")
+    cosine_lr: bool = works(False, "LR f + (1-f)/2 (1 + cos(pi frac(COSINE_CYCLES p))), f = 0.1")
+    cosine_cycles: float = rejected(1.0, "cosine periods, each from the top", low=0.01, needs="COSINE_LR=1")
+    golden_lr: bool = broken(False, "cosine floor f = 0.382; its one run never trained", needs="COSINE_LR=1")
+    breathing_lr: bool = rejected(False, "LR 0.1 -> 1 until p = 4/19, 1 until 11/19, cosine back to 0.1")
+    whale_lr: bool = rejected(False, "3 dives: LR peaks at 1 - 0.285 p, each a tenth rise, cosine to 0.05")
+    circadian_lr: bool = rejected(False, "LR cosine + 0.15 (1-p) sin(16 pi p), >= 0.1; there sin(2 pi s/50)")
+    cosmo_lr: bool = rejected(False, "LR 0.05 -> 1 until p = 0.05, then (1 + 20 p)^-1/2")
+    punctuated_lr: bool = rejected(False, "LR 0.1 + 0.9 exp(-(p-c)^2 / 0.005), c = 1/4 1/2 3/4; code lost")
+    root_first: bool = broken(False, "cosine; all but the embedding rise 0.1 -> 1 until p = 0.2; was cosine")
+    coral_lr: bool = broken(False, "cosine; block i of n freezes at p = (1 + (i+1)/n) / 2; was plain cosine")
     # -- model --
     vocab_size: int = shape_knob(1024, "must equal the tokenizer's size", low=2, high=65_536)
     num_layers: int = shape_knob(9, "transformer blocks", low=1)
-    encoder_layers: int = shape_knob(-1, "blocks whose output feeds a U-Net skip; -1 = half", low=-1)
+    encoder_layers: int = shape_knob(-1, "layers that feed U-Net skips; -1 half; 0 won", low=-1, idea="works")
+    weight_share: int = shape_knob(0, "layer i runs block i mod this; 0 off; crashed", low=0, idea="broken")
     model_dim: int = shape_knob(512, "residual width", low=2)
     num_heads: int = shape_knob(8, "query heads", low=1)
     num_kv_heads: int = shape_knob(4, "key/value heads", low=1)
     mlp_mult: float = shape_knob(2.0, "MLP hidden width / MODEL_DIM", low=0.01)
-    mlp_act: str = shape_knob("relu2", "MLP nonlinearity", choices=MLP_ACTS)
+    mlp_act: str = shape_knob("relu2", "MLP nonlinearity; silu2 won there", choices=MLP_ACTS, idea="works")
     leaky_slope: float = shape_knob(0.01, "negative slope before squaring", needs="MLP_ACT=leaky_relu2")
-    parallel_block: bool = shape_knob(False, "attention and MLP read one norm and add together (PR #1434)")
-    sandwich_norm: bool = shape_knob(False, "RMS norm on the attention output", needs="PARALLEL_BLOCK=0")
-    embed_scale: float = shape_knob(0.0, "embedding factor, all but cancelled by its norm; 0 = off")
+    parallel_block: bool = shape_knob(False, "attention and MLP read one norm, add together", idea="works")
+    sandwich_norm: bool = shape_knob(False, "RMS-normed attention", needs="PARALLEL_BLOCK=0", idea="rejected")
+    attn_recycle: bool = shape_knob(False, "attentions run twice; there one, in training only", idea="broken")
+    embed_scale: float = shape_knob(0.0, "embedding factor, but its norm cancels it; 0 off", idea="broken")
     tie_embeddings: bool = shape_knob(True, "the output head is the embedding table")
     tied_embed_init_std: float = knob(0.005, "embedding init", low=0, needs="TIE_EMBEDDINGS=1")
     rope_base: float = shape_knob(10_000.0, "rotary wavelength base", low=1)
@@ -153,8 +175,41 @@ class Config:
     adam_eps: float = knob(1e-8, "Adam epsilon", low=0)
     grad_clip_norm: float = knob(0.0, "global L2 clip of the gradient; 0 = off", low=0)
     control_tensor_name_patterns: tuple[str, ...] = knob(CONTROL_NAMES, "names that SCALAR_LR trains")
-    # -- loss terms --
-    head_diversity: float = knob(0.0, "times mean squared cosine of heads' output projections (PR #1434)")
+    # -- ideas: what the training sees (x embedding, z logits, y target, p progress) --
+    mirror_train: float = broken(
+        0.0, "share of sequences read backwards; targets did not turn", low=0, high=1
+    )
+    embed_mixup: float = rejected(0.0, "x_t += r (x_(t-1) - x_t), r ~ U(0, this); x_0 was mixed too", **SHARE)
+    token_drop: float = rejected(0.0, "share of positions whose input is 0, the rest / (1 - share)", **SHARE)
+    metamorphosis: float = broken(0.0, "input dropout, falling to 0 at p = 1/2; code lost", **SHARE)
+    focal_gamma: float = rejected(0.0, "loss (1 - P(y))^gamma CE", low=0, source="PR #1380")
+    gamma_anneal: bool = broken(False, "gamma (1-p)", needs="FOCAL_GAMMA!=0")
+    label_smooth: float = rejected(0.0, "loss (1-e) CE + e mean over v of -log P(v)", low=0, high=1)
+    z_loss: float = rejected(0.0, "+ this * mean of (log sum exp z)^2", low=0)
+    logit_penalty: float = rejected(0.0, "+ this * mean of z^2", low=0)
+    logit_temp: float = not_run(1.0, "loss CE(z / this); the terms above and below see z", low=0.01)
+    entropy_bonus: float = not_run(0.0, "+ this * mean entropy of P; negative rewards confidence")
+    multi_token: float = broken(0.0, "+ this * CE of z and the target after next; last one repeated", low=0)
+    head_diversity: float = broken(0.0, "+ this * mean squared cosine of heads' parts of proj, all blocks")
+    # -- ideas: gradients g and weights w; "matrices" leave out control tensors --
+    grad_central: bool = not_run(False, "g - its mean over all axes but the first, matrices")
+    mycorrhizal: float = rejected(0.0, "from p = 0.025 g_i += c g_(i+3), g_(i+3) += c g_i, blocks in order")
+    thermal_vent: float = rejected(0.0, "from p = 0.025 two random blocks a step: g (1 + this)")
+    sam_rho: float = broken(0.0, "g taken at w + rho g/|g|, twice the cost; there a step uphill", low=0)
+    canopy_lr: bool = broken(False, "LR of block i of n times 0.3 + 0.7 i/(n-1); there g, which Muon ignores")
+    wd_schedule: float = broken(0.0, "block matrices w (1 - lr p this); without lr there: too strong", low=0)
+    predprey_lr: bool = broken(False, "block matrices w (1 - lr (1 - (1-p)/2 sin(12 pi p)) / 100); no lr")
+    controlled_burn: float = rejected(0.0, "share of least |w| zeroed each BURN_INTERVAL, matrices", **SHARE)
+    burn_interval: int = rejected(50, "steps between burns", low=1, needs="CONTROLLED_BURN!=0")
+    synaptic_scale: bool = broken(False, "|w| drawn to its value at p = 0.05, by 5 % a step; lost the LR")
+    weight_perturb: float = rejected(0.0, "w += this mean|w| N(0,1) each PERTURB_INTERVAL, matrices", low=0)
+    perturb_interval: int = rejected(100, "steps between perturbations", low=1, needs="WEIGHT_PERTURB!=0")
+    mutation_decay: float = rejected(0.0, "from p = 0.05 w += this exp(-5p) mean|w| N(0,1), matrices", low=0)
+    # -- ideas: structure in training --
+    layer_drop: float = broken(0.0, "chance a step skips a layer, but each half's first; crashed", **SHARE)
+    progressive_grow: bool = broken(False, "train max(3, 0.3 L) layers, rising to L at p = 0.9; unused there")
+    head_prune: float = not_run(0.0, "share of heads, least |proj| first, zeroed; code lost", **SHARE)
+    head_prune_at: float = not_run(0.25, "progress p of that", low=0, high=1, needs="HEAD_PRUNE!=0")
     # -- artifact --
     codec: str = pack_knob("zstd", "compressor of the artifact", choices=("zstd", "zlib"))
     zstd_level: int = pack_knob(22, "zstd effort", low=1, high=22, needs="CODEC=zstd")
@@ -201,6 +256,10 @@ class Config:
     @property
     def head_dim(self) -> int:
         return self.model_dim // self.num_heads
+
+    @property
+    def encoders(self) -> int:
+        return self.num_layers // 2 if self.encoder_layers < 0 else self.encoder_layers
 
     @property
     def sequences(self) -> int:
@@ -279,13 +338,9 @@ def require_in_range(f: Field, value) -> None:
 # Switches of PR #1434, #895 and #148 that this version does not have. Dropping one in silence would
 # make a historic command line mean something else, so they are refused unless they are off.
 NOT_BUILT = """
-    BREATHING_LR WHALE_LR CIRCADIAN_LR ROOT_FIRST COSMO_LR CORAL_LR WEIGHT_SHARE MIRROR_TRAIN EMBED_MIXUP
-    TOKEN_DROP LAYER_DROP PROGRESSIVE_GROW ATTN_RECYCLE FOCAL_GAMMA GAMMA_ANNEAL LABEL_SMOOTH LOGIT_TEMP
-    Z_LOSS LOGIT_PENALTY MULTI_TOKEN ENTROPY_BONUS GRAD_CENTRAL SAM_RHO WD_SCHEDULE CANOPY_LR MYCORRHIZAL
-    THERMAL_VENT PREDPREY_LR CONTROLLED_BURN BURN_INTERVAL SYNAPTIC_SCALE WEIGHT_PERTURB PERTURB_INTERVAL
-    MUTATION_DECAY PROG_DEPTH XSA_LAST_N SWA_ENABLED SWA_START_FRAC SWA_EVERY EVAL_SEQ_LEN EVAL_STRIDE
-    EVAL_BATCH_SEQS USE_HEDGE HEDGE_ETA NUM_REPEATS NUM_VALUE_EMBEDS MUON_WD QUANT_LEVELS MLP_QUANT_LEVELS
-    TTT_STEPS TTT_LR BIGRAM_VOCAB_SIZE BIGRAM_DIM"""
+    PROG_DEPTH XSA_LAST_N SWA_ENABLED SWA_START_FRAC SWA_EVERY EVAL_SEQ_LEN EVAL_STRIDE EVAL_BATCH_SEQS
+    USE_HEDGE HEDGE_ETA NUM_REPEATS NUM_VALUE_EMBEDS MUON_WD QUANT_LEVELS MLP_QUANT_LEVELS TTT_STEPS TTT_LR
+    BIGRAM_VOCAB_SIZE BIGRAM_DIM"""
 # First words so common that a foreign variable may carry them (DATA_DIR, MAX_JOBS, NUM_WORKERS ...).
 COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
 
@@ -328,6 +383,17 @@ def knob_rows() -> list[tuple[str, str, str, str]]:
 def help_text() -> str:
     rows = [(n, d if len(d) < 42 else "(names)", doc, f"({a})" if a else "") for n, d, a, doc in knob_rows()]
     return "\n".join([__doc__, *(f"{n:36} {d:42} {doc} {a}" for n, d, doc, a in rows)])
+
+
+def idea_list() -> str:
+    """Every published idea: how it fared at its source, and what it does here."""
+    head = "p: progress 0..1, LR: multiplier of all learning rates, g: gradient, w: weight, z: logit.\n"
+    docs, rows = {name: doc for name, _, _, doc in knob_rows()}, []
+    for f in (f for f in fields(Config) if f.metadata["idea"]):
+        rows.append(
+            f"{f.name.upper():17} {f.metadata['idea']:9} {f.metadata['source']:9} {docs[f.name.upper()]}"
+        )
+    return "\n".join([head, f"{'idea':17} {'there':9} {'source':9} here", *rows])
 
 
 def knob_table() -> str:
@@ -570,30 +636,45 @@ def finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> boo
     return step >= cfg.iterations or (late and step > 0)
 
 
-def warmdown(cfg: Config, p: float, left: float) -> float:
-    """Official: 1, then linear to 0 over the last WARMDOWN_ITERS steps."""
-    return min(1.0, left / cfg.warmdown_iters) if cfg.warmdown_iters else 1.0
-
-
-def cosine(cfg: Config, p: float, left: float) -> float:
-    """f + (1-f)/2 (1+cos(pi frac(cycles p))), f = 0.1 or 0.382 (PR #1434); the end of the run is an end."""
-    floor = 0.382 if cfg.golden_lr else 0.1
-    phase = cfg.cosine_cycles * p
+def cosine(p: float, floor: float = 0.1, cycles: float = 1.0) -> float:
+    """From 1 down to `floor` in each cycle; the end of the run is the end of a cycle, not a new one."""
+    phase = cycles * p
     phase = 1.0 if p >= 1.0 and phase == int(phase) else phase % 1.0
     return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * phase))
 
 
-def tidal(cfg: Config, p: float, left: float) -> float:
-    """Linear 0.1 -> 1 until p = TIDAL_WARMUP, then cosine back to 0.1 at p = 1 (PR #1434)."""
-    rise = cfg.tidal_warmup
+def tide(p: float, rise: float, fall: float) -> float:
+    """Linear 0.1 -> 1 until p = rise, 1 until p = fall, cosine back to 0.1."""
     if p < rise:
         return 0.1 + 0.9 * p / rise
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (p - rise) / (1 - rise)))
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * max(0.0, p - fall) / (1 - fall)))
 
 
-# Keyed by the knob that switches each on; "warmdown" acts when none is.
+def whale(p: float) -> float:
+    """Three dives, each a steep rise and a long cosine fall; the last tenth fades out; at least 0.05."""
+    u, peak = 3 * p % 1.0, 0.95 * (1 - 0.3 * p)
+    dive = 0.05 + (peak * u / 0.1 if u < 0.1 else 0.5 * peak * (1 + math.cos(math.pi * (u - 0.1) / 0.9)))
+    return max(0.05, dive * min(1.0, (1 - p) / 0.1))
+
+
+def punctuated(p: float) -> float:
+    """A low level with three bursts; what #1434 ran is lost, this follows its description."""
+    return 0.1 + 0.9 * max(math.exp(-((p - centre) ** 2) / 0.005) for centre in (0.25, 0.5, 0.75))
+
+
+# LR multiplier of (cfg, p, steps left), keyed by the knob that switches each on; the last acts when none is.
 SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(
-    tidal_lr=tidal, cosine_lr=cosine, warmdown=warmdown
+    tidal_lr=lambda cfg, p, left: tide(p, cfg.tidal_warmup, cfg.tidal_warmup),
+    cosine_lr=lambda cfg, p, left: cosine(p, 0.382 if cfg.golden_lr else 0.1, cfg.cosine_cycles),
+    breathing_lr=lambda cfg, p, left: tide(p, 4 / 19, 11 / 19),
+    whale_lr=lambda cfg, p, left: whale(p),
+    circadian_lr=lambda cfg, p, left: max(0.1, cosine(p) + 0.15 * (1 - p) * math.sin(16 * math.pi * p)),
+    cosmo_lr=lambda cfg, p, left: 0.05 + 19 * p if p < 0.05 else (1 + 20 * p) ** -0.5,
+    punctuated_lr=lambda cfg, p, left: punctuated(p),
+    root_first=lambda cfg, p, left: cosine(p),
+    coral_lr=lambda cfg, p, left: cosine(p),
+    # Official: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
+    warmdown=lambda cfg, p, left: min(1.0, left / cfg.warmdown_iters) if cfg.warmdown_iters else 1.0,
 )
 
 
@@ -614,12 +695,40 @@ class StepPlan:
     progress: float
     lr_scale: float
     muon_momentum: float
+    step: int = 0  # completed before this one
+    depth: int | None = None  # PROGRESSIVE_GROW: layers that train, from the first; None = all
+    layers: tuple[bool, ...] = ()  # LAYER_DROP: whether each runs
+    noise: int = 0  # seed of the step's draws inside compiled code
+
+    def dials(self, device: torch.device) -> Tensor:
+        """What compiled code sees of the plan, float32: [noise, progress, 1 or 0 for each layer]."""
+        return torch.tensor([self.noise, self.progress, *self.layers], dtype=torch.float32).to(device)
+
+
+def draw(*key) -> int:
+    """A seed below 2^24 (exact in float32) for anything random, the same on every rank."""
+    return zlib.crc32("/".join(map(str, key)).encode()) % 2**24
+
+
+def depths(cfg: Config) -> list[int | None]:
+    """The numbers of layers that the run trains one after another; each is a graph of its own."""
+    first = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
+    return list(range(first, cfg.num_layers + 1)) if cfg.progressive_grow else [None]
+
+
+def kept_layers(cfg: Config, step: int) -> tuple[bool, ...]:
+    """LAYER_DROP: whether each layer runs this step; the first encoder and the first decoder always do."""
+    rng, always = random.Random(draw(cfg.seed, "layers", step)), (0, cfg.encoders)
+    return tuple(i in always or rng.random() >= cfg.layer_drop for i in range(cfg.num_layers))
 
 
 def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> StepPlan:
     """elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown."""
     p, left = progress(cfg, step, elapsed), steps_left(cfg, step, elapsed, step_seconds)
-    return StepPlan(p, SCHEDULES[schedule_name(cfg)](cfg, p, left), muon_momentum(cfg, step))
+    scale, growth = SCHEDULES[schedule_name(cfg)](cfg, p, left), depths(cfg)
+    depth = growth[min(len(growth) - 1, int((len(growth) - 1) * p / 0.9))]  # all of them by p = 0.9
+    layers, noise = kept_layers(cfg, step), draw(cfg.seed, "noise", step)
+    return StepPlan(p, scale, muon_momentum(cfg, step), step, depth, layers, noise)
 
 
 class Clock:
@@ -1078,6 +1187,7 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.after_attention = norm if cfg.sandwich_norm else nn.Identity()
+        self.passes = 1 + cfg.attn_recycle
 
     def mix(self, x: Tensor, x0: Tensor) -> Tensor:
         keep, again = self.resid_mix.to(x.dtype)
@@ -1085,7 +1195,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = self.mix(x, x0)
-        x = x + self.attn_scale.to(x.dtype) * self.after_attention(self.attn(norm(x), cos, sin))
+        for _ in range(self.passes):
+            x = x + self.attn_scale.to(x.dtype) * self.after_attention(self.attn(norm(x), cos, sin))
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
 
 
@@ -1094,12 +1205,10 @@ class ParallelBlock(Block):
 
     def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = self.mix(x, x0)
-        h = norm(x)
-        return (
-            x
-            + self.attn_scale.to(x.dtype) * self.attn(h, cos, sin)
-            + self.mlp_scale.to(x.dtype) * self.mlp(h)
-        )
+        mlp = self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
+        for _ in range(self.passes):
+            x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x), cos, sin)
+        return x + mlp
 
 
 @dataclass(frozen=True)
@@ -1113,14 +1222,14 @@ class Layer:
 
 def layer_plan(cfg: Config) -> list[Layer]:
     """The first E layers push their output, each later one pops the latest push still there, if any."""
-    encoders = cfg.num_layers // 2 if cfg.encoder_layers < 0 else cfg.encoder_layers
     layers, stack = [], []
     for index in range(cfg.num_layers):
-        if index < encoders:
-            layers.append(Layer(index))
+        block = index % (cfg.weight_share or cfg.num_layers)
+        if index < cfg.encoders:
+            layers.append(Layer(block))
             stack.append(index)
         else:
-            layers.append(Layer(index, index - encoders, stack.pop()) if stack else Layer(index))
+            layers.append(Layer(block, index - cfg.encoders, stack.pop()) if stack else Layer(block))
     return layers
 
 
@@ -1137,7 +1246,7 @@ class GPT(nn.Module):
             torch.ones(sum(x.skip is not None for x in self.layers), cfg.model_dim)
         )
         block = ParallelBlock if cfg.parallel_block else Block
-        self.blocks = nn.ModuleList(block(cfg) for _ in range(cfg.num_layers))
+        self.blocks = nn.ModuleList(block(cfg) for _ in range(1 + max(x.block for x in self.layers)))
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size, zero=True)
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
@@ -1146,13 +1255,26 @@ class GPT(nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        x = x0 = norm(self.tok_emb(ids) * self.embed_scale).to(self.dtype)
-        cos, sin = self.cos[: ids.size(1)].to(x.dtype), self.sin[: ids.size(1)].to(x.dtype)
+        return self.logits(norm(self.embed(ids)))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.tok_emb(ids) * self.embed_scale
+
+    def logits(self, x0: Tensor, keep: Tensor | None = None, depth: int | None = None) -> Tensor:
+        """From normed embeddings [B, T, d]. keep [layers]: 0 leaves a block out; so does an index >= depth.
+
+        What a layer left out would have added is missing, its U-Net skip is not: a new block changes
+        nothing, so a model that grows a layer goes on where it was.
+        """
+        x = x0 = x0.to(self.dtype)
+        cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
         kept: dict[int, Tensor] = {}
         for index, layer in enumerate(self.layers):
             if layer.skip is not None:
                 x = x + self.skip_weights[layer.skip].to(x.dtype) * kept.pop(layer.source)
-            x = self.blocks[layer.block](x, x0, cos, sin)
+            if depth is None or index < depth:
+                y = self.blocks[layer.block](x, x0, cos, sin)
+                x = y if keep is None else torch.where(keep[index] > 0, y, x)
             if index in self.sources:
                 kept[index] = x
         head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
@@ -1162,52 +1284,145 @@ class GPT(nn.Module):
 
 def token_nats(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) of every position, float32 [B, T]. Evaluation uses this and nothing else."""
-    return F.cross_entropy(model(ids).flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    return cross_entropy(model(ids), targets)
 
 
-def head_diversity(model: GPT, logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared cosine between the heads' parts of each output projection, over all blocks.
+def scramble(x: Tensor) -> Tensor:
+    """A hash of 32-bit numbers in int64 (Thomas Mueller's, two multiplications)."""
+    for _ in range(2):
+        x = (x ^ (x >> 16)) * 0x45D9F3B & 0xFFFFFFFF
+    return x ^ (x >> 16)
 
-    Heads are input columns of proj. PR #1434 meant this, but looked for another attribute and never ran.
+
+def uniform(ids: Tensor, noise: Tensor, salt: int, count: int) -> Tensor:
+    """Draws in [0, 1), float32 [B, count], from each sequence's own tokens and the step's seed.
+
+    So they are the same compiled or not and at any world size, micro-batch and order of sequences, and a
+    new draw for each step. salt: a number for each use.
     """
-    total = logits.new_zeros(())
-    for block in model.blocks:
+    places = [torch.arange(n, device=ids.device) for n in (ids.size(1), count)]
+    content = (ids * (scramble(places[0] + 1) >> 1)).sum(dim=1, keepdim=True)  # below 2^59: no overflow
+    sequence = scramble((content + (noise.long() << 8) + salt) & 0xFFFFFFFF)
+    return (scramble(sequence ^ scramble(places[1])) >> 8).float() / 2**24
+
+
+def mirror_train(cfg: Config, ids: Tensor, targets: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Reverse some sequences as a whole: the target of a place is still the token read next."""
+    chosen = uniform(ids, noise, 0, 1) < cfg.mirror_train
+    return torch.where(chosen, targets.flip(1), ids), torch.where(chosen, ids.flip(1), targets)
+
+
+def embed_mixup(cfg: Config, x: Tensor, ids: Tensor, dials: Tensor) -> Tensor:
+    """Move each embedding [B, T, d] a random part of the way to the one before it; the first has none."""
+    r = (cfg.embed_mixup * uniform(ids, dials[0], 1, ids.size(1)))[:, 1:, None]
+    return torch.cat((x[:, :1], (1 - r) * x[:, 1:] + r * x[:, :-1]), dim=1)
+
+
+def dropout(x: Tensor, draws: Tensor, rate: float | Tensor) -> Tensor:
+    return x * ((draws >= rate) / (1 - rate)).to(x.dtype)
+
+
+@dataclass
+class Predicted:
+    """What a loss term sees: softcapped logits [B, T, V], targets and their nats [B, T], progress."""
+
+    model: GPT
+    logits: Tensor
+    targets: Tensor
+    nats: Tensor
+    progress: Tensor
+
+    @property
+    def lse(self) -> Tensor:
+        return self.logits.logsumexp(dim=-1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target), float32, of the shape of `targets`."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
+
+
+def focal(cfg: Config, at: Predicted) -> Tensor:
+    """Mean of (1 - p)^gamma * nats, less the plain mean (Lin et al. 1708.02002; PR #1380: training only)."""
+    gamma = cfg.focal_gamma * (1 - at.progress if cfg.gamma_anneal else 1)
+    return (((-torch.expm1(-at.nats)).clamp_min(1e-7) ** gamma - 1) * at.nats).mean()
+
+
+def head_diversity(cfg: Config, at: Predicted) -> Tensor:
+    """Mean squared cosine between the heads' input columns of each output projection, over all blocks."""
+    total = at.logits.new_zeros(())
+    for block in at.model.blocks:
         heads = block.attn.heads
-        parts = F.normalize(
-            block.attn.proj.weight.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1), dim=1
-        )
-        cosine = parts @ parts.T
+        parts = block.attn.proj.weight.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1)
+        cosine = F.normalize(parts, dim=1) @ F.normalize(parts, dim=1).T
         off_diagonal = cosine - torch.diag(torch.diagonal(cosine))
         total = total + off_diagonal.square().sum() / max(heads * (heads - 1), 1)
-    return total / len(model.blocks)
+    return cfg.head_diversity * total / len(at.model.blocks)
 
 
-# Training-only additions to the loss: knob -> term(model, logits, targets) -> scalar, times the knob's value.
-LOSS_TERMS: dict[str, Callable[[GPT, Tensor, Tensor], Tensor]] = {"head_diversity": head_diversity}
+# Training only, keyed by the knob that switches each on: changes of the input before its norm and after it,
+# and what is added to the mean nats.
+EMBEDDING_TERMS: dict[str, Callable[..., Tensor]] = dict(embed_mixup=embed_mixup)
+INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
+    token_drop=lambda cfg, x, ids, dials: dropout(
+        x, uniform(ids, dials[0], 2, ids.size(1))[..., None], cfg.token_drop
+    ),
+    metamorphosis=lambda cfg, x, ids, dials: dropout(
+        x,
+        uniform(ids, dials[0], 3, x[0].numel()).view_as(x),
+        cfg.metamorphosis * (1 - 2 * dials[1]).clamp_min(0),
+    ),
+)
+LOSS_TERMS: dict[str, Callable[[Config, Predicted], Tensor]] = dict(
+    focal_gamma=focal,
+    # (1-e) nats + e times the mean nats over the vocabulary, less nats
+    label_smooth=lambda cfg, at: cfg.label_smooth * (at.lse - at.logits.mean(-1) - at.nats).mean(),
+    z_loss=lambda cfg, at: cfg.z_loss * at.lse.square().mean(),
+    logit_penalty=lambda cfg, at: cfg.logit_penalty * at.logits.square().mean(),
+    logit_temp=lambda cfg, at: (cross_entropy(at.logits / cfg.logit_temp, at.targets) - at.nats).mean(),
+    entropy_bonus=lambda cfg, at: (
+        cfg.entropy_bonus * (at.lse - (at.logits.softmax(-1) * at.logits).sum(-1)).mean()
+    ),
+    multi_token=lambda cfg, at: cfg.multi_token * cross_entropy(at.logits[:, :-1], at.targets[:, 1:]).mean(),
+    head_diversity=head_diversity,
+)
 
 
-def training_loss(cfg: Config, model: GPT) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """(ids, targets) -> (what is minimised, mean nats per token alone), both scalars."""
-    terms = [(getattr(cfg, name), term) for name, term in LOSS_TERMS.items() if getattr(cfg, name)]
+def switched_on(cfg: Config, table: Mapping[str, Callable]) -> list[Callable]:
+    """The entries whose knob is not at its default."""
+    return [entry for name, entry in table.items() if name in {f.name for f in cfg.changed()}]
 
-    def loss(ids: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = model(ids)
-        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        objective = nats
-        for weight, term in terms:
-            objective = objective + weight * term(model, logits, targets)
-        return objective, nats.detach()
+
+def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor]]:
+    """(ids, targets, StepPlan.dials, depth) -> (what is minimised, mean nats per token alone), scalars."""
+    tables = EMBEDDING_TERMS, INPUT_TERMS, LOSS_TERMS
+    mixes, drops, terms = (switched_on(cfg, table) for table in tables)
+
+    def loss(ids: Tensor, targets: Tensor, dials: Tensor, depth: int | None = None) -> tuple[Tensor, Tensor]:
+        if cfg.mirror_train:
+            ids, targets = mirror_train(cfg, ids, targets, dials[0])
+        x = model.embed(ids)
+        for change in mixes:
+            x = change(cfg, x, ids, dials)
+        x = norm(x)
+        for change in drops:
+            x = change(cfg, x, ids, dials)
+        logits = model.logits(x, dials[2:] if cfg.layer_drop else None, depth)
+        nats = cross_entropy(logits, targets)
+        at = Predicted(model, logits, targets, nats, dials[1])
+        objective = sum((term(cfg, at) for term in terms), nats.mean())
+        return objective, nats.detach().mean()
 
     return loss
 
 
 def step_flops(cfg: Config, model: GPT) -> float:
-    """Training FLOPs of a step; a token costs 6 * weights that multiply it + 12 * d * layers * (T/2)."""
-    matrices = [p for name, p in model.blocks.named_parameters() if p.ndim == 2 and "resid_mix" not in name]
-    weights = (
-        sum(p.numel() for p in matrices) + model.tok_emb.weight.numel()
-    )  # the head is as large as the table
-    attention = 12 * cfg.model_dim * (cfg.train_seq_len / 2) * len(model.layers)
+    """Training FLOPs of a step; a token costs 6 * weights that multiply it + 12 * d * attentions * (T/2)."""
+    weights, passes = model.tok_emb.weight.numel(), 1 + cfg.attn_recycle  # the head is as large as the table
+    for block in (model.blocks[layer.block] for layer in model.layers):
+        for part, times in ((block.attn, passes), (block.mlp, 1)):
+            weights += times * sum(p.numel() for p in part.parameters() if p.ndim == 2)
+    attention = 12 * cfg.model_dim * (cfg.train_seq_len / 2) * len(model.layers) * passes
     return cfg.train_batch_tokens * (6.0 * weights + attention)
 
 
@@ -1302,11 +1517,133 @@ def parameter_roles(cfg: Config, model: GPT) -> dict[str, list[nn.Parameter]]:
     return roles
 
 
+@dataclass(frozen=True)
+class Weight:
+    """A parameter and its place. memory: what an intervention must remember of it."""
+
+    name: str
+    param: nn.Parameter
+    role: str
+    lr: float  # of its role, before the schedule
+    memory: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def block(self) -> int | None:
+        return int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
+
+
+def blocks_of(weights: list[Weight]) -> list[dict[str, Weight]]:
+    """The blocks in order, each by the name inside the block."""
+    blocks: dict[int, dict[str, Weight]] = {}
+    for w in weights:
+        if w.block is not None:
+            blocks.setdefault(w.block, {})[w.name.split(".", 2)[2]] = w
+    return [blocks[index] for index in sorted(blocks)]
+
+
+def matrices(weights: list[Weight]) -> list[Weight]:
+    """Embedding, head and the matrices of the blocks: no gains, gates or other control tensors."""
+    return [w for w in weights if w.role != "scalar"]
+
+
+def grad_central(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    for grad in (w.param.grad for w in matrices(weights)):
+        grad.sub_(grad.mean(dim=1, keepdim=True))
+
+
+def mycorrhizal(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    """Blocks three apart exchange a share of their gradients, from the first to the last (so it cascades)."""
+    blocks = blocks_of(weights) if plan.progress >= 0.025 else []
+    for near, far in zip(blocks, blocks[3:], strict=False):
+        for a, b in ((near[name].param.grad, far[name].param.grad) for name in near):
+            old = a.clone()
+            a.add_(b, alpha=cfg.mycorrhizal)
+            b.add_(old, alpha=cfg.mycorrhizal)
+
+
+def thermal_vent(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    blocks = blocks_of(weights) if plan.progress >= 0.025 else []
+    for block in random.Random(plan.noise).sample(blocks, min(2, len(blocks))):
+        for w in block.values():
+            w.param.grad.mul_(1 + cfg.thermal_vent)
+
+
+def decay(weights: list[Weight], plan: StepPlan, rate: float) -> None:
+    """Decoupled weight decay, scaled by the learning rate, of the blocks' matrices alone."""
+    for w in weights:
+        if w.role == "matrix":
+            w.param.mul_(1 - w.lr * plan.lr_scale * rate)
+
+
+def controlled_burn(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    for flat in (w.param.view(-1) for w in matrices(weights) if due(plan.step + 1, cfg.burn_interval)):
+        flat[flat.abs().topk(int(cfg.controlled_burn * flat.numel()), largest=False).indices] = 0
+
+
+def synaptic_scale(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    for w in matrices(weights) if plan.progress >= 0.05 else []:
+        size = w.param.norm().clamp_min(1e-12)
+        w.param.mul_((w.memory.setdefault("size", size) / size).clamp(0.95, 1.05))
+
+
+def shake(cfg: Config, weights: list[Weight], plan: StepPlan, amount: float) -> None:
+    """Add `amount` times each matrix's mean magnitude times N(0, 1), the same on every rank."""
+    for w in matrices(weights) if amount > 1e-6 else []:
+        generator = torch.Generator(w.param.device).manual_seed(draw(cfg.seed, plan.step, w.name))
+        normal = torch.randn(w.param.shape, generator=generator, device=w.param.device)
+        w.param.add_(normal * (amount * w.param.abs().mean()))
+
+
+def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool = False) -> None:
+    """Zero the heads whose input columns of proj have the least norm, chosen once, and keep them so."""
+    for block in blocks_of(weights) if plan.progress >= cfg.head_prune_at else []:
+        w = block["attn.proj.weight"]
+        if "kept" not in w.memory:
+            size = w.param.unflatten(1, (cfg.num_heads, -1)).norm(dim=(0, 2))
+            least = size.topk(int(cfg.head_prune * cfg.num_heads), largest=False).indices
+            w.memory["kept"] = torch.ones_like(size).index_fill_(0, least, 0)
+        changed = w.param.grad if grads else w.param
+        changed.unflatten(1, (cfg.num_heads, -1)).mul_(w.memory["kept"][:, None])
+
+
+# Interventions, keyed by the knob that switches each on: of the gradients, summed over ranks, before the
+# clip and the step (they write nothing else); and of the weights after the step.
+EDIT = Callable[[Config, list[Weight], StepPlan], None]
+GRADIENT_EDITS: dict[str, EDIT] = dict(
+    grad_central=grad_central,
+    mycorrhizal=mycorrhizal,
+    thermal_vent=thermal_vent,
+    head_prune=partial(head_prune, grads=True),
+)
+WEIGHT_EDITS: dict[str, EDIT] = dict(
+    wd_schedule=lambda cfg, ws, plan: decay(ws, plan, cfg.wd_schedule * plan.progress),
+    predprey_lr=lambda cfg, ws, plan: decay(
+        ws, plan, 0.01 - 0.005 * (1 - plan.progress) * math.sin(12 * math.pi * plan.progress)
+    ),
+    controlled_burn=controlled_burn,
+    synaptic_scale=synaptic_scale,
+    weight_perturb=lambda cfg, ws, plan: shake(
+        cfg, ws, plan, cfg.weight_perturb * due(plan.step + 1, cfg.perturb_interval)
+    ),
+    mutation_decay=lambda cfg, ws, plan: shake(
+        cfg, ws, plan, cfg.mutation_decay * math.exp(-5 * plan.progress) * (plan.progress >= 0.05)
+    ),
+    head_prune=head_prune,
+)
+# Learning rate multiplier of a weight at p, with n blocks. A factor on the gradient would be cancelled by
+# Muon's and Adam's normalisation: it must scale the step.
+LAYER_RATES: dict[str, Callable[[Weight, float, int], float]] = dict(
+    canopy_lr=lambda w, p, n: 1.0 if w.block is None else 0.3 + 0.7 * w.block / max(n - 1, 1),
+    root_first=lambda w, p, n: 1.0 if w.role == "embed" else min(1.0, 0.1 + 4.5 * p),
+    coral_lr=lambda w, p, n: 1.0 if w.block is None else float(p < (1 + (w.block + 1) / n) / 2),
+)
+
+
 class Optimisers:
     """Muon and Adam over one flat gradient buffer, stepped together."""
 
     def __init__(self, cfg: Config, model: GPT, runtime: Runtime):
-        roles, self.clip, self.runtime = parameter_roles(cfg, model), cfg.grad_clip_norm, runtime
+        roles, self.cfg, self.runtime = parameter_roles(cfg, model), cfg, runtime
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         rates = dict(embed=embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr)
         groups = [dict(params=roles[role], lr=lr, base_lr=lr) for role, lr in rates.items() if roles[role]]
@@ -1319,6 +1656,11 @@ class Optimisers:
         self.flat = torch.zeros(sum(sizes), device=runtime.device)
         for p, part in zip(held, self.flat.split(sizes), strict=True):
             p.grad = part.view_as(p)  # backward adds into the buffer: one all-reduce, no copies
+        rates["matrix"], role = cfg.matrix_lr, {id(p): role for role, ps in roles.items() for p in ps}
+        rated = [(name, p, role[id(p)]) for name, p in model.named_parameters() if p.numel()]
+        self.weights = [Weight(name, p, kind, rates[kind]) for name, p, kind in rated]
+        self.edits = [switched_on(cfg, table) for table in (GRADIENT_EDITS, WEIGHT_EDITS)]
+        self.rates = switched_on(cfg, LAYER_RATES)
 
     @property
     def all(self) -> tuple[torch.optim.Optimizer, ...]:
@@ -1327,16 +1669,45 @@ class Optimisers:
     def zero_grad(self) -> None:
         self.flat.zero_()
 
-    def step(self, plan: StepPlan) -> None:
-        """Sum gradients over ranks, clip, and update by the plan's learning rate and momentum."""
+    @contextmanager
+    def uphill(self, rho: float) -> Iterator[None]:
+        """Weights moved by `rho` along the summed gradient, put back at the end (SAM, Foret 2010.01412)."""
         self.runtime.sum(self.flat)
-        if self.clip:
-            self.flat.mul_((self.clip / (self.flat.norm() + 1e-6)).clamp(max=1.0))
+        held = [w.param for w in self.weights]
+        before = [p.detach().clone() for p in held]
+        with torch.no_grad():
+            scale = rho / (self.flat.norm() + 1e-12)
+            torch._foreach_add_(held, torch._foreach_mul([p.grad for p in held], scale))
+        yield
+        with torch.no_grad():
+            torch._foreach_copy_(held, before)
+
+    @torch.no_grad()
+    def step(self, plan: StepPlan) -> None:
+        """Sum gradients over ranks, edit, clip, update by the plan's learning rate and momentum, edit."""
+        self.runtime.sum(self.flat)
+        for edit in self.edits[0]:
+            edit(self.cfg, self.weights, plan)
+        if self.cfg.grad_clip_norm:
+            self.flat.mul_((self.cfg.grad_clip_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
         self.muon.param_groups[0]["momentum"] = plan.muon_momentum
+        slowed = list(self.slowed(plan.progress))
         for optimiser in self.all:
             for group in optimiser.param_groups:
                 group["lr"] = group["base_lr"] * plan.lr_scale
             optimiser.step()
+        for p, before, share in slowed:
+            p.lerp_(before, 1 - share)
+        for edit in self.edits[1]:
+            edit(self.cfg, self.weights, plan)
+
+    def slowed(self, p: float) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
+        """(parameter, its copy, the share of the coming step it shall make) where that is not all of it."""
+        count = len(blocks_of(self.weights)) if self.rates else 0
+        for w in self.weights if self.rates else []:
+            share = math.prod(rate(w, p, count) for rate in self.rates)
+            if share != 1:
+                yield w.param, w.param.clone(), share
 
 
 # =============================================================================
@@ -1606,18 +1977,28 @@ def micro_batches(batch: tuple[Tensor, Tensor], limit: int) -> list[tuple[Tensor
     return list(zip(*(part.tensor_split(count) for part in batch), strict=True)) if count else []
 
 
-def train_step(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: int) -> Tensor:
-    """One optimiser step; returns this rank's share of the mean nats per token."""
+def gradient(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: int) -> Tensor:
+    """Leave this rank's share of the gradient in the buffer; returns its share of the mean nats per token."""
     optimisers.zero_grad()
-    total = torch.zeros((), device=run.runtime.device)
+    device = run.runtime.device
+    total, dials = torch.zeros((), device=device), plan.dials(device)
     for ids, targets in micro_batches(batch, limit):
-        ids, targets = (part.to(run.runtime.device, non_blocking=True) for part in (ids, targets))
+        ids, targets = (part.to(device, non_blocking=True) for part in (ids, targets))
         share = len(ids) / run.cfg.sequences
-        objective, nats = run.loss(ids, targets)
+        objective, nats = run.loss(ids, targets, dials, plan.depth)
         (objective * share).backward()
         total += nats * share
-    optimisers.step(plan)
     return total
+
+
+def train_step(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: int) -> Tensor:
+    """One optimiser step; returns this rank's share of the mean nats per token."""
+    nats = gradient(run, optimisers, batch, plan, limit)
+    if run.cfg.sam_rho:
+        with optimisers.uphill(run.cfg.sam_rho):
+            gradient(run, optimisers, batch, plan, limit)
+    optimisers.step(plan)
+    return nats
 
 
 def fit_micro_batch(run: Run, batch) -> int:
@@ -1625,12 +2006,12 @@ def fit_micro_batch(run: Run, batch) -> int:
 
     Raises the device's own error when not even one sequence fits. Leaves gradients behind.
     """
-    device = run.runtime.device
-    limit = min(micro_batch_limit(run.cfg, device), max(1, len(batch[0])))
+    device, plan = run.runtime.device, plan_step(run.cfg, 0, 0.0, 0.0)
+    limit, depth = min(micro_batch_limit(run.cfg, device), max(1, len(batch[0]))), depths(run.cfg)[-1]
     while True:
         try:
             for ids, targets in micro_batches(batch, limit)[:1]:
-                run.loss(ids.to(device), targets.to(device))[0].backward()
+                run.loss(ids.to(device), targets.to(device), plan.dials(device), depth)[0].backward()
             return limit
         except torch.OutOfMemoryError:
             if limit == 1:
@@ -1651,16 +2032,22 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     first = next(batches(cfg, stream, runtime))
     limit = run.settle(lambda: fit_micro_batch(run, first))
     run.settle(lambda: warm_evaluation(run))
+    plan = plan_step(cfg, 0, 0.0, 0.0)
+    for depth in depths(cfg)[:-1]:
+        train_step(run, optimisers, first, replace(plan, depth=depth), limit)
+    plan = replace(plan, depth=depths(cfg)[-1])
     for step, batch in enumerate(itertools.islice(batches(cfg, stream, runtime), cfg.warmup_steps)):
         runtime.synchronize()
         start = time.perf_counter()
-        train_step(run, optimisers, batch, plan_step(cfg, 0, 0.0, 0.0), limit)
+        train_step(run, optimisers, batch, plan, limit)
         runtime.synchronize()
         seconds = time.perf_counter() - start
         run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
     run.model.load_state_dict(weights)
     for optimiser, state in zip(optimisers.all, states, strict=True):
         optimiser.load_state_dict(state)
+    for w in optimisers.weights:
+        w.memory.clear()
     torch.set_rng_state(random_state)
     return limit, runtime.main_number(seconds)
 
@@ -2021,10 +2408,14 @@ def dry_run(cfg: Config) -> None:
         model = GPT(cfg, runtime.dtype).to(runtime.device)
         limit = min(micro_batch_limit(cfg, runtime.device), cfg.sequences)
         ids = torch.zeros(limit, cfg.train_seq_len, dtype=torch.int64, device=runtime.device)
-        loss, clock = training_loss(cfg, model), Clock(runtime)
+        loss, clock, dials = (
+            training_loss(cfg, model),
+            Clock(runtime),
+            plan_step(cfg, 0, 0.0, 0.0).dials(ids.device),
+        )
         clock.start()
         for _ in range(3):
-            loss(ids, ids)[0].backward()
+            loss(ids, ids, dials)[0].backward()
             runtime.synchronize()
             clock.tick()
         step_seconds = min(clock.recent) * cfg.sequences / limit
@@ -2048,6 +2439,8 @@ def main() -> None:
             print(help_text())
         elif arguments == ["--knob-table"]:
             print(knob_table())
+        elif arguments == ["--list-ideas"]:
+            print(idea_list())
         elif arguments == ["--dry-run"]:
             dry_run(Config.from_env(os.environ))
         else:
