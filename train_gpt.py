@@ -73,9 +73,7 @@ def require(condition: bool, message: str) -> None:
 # =============================================================================
 
 
-def knob(
-    default, doc: str, *, low=None, high=None, choices=(), needs="", role="train", idea="", source="PR #1434"
-):
+def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="train", **about):
     """A Config field that the environment variable of the same name, in capitals, sets.
 
     needs: comma list of `NAME=VALUE` / `NAME!=VALUE` without which the knob does nothing.
@@ -83,9 +81,8 @@ def knob(
     says only where and how to run and stays out of the config hash.
     idea: how a published idea fared at its source, one of STATES; its doc is its formula.
     """
-    limits = dict(low=low, high=high, choices=choices)
-    about = dict(doc=doc, needs=needs, role=role, idea=idea, source=source)
-    return field(default=default, metadata=about | limits)
+    limits = dict(low=low, high=high, choices=choices, needs=needs, role=role)
+    return field(default=default, metadata=dict(doc=doc, idea="", source="PR #1434") | limits | about)
 
 
 shape_knob, place_knob, pack_knob = (partial(knob, role=role) for role in ("model", "place", "pack"))
@@ -176,9 +173,7 @@ class Config:
     grad_clip_norm: float = knob(0.0, "global L2 clip of the gradient; 0 = off", low=0)
     control_tensor_name_patterns: tuple[str, ...] = knob(CONTROL_NAMES, "names that SCALAR_LR trains")
     # -- ideas: what the training sees (x embedding, z logits, y target, p progress) --
-    mirror_train: float = broken(
-        0.0, "share of sequences read backwards; targets did not turn", low=0, high=1
-    )
+    mirror_train: float = broken(0.0, "share of sequences read backwards; targets were not", low=0, high=1)
     embed_mixup: float = rejected(0.0, "x_t += r (x_(t-1) - x_t), r ~ U(0, this); x_0 was mixed too", **SHARE)
     token_drop: float = rejected(0.0, "share of positions whose input is 0, the rest / (1 - share)", **SHARE)
     metamorphosis: float = broken(0.0, "input dropout, falling to 0 at p = 1/2; code lost", **SHARE)
@@ -388,12 +383,12 @@ def help_text() -> str:
 def idea_list() -> str:
     """Every published idea: how it fared at its source, and what it does here."""
     head = "p: progress 0..1, LR: multiplier of all learning rates, g: gradient, w: weight, z: logit.\n"
-    docs, rows = {name: doc for name, _, _, doc in knob_rows()}, []
-    for f in (f for f in fields(Config) if f.metadata["idea"]):
-        rows.append(
-            f"{f.name.upper():17} {f.metadata['idea']:9} {f.metadata['source']:9} {docs[f.name.upper()]}"
-        )
-    return "\n".join([head, f"{'idea':17} {'there':9} {'source':9} here", *rows])
+    about = {f.name.upper(): (f.metadata["idea"], f.metadata["source"]) for f in fields(Config)}
+    rows = [("idea", ("there", "source"), "here")]
+    rows += [(name, about[name], doc) for name, _, _, doc in knob_rows() if about[name][0]]
+    return "\n".join(
+        [head, *(f"{name:17} {state:9} {source:9} {doc}" for name, (state, source), doc in rows)]
+    )
 
 
 def knob_table() -> str:
@@ -1242,9 +1237,8 @@ class GPT(nn.Module):
         self.layers = layer_plan(cfg)
         self.sources = {layer.source for layer in self.layers} - {None}
         self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
-        self.skip_weights = nn.Parameter(
-            torch.ones(sum(x.skip is not None for x in self.layers), cfg.model_dim)
-        )
+        skips = sum(layer.skip is not None for layer in self.layers)
+        self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
         block = ParallelBlock if cfg.parallel_block else Block
         self.blocks = nn.ModuleList(block(cfg) for _ in range(1 + max(x.block for x in self.layers)))
         self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size, zero=True)
