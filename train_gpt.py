@@ -288,7 +288,8 @@ COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
 def refuse_strangers(env: Mapping[str, str], known: Mapping[str, Field], ignore: tuple[str, ...]) -> None:
     """A misspelt knob would run for ten minutes at its default and say nothing: refuse it at once.
 
-    Refused: a name close to a knob, and one that starts like two or more (MUON_..., TIED_...).
+    Refused: a name close to a knob (difflib ratio >= 0.88), and a name that starts like at least two
+    knobs (MUON_..., TIED_...), which alone catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC.
     """
     words = Counter(name.partition("_")[0] for name in known if "_" in name)
     families = {word for word, count in words.items() if count > 1} - COMMON_WORDS
@@ -354,10 +355,9 @@ class Runtime:
     def launch(cls, cfg: Config, env: Mapping[str, str]) -> Iterator[Runtime]:
         """One process, or one of torchrun's: nccl between GPUs, gloo between CPUs."""
         device = pick_device(cfg.device, int(env.get("LOCAL_RANK", 0)))
-        world_size = int(env.get("WORLD_SIZE", 1))
-        runtime = cls(device, int(env.get("RANK", 0)), world_size)
+        runtime = cls(device, int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)))
         runtime.claim_device()
-        if world_size > 1:
+        if runtime.world_size > 1:
             # On GPUs both: clocks and verdicts go over gloo, so that no rank waits for its device.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
@@ -833,10 +833,9 @@ def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int,
         documents = [tokens[start:stop].tolist() for start, stop in spans[at : at + 1000]]
         for ids, text in zip(documents, tokenizer.decode(documents), strict=True):
             # A U+FFFD may be three bytes of the source or one broken byte token: decode byte tokens apart.
-            if "\ufffd" in text and any(map(tokenizer.is_byte, ids)):
-                total += broken_bytes(tokenizer, ids) - bool(table.space[ids[0]])
-            else:
-                total += len(text.replace(MARK, " ").encode()) - (keeps_mark and bool(table.space[ids[0]]))
+            broken = "\ufffd" in text and any(map(tokenizer.is_byte, ids))
+            total += broken_bytes(tokenizer, ids) if broken else len(text.replace(MARK, " ").encode())
+            total -= bool(table.space[ids[0]]) and (broken or keeps_mark)
     return len(spans), total
 
 
@@ -1799,8 +1798,9 @@ def save_model(run: Run, out: Path) -> dict[str, object]:
         raise RunError(f"diverged: {bad[0]} is not finite; no model was written", DIVERGED)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    setting = {name: describe_machine(run.runtime)[name] for name in ("dtype", "compile")}
-    blob = pack(cfg, state, dict(setting, quant=QUANT, config_hash=cfg.hash))
+    machine = describe_machine(run.runtime)
+    setting = dict(dtype=machine["dtype"], compile=machine["compile"], config_hash=cfg.hash)
+    blob = pack(cfg, state, dict(setting, quant=QUANT))
     write_atomic(out / "final_model.pt", buffer.getvalue())
     write_atomic(out / MODEL_FILE, blob)
     raw, packed, code, payload = buffer.tell(), len(blob), len(own_source()), payload_bytes(cfg, state)
