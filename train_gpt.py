@@ -32,6 +32,7 @@ import struct
 import subprocess
 import sys
 import time
+import timeit
 import uuid
 import zlib
 from collections import Counter, deque
@@ -297,17 +298,10 @@ class Config:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["role"] == "model"}
 
 
-def parse_finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
 PARSERS: dict[str, tuple[Callable, str]] = {
     "bool": ({"0": False, "1": True}.__getitem__, "0 or 1"),
     "int": (int, "a whole number"),
-    "float": (parse_finite, "a finite number"),
+    "float": (float, "a finite number"),
     "str": (str, "text"),
     "tuple[str, ...]": (lambda text: tuple(filter(None, text.split(","))), "a comma list"),
 }
@@ -316,10 +310,11 @@ PARSERS: dict[str, tuple[Callable, str]] = {
 def parse(f: Field, text: str):
     """The knob's value; RunError if the text does not fit its type."""
     reader, wanted = PARSERS[f.type]
-    try:
-        return reader(text)
-    except (KeyError, ValueError):
-        raise RunError(f"{f.name.upper()}={text!r} is not {wanted}") from None
+    with suppress(KeyError, ValueError):
+        value = reader(text)
+        if f.type != "float" or math.isfinite(value):
+            return value
+    raise RunError(f"{f.name.upper()}={text!r} is not {wanted}")
 
 
 def require_in_range(f: Field, value) -> None:
@@ -421,12 +416,10 @@ class Runtime:
     def launch(cls, cfg: Config, env: Mapping[str, str]) -> Iterator[Runtime]:
         """One process, or one of torchrun's: nccl between GPUs, gloo between CPUs."""
         device = pick_device(cfg.device, int(env.get("LOCAL_RANK", 0)))
-        world_size = int(env.get("WORLD_SIZE", 1))
-        runtime = cls(device, int(env.get("RANK", 0)), world_size)
+        runtime = cls(device, int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)))
         runtime.claim_device()
-        if world_size > 1:
-            # Both backends on GPUs: clocks and verdicts travel over gloo, so that no rank has to
-            # wait for its device only to learn the time.
+        if runtime.world_size > 1:
+            # On GPUs both: clocks and verdicts go over gloo, so that no rank waits for its device.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
             runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
@@ -436,10 +429,6 @@ class Runtime:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
     @property
     def is_cuda(self) -> bool:
@@ -466,7 +455,7 @@ class Runtime:
     def main_decides(self, decide: Callable):
         """Call `decide` on rank 0 and give its result, or its RunError, to every rank."""
         message: list = [None, None]
-        if self.is_main:
+        if self.rank == 0:
             try:
                 message[0] = decide()
             except RunError as error:
@@ -479,10 +468,9 @@ class Runtime:
 
     def main_number(self, value: float) -> float:
         """Rank 0's number on every rank, over the host network: no device is waited for."""
-        if self.world_size == 1:
-            return value
         shared = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(shared, 0)
+        if self.world_size > 1:
+            dist.broadcast(shared, 0)
         return shared.item()
 
     def share(self, count: int) -> range:
@@ -512,30 +500,23 @@ def pick_dtype(wanted: str, device: torch.device) -> str:
     """'bf16' or 'fp32': by capability on GPUs (T4 and V100 have no bf16), by a 20 ms race on CPUs."""
     if wanted != "auto":
         return wanted
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
-    if device.type != "cpu":
-        return "fp32"
-    return min(DTYPES, key=lambda name: matmul_seconds(DTYPES[name]))
+    if device.type == "cpu":
+        return min(DTYPES, key=lambda name: matmul_seconds(DTYPES[name]))
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if fast else "fp32"
 
 
 def matmul_seconds(dtype: torch.dtype) -> float:
     """Median seconds of a [2048, 512] x [512, 512] product on the CPU, a typical size here: 1.07 GFLOP."""
-    a, b, times = torch.ones(2048, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype), []
-    for _ in range(9):
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return median(times[2:])
+    a, b = torch.ones(2048, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    return median(timeit.repeat(lambda: a @ b, number=1, repeat=9)[2:])
 
 
 def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
-    """(whether to compile, what speaks against it). auto: on a CPU, if a compiled embedding learns right.
-
-    torch 2.5.1's CPU compiler drops repeated tokens from its gradient and says nothing (2.13 is right).
-    """
+    """(whether to compile, what speaks against it). auto: on a CPU, if a compiled embedding learns right."""
     if wanted != "auto" or device.type != "cpu":
         return wanted == "1" or device.type == "cuda" and wanted == "auto", ""
+    # torch 2.5.1's CPU compiler drops repeated tokens from its gradient and says nothing (2.13 is right).
     table = torch.linspace(-1, 1, 320 * 32).view(320, 32).requires_grad_()
     ids, weight = torch.arange(512).view(16, 32) % 97, torch.linspace(1, 2, 512 * 32).view(16, 32, 32)
 
@@ -557,8 +538,8 @@ class RunLog:
         self.text = self.events = None
         if folder:
             folder.mkdir(parents=True, exist_ok=True)
-            self.text = (folder / f"{run_id}.txt").open("x", encoding="utf-8")
-            self.events = (folder / f"{run_id}.jsonl").open("x", encoding="utf-8")
+            paths = folder / f"{run_id}.txt", folder / f"{run_id}.jsonl"
+            self.text, self.events = (path.open("x", encoding="utf-8") for path in paths)
 
     def line(self, text: str, echo: bool = True) -> None:
         if self.text:
@@ -593,13 +574,12 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
         locks = [path.with_name(f".{path.name}.lock").open("w") for path in logs[:1] + models[:1]]
-    except OSError as error:
-        raise RunError(f"cannot write to OUT_DIR={out} ({error.strerror}); set another OUT_DIR") from None
-    try:
         for lock in locks:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise RunError(f"another run is writing to OUT_DIR={out}; set another OUT_DIR") from None
+    except OSError as error:
+        raise RunError(f"cannot write to OUT_DIR={out} ({error.strerror}); set another OUT_DIR") from None
     for path in filter(Path.exists, logs + models):
         mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
         raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
@@ -847,8 +827,7 @@ class TokenStream:
 
 def window_order(cfg: Config, windows: int, step: int) -> np.ndarray:
     """Indices [sequences] of the training windows of one step: a pure function of (seed, step)."""
-    places = np.arange(step * cfg.sequences, (step + 1) * cfg.sequences)
-    epochs, places = places // windows, places % windows
+    epochs, places = np.divmod(np.arange(step * cfg.sequences, (step + 1) * cfg.sequences), windows)
     if cfg.data_shuffle:
         for epoch in np.unique(epochs):
             here = epochs == epoch
@@ -892,21 +871,17 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
 # 5. BYTES: the denominator of bits per byte, checked against decoded text
 # =============================================================================
 
-
 MARK = "\u2581"  # SentencePiece's space
 
 
 @dataclass(frozen=True)
 class ByteTable:
-    """Per token id: bytes of its own, whether it starts with a space mark, whether it is a boundary.
-
-    spelled: the three byte tokens that spell the mark where a vocabulary has no piece for a lone space.
-    """
+    """Per token id: bytes of its own, whether it starts with a space mark, whether it is a boundary."""
 
     own: np.ndarray
     space: np.ndarray
     boundary: np.ndarray
-    spelled: tuple[int, ...]
+    spelled: tuple[int, ...]  # the three byte tokens that spell a mark where no piece is a lone space
 
     @classmethod
     def of(cls, tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
@@ -923,13 +898,10 @@ class ByteTable:
         return cls(own, space, boundary, spelled if all(map(tokenizer.is_byte, spelled)) else ())
 
     def weigh(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes [N] that each token adds: a space mark counts 1 unless it follows a boundary or the start.
-
-        A mark spelled in byte tokens is one space, not three bytes: counting three made scores a fifth
-        too good (parameter-golf #897).
-        """
+        """Bytes [N] that each token adds: a space mark counts 1 unless it follows a boundary or the start."""
         begins = np.concatenate(([True], self.boundary[tokens[:-1]]))
         weights = self.own[tokens] + (self.space[tokens] & ~begins).astype(np.int16)
+        # A spelled mark is one space: as three bytes it made scores a fifth too good (parameter-golf #897).
         if self.spelled and len(tokens) > 2:
             runs = [tokens[k : len(tokens) - 2 + k] == byte for k, byte in enumerate(self.spelled)]
             at = np.flatnonzero(np.logical_and.reduce(runs))
@@ -939,16 +911,12 @@ class ByteTable:
 
 def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
     path = Path(cfg.tokenizer_path)
-    require(
-        path.is_file(),
-        f"no tokenizer at TOKENIZER_PATH={path}; it comes with the dataset (see data/README.md)",
-    )
+    where = f"TOKENIZER_PATH={path}"
+    require(path.is_file(), f"no tokenizer at {where}; it comes with the dataset (see data/README.md)")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # sentencepiece raises RuntimeError, OSError or its own, by version
-        raise RunError(
-            f"TOKENIZER_PATH={path} is not a SentencePiece model ({type(error).__name__})"
-        ) from None
+        raise RunError(f"{where} is not a SentencePiece model ({type(error).__name__})") from None
     size = tokenizer.vocab_size()
     require(size == cfg.vocab_size, f"VOCAB_SIZE={cfg.vocab_size} but {path} has {size} pieces")
     return tokenizer
@@ -958,9 +926,7 @@ def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int,
     """(documents, bytes) of the text that `tokens` decode to, one document after another: the oracle.
 
     A document is what stands between boundary tokens (BOS and other controls). Its leading space mark
-    adds no byte, as in ByteTable; whether decode drops that mark depends on the tokenizer, so it is
-    probed. A U+FFFD in the text may be three bytes of the source or one broken byte token, so those
-    documents are decoded in runs, byte tokens apart.
+    adds no byte, as in ByteTable; whether decode drops that mark depends on the tokenizer: it is probed.
     """
     marked = np.flatnonzero(table.space)[:1].tolist()
     keeps_mark = bool(marked) and tokenizer.decode(marked).startswith(" ")
@@ -970,10 +936,10 @@ def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int,
     for at in range(0, len(spans), 1000):
         documents = [tokens[start:stop].tolist() for start, stop in spans[at : at + 1000]]
         for ids, text in zip(documents, tokenizer.decode(documents), strict=True):
-            if "\ufffd" in text and any(map(tokenizer.is_byte, ids)):
-                total += broken_bytes(tokenizer, ids) - bool(table.space[ids[0]])
-            else:
-                total += len(text.replace(MARK, " ").encode()) - (keeps_mark and bool(table.space[ids[0]]))
+            # A U+FFFD may be three bytes of the source or one broken byte token: decode byte tokens apart.
+            broken = "\ufffd" in text and any(map(tokenizer.is_byte, ids))
+            total += broken_bytes(tokenizer, ids) if broken else len(text.replace(MARK, " ").encode())
+            total -= bool(table.space[ids[0]]) and (broken or keeps_mark)
     return len(spans), total
 
 
@@ -981,7 +947,6 @@ def broken_bytes(tokenizer, ids: list[int]) -> int:
     """Bytes of one document whose byte tokens may not form whole characters, leading space mark included."""
     anchor, total = tokenizer.piece_to_id("<0x61>"), 0  # an 'a' in front keeps decode from dropping a space
     for is_byte, run in itertools.groupby(ids, tokenizer.is_byte):
-        run = list(run)
         if is_byte:
             raw = bytes(int(tokenizer.id_to_piece(i)[3:5], 16) for i in run)
             total += len(raw.replace(MARK.encode(), b" "))
@@ -1010,11 +975,8 @@ class Validation:
 
 def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
     """Read the validation shards. prove: RunError unless the pieces' bytes equal the decoded text's."""
-    stream, table, where = (
-        TokenStream(cfg.data_path, "val", cfg.vocab_size),
-        ByteTable.of(tokenizer),
-        cfg.data_path,
-    )
+    where, table = cfg.data_path, ByteTable.of(tokenizer)
+    stream = TokenStream(where, "val", cfg.vocab_size)
     tokens = stream.read(0, len(stream))
     require(len(tokens) > 1, f"the validation shards in {where} hold fewer than two tokens")
     weights = table.weigh(tokens)
@@ -1033,12 +995,10 @@ def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
 def cached_oracle(cfg: Config, key: str, compute: Callable[[], tuple[int, int]]) -> tuple[int, int]:
     """The oracle's answer for these tokens and this tokenizer, kept beside the data if that is writable."""
     path = Path(cfg.data_path) / f".bytes-{key[:16]}.json"
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: count again
         saved = json.loads(path.read_text())
         if saved["key"] == key:
             return int(saved["documents"]), int(saved["bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # absent or damaged: count again
     documents, decoded = compute()
     with suppress(OSError):  # a read-only dataset only costs the count again next time
         write_atomic(path, json.dumps(dict(key=key, documents=documents, bytes=decoded)).encode())
@@ -1724,12 +1684,11 @@ SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before t
 def quantise_rows(weight: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """int8 codes [r, c] and float16 steps [r]: symmetric, clipped at the official quantile.
 
-    The official script keeps steps >= 1/127, which is coarse for every row whose largest weight is
-    below 1; `floor` 0 drops that. Codes are rounded by the step as stored.
+    The official script keeps steps >= 1/127, coarse for rows with no weight above 1; `floor` 0 drops that.
     """
     clip = torch.quantile(weight.abs(), CLIP_QUANTILE, dim=1)
     step = (clip / 127).clamp_min(max(floor, 2.0**-24)).half()  # 2^-24: the least positive float16
-    codes = (weight / step.float()[:, None]).round().clamp(-127, 127)
+    codes = (weight / step.float()[:, None]).round().clamp(-127, 127)  # by the step as stored
     return codes.to(torch.int8), step
 
 
@@ -1743,27 +1702,23 @@ def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
 def tensor_planes(cfg: Config, name: str, kinds: list[str], tensor: Tensor) -> dict[str, np.ndarray]:
     """The stored arrays of a tensor, by kind; RunError (5) if one overflows float16."""
     weight = tensor.detach().float().cpu().contiguous()
-    arrays = quantise_rows(weight, cfg.quant_scale_floor) if "int8" in kinds else [weight]
-    dtypes = dict(int8=torch.int8, step=torch.float16, fp16=torch.float16, fp32=torch.float32)
-    stored = {kind: array.to(dtypes[kind]) for kind, array in zip(kinds, arrays, strict=True)}
-    if not all(torch.isfinite(array).all() for array in stored.values()):
+    whole = weight.half() if "fp16" in kinds else weight
+    arrays = quantise_rows(weight, cfg.quant_scale_floor) if "int8" in kinds else (whole,)
+    if not all(torch.isfinite(array).all() for array in arrays):
         raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
-    return {kind: array.numpy().astype(PLANES[kind]) for kind, array in stored.items()}
+    return {kind: array.numpy().astype(PLANES[kind]) for kind, array in zip(kinds, arrays, strict=True)}
 
 
 def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
-    """The artifact: a checked prefix and one compressed body of header and planes. Same input, same bytes.
-
-    Planes of one kind stand together (all codes, then all steps, ...): they compress better so.
-    """
+    """The artifact: a checked prefix and one compressed body of header and planes. Same input, same bytes."""
     table = [[name, list(t.shape), plane_kinds(cfg, name, t.shape)] for name, t in sorted(state.items())]
     arrays = {name: tensor_planes(cfg, name, kinds, state[name]) for name, _, kinds in table}
     header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    # Planes of one kind stand together (all codes, then all steps, ...): they compress better so.
     planes = [arrays[name][kind].tobytes() for kind in PLANES for name, _, kinds in table if kind in kinds]
     raw = struct.pack("<I", len(text)) + text + b"".join(planes)
-    body = CODECS[cfg.codec][0](raw, cfg)
-    return sealed(cfg.codec.encode(), len(raw), body)
+    return sealed(cfg.codec.encode(), len(raw), CODECS[cfg.codec][0](raw, cfg))
 
 
 def sealed(codec: bytes, raw_length: int, body: bytes) -> bytes:
@@ -1835,11 +1790,8 @@ CODECS: dict[str, tuple[Callable, Callable]] = {
 
 def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
     """Bytes of the planes before compression, from shapes alone."""
-    total = 0
-    for name, tensor in state.items():
-        for kind in plane_kinds(cfg, name, tensor.shape):
-            total += np.dtype(PLANES[kind]).itemsize * (tensor.size(0) if kind == "step" else tensor.numel())
-    return total
+    planes = [(kind, t) for name, t in state.items() for kind in plane_kinds(cfg, name, t.shape)]
+    return sum(np.dtype(PLANES[k]).itemsize * (len(t) if k == "step" else t.numel()) for k, t in planes)
 
 
 def predict_size(cfg: Config, model: GPT) -> int:
@@ -1880,30 +1832,21 @@ def eval_batch_sequences(cfg: Config, device: torch.device) -> int:
     return max(1, tokens // cfg.train_seq_len)
 
 
-def roundtrip(
-    cfg: Config, nats_of: Callable[[Tensor, Tensor], Tensor], data: Validation, runtime: Runtime
-) -> Score:
-    """Score the split by official windows, sharded over ranks. Short batches are padded: one compiled shape.
-
-    nats_of: (ids, targets), each int64 [B, T], -> nats [B, T].
-    """
+def roundtrip(cfg: Config, nats_of: Callable, data: Validation, runtime: Runtime) -> Score:
+    """Score the split by official windows, sharded over ranks. Short batches are padded: one graph."""
     began, length, batch = time.perf_counter(), cfg.train_seq_len, eval_batch_sequences(cfg, runtime.device)
     windows = plain_windows(data.targets, length)
     mine = [windows[i] for i in runtime.share(len(windows))]
     totals = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     for at in range(0, len(mine), batch):
-        block, scored = (
-            torch.zeros(batch, length + 1, dtype=torch.int64),
-            torch.zeros(batch, length, dtype=torch.bool),
-        )
+        block = np.zeros((batch, length + 1), np.int64)
+        scored = torch.zeros(batch, length, dtype=torch.bool)
         for row, (start, count) in enumerate(mine[at : at + batch]):
-            block[row, : count + 1] = torch.from_numpy(
-                data.tokens[start : start + count + 1].astype(np.int64)
-            )
+            block[row, : count + 1] = data.tokens[start : start + count + 1]
             scored[row, :count] = True
-        ids = block.to(runtime.device)
+        ids = torch.from_numpy(block).to(runtime.device)
         with torch.no_grad():
-            nats = nats_of(ids[:, :-1], ids[:, 1:]).cpu().double()
+            nats = nats_of(ids[:, :-1], ids[:, 1:]).cpu().double()  # (ids, targets), int64 [B, T] -> [B, T]
         totals += torch.stack((nats[scored].sum(), scored.sum()))
     nats, tokens = runtime.sum(totals).tolist()
     require(tokens == data.targets, f"a bug: {tokens:.0f} of {data.targets} targets were scored; no score")
@@ -2173,15 +2116,12 @@ def own_source() -> bytes:
     return Path(__file__).read_bytes()
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, kind in DTYPES.items() if kind == dtype)
-
-
 def describe_machine(runtime: Runtime) -> dict[str, object]:
     """The `env` event: device and versions."""
     device = torch.cuda.get_device_name() if runtime.is_cuda else cpu_name()
     attention = "sdpa" if runtime.is_cuda else f"blocked to {LONGEST_BLOCKED}, then sdpa"
-    setting = dict(dtype=dtype_name(runtime.dtype), compile=runtime.compiles, attention=attention)
+    dtype = next(name for name, kind in DTYPES.items() if kind == runtime.dtype)
+    setting = dict(dtype=dtype, compile=runtime.compiles, attention=attention)
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     return dict(device=device, world_size=runtime.world_size, **setting, **versions)
 
@@ -2203,49 +2143,45 @@ def nvidia_smi(runtime: Runtime) -> str:
 def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     """The official head of a log: source, versions, setting; and the `config` and `env` events."""
     cfg, log, runtime, data, source = run.cfg, run.log, run.runtime, run.data, own_source()
-    machine, rule, folder = describe_machine(runtime), "=" * 100, Path(cfg.data_path)
+    machine, rule, tied = describe_machine(runtime), "=" * 100, cfg.tie_embeddings
+    folder, shards = Path(cfg.data_path), len(stream.paths) if stream else 0
     versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n{nvidia_smi(runtime)}"
     log.line(f"{source.decode()}\n{rule}\n{versions}\n{rule}", echo=False)
-    tied, tokens, model = cfg.tie_embeddings, data.targets, run.model
     rates = f"embed_lr:{cfg.tied_embed_lr if tied else cfg.embed_lr} head_lr:{0.0 if tied else cfg.head_lr}"
     batch = f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len}"
     length = f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps}"
     log.line(f"run_id:{run_id} config_hash:{cfg.hash} overrides:{json.dumps(cfg.overrides())}")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}")
-    shards = len(stream.paths) if stream else 0
     log.line(f"train_loader:dataset:{folder.resolve().name} train_shards:{shards}")
-    log.line(f"val_loader:shards pattern={folder / '*_val_*.bin'} tokens:{tokens}")
-    log.line(f"val: tokens:{tokens} bytes:{data.bytes} docs:{data.documents} sha256:{data.sha256}")
-    log.line(f"model_params:{sum(p.numel() for p in model.parameters())}")
+    log.line(f"val_loader:shards pattern={folder / '*_val_*.bin'} tokens:{data.targets}")
+    log.line(f"val: tokens:{data.targets} bytes:{data.bytes} docs:{data.documents} sha256:{data.sha256}")
+    log.line(f"model_params:{sum(p.numel() for p in run.model.parameters())}")
     accumulate = -(-len(runtime.share(cfg.sequences)) // micro_batch_limit(cfg, runtime.device))
     log.line(f"world_size:{runtime.world_size} grad_accum_steps:{accumulate}")
     log.line(" ".join(f"{name}:{value}" for name, value in machine.items()))
     log.line(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}")
     log.line(f"tie_embeddings:{tied} {rates} matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}")
-    log.line(f"{batch} {length} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}")
-    log.line(f"seed:{cfg.seed}")
+    log.line(f"{batch} {length} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}")
     for phrase in cfg.inert():
         log.line(f"warning: {phrase}")
     if runtime.uncompiled:
         log.line(f"warning: no torch.compile ({runtime.uncompiled}); running eagerly, slower")
     sha = hashlib.sha256(source).hexdigest()
     log.event("config", config=asdict(cfg), config_hash=cfg.hash, code_sha256=sha, code_bytes=len(source))
-    log.event("env", **machine, val_tokens=tokens, val_bytes=data.bytes, val_sha256=data.sha256)
+    log.event("env", **machine, val_tokens=data.targets, val_bytes=data.bytes, val_sha256=data.sha256)
 
 
 def save_model(run: Run, out: Path) -> dict[str, object]:
-    """Write final_model.pt and the artifact, and log their sizes; returns the `artifact` event. Rank 0 only.
-
-    RunError (5) if a weight is not finite: such a model is never written.
-    """
+    """Rank 0 writes both model files, unless a weight is not finite: RunError (5). The `artifact` event."""
     cfg, log, state = run.cfg, run.log, {n: t.detach().cpu() for n, t in run.model.state_dict().items()}
     bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise RunError(f"diverged: {bad[0]} is not finite; no model was written", DIVERGED)
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    setting = dict(dtype=dtype_name(run.runtime.dtype), compile=run.runtime.compiles)
-    blob = pack(cfg, state, dict(setting, quant=QUANT, config_hash=cfg.hash))
+    machine = describe_machine(run.runtime)
+    setting = dict(dtype=machine["dtype"], compile=machine["compile"], config_hash=cfg.hash)
+    blob = pack(cfg, state, dict(setting, quant=QUANT))
     write_atomic(out / "final_model.pt", buffer.getvalue())
     write_atomic(out / MODEL_FILE, blob)
     raw, packed, code, payload = buffer.tell(), len(blob), len(own_source()), payload_bytes(cfg, state)
@@ -2300,7 +2236,7 @@ def finish(run: Run, trained: Trained, artifact: dict, score: Score, run_id: str
     log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*run.runtime.peak_memory_mib()))
     if message:
         log.line(f"error: {message}", echo=False)
-        if run.runtime.is_main:
+        if run.runtime.rank == 0:
             print(f"error: {message}", file=sys.stderr)
     how = dict(status=status, exit_code=code, train_seconds=round(trained.seconds, 3))
     how |= dict(progress=trained.progress, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
@@ -2315,11 +2251,7 @@ def finish(run: Run, trained: Trained, artifact: dict, score: Score, run_id: str
 
 
 def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Config:
-    """The config with the artifact's shape; RunError if the environment asks for another one.
-
-    Its dtype and whether it was compiled hold too, unless the environment says otherwise: either moves
-    the score in the fourth digit.
-    """
+    """The config with the artifact's shape; RunError if the environment asks for another one."""
     made, source = header.get("model"), f"EVAL_ONLY={cfg.eval_only}"
     kinds = {name: type(value) for name, value in cfg.shape().items()}
     known = isinstance(made, dict) and {name: type(value) for name, value in made.items()} == kinds
@@ -2329,6 +2261,7 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
         asked = name.upper() in env and getattr(cfg, name) != value
         clash = f"{name.upper()}={getattr(cfg, name)} but {source} was trained with {value}"
         require(not asked, f"{clash}; unset it")
+    # Its dtype and whether it was compiled hold too, unless set: either moves the score's fourth digit.
     compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
     dtype = cfg.dtype if "DTYPE" in env else header["dtype"]
     return replace(cfg, **made, compile=compiled, dtype=dtype, train_batch_tokens=made["train_seq_len"])
@@ -2336,10 +2269,9 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
 
 def require_size(cfg: Config, model: GPT) -> None:
     """RunError (3) before training when the artifact will not fit."""
-    predicted = predict_size(cfg, model) + len(own_source())
-    if predicted > SIZE_SLACK * SIZE_LIMIT:
-        message = f"code and model will take about {predicted} bytes, the limit is {SIZE_LIMIT}"
-        raise RunError(message, OVER_SIZE)
+    size = predict_size(cfg, model) + len(own_source())
+    if size > SIZE_SLACK * SIZE_LIMIT:
+        raise RunError(f"code and model will take about {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
 
 
 def execute(cfg: Config, env: Mapping[str, str]) -> int:
@@ -2365,7 +2297,7 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
             require_size(cfg, model)
         run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         runtime.main_decides(lambda: held.extend(claim_outputs(cfg, run_id)))  # locks, held until the end
-        log = RunLog(Path(cfg.out_dir) / "logs" if runtime.is_main else None, run_id)
+        log = RunLog(Path(cfg.out_dir) / "logs" if runtime.rank == 0 else None, run_id)
         run = Run(cfg, runtime, log, model.to(runtime.device), data)
         log_header(run, run_id, stream)
         try:
@@ -2381,16 +2313,15 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
 
 def train_and_score(run: Run, stream: TokenStream | None, header: Mapping | None, run_id: str) -> int:
     """Train, pack, read back from disk, score what was read; or score a given artifact."""
-    cfg, trained = run.cfg, Trained()
-    if not stream:
+    cfg = run.cfg
+    if stream:
+        trained = train(run, Optimisers(cfg, run.model, run.runtime), stream)
+    else:
         run.settle(lambda: warm_evaluation(run))
+        trained = Trained(None if header else validate(run, 0, 0.0))
     if header:
         artifact = artifact_event(Path(cfg.eval_only), header["codec"], Path(cfg.eval_only).stat().st_size)
     else:
-        if stream:
-            trained = train(run, Optimisers(cfg, run.model, run.runtime), stream)
-        else:
-            trained.score = validate(run, 0, 0.0)
         artifact = run.runtime.main_decides(lambda: save_model(run, Path(cfg.out_dir)))
         run.log.event("artifact", **artifact)
     return finish(run, trained, artifact, score_artifact(run, artifact), run_id)
