@@ -191,20 +191,20 @@ class Config:
     grad_central: bool = not_run(False, "g - its mean over all axes but the first, matrices")
     mycorrhizal: float = rejected(0.0, "from p = 0.025 g_i += c g_(i+3), g_(i+3) += c g_i, blocks in order")
     thermal_vent: float = rejected(0.0, "from p = 0.025 two random blocks a step: g (1 + this)")
-    sam_rho: float = broken(0.0, "g taken at w + rho g/|g|, twice the cost; there a step uphill", low=0)
+    sam_rho: float = broken(0.0, "g taken at w + rho g/norm(g), twice the cost; there a step uphill", low=0)
     canopy_lr: bool = broken(False, "LR of block i of n times 0.3 + 0.7 i/(n-1); there g, which Muon ignores")
     wd_schedule: float = broken(0.0, "block matrices w (1 - lr p this); without lr there: too strong", low=0)
     predprey_lr: bool = broken(False, "block matrices w (1 - lr (1 - (1-p)/2 sin(12 pi p)) / 100); no lr")
-    controlled_burn: float = rejected(0.0, "share of least |w| zeroed each BURN_INTERVAL, matrices", **SHARE)
+    controlled_burn: float = rejected(0.0, "share of smallest w zeroed each BURN_INTERVAL, matrices", **SHARE)
     burn_interval: int = rejected(50, "steps between burns", low=1, needs="CONTROLLED_BURN!=0")
-    synaptic_scale: bool = broken(False, "|w| drawn to its value at p = 0.05, by 5 % a step; lost the LR")
-    weight_perturb: float = rejected(0.0, "w += this mean|w| N(0,1) each PERTURB_INTERVAL, matrices", low=0)
+    synaptic_scale: bool = broken(False, "norm(w) drawn to that at p = 0.05, 5 % a step; lost the LR")
+    weight_perturb: float = rejected(0.0, "w += this mean(abs w) N(0,1) each PERTURB_INTERVAL", low=0)
     perturb_interval: int = rejected(100, "steps between perturbations", low=1, needs="WEIGHT_PERTURB!=0")
-    mutation_decay: float = rejected(0.0, "from p = 0.05 w += this exp(-5p) mean|w| N(0,1), matrices", low=0)
+    mutation_decay: float = rejected(0.0, "from p = 0.05 w += this exp(-5p) mean(abs w) N(0,1)", low=0)
     # -- ideas: structure in training --
     layer_drop: float = broken(0.0, "chance a step skips a layer, but each half's first; crashed", **SHARE)
     progressive_grow: bool = broken(False, "train max(3, 0.3 L) layers, rising to L at p = 0.9; unused there")
-    head_prune: float = not_run(0.0, "share of heads, least |proj| first, zeroed; code lost", **SHARE)
+    head_prune: float = not_run(0.0, "share of heads, least norm(proj) first, zeroed; code lost", **SHARE)
     head_prune_at: float = not_run(0.25, "progress p of that", low=0, high=1, needs="HEAD_PRUNE!=0")
     # -- artifact --
     codec: str = pack_knob("zstd", "compressor of the artifact", choices=("zstd", "zlib"))
@@ -1348,11 +1348,12 @@ def switched_on(cfg: Config, table: Mapping[str, Callable]) -> list[Callable]:
 
 
 def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(ids, targets, StepPlan.dials, depth) -> (what is minimised, mean nats per token alone), scalars."""
+    """(ids, targets, StepPlan.dials or step 0's, depth) -> (what is minimised, mean nats per token alone)."""
     tables = EMBEDDING_TERMS, INPUT_TERMS, LOSS_TERMS
     mixes, drops, terms = (switched_on(cfg, table) for table in tables)
 
-    def loss(ids: Tensor, targets: Tensor, dials: Tensor, depth: int | None = None) -> tuple[Tensor, Tensor]:
+    def loss(ids: Tensor, targets: Tensor, dials=None, depth=None) -> tuple[Tensor, Tensor]:
+        dials = plan_step(cfg, 0, 0.0, 0.0).dials(ids.device) if dials is None else dials
         if cfg.mirror_train:
             ids, targets = mirror_train(cfg, ids, targets, dials[0])
         x = model.embed(ids)
@@ -2333,14 +2334,10 @@ def dry_run(cfg: Config) -> None:
         model = GPT(cfg, runtime.dtype).to(runtime.device)
         limit = min(micro_batch_limit(cfg, runtime.device), cfg.sequences)
         ids = torch.zeros(limit, cfg.train_seq_len, dtype=torch.int64, device=runtime.device)
-        loss, clock, dials = (
-            training_loss(cfg, model),
-            Clock(runtime),
-            plan_step(cfg, 0, 0.0, 0.0).dials(ids.device),
-        )
+        loss, clock = training_loss(cfg, model), Clock(runtime)
         clock.start()
         for _ in range(3):
-            loss(ids, ids, dials)[0].backward()
+            loss(ids, ids)[0].backward()
             runtime.synchronize()
             clock.tick()
         step_seconds = min(clock.recent) * cfg.sequences / limit

@@ -5,7 +5,7 @@
     python sweeps/ideas.py table --out runs/ideas        JSON of both, and the Markdown table
 
 The runs have a fixed number of steps, so a busy machine slows them and changes nothing. Null arms differ from
-the control by too little to matter: what they score is the noise of one paired difference.
+the control by too little to matter. The noise of one paired difference is the spread of an arm between seeds.
 """
 
 import argparse
@@ -45,10 +45,10 @@ ARMS = """
 COSINE_LR=0 TIDAL_LR=1 | COSINE_LR=0 WARMDOWN_ITERS=11 | COSINE_CYCLES=2 | GOLDEN_LR=1
 COSINE_LR=0 TIDAL_LR=1 TIDAL_WARMUP=0.1 | COSINE_LR=0 BREATHING_LR=1 | COSINE_LR=0 WHALE_LR=1
 COSINE_LR=0 CIRCADIAN_LR=1 | COSINE_LR=0 COSMO_LR=1 | COSINE_LR=0 PUNCTUATED_LR=1 | COSINE_LR=0 ROOT_FIRST=1
-COSINE_LR=0 CORAL_LR=1 | MIRROR_TRAIN=0.1 | EMBED_MIXUP=0.1 | TOKEN_DROP=0.05 | METAMORPHOSIS=0.1 | FOCAL_GAMMA=2
-FOCAL_GAMMA=2 GAMMA_ANNEAL=1 | LABEL_SMOOTH=0.1 | Z_LOSS=0.0001 | LOGIT_PENALTY=0.00001 | LOGIT_TEMP=1.2
-ENTROPY_BONUS=0.01 | MULTI_TOKEN=0.1 | HEAD_DIVERSITY=0.0001 | GRAD_CENTRAL=1 | MYCORRHIZAL=0.1 | THERMAL_VENT=1
-SAM_RHO=0.05 | CANOPY_LR=1 | WD_SCHEDULE=0.04 | WD_SCHEDULE=1 | PREDPREY_LR=1
+COSINE_LR=0 CORAL_LR=1 | MIRROR_TRAIN=0.1 | EMBED_MIXUP=0.1 | TOKEN_DROP=0.05 | METAMORPHOSIS=0.1
+FOCAL_GAMMA=2 | FOCAL_GAMMA=2 GAMMA_ANNEAL=1 | LABEL_SMOOTH=0.1 | Z_LOSS=0.0001
+LOGIT_PENALTY=0.00001 | LOGIT_TEMP=1.2 | ENTROPY_BONUS=0.01 | MULTI_TOKEN=0.1 | HEAD_DIVERSITY=0.0001 | GRAD_CENTRAL=1 | MYCORRHIZAL=0.1
+THERMAL_VENT=1 | SAM_RHO=0.05 | CANOPY_LR=1 | WD_SCHEDULE=0.04 | WD_SCHEDULE=1 | PREDPREY_LR=1
 CONTROLLED_BURN=0.05 BURN_INTERVAL=15 | SYNAPTIC_SCALE=1 | WEIGHT_PERTURB=0.0001 PERTURB_INTERVAL=30
 MUTATION_DECAY=0.001 | LAYER_DROP=0.2 | PROGRESSIVE_GROW=1 | HEAD_PRUNE=0.5 | WEIGHT_SHARE=3 | ATTN_RECYCLE=1
 PARALLEL_BLOCK=1 | MLP_ACT=silu2 | MLP_ACT=swiglu | SANDWICH_NORM=1 | ENCODER_LAYERS=0 | ENCODER_LAYERS=1
@@ -163,7 +163,7 @@ def time_all(out: Path, pairs: int = 41) -> None:
 
 # The functions of an idea that its table does not name.
 FUNCTIONS = dict(sam_rho=["uphill"], layer_drop=["kept_layers"], progressive_grow=["depths"])
-TABLES = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES".split()
+TABLES = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES"
 
 
 def lines_of(name: str, source: str) -> int:
@@ -218,17 +218,19 @@ def table(out: Path, json_path: Path | None) -> None:
     if json_path:
         json_path.write_text(json.dumps(found, indent=1) + "\n")
     print(f"noise: sd {found['noise_sd']:.4f} of one paired difference\n")
-    print(
-        "| arm | there | lines | ms | ms extra | bpb - control | sd | n | verdict |\n|---|---|--:|--:|--:|--:|--:|--:|---|"
-    )
+    head = "arm there lines ms extra bpb sd n verdict"
+    print(f"| {' | '.join(head.split())} |\n|---|---|--:|--:|--:|--:|--:|--:|---|")
     for row in found["rows"]:
-        ms = [
-            f"{row[key]:{sign}.1f}" if row[key] is not None else ""
-            for key, sign in (("control_ms", ""), ("extra_ms", "+"))
+        ms = ["" if row[key] is None else f"{row[key]:+.1f}" for key in ("control_ms", "extra_ms")]
+        numbers = [*ms, f"{row['mean']:+.4f}", f"{row['sd']:.4f}", str(row["n"])]
+        cells = [
+            f"`{row['arm'] or 'control'}`",
+            row["state"],
+            str(row["lines"] or ""),
+            *numbers,
+            row["verdict"],
         ]
-        print(
-            f"| {row['arm'] or 'control'} | {row['state']} | {row['lines']} | {' | '.join(ms)} | {row['mean']:+.4f} | {row['sd']:.4f} | {row['n']} | {row['verdict'] if row['arm'] else ''} |"
-        )
+        print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:
