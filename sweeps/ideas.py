@@ -47,7 +47,8 @@ COSINE_LR=0 TIDAL_LR=1 TIDAL_WARMUP=0.1 | COSINE_LR=0 BREATHING_LR=1 | COSINE_LR
 COSINE_LR=0 CIRCADIAN_LR=1 | COSINE_LR=0 COSMO_LR=1 | COSINE_LR=0 PUNCTUATED_LR=1 | COSINE_LR=0 ROOT_FIRST=1
 COSINE_LR=0 CORAL_LR=1 | MIRROR_TRAIN=0.1 | EMBED_MIXUP=0.1 | TOKEN_DROP=0.05 | METAMORPHOSIS=0.1
 FOCAL_GAMMA=2 | FOCAL_GAMMA=2 GAMMA_ANNEAL=1 | LABEL_SMOOTH=0.1 | Z_LOSS=0.0001
-LOGIT_PENALTY=0.00001 | LOGIT_TEMP=1.2 | ENTROPY_BONUS=0.01 | MULTI_TOKEN=0.1 | HEAD_DIVERSITY=0.0001 | GRAD_CENTRAL=1 | MYCORRHIZAL=0.1
+LOGIT_PENALTY=0.00001 | LOGIT_TEMP=1.2 | ENTROPY_BONUS=0.01
+MULTI_TOKEN=0.1 | HEAD_DIVERSITY=0.0001 | GRAD_CENTRAL=1 | MYCORRHIZAL=0.1
 THERMAL_VENT=1 | SAM_RHO=0.05 | CANOPY_LR=1 | WD_SCHEDULE=0.04 | WD_SCHEDULE=1 | PREDPREY_LR=1
 CONTROLLED_BURN=0.05 BURN_INTERVAL=15 | SYNAPTIC_SCALE=1 | WEIGHT_PERTURB=0.0001 PERTURB_INTERVAL=30
 MUTATION_DECAY=0.001 | LAYER_DROP=0.2 | PROGRESSIVE_GROW=1 | HEAD_PRUNE=0.5 | WEIGHT_SHARE=3 | ATTN_RECYCLE=1
@@ -118,10 +119,8 @@ def run(out: Path, source: Path, tokenizer: Path, workers: int) -> None:
         waiting = {pool.submit(run_one, out, *job, data): job for job in jobs}
         for done in as_completed(waiting):
             arm, _, seed = waiting[done]
-            print(
-                f"FAILED {arm} seed {seed}: {done.exception()}" if done.exception() else done.result(),
-                flush=True,
-            )
+            error = done.exception()
+            print(f"FAILED {arm} seed {seed}: {error}" if error else done.result(), flush=True)
 
 
 class Stepper:
