@@ -783,9 +783,7 @@ def test_all_at_once_give_the_same_run_on_one_rank_and_two(tmp_path, dataset):
     results = []
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
-        outcome = launch(
-            tmp_path / str(ranks), dataset, ranks, iterations=8, warmdown_iters=None, **EVERYTHING
-        )
+        outcome = launch(tmp_path / str(ranks), dataset, ranks, **EVERYTHING)
         results.append(outcome.result["prequant_val_bpb"])
     assert results[0] == pytest.approx(results[1], rel=2e-4)
 
