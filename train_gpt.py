@@ -409,6 +409,7 @@ class Runtime:
     world_size: int = 1
     dtype: torch.dtype = torch.float32
     compiles: bool = False
+    backend: str | Callable = "inductor"
     uncompiled: str = ""  # why not, if that is news to the user
 
     @classmethod
@@ -440,7 +441,10 @@ class Runtime:
             torch.cuda.set_device(self.device)
 
     def compile(self, fn: Callable) -> Callable:
-        return torch.compile(fn, dynamic=False, fullgraph=True) if self.compiles else fn
+        if not self.compiles:
+            return fn
+        torch._dynamo.config.cache_size_limit = 128  # a graph for each depth and shape; 8 would be an error
+        return torch.compile(fn, dynamic=False, fullgraph=True, backend=self.backend)
 
     def synchronize(self) -> None:
         if self.is_cuda:

@@ -116,21 +116,20 @@ def test_an_idea_changes_the_trajectory(known, name):
 class Traced(Runtime):
     """Compiles as a run does, but to eager kernels: graph breaks and recompilations show without a wait."""
 
-    graphs = 0
-
-    def compile(self, fn):
-        def backend(graph, inputs):
-            self.graphs += 1
-            return graph.forward
-
+    def __init__(self):
         torch._dynamo.reset()
-        return torch.compile(fn, dynamic=False, fullgraph=True, backend=backend)
+        super().__init__(compiles=True, backend=self.count)
+        self.graphs = 0
+
+    def count(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
 
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_an_idea_compiles_once_for_each_structure_and_trains_the_same(tiny, known, name):
     base, value = INSIDE[name]
-    runtime, cfg = Traced(compiles=True), config(tiny, **base, **{name: value})
+    runtime, cfg = Traced(), config(tiny, **base, **{name: value})
     compiled = trajectory(cfg, runtime)
     torch.testing.assert_close(compiled, known(**base, **{name: value}), rtol=1e-3, atol=1e-4)
     assert runtime.graphs == len(depths(cfg))
@@ -170,13 +169,19 @@ class Lines(RunLog):
         self.lines.append(text)
 
 
+def test_a_deep_model_may_grow_through_more_graphs_than_torch_allows_by_default(tiny):
+    runtime, cfg = Traced(), config(tiny, num_layers=13, progressive_grow=True, iterations=22)
+    trajectory(cfg, runtime, steps=22)
+    assert runtime.graphs == len(depths(cfg)) == 11
+
+
 @pytest.mark.parametrize("warm_up", [1, 0])
 def test_a_growing_run_compiles_nothing_inside_the_clock(dataset, warm_up):
     """Without a warm-up it must, and the log must say so."""
     knobs = dict(num_layers=4, progressive_grow=1, layer_drop=0.2, gamma_anneal=1, focal_gamma=1.0)
     cfg = data_config(dataset, iterations=6, warmup_steps=warm_up, **knobs)
     data = train_gpt.load_validation(cfg, train_gpt.load_tokenizer(cfg))
-    run = Run(cfg, Traced(compiles=True), Lines(), GPT(cfg), data)
+    run = Run(cfg, Traced(), Lines(), GPT(cfg), data)
     stream = train_gpt.TokenStream(cfg.data_path, "train", cfg.vocab_size)
     train_gpt.train(run, Optimisers(cfg, run.model, run.runtime), stream)
     late = [line for line in run.log.lines if "graphs were compiled inside the clock" in line]
