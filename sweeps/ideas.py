@@ -170,7 +170,7 @@ def lines_of(name: str, source: str) -> int:
     own = set(FUNCTIONS.get(name, []))
     own |= {
         getattr(getattr(train_gpt, t)[name], "__name__", name)
-        for t in TABLES
+        for t in TABLES.split()
         if name in getattr(train_gpt, t)
     }
     lines = {n for n, line in enumerate(source.splitlines(), 1) if re.search(rf"\b{name}\b", line)}
