@@ -8,7 +8,8 @@
     python train_gpt.py --dry-run                          what this run would be; trains nothing
     EVAL_ONLY=final_model.int8.ptz python train_gpt.py     score a packed model again
 
-Exit codes: 0 ok, 2 bad knob or input, 3 over 16,000,000 bytes, 4 over the evaluation budget, 5 diverged.
+Exit codes: 0 ok, 2 bad knob or input, 3 over 16,000,000 bytes, 4 over the evaluation budget, 5 diverged,
+6 a graph was compiled inside the training clock.
 
 Sections: 1 Knobs, 2 Runtime and logs, 3 Progress and schedules, 4 Data, 5 Bytes, 6 Model, 7 Optimisers,
 8 Quantise and pack, 9 Score, 10 Train, 11 Main.
@@ -52,7 +53,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-OVER_SIZE, OVER_EVAL_TIME, DIVERGED = 3, 4, 5
+OVER_SIZE, OVER_EVAL_TIME, DIVERGED, RECOMPILED = 3, 4, 5, 6
 SIZE_LIMIT = 16_000_000  # decimal bytes of code + packed model, the challenge's rule
 
 
@@ -78,9 +79,8 @@ def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="
     """A Config field that the environment variable of the same name, in capitals, sets.
 
     needs: comma list of `NAME=VALUE` / `NAME!=VALUE` without which the knob does nothing.
-    role: "train" and "pack" shape the result; "model" does too and is stored in the artifact; "place"
-    says only where and how to run and stays out of the config hash.
-    idea: how a published idea fared at its source, one of STATES; its doc is its formula.
+    role: "train" and "pack" shape the result, "model" too and is stored in the artifact; "place" says only
+    where and how to run and stays out of the config hash. idea: how it fared at its source, one of STATES.
     """
     limits = dict(low=low, high=high, choices=choices, needs=needs, role=role)
     return field(default=default, metadata=dict(doc=doc, idea="", source="PR #1434") | limits | about)
@@ -91,17 +91,16 @@ shape_knob, place_knob, pack_knob = (partial(knob, role=role) for role in ("mode
 STATES = "works", "rejected", "broken", "not run"
 works, rejected, broken, not_run = (partial(knob, idea=state) for state in STATES)
 SHARE = dict(low=0, high=0.999)
-CONTROL_NAMES = (
-    "attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_mixes q_gain skip_weight skip_weights"
-)
+# The official control tensors, then those of PR #895: they too are float32 wherever they are kept.
+CONTROL_NAMES = """attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_mixes q_gain skip_weight
+    skip_weights loop_embed value_scales cross_repeat_scales value_mix"""
 CONTROL_NAMES = tuple(CONTROL_NAMES.split())
 MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
-
-
-SCHEDULE_KNOBS = (
-    "TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST CORAL_LR"
-)
-NO_SCHEDULE = ",".join(f"{name}=0" for name in SCHEDULE_KNOBS.split())
+CLIP_CHOICES = ("official", "max", "gptq_lite", "grid")
+NO_SCHEDULE = """TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST
+    CORAL_LR"""
+NO_SCHEDULE = ",".join(f"{name}=0" for name in NO_SCHEDULE.split())
+REPEATS = "NUM_REPEATS!=1"
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,13 @@ class Config:
     micro_batch_tokens: int = place_knob(0, "tokens per forward pass and rank; 0 = fit the device", low=0)
     val_batch_size: int = place_knob(524_288, "validation tokens per pass, over eight devices", low=8)
     # -- schedule --
-    warmdown_iters: int = knob(1200, "last steps of linear decay to 0", low=0, needs=NO_SCHEDULE)
+    warmdown_iters: int = knob(
+        1200, "last steps of linear decay", low=0, needs=f"WARMDOWN_FRAC=0,{NO_SCHEDULE}"
+    )
+    warmdown_frac: float = knob(
+        0.0, "the same as a share of the run; 0 = by steps", low=0, high=1, needs=NO_SCHEDULE
+    )
+    lr_floor: float = knob(0.0, "where the linear decay ends", low=0, high=1, needs=NO_SCHEDULE)
     tidal_lr: bool = works(False, "LR 0.1 -> 1 until p = TIDAL_WARMUP, then cosine back to 0.1")
     tidal_warmup: float = broken(0.382, "share of the run Tidal rises; unread", **SHARE, needs="TIDAL_LR=1")
     cosine_lr: bool = works(False, "LR f + (1-f)/2 (1 + cos(pi frac(COSINE_CYCLES p))), f = 0.1")
@@ -140,7 +145,16 @@ class Config:
     # -- model --
     vocab_size: int = shape_knob(1024, "must equal the tokenizer's size", low=2, high=65_536)
     num_layers: int = shape_knob(9, "transformer blocks", low=1)
-    encoder_layers: int = shape_knob(-1, "layers that feed U-Net skips; -1 half; 0 won", low=-1, idea="works")
+    num_repeats: int = shape_knob(1, "times the blocks run in turn, PR #895; above 1: no U-Net", low=1)
+    prog_depth: str = knob("", "progress:repeats,... e.g. 0.4:2,0.65:3,1.0:4; empty = off", needs=REPEATS)
+    cross_repeat_skip: bool = shape_knob(True, "+ scales * the block's output a repeat ago", needs=REPEATS)
+    repeat_lora_rank: int = shape_knob(0, "W + B_r A_r of proj in repeat r; lost there", low=0, needs=REPEATS)
+    num_value_embeds: int = shape_knob(0, "token tables added before each layer, scaled", low=0)
+    value_residual: bool = shape_knob(False, "values: a * the first layer's + b * own; lost there")
+    xsa_last_n: int = shape_knob(0, "last layers whose heads omit their own value; -1 all", low=-1)
+    encoder_layers: int = shape_knob(
+        -1, "layers that feed U-Net skips; -1 half; 0 won", low=-1, idea="works", needs="NUM_REPEATS=1"
+    )
     weight_share: int = shape_knob(0, "layer i runs block i mod this; 0 off; crashed", low=0, idea="broken")
     model_dim: int = shape_knob(512, "residual width", low=2)
     num_heads: int = shape_knob(8, "query heads", low=1)
@@ -165,6 +179,7 @@ class Config:
     matrix_lr: float = knob(0.04, "Muon, matrices of the blocks", low=0)
     scalar_lr: float = knob(0.04, "Adam, vectors and control tensors", low=0)
     muon_momentum: float = knob(0.95, "Nesterov momentum after its warm-up", low=0, high=1)
+    muon_wd: float = knob(0.0, "block matrices w (1 - lr this) before the step, PR #895", low=0)
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=0)
     muon_momentum_warmup_start: float = knob(0.85, "Muon momentum at step 0", low=0, high=1)
     muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warm-up", low=0)
@@ -203,15 +218,35 @@ class Config:
     mutation_decay: float = rejected(0.0, "from p = 0.05 w += this exp(-5p) mean(abs w) N(0,1)", low=0)
     # -- ideas: structure in training --
     layer_drop: float = broken(0.0, "chance a step skips a layer, but each half's first; crashed", **SHARE)
-    progressive_grow: bool = broken(False, "train max(3, 0.3 L) layers, rising to L at p = 0.9; unused there")
+    progressive_grow: bool = broken(
+        False, "train max(3, 0.3 L) layers, rising to L at p = 0.9; unused there", needs="NUM_REPEATS=1"
+    )
     head_prune: float = not_run(0.0, "share of heads, least norm(proj) first, zeroed; code lost", **SHARE)
     head_prune_at: float = not_run(0.25, "progress p of that", low=0, high=1, needs="HEAD_PRUNE!=0")
+    # -- weight averages: what is packed is the average --
+    swa_enabled: bool = knob(False, "mean of snapshots at full depth and low LR, PR #895")
+    swa_start_frac: float = knob(
+        0.4, "LR multiplier below which they are taken", low=0, needs="SWA_ENABLED=1"
+    )
+    swa_every: int = knob(50, "steps between snapshots", low=1, needs="SWA_ENABLED=1")
+    ema_decay: float = knob(
+        0.0, "exponential average, bias-corrected; 0 off", low=0, high=0.99999, needs="SWA_ENABLED=0"
+    )
     # -- artifact --
+    quant_levels: int = pack_knob(
+        127, "largest integer: 127 int8, 63 int7, 31 int6, 15 int5", low=1, high=127
+    )
+    mlp_quant_levels: int = pack_knob(0, "the same for MLP matrices; 0 = QUANT_LEVELS", low=0, high=127)
+    embed_quant_levels: int = pack_knob(0, "for embeddings and head; 0 = QUANT_LEVELS", low=0, high=127)
+    quant_clip: str = pack_knob("official", "how rows are clipped", choices=CLIP_CHOICES)
     codec: str = pack_knob("zstd", "compressor of the artifact", choices=("zstd", "zlib"))
     zstd_level: int = pack_knob(22, "zstd effort", low=1, high=22, needs="CODEC=zstd")
     quant_scale_floor: float = pack_knob(0.0, "least int8 step; official scripts have 1/127 = 0.00787", low=0)
     int8_keep_float_fp32_name_patterns: tuple[str, ...] = pack_knob(CONTROL_NAMES, "names packed as float32")
     eval_only: str = place_knob("", "score this artifact instead of training")
+    eval_stride: int = pack_knob(0, "targets scored by each sliding window; 0 = no such score", low=0)
+    eval_seq_len: int = pack_knob(0, "its length; 0 = TRAIN_SEQ_LEN", low=0, needs="EVAL_STRIDE!=0")
+    eval_batch_seqs: int = place_knob(32, "sliding windows per pass and rank", low=1, needs="EVAL_STRIDE!=0")
     # -- reports --
     val_loss_every: int = place_knob(1000, "validate every so many steps; 0 = only at the end", low=0)
     train_log_every: int = place_knob(200, "log the first ten steps, then one in so many; 0 = none", low=0)
@@ -246,6 +281,13 @@ class Config:
             require(a % b == 0, f"{whole.upper()}={a} is not a multiple of {part.upper()}={b}")
         require(self.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotation")
         require(self.encoder_layers <= self.num_layers, "ENCODER_LAYERS must not exceed NUM_LAYERS")
+        window = f"EVAL_STRIDE={self.eval_stride} is longer than its window of {self.eval_length}"
+        require(self.eval_stride <= self.eval_length, window)
+        repeats, whole = [repeats for _, repeats in self.depth_phases], self.num_repeats
+        wrong = (
+            f"PROG_DEPTH={self.prog_depth} must lead to NUM_REPEATS={whole} and not pass it: that is scored"
+        )
+        require(not repeats or whole == max(repeats) == repeats[-1] and min(repeats) > 0, wrong)
         named = bool(re.fullmatch(r"[\w.+-]*", self.run_id))
         require(named, f"RUN_ID={self.run_id!r} may hold only letters, digits and . _ + -")
 
@@ -254,8 +296,26 @@ class Config:
         return self.model_dim // self.num_heads
 
     @property
+    def depth(self) -> int:
+        """Effective layers: the blocks, as often as they run."""
+        return self.num_layers * self.num_repeats
+
+    @property
     def encoders(self) -> int:
-        return self.num_layers // 2 if self.encoder_layers < 0 else self.encoder_layers
+        half = self.num_layers // 2 if self.encoder_layers < 0 else self.encoder_layers
+        return half if self.num_repeats == 1 else 0
+
+    @property
+    def depth_phases(self) -> list[tuple[float, int]]:
+        """PROG_DEPTH as (until this progress, repeats), in order of progress."""
+        pairs = [part.partition(":")[::2] for part in filter(None, self.prog_depth.split(","))]
+        with suppress(ValueError):
+            return sorted((float(until), int(repeats)) for until, repeats in pairs)
+        raise RunError(f"PROG_DEPTH={self.prog_depth!r} is not like 0.4:2,0.65:3,1.0:4 (progress:repeats)")
+
+    @property
+    def eval_length(self) -> int:
+        return self.eval_seq_len or self.train_seq_len
 
     @property
     def sequences(self) -> int:
@@ -328,9 +388,7 @@ def require_in_range(f: Field, value) -> None:
 # Switches of PR #1434, #895 and #148 that this version does not have. Dropping one in silence would
 # make a historic command line mean something else, so they are refused unless they are off.
 NOT_BUILT = """
-    PROG_DEPTH XSA_LAST_N SWA_ENABLED SWA_START_FRAC SWA_EVERY EVAL_SEQ_LEN EVAL_STRIDE EVAL_BATCH_SEQS
-    USE_HEDGE HEDGE_ETA NUM_REPEATS NUM_VALUE_EMBEDS MUON_WD QUANT_LEVELS MLP_QUANT_LEVELS TTT_STEPS TTT_LR
-    BIGRAM_VOCAB_SIZE BIGRAM_DIM"""
+    USE_HEDGE HEDGE_ETA TTT_STEPS TTT_LR BIGRAM_VOCAB_SIZE BIGRAM_DIM"""
 # First words so common that a foreign variable may carry them (DATA_DIR, MAX_JOBS, NUM_WORKERS ...).
 COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
 
@@ -338,9 +396,8 @@ COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
 def refuse_strangers(env: Mapping[str, str], known: Mapping[str, Field], ignore: tuple[str, ...]) -> None:
     """A misspelt knob would run for ten minutes at its default and say nothing: refuse it at once.
 
-    Refused: a name close to a knob (difflib ratio >= 0.88), and a name that starts like at least two
-    knobs (MUON_..., TIED_...), which alone catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC.
-    """
+    That is a name close to a knob (difflib ratio >= 0.88), or one that starts like at least two knobs
+    (MUON_..., TIED_...), which alone catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC."""
     words = Counter(name.partition("_")[0] for name in known if "_" in name)
     families = {word for word, count in words.items() if count > 1} - COMMON_WORDS
     for name in env:
@@ -356,8 +413,8 @@ def refuse_strangers(env: Mapping[str, str], known: Mapping[str, Field], ignore:
         require(not (near or stranger), f"{name} is not a knob; {hint} (ALLOW_ENV={name} ignores it)")
 
 
-def knob_rows() -> list[tuple[str, str, str, str]]:
-    """(name, default, allowed, meaning) of every knob, for --help and the README."""
+def knob_rows() -> list[tuple[str, str, str, str, str, str]]:
+    """(name, default, allowed, meaning, how the idea fared, its source) of every knob."""
     rows = []
     for f in fields(Config):
         low, high, choices, needs = (f.metadata[key] for key in ("low", "high", "choices", "needs"))
@@ -366,31 +423,27 @@ def knob_rows() -> list[tuple[str, str, str, str]]:
         default = ",".join(f.default) if isinstance(f.default, tuple) else f.default
         default = str(int(default) if isinstance(default, bool) else default)
         doc = f.metadata["doc"] + (f" [needs {needs}]" if needs else "")
-        rows.append((f.name.upper(), default, allowed, doc))
+        rows.append((f.name.upper(), default, allowed, doc, f.metadata["idea"], f.metadata["source"]))
     return rows
 
 
 def help_text() -> str:
-    rows = [(n, d if len(d) < 42 else "(names)", doc, f"({a})" if a else "") for n, d, a, doc in knob_rows()]
+    """--help."""
+    rows = [(n, d if len(d) < 42 else "(names)", doc, a and f"({a})") for n, d, a, doc, *_ in knob_rows()]
     return "\n".join([__doc__, *(f"{n:36} {d:42} {doc} {a}" for n, d, doc, a in rows)])
 
 
 def idea_list() -> str:
     """Every published idea: how it fared at its source, and what it does here."""
     head = "p: progress 0..1, LR: multiplier of all learning rates, g: gradient, w: weight, z: logit.\n"
-    about = {f.name.upper(): (f.metadata["idea"], f.metadata["source"]) for f in fields(Config)}
-    rows = [("idea", ("there", "source"), "here")]
-    rows += [(name, about[name], doc) for name, _, _, doc in knob_rows() if about[name][0]]
-    return "\n".join(
-        [head, *(f"{name:17} {state:9} {source:9} {doc}" for name, (state, source), doc in rows)]
-    )
+    rows = [("idea", "", "", "here", "there", "source"), *(row for row in knob_rows() if row[4])]
+    return "\n".join([head, *(f"{n:17} {there:9} {source:9} {doc}" for n, _, _, doc, there, source in rows)])
 
 
 def knob_table() -> str:
     """The README's table, in Markdown."""
-    head = ["| knob | default | allowed | meaning |", "|---|---|---|---|"]
-    rows = [f"| {n} | {f'`{d}`' if d else ''} | {a} | {doc} |" for n, d, a, doc in knob_rows()]
-    return "\n".join(head + rows)
+    rows = [f"| {n} | {f'`{d}`' if d else ''} | {a} | {doc} |" for n, d, a, doc, *_ in knob_rows()]
+    return "\n".join(["| knob | default | allowed | meaning |", "|---|---|---|---|", *rows])
 
 
 # =============================================================================
@@ -504,16 +557,16 @@ def pick_dtype(wanted: str, device: torch.device) -> str:
     """'bf16' or 'fp32': by capability on GPUs (T4 and V100 have no bf16), by a 20 ms race on CPUs."""
     if wanted != "auto":
         return wanted
-    if device.type == "cpu":
-        return min(DTYPES, key=lambda name: matmul_seconds(DTYPES[name]))
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bf16" if fast else "fp32"
-
-
-def matmul_seconds(dtype: torch.dtype) -> float:
-    """Median seconds of a [2048, 512] x [512, 512] product on the CPU, a typical size here: 1.07 GFLOP."""
-    a, b = torch.ones(2048, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
-    return median(timeit.repeat(lambda: a @ b, number=1, repeat=9)[2:])
+    if device.type != "cpu":
+        return "bf16" if fast else "fp32"
+    seconds = {}  # of a [2048, 512] x [512, 512] product, a typical size here: 1.07 GFLOP
+    for name, dtype in DTYPES.items():
+        times = timeit.repeat(
+            partial(torch.mm, *(torch.ones(n, 512, dtype=dtype) for n in (2048, 512))), number=1, repeat=9
+        )
+        seconds[name] = median(times[2:])
+    return min(seconds, key=seconds.get)
 
 
 def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
@@ -551,9 +604,9 @@ class RunLog:
             if echo:
                 print(text, flush=True)
 
-    def event(self, kind: str, **values) -> None:
+    def event(self, event: str, **values) -> None:
         if self.events:
-            print(json.dumps(dict(event=kind, time=time.time(), **values)), file=self.events, flush=True)
+            print(json.dumps(dict(event=event, time=time.time(), **values)), file=self.events, flush=True)
 
     def close(self) -> None:
         for file in filter(None, (self.text, self.events)):
@@ -615,6 +668,13 @@ def finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> boo
     return step >= cfg.iterations or (late and step > 0)
 
 
+def warmdown(cfg: Config, p: float, left: float) -> float:
+    """Official: 1, then linear over the last WARMDOWN_ITERS steps, here also over a share of the run."""
+    share = left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
+    share = (1 - p) / cfg.warmdown_frac if cfg.warmdown_frac else share
+    return cfg.lr_floor + (1 - cfg.lr_floor) * min(1.0, share)
+
+
 def cosine(p: float, floor: float = 0.1, cycles: float = 1.0) -> float:
     """From 1 down to `floor` in each cycle; the end of the run is the end of a cycle, not a new one."""
     phase = cycles * p
@@ -652,8 +712,7 @@ SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(
     punctuated_lr=lambda cfg, p, left: punctuated(p),
     root_first=lambda cfg, p, left: cosine(p),
     coral_lr=lambda cfg, p, left: cosine(p),
-    # Official: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
-    warmdown=lambda cfg, p, left: min(1.0, left / cfg.warmdown_iters) if cfg.warmdown_iters else 1.0,
+    warmdown=warmdown,
 )
 
 
@@ -675,7 +734,7 @@ class StepPlan:
     lr_scale: float
     muon_momentum: float
     step: int = 0  # completed before this one
-    depth: int | None = None  # PROGRESSIVE_GROW: layers that train, from the first; None = all
+    depth: int | None = None  # effective layers that train, from the first; None = all
     layers: tuple[bool, ...] = ()  # LAYER_DROP: whether each runs
     noise: int = 0  # seed of the step's draws inside compiled code
 
@@ -689,23 +748,26 @@ def draw(*key) -> int:
     return zlib.crc32("/".join(map(str, key)).encode()) % 2**24
 
 
-def depths(cfg: Config) -> list[int | None]:
-    """The numbers of layers that the run trains one after another; each is a graph of its own."""
-    first = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
-    return list(range(first, cfg.num_layers + 1)) if cfg.progressive_grow else [None]
+def phases(cfg: Config) -> list[tuple[float, int | None]]:
+    """(until this progress, effective layers) of the depths the run trains in turn; each is a graph."""
+    if cfg.progressive_grow and cfg.num_repeats == 1:
+        first = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
+        count = cfg.num_layers - first
+        return [(0.9 * (i + 1) / max(count, 1), first + i) for i in range(count + 1)]  # all of them by 0.9
+    return [(until, repeats * cfg.num_layers) for until, repeats in cfg.depth_phases] or [(1.0, None)]
 
 
 def kept_layers(cfg: Config, step: int) -> tuple[bool, ...]:
     """LAYER_DROP: whether each layer runs this step; the first encoder and the first decoder always do."""
     rng, always = random.Random(draw(cfg.seed, "layers", step)), (0, cfg.encoders)
-    return tuple(i in always or rng.random() >= cfg.layer_drop for i in range(cfg.num_layers))
+    return tuple(i in always or rng.random() >= cfg.layer_drop for i in range(cfg.depth))
 
 
 def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> StepPlan:
     """elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown."""
     p, left = progress(cfg, step, elapsed), steps_left(cfg, step, elapsed, step_seconds)
-    scale, growth = SCHEDULES[schedule_name(cfg)](cfg, p, left), depths(cfg)
-    depth = growth[min(len(growth) - 1, int((len(growth) - 1) * p / 0.9))]  # all of them by p = 0.9
+    scale, turns = SCHEDULES[schedule_name(cfg)](cfg, p, left), phases(cfg)
+    depth = next((depth for until, depth in turns if p < until), turns[-1][1])
     layers, noise = kept_layers(cfg, step), draw(cfg.seed, "noise", step)
     return StepPlan(p, scale, muon_momentum(cfg, step), step, depth, layers, noise)
 
@@ -713,9 +775,8 @@ def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> St
 class Clock:
     """Rank 0's training seconds, the only clock; it stands still while paused.
 
-    On CUDA the host would run ahead of the device, so `tick` waits for the step before the last one:
-    the reading lags the device by at most two steps and the device never waits for the host.
-    """
+    On CUDA the host would run ahead of the device, so `tick` waits for the step before the last one: the
+    reading lags the device by at most two steps and the device never waits for the host."""
 
     def __init__(self, runtime: Runtime, step_seconds: float = 0.0):
         self.runtime, self.total, self.started = runtime, 0.0, 0.0
@@ -847,9 +908,7 @@ def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
 def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's (inputs, targets), each [sequences here, seq_len] int64, of steps 0, 1, ...
 
-    Windows overlap by one token, so each token is a target once an epoch, but for the first and the
-    last few that fill no window.
-    """
+    Windows overlap by one token: each token is a target once an epoch, but the first and an odd tail."""
     length, windows = cfg.train_seq_len, stream.windows(cfg.train_seq_len)
     for step in itertools.count():
         order = window_order(cfg, windows, step)[list(runtime.share(cfg.sequences))]
@@ -929,9 +988,8 @@ def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
 def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int, int]:
     """(documents, bytes) of the text that `tokens` decode to, one document after another: the oracle.
 
-    A document is what stands between boundary tokens (BOS and other controls). Its leading space mark
-    adds no byte, as in ByteTable; whether decode drops that mark depends on the tokenizer: it is probed.
-    """
+    A document is what stands between boundary tokens (BOS and other controls). Its leading space mark adds
+    no byte, as in ByteTable; whether decode drops that mark depends on the tokenizer: it is probed."""
     marked = np.flatnonzero(table.space)[:1].tolist()
     keeps_mark = bool(marked) and tokenizer.decode(marked).startswith(" ")
     edges = np.concatenate(([-1], np.flatnonzero(table.boundary[tokens]), [len(tokens)]))
@@ -1022,15 +1080,21 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """No bias; float32 weights, used in the dtype of the input."""
+    """No bias; float32 weights, used in the dtype of the input. lora = (repeats, rank): W + B_r A_r."""
 
-    def __init__(self, inputs: int, outputs: int, zero: bool = False):
+    def __init__(self, inputs: int, outputs: int, zero: bool = False, lora: tuple[int, int] = (0, 0)):
         super().__init__(inputs, outputs, bias=False)
         if zero:
             nn.init.zeros_(self.weight)
+        repeats, rank = lora
+        self.lora_a = nn.Parameter(torch.randn(repeats, rank, inputs) / inputs**0.5) if rank else None
+        self.lora_b = nn.Parameter(torch.zeros(repeats, outputs, rank)) if rank else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
+        y = F.linear(x, self.weight.to(x.dtype))
+        if self.lora_a is None:
+            return y
+        return y + F.linear(F.linear(x, self.lora_a[repeat].to(x.dtype)), self.lora_b[repeat].to(x.dtype))
 
 
 def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
@@ -1053,8 +1117,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by blocks of queries, each against the keys up to its end.
 
     On 2 CPU cores, forward and backward, compiled, it takes 0.50 to 0.61 of the time of torch's CPU kernel
-    at lengths 128 to 512; eagerly about the same (records/benchmarks/cpu_attention.json).
-    """
+    at lengths 128 to 512; eagerly about the same (records/benchmarks/cpu_attention.json)."""
     future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
     q, parts = q * q.size(-1) ** -0.5, []
     for start in range(0, q.size(2), BLOCK):
@@ -1079,6 +1142,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
+def omit_own(y: Tensor, v: Tensor) -> Tensor:
+    """Each head's output y [B, H, T, D] without its part along the value v [B, Hkv, T, D] of its own place.
+
+    Exclusive self-attention, XSA (Zhai, arXiv 2603.09078; PR #895)."""
+    own, y = F.normalize(v, dim=-1, eps=1e-12)[:, :, None], y.unflatten(1, (v.size(1), -1))
+    return (y - (y * own).sum(dim=-1, keepdim=True) * own).flatten(1, 2)
+
+
 class Attention(nn.Module):
     """Causal self-attention: QK RMS norm, rotary positions, a learned gain per query head."""
 
@@ -1088,20 +1159,25 @@ class Attention(nn.Module):
         self.c_q = Linear(cfg.model_dim, cfg.model_dim)
         self.c_k = Linear(cfg.model_dim, self.kv_heads * self.head_dim)
         self.c_v = Linear(cfg.model_dim, self.kv_heads * self.head_dim)
-        self.proj = Linear(cfg.model_dim, cfg.model_dim, zero=True)
+        self.proj = Linear(cfg.model_dim, cfg.model_dim, True, (cfg.num_repeats, cfg.repeat_lora_rank))
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, repeat=0, exclusive=False, mix=None, first=()):
+        """[B, T, d] -> same. mix (a, b), first [the first layer's values]: attend to a * first + b * own."""
         batch, length, width = x.shape
         q = self.c_q(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
         k = self.c_k(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.c_v(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        if mix is not None:
+            first += [] if first else [v]
+            v = mix[0].to(v.dtype) * first[0] + mix[1].to(v.dtype) * v
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
-        return self.proj(y.transpose(1, 2).reshape(batch, length, width))
+        y = omit_own(y, v) if exclusive else y
+        return self.proj(y.transpose(1, 2).reshape(batch, length, width), repeat)
 
 
-# f(hidden) of the plain MLPs (PR #1434; relu2 is the baseline's). swiglu is a module of its own.
+# f(hidden) of the plain MLPs (PR #1434; relu2 is the baseline's); swiglu has a gate instead.
 ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "relu2": lambda x, slope: x.relu().square(),
     "leaky_relu2": lambda x, slope: F.leaky_relu(x, slope).square(),
@@ -1111,63 +1187,46 @@ ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 class MLP(nn.Module):
+    """f(F x), or SwiGLU: silu(G x) * (F x) of 2/3 of the width, so that the parameters match (PR #1434)."""
+
     def __init__(self, cfg: Config):
         super().__init__()
-        hidden = int(cfg.mlp_mult * cfg.model_dim)
+        self.activation, self.slope = ACTIVATIONS.get(cfg.mlp_act), cfg.leaky_slope
+        hidden = int(
+            cfg.mlp_mult * cfg.model_dim if self.activation else 2 * cfg.mlp_mult * cfg.model_dim / 3
+        )
+        self.gate = None if self.activation else Linear(cfg.model_dim, hidden)
         self.fc = Linear(cfg.model_dim, hidden)
-        self.proj = Linear(hidden, cfg.model_dim, zero=True)
-        self.activation, self.slope = ACTIVATIONS[cfg.mlp_act], cfg.leaky_slope
+        self.proj = Linear(hidden, cfg.model_dim, True, (cfg.num_repeats, cfg.repeat_lora_rank))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.activation(self.fc(x), self.slope))
-
-
-class SwiGLU(nn.Module):
-    """silu(G x) * (F x), hidden width 2/3 of the plain MLP's so that the parameters match (PR #1434)."""
-
-    def __init__(self, cfg: Config):
-        super().__init__()
-        hidden = int(2 * cfg.mlp_mult * cfg.model_dim / 3)
-        self.gate, self.fc = Linear(cfg.model_dim, hidden), Linear(cfg.model_dim, hidden)
-        self.proj = Linear(hidden, cfg.model_dim, zero=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(F.silu(self.gate(x)) * self.fc(x))
+    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
+        hidden = self.fc(x)
+        gated = F.silu(self.gate(x)) * hidden if self.gate else self.activation(hidden, self.slope)
+        return self.proj(gated, repeat)
 
 
 class Block(nn.Module):
-    """x <- m0*x + m1*x0, then attention and MLP residuals, each with a gain per channel."""
+    """x <- m0*x + m1*x0, then attention and MLP residuals, each with a gain per channel.
+
+    parallel: both read the same x and are added together (PR #1434)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.attn = Attention(cfg)
-        self.mlp = SwiGLU(cfg) if cfg.mlp_act == "swiglu" else MLP(cfg)
+        self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
-        self.after_attention = norm if cfg.sandwich_norm else nn.Identity()
-        self.passes = 1 + cfg.attn_recycle
+        self.after_attention = norm if cfg.sandwich_norm and not cfg.parallel_block else nn.Identity()
+        self.parallel, self.passes = cfg.parallel_block, 1 + cfg.attn_recycle
 
-    def mix(self, x: Tensor, x0: Tensor) -> Tensor:
+    def forward(self, x: Tensor, x0: Tensor, repeat: int = 0, **how) -> Tensor:
+        """how: what Attention.forward takes."""
         keep, again = self.resid_mix.to(x.dtype)
-        return keep * x + again * x0
-
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = self.mix(x, x0)
+        x = entered = keep * x + again * x0
         for _ in range(self.passes):
-            x = x + self.attn_scale.to(x.dtype) * self.after_attention(self.attn(norm(x), cos, sin))
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
-
-
-class ParallelBlock(Block):
-    """Attention and MLP read the same norm and are added together (PR #1434)."""
-
-    def forward(self, x: Tensor, x0: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = self.mix(x, x0)
-        mlp = self.mlp_scale.to(x.dtype) * self.mlp(norm(x))
-        for _ in range(self.passes):
-            x = x + self.attn_scale.to(x.dtype) * self.attn(norm(x), cos, sin)
-        return x + mlp
+            attended = self.after_attention(self.attn(norm(x), repeat=repeat, **how))
+            x = x + self.attn_scale.to(x.dtype) * attended
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(entered if self.parallel else x), repeat)
 
 
 @dataclass(frozen=True)
@@ -1177,18 +1236,20 @@ class Layer:
     block: int
     skip: int | None = None  # row of skip_weights
     source: int | None = None  # effective layer whose output is added
+    repeat: int = 0  # how many times the blocks have run before
 
 
 def layer_plan(cfg: Config) -> list[Layer]:
     """The first E layers push their output, each later one pops the latest push still there, if any."""
     layers, stack = [], []
-    for index in range(cfg.num_layers):
-        block = index % (cfg.weight_share or cfg.num_layers)
+    for index in range(cfg.depth):
+        repeat, place = divmod(index, cfg.num_layers)
+        layer = Layer(place % (cfg.weight_share or cfg.num_layers), repeat=repeat)
         if index < cfg.encoders:
-            layers.append(Layer(block))
             stack.append(index)
-        else:
-            layers.append(Layer(block, index - cfg.encoders, stack.pop()) if stack else Layer(block))
+        elif stack:
+            layer = replace(layer, skip=index - cfg.encoders, source=stack.pop())
+        layers.append(layer)
     return layers
 
 
@@ -1198,51 +1259,73 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.dtype, self.softcap, self.embed_scale = dtype, cfg.logit_softcap, cfg.embed_scale or 1.0
-        self.layers = layer_plan(cfg)
-        self.sources = {layer.source for layer in self.layers} - {None}
-        self.tok_emb = nn.Embedding(cfg.vocab_size, cfg.model_dim)
+        self.layers, width, again = layer_plan(cfg), cfg.model_dim, cfg.num_repeats - 1
+        self.tok_emb = nn.Embedding(cfg.vocab_size, width)
         skips = sum(layer.skip is not None for layer in self.layers)
-        self.skip_weights = nn.Parameter(torch.ones(skips, cfg.model_dim))
-        block = ParallelBlock if cfg.parallel_block else Block
-        self.blocks = nn.ModuleList(block(cfg) for _ in range(1 + max(x.block for x in self.layers)))
-        self.lm_head = None if cfg.tie_embeddings else Linear(cfg.model_dim, cfg.vocab_size, zero=True)
+        self.skip_weights = nn.Parameter(torch.ones(skips, width))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(1 + max(x.block for x in self.layers)))
+        self.lm_head = None if cfg.tie_embeddings else Linear(width, cfg.vocab_size, zero=True)
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
-        cos, sin = rotary_table(cfg.train_seq_len, cfg.head_dim, cfg.rope_base)
+        cos, sin = rotary_table(max(cfg.train_seq_len, cfg.eval_length), cfg.head_dim, cfg.rope_base)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
+        self.exclusive, self.period = cfg.depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n, cfg.num_layers
+        tables = range(cfg.num_value_embeds)
+        self.value_embeds = nn.ModuleList(nn.Embedding(cfg.vocab_size, width) for _ in tables)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.logits(norm(self.embed(ids)))
+        def control(on: int, *shape: int) -> nn.Parameter | None:
+            return nn.Parameter(torch.zeros(*shape, width)) if on else None
+
+        self.loop_embed = control(again, cfg.depth)
+        self.value_scales = control(len(tables), cfg.depth, len(tables))
+        self.cross_repeat_scales = control(again and cfg.cross_repeat_skip, cfg.num_layers, again)
+        self.value_mix = nn.Parameter(torch.full((cfg.depth, 2), 0.5)) if cfg.value_residual else None
+
+    def forward(self, ids: Tensor, depth: int | None = None, last: int | None = None) -> Tensor:
+        return self.logits(norm(self.embed(ids)), depth=depth, ids=ids, last=last)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.tok_emb(ids) * self.embed_scale
 
-    def logits(self, x0: Tensor, keep: Tensor | None = None, depth: int | None = None) -> Tensor:
-        """From normed embeddings [B, T, d]. keep [layers]: 0 leaves a block out; so does an index >= depth.
+    def logits(self, x0: Tensor, keep: Tensor | None = None, depth=None, ids=None, last=None) -> Tensor:
+        """From normed embeddings [B, T, d] and their ids to logits [B, T, V], of the `last` places if given.
 
-        What a layer left out would have added is missing, its U-Net skip is not: a new block changes
-        nothing, so a model that grows a layer goes on where it was.
-        """
+        keep [layers]: 0 leaves a block out; so does an index >= depth. What a layer left out would have added
+        is missing, its U-Net skip is not: a new block changes nothing, so a model that grows goes on."""
         x = x0 = x0.to(self.dtype)
+        depth, outputs, first = len(self.layers) if depth is None else depth, [], []
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
-        kept: dict[int, Tensor] = {}
+        values = [table(ids).to(x.dtype) for table in self.value_embeds]
         for index, layer in enumerate(self.layers):
             if layer.skip is not None:
-                x = x + self.skip_weights[layer.skip].to(x.dtype) * kept.pop(layer.source)
-            if depth is None or index < depth:
-                y = self.blocks[layer.block](x, x0, cos, sin)
+                x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.source]
+            if index < depth:
+                how = dict(exclusive=index >= depth - self.exclusive, first=first)
+                how["mix"] = None if self.value_mix is None else self.value_mix[index]
+                y = self.enter(x, index, values, outputs)
+                y = self.blocks[layer.block](y, x0, layer.repeat, cos=cos, sin=sin, **how)
                 x = y if keep is None else torch.where(keep[index] > 0, y, x)
-            if index in self.sources:
-                kept[index] = x
+            outputs.append(x)
         head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        z = F.linear(norm(x), head.to(x.dtype)).float()
+        z = F.linear(norm(x[:, -(last or x.size(1)) :]), head.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
 
+    def enter(self, x: Tensor, index: int, values: list[Tensor], outputs: list[Tensor]) -> Tensor:
+        """What PR #895 adds before a layer: its loop embedding, value embeddings, the block's last output."""
+        if self.loop_embed is not None:
+            x = x + self.loop_embed[index].to(x.dtype)
+        for scale, value in zip(self.value_scales[index] if values else (), values, strict=True):
+            x = x + scale.to(x.dtype) * value
+        if self.cross_repeat_scales is not None and index >= self.period:
+            repeat, place = divmod(index, self.period)
+            x = x + self.cross_repeat_scales[place, repeat - 1].to(x.dtype) * outputs[index - self.period]
+        return x
 
-def token_nats(model: GPT, ids: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target) of every position, float32 [B, T]. Evaluation uses this and nothing else."""
-    return cross_entropy(model(ids), targets)
+
+def token_nats(model: GPT, ids: Tensor, targets: Tensor, depth: int | None = None) -> Tensor:
+    """-log p(target) of the last places, as many as targets [B, S] has, float32. All of evaluation."""
+    return cross_entropy(model(ids, depth, targets.size(1)), targets)
 
 
 def scramble(x: Tensor) -> Tensor:
@@ -1253,11 +1336,9 @@ def scramble(x: Tensor) -> Tensor:
 
 
 def uniform(ids: Tensor, noise: Tensor, salt: int, count: int) -> Tensor:
-    """Draws in [0, 1), float32 [B, count], from each sequence's own tokens and the step's seed.
+    """Draws in [0, 1), float32 [B, count], from each sequence's tokens, the step's seed and the use (salt).
 
-    So they are the same compiled or not and at any world size, micro-batch and order of sequences, and a
-    new draw for each step. salt: a number for each use.
-    """
+    So they are the same compiled or not and at any world size, micro-batch and order of sequences."""
     places = [torch.arange(n, device=ids.device) for n in (ids.size(1), count)]
     content = (ids * (scramble(places[0] + 1) >> 1)).sum(dim=1, keepdim=True)  # below 2^59: no overflow
     sequence = scramble((content + (noise.long() << 8) + salt) & 0xFFFFFFFF)
@@ -1366,7 +1447,7 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
         x = norm(x)
         for change in drops:
             x = change(cfg, x, ids, dials)
-        logits = model.logits(x, dials[2:] if cfg.layer_drop else None, depth)
+        logits = model.logits(x, dials[2:] if cfg.layer_drop else None, depth, ids)
         nats = cross_entropy(logits, targets)
         at = Predicted(model, logits, targets, nats, dials[1])
         objective = sum((term(cfg, at) for term in terms), nats.mean())
@@ -1427,12 +1508,11 @@ def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, then an orthogonalised step (Keller Jordan; scaling of the official baseline).
 
-    Same-shape matrices are orthogonalised in one batch. Each rank does every world_size-th matrix and
-    the updates are exchanged as one flat buffer, so all ranks apply the same numbers.
-    """
+    Same-shape matrices are orthogonalised in one batch. Each rank does every world_size-th matrix and the
+    updates are exchanged as one flat buffer, so all ranks apply the same numbers."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, runtime: Runtime):
-        super().__init__([dict(params=params, base_lr=lr)], dict(lr=lr, momentum=momentum))
+        super().__init__([dict(params=params, base_lr=lr)], dict(lr=lr, momentum=momentum, weight_decay=0.0))
         self.steps, self.runtime = steps, runtime
 
     @torch.no_grad()
@@ -1450,6 +1530,8 @@ class Muon(torch.optim.Optimizer):
                 directions = self.directions([params[i] for i in indices], group["momentum"])
                 torch._foreach_copy_([updates[i] for i in indices], list(directions.unbind()))
             self.runtime.sum(flat)
+            if group["weight_decay"]:  # decoupled, and before the update, as PR #895
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def directions(self, params: list[nn.Parameter], momentum: float) -> Tensor:
@@ -1468,11 +1550,11 @@ class Muon(torch.optim.Optimizer):
 def parameter_roles(cfg: Config, model: GPT) -> dict[str, list[nn.Parameter]]:
     """Every parameter in exactly one role, as in the official script; empty tensors are left out."""
     roles: dict[str, list[nn.Parameter]] = {"embed": [], "head": [], "matrix": [], "scalar": []}
-    own = {"tok_emb.weight": "embed", "lm_head.weight": "head"}
+    own = dict(tok_emb="embed", value_embeds="embed", lm_head="head")
     for name, p in model.named_parameters():
         control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
         matrix = p.ndim == 2 and name.startswith("blocks.") and not control
-        roles[own.get(name, "matrix" if matrix else "scalar")] += [p] if p.numel() else []
+        roles[own.get(name.partition(".")[0], "matrix" if matrix else "scalar")] += [p] if p.numel() else []
     return roles
 
 
@@ -1527,13 +1609,6 @@ def thermal_vent(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
             w.param.grad.mul_(1 + cfg.thermal_vent)
 
 
-def decay(weights: list[Weight], plan: StepPlan, rate: float) -> None:
-    """Decoupled weight decay, scaled by the learning rate, of the blocks' matrices alone."""
-    for w in weights:
-        if w.role == "matrix":
-            w.param.mul_(1 - w.lr * plan.lr_scale * rate)
-
-
 def controlled_burn(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
     for flat in (w.param.view(-1) for w in matrices(weights) if due(plan.step + 1, cfg.burn_interval)):
         flat[flat.abs().topk(int(cfg.controlled_burn * flat.numel()), largest=False).indices] = 0
@@ -1575,10 +1650,6 @@ GRADIENT_EDITS: dict[str, EDIT] = dict(
     head_prune=partial(head_prune, grads=True),
 )
 WEIGHT_EDITS: dict[str, EDIT] = dict(
-    wd_schedule=lambda cfg, ws, plan: decay(ws, plan, cfg.wd_schedule * plan.progress),
-    predprey_lr=lambda cfg, ws, plan: decay(
-        ws, plan, 0.01 - 0.005 * (1 - plan.progress) * math.sin(12 * math.pi * plan.progress)
-    ),
     controlled_burn=controlled_burn,
     synaptic_scale=synaptic_scale,
     weight_perturb=lambda cfg, ws, plan: shake(
@@ -1595,6 +1666,14 @@ LAYER_RATES: dict[str, Callable[[Weight, float, int], float]] = dict(
     canopy_lr=lambda w, p, n: 1.0 if w.block is None else 0.3 + 0.7 * w.block / max(n - 1, 1),
     root_first=lambda w, p, n: 1.0 if w.role == "embed" else min(1.0, 0.1 + 4.5 * p),
     coral_lr=lambda w, p, n: 1.0 if w.block is None else float(p < (1 + (w.block + 1) / n) / 2),
+)
+
+
+# Weight decay at p of the blocks' matrices; their learning rate multiplies it.
+DECAYS: dict[str, Callable[[Config, float], float]] = dict(
+    muon_wd=lambda cfg, p: cfg.muon_wd,
+    wd_schedule=lambda cfg, p: cfg.wd_schedule * p,
+    predprey_lr=lambda cfg, p: 0.01 - 0.005 * (1 - p) * math.sin(12 * math.pi * p),
 )
 
 
@@ -1619,7 +1698,7 @@ class Optimisers:
         rated = [(name, p, role[id(p)]) for name, p in model.named_parameters() if p.numel()]
         self.weights = [Weight(name, p, kind, rates[kind]) for name, p, kind in rated]
         self.edits = [switched_on(cfg, table) for table in (GRADIENT_EDITS, WEIGHT_EDITS)]
-        self.rates = switched_on(cfg, LAYER_RATES)
+        self.rates, self.decays = switched_on(cfg, LAYER_RATES), switched_on(cfg, DECAYS)
 
     @property
     def all(self) -> tuple[torch.optim.Optimizer, ...]:
@@ -1649,7 +1728,8 @@ class Optimisers:
             edit(self.cfg, self.weights, plan)
         if self.cfg.grad_clip_norm:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
-        self.muon.param_groups[0]["momentum"] = plan.muon_momentum
+        decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
+        self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
         slowed = list(self.slowed(plan.progress))
         for optimiser in self.all:
             for group in optimiser.param_groups:
@@ -1669,11 +1749,43 @@ class Optimisers:
                 yield w.param, w.param.clone(), share
 
 
+class Average:
+    """Running average of the weights in float32: SWA's uniform mean (PR #895), or EMA without its bias."""
+
+    def __init__(self, cfg: Config, model: GPT):
+        self.cfg, self.live = cfg, [p for p in model.parameters() if p.numel()]
+        self.kind = "swa" if cfg.swa_enabled else "ema" if cfg.ema_decay else ""
+        self.total = [torch.zeros_like(p) for p in self.live] if self.kind else []
+        self.weight, self.count, self.newest = 0.0, 0, 0  # newest: the step of the latest snapshot
+
+    @torch.no_grad()
+    def add(self, step: int) -> None:
+        """Take the weights as they are after `step` steps."""
+        keep, new = (1.0, 1.0) if self.kind == "swa" else (self.cfg.ema_decay, 1 - self.cfg.ema_decay)
+        torch._foreach_mul_(self.total, keep)
+        torch._foreach_add_(self.total, self.live, alpha=new)
+        self.weight, self.count, self.newest = keep * self.weight + new, self.count + 1, step
+
+    def update(self, plan: StepPlan) -> None:
+        """After a plan's step. SWA: at full depth and low learning rate, each SWA_EVERY steps."""
+        cfg, step = self.cfg, plan.step + 1
+        low = plan.depth in (None, cfg.depth) and plan.lr_scale < cfg.swa_start_frac
+        if self.kind == "ema" or self.kind == "swa" and low and due(step, cfg.swa_every):
+            self.add(step)
+
+    @torch.no_grad()
+    def load(self, step: int) -> None:
+        """Put the average into the model. SWA counts the final weights once (PR #895: at times twice)."""
+        if self.kind == "swa" and self.newest != step:
+            self.add(step)
+        torch._foreach_copy_(self.live, torch._foreach_div(self.total, self.weight))
+
+
 # =============================================================================
-# 8. QUANTISE AND PACK: weights -> int8 rows -> one compressed file, and back
+# 8. QUANTISE AND PACK: weights -> integer rows -> one compressed file, and back
 # =============================================================================
 
-QUANT, MODEL_FILE = "int8", "final_model.int8.ptz"
+MODEL_FILE = "final_model.int8.ptz"  # the official name; its integers may have fewer levels
 KEEP_FLOAT_NUMEL = 65_536  # official: tensors of at most this many values stay float
 CLIP_QUANTILE = 0.9999984  # official: each row is clipped at this quantile of its magnitudes
 PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}  # kinds of array in the file
@@ -1681,20 +1793,52 @@ MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
 RAW_LIMIT = 1 << 30  # no artifact within the limit unpacks to more; a header that says so is forged
 # Packed / raw bytes of trained int8 weights: 0.9165 in PR #895 (zstd 22, no step floor), 0.92 in LowerLR
-# (zlib). Untrained weights are more uniform and take up to 8 % more.
+# (zlib). Untrained weights are more uniform and take up to 8 % more. Fewer levels take log2 of them less
+# (PR #1453, 63 and 16 levels: predicted 15.29 MB, three seeds took 15.28 to 15.40).
 TRAINED_RATIO = 0.92
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
 
 
-def quantise_rows(weight: Tensor, floor: float) -> tuple[Tensor, Tensor]:
-    """int8 codes [r, c] and float16 steps [r]: symmetric, clipped at the official quantile.
+GPTQ_LITE = 0.9999, 0.99995, 0.99999, 0.999995, 0.999999  # PR #895's: nearly the maximum at its row lengths
+# |w| [r, c] -> clips to choose from [n, r]; each row keeps the one of least squared error.
+CLIPS: dict[str, Callable[[Tensor], Tensor]] = dict(
+    official=lambda size: torch.quantile(size, CLIP_QUANTILE, dim=1)[None],
+    max=lambda size: size.amax(dim=1)[None],
+    gptq_lite=lambda size: torch.quantile(size, torch.tensor(GPTQ_LITE), dim=1),
+    grid=lambda size: torch.linspace(1, 0.3, 36)[:, None] * size.amax(dim=1),
+)
 
-    The official script keeps steps >= 1/127, coarse for rows with no weight above 1; `floor` 0 drops that.
-    """
-    clip = torch.quantile(weight.abs(), CLIP_QUANTILE, dim=1)
-    step = (clip / 127).clamp_min(max(floor, 2.0**-24)).half()  # 2^-24: the least positive float16
-    codes = (weight / step.float()[:, None]).round().clamp(-127, 127)  # by the step as stored
-    return codes.to(torch.int8), step
+
+def quantise_rows(weight: Tensor, floor: float, levels=127, clip="official") -> tuple[Tensor, Tensor]:
+    """Integers [r, c] in -levels..levels, as int8, and float16 steps [r]: weight = integer * step.
+
+    The official script keeps steps >= 1/127, coarse for rows with no weight above 1; `floor` 0 drops that."""
+
+    def integers(step: Tensor) -> Tensor:  # by the step as stored
+        return (weight / step.float()[:, None]).round().clamp(-levels, levels)
+
+    least = max(floor, 2.0**-24)  # the least positive float16
+    steps = (CLIPS[clip](weight.abs()) / levels).clamp_min(least).half()
+    errors = torch.stack([(weight - integers(s) * s.float()[:, None]).square().sum(dim=1) for s in steps])
+    step = steps.gather(0, errors.argmin(dim=0, keepdim=True))[0]
+    return integers(step).to(torch.int8), step
+
+
+def weight_group(name: str) -> str:
+    """The kind of tensor, for its number of levels and the size report."""
+    embeds = name.startswith(("tok_emb", "lm_head", "value_embeds"))
+    return "embed" if embeds else "mlp" if ".mlp." in name else "attention" if ".attn." in name else "control"
+
+
+def levels_of(cfg: Config, name: str) -> int:
+    own = dict(mlp=cfg.mlp_quant_levels, embed=cfg.embed_quant_levels)
+    return own.get(weight_group(name), 0) or cfg.quant_levels
+
+
+def quant_name(cfg: Config) -> str:
+    """int8, or the levels of attention, MLP and embeddings: 16 levels up and down are no int5."""
+    levels = [levels_of(cfg, name) for name in ("", ".mlp.", "tok_emb")]
+    return "int8" if set(levels) == {127} else "q" + "-".join(map(str, levels))
 
 
 def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
@@ -1708,7 +1852,10 @@ def tensor_planes(cfg: Config, name: str, kinds: list[str], tensor: Tensor) -> d
     """The stored arrays of a tensor, by kind; RunError (5) if one overflows float16."""
     weight = tensor.detach().float().cpu().contiguous()
     whole = weight.half() if "fp16" in kinds else weight
-    arrays = quantise_rows(weight, cfg.quant_scale_floor) if "int8" in kinds else (whole,)
+    rows = partial(
+        quantise_rows, floor=cfg.quant_scale_floor, levels=levels_of(cfg, name), clip=cfg.quant_clip
+    )
+    arrays = rows(weight) if "int8" in kinds else (whole,)
     if not all(torch.isfinite(array).all() for array in arrays):
         raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
     return {kind: array.numpy().astype(PLANES[kind]) for kind, array in zip(kinds, arrays, strict=True)}
@@ -1801,7 +1948,10 @@ def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
 
 def predict_size(cfg: Config, model: GPT) -> int:
     """Expected bytes of the packed model after training."""
-    return int(TRAINED_RATIO * payload_bytes(cfg, model.state_dict()))
+    state = model.state_dict()
+    coded = [(n, t.numel()) for n, t in state.items() if "int8" in plane_kinds(cfg, n, t.shape)]
+    fewer = sum(count * math.log2(127 / levels_of(cfg, name)) / 8 for name, count in coded)
+    return int(TRAINED_RATIO * payload_bytes(cfg, state) - fewer)
 
 
 # =============================================================================
@@ -1826,9 +1976,13 @@ class Score:
         return self.nats / math.log(2) / self.bytes
 
 
-def plain_windows(targets: int, length: int) -> list[tuple[int, int]]:
-    """(start, count) of the official validation windows plus the tail it drops: every target once."""
-    return [(start, min(length, targets - start)) for start in range(0, targets, length)]
+def windows(targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
+    """(start, first, stop): a window reads `length` inputs and scores its last `stride` targets, from first
+    to stop; the first window scores all of its own. Each target is scored once.
+
+    stride = length gives the official validation windows plus the tail they drop."""
+    starts = range(0, max(1, targets - length + stride), stride)
+    return [(at, at + length - stride if at else 0, min(at + length, targets)) for at in starts]
 
 
 def eval_batch_sequences(cfg: Config, device: torch.device) -> int:
@@ -1837,22 +1991,41 @@ def eval_batch_sequences(cfg: Config, device: torch.device) -> int:
     return max(1, tokens // cfg.train_seq_len)
 
 
-def roundtrip(cfg: Config, nats_of: Callable, data: Validation, runtime: Runtime) -> Score:
-    """Score the split by official windows, sharded over ranks. Short batches are padded: one graph."""
-    began, length, batch = time.perf_counter(), cfg.train_seq_len, eval_batch_sequences(cfg, runtime.device)
-    windows = plain_windows(data.targets, length)
-    mine = [windows[i] for i in runtime.share(len(windows))]
-    totals = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+def sum_nats(nats_of: Callable, data: Validation, runtime: Runtime, todo: list, shape: tuple) -> Tensor:
+    """This rank's [nats, targets] of the windows `todo`. shape: (windows a pass, length, most scored of one).
+
+    Short windows and passes are padded on the right: one graph, and no scored place sees the padding."""
+    (batch, length, scored), mine = shape, [todo[i] for i in runtime.share(len(todo))]
+    totals = torch.zeros(2, dtype=torch.float64)
     for at in range(0, len(mine), batch):
-        block = np.zeros((batch, length + 1), np.int64)
-        scored = torch.zeros(batch, length, dtype=torch.bool)
-        for row, (start, count) in enumerate(mine[at : at + batch]):
-            block[row, : count + 1] = data.tokens[start : start + count + 1]
-            scored[row, :count] = True
-        ids = torch.from_numpy(block).to(runtime.device)
-        with torch.no_grad():
-            nats = nats_of(ids[:, :-1], ids[:, 1:]).cpu().double()  # (ids, targets), int64 [B, T] -> [B, T]
-        totals += torch.stack((nats[scored].sum(), scored.sum()))
+        block, mask = np.zeros((batch, length + 1), np.int64), torch.zeros(batch, length, dtype=torch.bool)
+        for row, (start, first, stop) in enumerate(mine[at : at + batch]):
+            tokens = data.tokens[start : min(start + length, data.targets) + 1]
+            block[row, : len(tokens)] = tokens
+            mask[row, first - start : stop - start] = True
+        ids, mask = torch.from_numpy(block).to(runtime.device), mask[:, -scored:]
+        with torch.no_grad():  # (ids [B, T], targets [B, S]), int64 -> nats [B, S]
+            nats = nats_of(ids[:, :-1], ids[:, -scored:]).cpu().double()
+        totals += torch.stack((nats[mask].sum(), mask.sum()))
+    return totals
+
+
+def score_parts(cfg: Config, device: torch.device, targets: int, stride: int) -> list[tuple[list, tuple]]:
+    """(windows, shape for sum_nats) of a score: roundtrip's (stride 0), or the sliding windows'."""
+    plain = eval_batch_sequences(cfg, device), cfg.train_seq_len, cfg.train_seq_len
+    if not stride:
+        return [(windows(targets, cfg.train_seq_len, cfg.train_seq_len), plain)]
+    length = cfg.eval_length
+    first, *rest = windows(targets, length, stride)
+    whole = plain if length == cfg.train_seq_len else (1, length, length)
+    return [([first], whole), (rest, (cfg.eval_batch_seqs, length, stride))]
+
+
+def evaluate(cfg: Config, nats_of: Callable, data: Validation, runtime: Runtime, stride: int = 0) -> Score:
+    """Score the split, sharded over ranks: by official windows, or with `stride` by sliding ones."""
+    began = time.perf_counter()
+    parts = score_parts(cfg, runtime.device, data.targets, stride)
+    totals = sum(sum_nats(nats_of, data, runtime, *part) for part in parts)
     nats, tokens = runtime.sum(totals).tolist()
     require(tokens == data.targets, f"a bug: {tokens:.0f} of {data.targets} targets were scored; no score")
     if not math.isfinite(nats):
@@ -1881,13 +2054,14 @@ class Run:
     def build(self) -> None:
         """The two functions that run the model, compiled if the runtime compiles."""
         self.loss = self.runtime.compile(training_loss(self.cfg, self.model))
-        self.nats = self.runtime.compile(lambda ids, targets: token_nats(self.model, ids, targets))
+        self.nats = self.runtime.compile(
+            lambda ids, targets, depth=None: token_nats(self.model, ids, targets, depth)
+        )
 
     def settle(self, warm: Callable):
         """warm(), which compiles. If the compiler fails, once more without it, unless COMPILE=1 insists.
 
-        It needs a C++ compiler on a CPU; and torch 2.5 writes C++ for bfloat16 that does not build.
-        """
+        It needs a C++ compiler on a CPU; and torch 2.5 writes C++ for bfloat16 that does not build."""
         try:
             return warm()
         except torch.OutOfMemoryError:
@@ -1900,15 +2074,16 @@ class Run:
             self.build()
             return warm()
 
-    def score(self) -> Score:
-        return roundtrip(self.cfg, self.nats, self.data, self.runtime)
+    def score(self, stride: int = 0, depth: int | None = None) -> Score:
+        """By official or sliding windows; at the depth that training ends with, unless said."""
+        nats = partial(self.nats, depth=depth or phases(self.cfg)[-1][1])
+        return evaluate(self.cfg, nats, self.data, self.runtime, stride)
 
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:
     """Most sequences of one forward pass: 64 K tokens on a GPU as the official script, 8 K on a CPU.
 
-    On 2 CPU cores 2 K, 4 K and 8 K tokens are equally fast, 16 K a third slower (cpu_micro_batch.json).
-    """
+    On 2 CPU cores 2 K, 4 K and 8 K tokens are equally fast, 16 K a third slower (cpu_micro_batch.json)."""
     tokens = cfg.micro_batch_tokens or (65_536 if device.type == "cuda" else 8_192)
     return max(1, tokens // cfg.train_seq_len)
 
@@ -1946,10 +2121,9 @@ def train_step(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: i
 def fit_micro_batch(run: Run, batch) -> int:
     """Sequences per forward pass that fit the device: halved on out-of-memory, each rank for itself.
 
-    Raises the device's own error when not even one sequence fits. Leaves gradients behind.
-    """
-    device, plan = run.runtime.device, plan_step(run.cfg, 0, 0.0, 0.0)
-    limit, depth = min(micro_batch_limit(run.cfg, device), max(1, len(batch[0]))), depths(run.cfg)[-1]
+    Raises the device's own error when not even one sequence fits. Leaves gradients behind."""
+    device, plan, depth = run.runtime.device, plan_step(run.cfg, 0, 0.0, 0.0), phases(run.cfg)[-1][1]
+    limit = min(micro_batch_limit(run.cfg, device), max(1, len(batch[0])))
     while True:
         try:
             for ids, targets in micro_batches(batch, limit)[:1]:
@@ -1963,60 +2137,73 @@ def fit_micro_batch(run: Run, batch) -> int:
             print(f"warning: out of memory, micro-batch is now {limit} sequences", file=sys.stderr)
 
 
-def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int, float]:
-    """Compile every graph of the run, untimed, then undo all of it. (micro-batch limit, seconds of a step)"""
-    cfg, runtime, seconds = run.cfg, run.runtime, 0.0
+def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int, list[float]]:
+    """Compile every graph, untimed, then undo it all. (micro-batch limit, seconds of a step in each phase)"""
+    cfg, runtime, turns, seconds = run.cfg, run.runtime, phases(run.cfg), []
     if not cfg.warmup_steps:
-        return micro_batch_limit(cfg, runtime.device), seconds
+        return micro_batch_limit(cfg, runtime.device), [0.0] * len(turns)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     states = [optimiser.state_dict() for optimiser in optimisers.all]  # empty as yet
     random_state = torch.get_rng_state()
     first = next(batches(cfg, stream, runtime))
     limit = run.settle(lambda: fit_micro_batch(run, first))
     run.settle(lambda: warm_evaluation(run))
-    plan = plan_step(cfg, 0, 0.0, 0.0)
-    for depth in depths(cfg)[:-1]:
-        train_step(run, optimisers, first, replace(plan, depth=depth), limit)
-    plan = replace(plan, depth=depths(cfg)[-1])
-    for step, batch in enumerate(itertools.islice(batches(cfg, stream, runtime), cfg.warmup_steps)):
-        runtime.synchronize()
-        start = time.perf_counter()
-        train_step(run, optimisers, batch, plan, limit)
-        runtime.synchronize()
-        seconds = time.perf_counter() - start
-        run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
+    source = batches(cfg, stream, runtime)
+    for _, depth in turns:
+        plan, last = replace(plan_step(cfg, 0, 0.0, 0.0), depth=depth), depth == turns[-1][1]
+        for step in range(cfg.warmup_steps if last else 2):  # of a shallow depth the second is timed
+            runtime.synchronize()
+            start = time.perf_counter()
+            train_step(run, optimisers, next(source) if last else first, plan, limit)
+            runtime.synchronize()
+            taken = time.perf_counter() - start
+            if last:
+                run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
+        seconds.append(runtime.main_number(taken))
     run.model.load_state_dict(weights)
     for optimiser, state in zip(optimisers.all, states, strict=True):
         optimiser.load_state_dict(state)
     for w in optimisers.weights:
         w.memory.clear()
     torch.set_rng_state(random_state)
-    return limit, runtime.main_number(seconds)
+    return limit, seconds
 
 
 def warm_evaluation(run: Run) -> None:
-    """Compile the evaluation graph on blank tokens."""
-    shape = eval_batch_sequences(run.cfg, run.runtime.device), run.cfg.train_seq_len + 1
-    blank = torch.zeros(shape, dtype=torch.int64, device=run.runtime.device)
-    with torch.no_grad():
-        run.nats(blank[:, :-1], blank[:, 1:])
+    """Compile the evaluation graphs on blank tokens: each shape, and each depth that will be validated."""
+    cfg, device, turns = run.cfg, run.runtime.device, [depth for _, depth in phases(run.cfg)]
+    shapes = [
+        s for stride in {0, cfg.eval_stride} for _, s in score_parts(cfg, device, cfg.eval_length, stride)
+    ]
+    graphs = [(shape, turns[-1]) for shape in shapes]
+    graphs += [(shapes[0], depth) for depth in turns[:-1] if cfg.val_loss_every]
+    for (batch, length, scored), depth in dict.fromkeys(graphs):
+        blank = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            run.nats(blank[:, :-1], blank[:, -scored:], depth=depth)
 
 
 def graphs_compiled() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
 
 
-def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: float) -> None:
-    """Say before the clock starts what the run will reach, and warn of the published traps."""
+def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: list[float]) -> None:
+    """Say before the clock starts what the run will reach, and warn of the published traps.
+
+    step_seconds: of each phase."""
     cfg, log, cap = run.cfg, run.log, run.cfg.max_wallclock_seconds
     size = predict_size(cfg, run.model) + len(own_source())
-    steps = steps_left(cfg, 0, 0.0, step_seconds)
-    epochs, seconds = steps * cfg.train_batch_tokens / len(stream), steps * step_seconds
-    speed = f"step_ms:{1000 * step_seconds:.0f} micro_batch_tokens:{limit * cfg.train_seq_len}"
+    edges = [0.0, *(min(until, 1.0) for until, _ in phases(cfg)[:-1]), 1.0]
+    paces = [max(1 / cfg.iterations, s / cap if cap else 0.0) for s in step_seconds]  # progress of a step
+    counts = [(b - a) / pace for (a, b), pace in zip(itertools.pairwise(edges), paces, strict=True)]
+    steps, seconds = sum(counts), sum(n * s for n, s in zip(counts, step_seconds, strict=True))
+    epochs = steps * cfg.train_batch_tokens / len(stream)
+    ms = ",".join(f"{1000 * s:.0f}" for s in step_seconds)
+    speed = f"step_ms:{ms} micro_batch_tokens:{limit * cfg.train_seq_len}"
     log.line(f"forecast: steps:{steps:.0f} {speed} epochs:{epochs:.2f} bytes:{size}")
     if size > SIZE_LIMIT:
         log.line(f"warning: code and model may pass the limit of {SIZE_LIMIT} bytes")
-    if schedule_name(cfg) == "warmdown" and cfg.warmdown_iters > steps:
+    if schedule_name(cfg) == "warmdown" and cfg.warmdown_iters > steps and not cfg.warmdown_frac:
         peak = f"{steps / cfg.warmdown_iters:.2f}"
         log.line(f"warning: WARMDOWN_ITERS={cfg.warmdown_iters} is longer than the run: LR starts at {peak}")
     if 0 < seconds < 0.5 * cap:
@@ -2031,11 +2218,13 @@ def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: float) -> 
 class Trained:
     """How training ended."""
 
-    score: Score | None = None  # of the live weights, before packing
+    score: Score | None = None  # of the live weights
+    averaged: Score | None = None  # of their average, if that is what is packed
     step: int = 0
     seconds: float = 0.0
     progress: float = 0.0
     mean_lr_scale: float = 0.0
+    late_graphs: int = 0  # compiled inside the clock, in spite of the warm-up
 
     @property
     def truncated(self) -> bool:
@@ -2046,9 +2235,9 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def validate(run: Run, step: int, seconds: float) -> Score:
+def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> Score:
     """Score the live weights, log it in the official line format."""
-    score, ms = run.score(), 1000 * seconds
+    score, ms = run.score(depth=depth), 1000 * seconds
     values = f"val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}"
     times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
     run.log.line(f"step:{step}/{run.cfg.iterations} {values} {times}")
@@ -2069,37 +2258,63 @@ def report_step(run: Run, step: int, loss: Tensor, plan: StepPlan, seconds: floa
         raise RunError(f"diverged: loss is {value} at step {step}; lower the learning rates", DIVERGED)
 
 
+def report_turns(run: Run, stream: TokenStream, before: StepPlan | None, plan: StepPlan) -> None:
+    """Log what begins with this step: an epoch, a depth."""
+    cfg, log, step = run.cfg, run.log, plan.step
+    if stream.epoch(cfg, step) > stream.epoch(cfg, step - 1):
+        log.line(f"epoch:{stream.epoch(cfg, step)} step:{step}")
+    if before and before.depth != plan.depth:
+        grown = f"progressive_grow: switched to {plan.depth} layers"
+        turn = f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats" if cfg.prog_depth else grown
+        log.line(f"{turn} at step:{step} frac:{plan.progress:.2f}")
+        log.event("phase", step=step, depth=plan.depth, progress=plan.progress)
+
+
+def average_weights(run: Run, average: Average, result: Trained) -> None:
+    """Put the average into the model and score it beside the live weights, so that its own effect shows."""
+    average.load(result.step)
+    score = result.averaged = run.score()
+    run.log.line(f"{average.kind}: averaging {average.count} checkpoints")
+    run.log.line(
+        f"averaged val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} live val_bpb:{result.score.bpb:.4f}"
+    )
+    values = dict(live_val_bpb=result.score.bpb, val_loss=score.loss, val_bpb=score.bpb)
+    run.log.event("average", kind=average.kind, count=average.count, **values)
+
+
 def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     """Train until the step limit or the clock; validates at the end whatever the cadence."""
-    cfg, log, result, scales = run.cfg, run.log, Trained(), 0.0
-    limit, step_seconds = warm_up(run, optimisers, stream)
-    forecast(run, stream, limit, step_seconds)
+    cfg, result, scales = run.cfg, Trained(), 0.0
+    limit, seconds = warm_up(run, optimisers, stream)
+    forecast(run, stream, limit, seconds)
     loader, graphs = prefetch(batches(cfg, stream, run.runtime), run.runtime), graphs_compiled()
-    clock = Clock(run.runtime, step_seconds)
+    clock, average, plan = Clock(run.runtime, seconds[0]), Average(cfg, run.model), None
     clock.start()
     for step in itertools.count():
-        elapsed = clock.tick()
+        elapsed, before = clock.tick(), plan
         plan = plan_step(cfg, step, elapsed, clock.step_seconds())
         done = finished(cfg, step, elapsed + clock.behind(), clock.step_seconds())
         if done or due(step, cfg.val_loss_every):
             with clock.paused():
-                result.score = validate(run, step, clock.total)
+                result.score = validate(run, step, clock.total, None if done else plan.depth)
         if done:
             break
-        if stream.epoch(cfg, step) > stream.epoch(cfg, step - 1):
-            log.line(f"epoch:{stream.epoch(cfg, step)} step:{step}")
+        report_turns(run, stream, before, plan)
         loss = train_step(run, optimisers, next(loader), plan, limit)
+        average.update(plan)
         scales += plan.lr_scale
         if cfg.train_log_every and (step < 10 or due(step + 1, cfg.train_log_every)):
             report_step(run, step + 1, loss, plan, clock.seconds())
     loader.close()
     result.step, result.seconds, result.progress = step, clock.total, plan.progress
-    result.mean_lr_scale = scales / max(step, 1)
-    report_end(run, result, graphs_compiled() - graphs)
+    result.mean_lr_scale, result.late_graphs = scales / max(step, 1), graphs_compiled() - graphs
+    report_end(run, result)
+    if average.kind:
+        average_weights(run, average, result)
     return result
 
 
-def report_end(run: Run, result: Trained, late_graphs: int) -> None:
+def report_end(run: Run, result: Trained) -> None:
     log, end = run.log, f"step:{result.step}/{run.cfg.iterations}"
     if result.step < run.cfg.iterations:
         log.line(f"stopping_early: wallclock_cap train_time:{1000 * result.seconds:.0f}ms {end}")
@@ -2107,8 +2322,10 @@ def report_end(run: Run, result: Trained, late_graphs: int) -> None:
         log.line(
             f"warning: schedule_truncated at progress {result.progress:.3f}: steps too long for the clock"
         )
-    if late_graphs:
-        log.line(f"warning: {late_graphs} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
+    if result.late_graphs:
+        log.line(
+            f"warning: {result.late_graphs} graphs were compiled inside the clock; set WARMUP_STEPS >= 1"
+        )
 
 
 # =============================================================================
@@ -2166,6 +2383,9 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     log.line(" ".join(f"{name}:{value}" for name, value in machine.items()))
     log.line(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}")
     log.line(f"tie_embeddings:{tied} {rates} matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}")
+    if cfg.prog_depth:
+        turns = cfg.depth_phases
+        log.line(f"prog_depth: schedule={turns} starting_repeats={turns[0][1]}")
     log.line(f"{batch} {length} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}")
     for phrase in cfg.inert():
         log.line(f"warning: {phrase}")
@@ -2186,35 +2406,58 @@ def save_model(run: Run, out: Path) -> dict[str, object]:
     torch.save(state, buffer)
     machine = describe_machine(run.runtime)
     setting = dict(dtype=machine["dtype"], compile=machine["compile"], config_hash=cfg.hash)
-    blob = pack(cfg, state, dict(setting, quant=QUANT))
+    quant = quant_name(cfg)
+    blob = pack(cfg, state, dict(setting, quant=quant))
     write_atomic(out / "final_model.pt", buffer.getvalue())
     write_atomic(out / MODEL_FILE, blob)
     raw, packed, code, payload = buffer.tell(), len(blob), len(own_source()), payload_bytes(cfg, state)
-    label, ratio = f"{QUANT}+{cfg.codec}", sum(4 * tensor.numel() for tensor in state.values()) / payload
+    label, ratio = f"{quant}+{cfg.codec}", sum(4 * tensor.numel() for tensor in state.values()) / payload
     log.line(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
     log.line(f"Total submission size: {raw + code} bytes")
     log.line(f"Serialized model {label}: {packed} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
     log.line(f"Total submission size {label}: {packed + code} bytes")
-    return artifact_event(out / MODEL_FILE, cfg.codec, packed)
+    report_packing(run, state, blob)
+    return artifact_event(out / MODEL_FILE, quant, cfg.codec, packed)
 
 
-def artifact_event(path: Path, codec: str, size: int) -> dict[str, object]:
+def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
+    """Log the relative error of each tensor as read back, and what each group takes, packed by itself."""
+    cfg, restored, groups = run.cfg, unpack(blob, "the artifact")[0], {}
+    size = {name: tensor.norm().item() for name, tensor in state.items()}
+    off = {name: (restored[name] - tensor).norm().item() for name, tensor in state.items()}
+    for group in dict.fromkeys(map(weight_group, state)):
+        part = {name: tensor for name, tensor in state.items() if weight_group(name) == group}
+        error = math.hypot(*(off[n] for n in part)) / max(math.hypot(*(size[n] for n in part)), 1e-30)
+        groups[group] = dict(tensors=len(part), bytes=len(pack(cfg, part, {})), error=error)
+        run.log.line(
+            f"packed {group}: " + "tensors:{tensors} bytes:{bytes} error:{error:.5f}".format(**groups[group])
+        )
+    errors = {name: off[name] / max(size[name], 1e-30) for name in state}
+    run.log.event("quantise", quant=quant_name(cfg), clip=cfg.quant_clip, groups=groups, errors=errors)
+
+
+def artifact_event(path: Path, quant: str, codec: str, size: int) -> dict[str, object]:
     sizes = dict(model_bytes=size, code_bytes=len(own_source()), total_bytes=size + len(own_source()))
-    return dict(path=str(path), quant=QUANT, codec=codec, **sizes)
+    return dict(path=str(path), quant=quant, codec=codec, **sizes)
 
 
-def score_artifact(run: Run, artifact: Mapping) -> Score:
-    """Read the artifact from disk into the model and score it; prints the two official final lines."""
-    source = artifact["path"]
+def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
+    """Read the artifact from disk into the model and score it; prints two official final lines a score."""
+    source, cfg, scores = artifact["path"], run.cfg, {}
     state = run.runtime.main_decides(lambda: unpack(read_artifact(source), source)[0])
     load_weights(run.model, state, source)
-    score, name = run.score(), f"final_{QUANT}_{artifact['codec']}_roundtrip"
-    ms = f"eval_time:{1000 * score.seconds:.0f}ms"
-    run.log.line(f"{name} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {ms}")
-    run.log.line(f"{name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-    values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
-    run.log.event("score", name="roundtrip", **values, seconds=score.seconds)
-    return score
+    kinds = {"roundtrip": (f"final_{artifact['quant']}_{artifact['codec']}_roundtrip", 0, "")}
+    if cfg.eval_stride:
+        window = f"window:{cfg.eval_length} stride:{cfg.eval_stride} "
+        kinds["sliding"] = "final_sliding_window", cfg.eval_stride, window
+    for name, (label, stride, window) in kinds.items():
+        score = scores[name] = run.score(stride)
+        ms = f"{window}eval_time:{1000 * score.seconds:.0f}ms"
+        run.log.line(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {ms}")
+        run.log.line(f"{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+        values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
+        run.log.event("score", name=name, **values, seconds=score.seconds)
+    return scores
 
 
 def read_artifact(path: str) -> bytes:
@@ -2224,20 +2467,23 @@ def read_artifact(path: str) -> bytes:
         raise RunError(f"cannot read the artifact {path}: {error.strerror}") from None
 
 
-def verdict(cfg: Config, total_bytes: int, eval_seconds: float) -> tuple[str, int, str]:
-    """(status, exit code, message) by the challenge's limits."""
+def verdict(cfg: Config, total_bytes: int, eval_seconds: float, late_graphs: int) -> tuple[str, int, str]:
+    """(status, exit code, message) by the challenge's limits and our own promise about the clock."""
     if total_bytes > SIZE_LIMIT:
         return "over_size", OVER_SIZE, f"code and model take {total_bytes} bytes, the limit is {SIZE_LIMIT}"
     if 0 < cfg.max_eval_seconds < eval_seconds:
         message = f"evaluation took {eval_seconds:.0f} s, the limit is {cfg.max_eval_seconds:.0f}"
         return "over_eval_time", OVER_EVAL_TIME, message
+    if late_graphs and cfg.warmup_steps:
+        message = f"{late_graphs} graphs were compiled inside the training clock although it was warmed up"
+        return "recompiled", RECOMPILED, f"{message}: please report this; COMPILE=0 avoids it"
     return "ok", 0, ""
 
 
-def finish(run: Run, trained: Trained, artifact: dict, score: Score, run_id: str) -> int:
+def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score], run_id: str) -> int:
     """The `end` event and the RESULT line, the last of stdout; returns the exit code."""
-    cfg, log, before = run.cfg, run.log, trained.score
-    status, code, message = verdict(cfg, artifact["total_bytes"], score.seconds)
+    cfg, log, score, seconds = run.cfg, run.log, scores["roundtrip"], sum(s.seconds for s in scores.values())
+    status, code, message = verdict(cfg, artifact["total_bytes"], seconds, trained.late_graphs)
     log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*run.runtime.peak_memory_mib()))
     if message:
         log.line(f"error: {message}", echo=False)
@@ -2247,10 +2493,12 @@ def finish(run: Run, trained: Trained, artifact: dict, score: Score, run_id: str
     how |= dict(progress=trained.progress, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
     log.event("end", step=trained.step, **how)
     numbers = dict(val_loss=round(score.loss, 8), val_bpb=round(score.bpb, 8))
-    numbers["prequant_val_bpb"] = round(before.bpb, 8) if before else None
+    numbers |= {f"{n}_val_{k}": round(getattr(s, k), 8) for n, s in scores.items() for k in ("loss", "bpb")}
+    before = dict(live=trained.score, prequant=trained.averaged or trained.score)
+    numbers |= {f"{name}_val_bpb": round(s.bpb, 8) if s else None for name, s in before.items()}
     size = dict(steps=trained.step, tokens=trained.step * cfg.train_batch_tokens, **artifact)
     where = dict(**describe_machine(run.runtime), val_sha256=run.data.sha256, overrides=cfg.overrides())
-    whole = dict(run_id=run_id, seed=cfg.seed, config_hash=cfg.hash, eval_seconds=round(score.seconds, 3))
+    whole = dict(run_id=run_id, seed=cfg.seed, config_hash=cfg.hash, eval_seconds=round(seconds, 3))
     log.line("RESULT " + json.dumps(numbers | how | size | whole | where))
     return code
 
@@ -2260,7 +2508,8 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
     made, source = header.get("model"), f"EVAL_ONLY={cfg.eval_only}"
     kinds = {name: type(value) for name, value in cfg.shape().items()}
     known = isinstance(made, dict) and {name: type(value) for name, value in made.items()} == kinds
-    setting = header.get("dtype") in DTYPES and header.get("quant") == QUANT and header.get("codec") in CODECS
+    setting = header.get("dtype") in DTYPES and header.get("codec") in CODECS
+    setting = setting and isinstance(header.get("quant"), str)
     require(known and setting, f"{source} was made by another version of this script")
     for name, value in made.items():
         asked = name.upper() in env and getattr(cfg, name) != value
@@ -2325,7 +2574,8 @@ def train_and_score(run: Run, stream: TokenStream | None, header: Mapping | None
         run.settle(lambda: warm_evaluation(run))
         trained = Trained(None if header else validate(run, 0, 0.0))
     if header:
-        artifact = artifact_event(Path(cfg.eval_only), header["codec"], Path(cfg.eval_only).stat().st_size)
+        size = Path(cfg.eval_only).stat().st_size
+        artifact = artifact_event(Path(cfg.eval_only), header["quant"], header["codec"], size)
     else:
         artifact = run.runtime.main_decides(lambda: save_model(run, Path(cfg.out_dir)))
         run.log.event("artifact", **artifact)
@@ -2360,13 +2610,10 @@ def dry_run(cfg: Config) -> None:
 
 def main() -> None:
     arguments, code = sys.argv[1:], 0
+    pages = {"--help": help_text, "-h": help_text, "--knob-table": knob_table, "--list-ideas": idea_list}
     try:
-        if arguments in (["--help"], ["-h"]):
-            print(help_text())
-        elif arguments == ["--knob-table"]:
-            print(knob_table())
-        elif arguments == ["--list-ideas"]:
-            print(idea_list())
+        if len(arguments) == 1 and arguments[0] in pages:
+            print(pages[arguments[0]]())
         elif arguments == ["--dry-run"]:
             dry_run(Config.from_env(os.environ))
         else:
