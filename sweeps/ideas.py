@@ -4,6 +4,8 @@
     python sweeps/ideas.py time --out runs/ideas         milliseconds a step of each arm beside the control
     python sweeps/ideas.py table --out runs/ideas        JSON of both, and the Markdown table
 
+--study ideas (PR #1434, the default) or depth (PR #895: recurrence and what came with it).
+
 The runs have a fixed number of steps, so a busy machine slows them and changes nothing. Null arms differ from
 the control by too little to matter. The noise of one paired difference is the spread of an arm between seeds.
 """
@@ -18,6 +20,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -33,11 +36,12 @@ SEEDS = 1337, 42, 7
 VAL_TOKENS = 65_536
 # Six layers, since MYCORRHIZAL pairs blocks three apart. As #1434's runs, this ends after too few steps for
 # Muon's momentum to warm up; unlike theirs, its schedules end.
-CONTROL = dict(
-    COSINE_LR=1, NUM_LAYERS=6, MODEL_DIM=96, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=128,
-    TRAIN_BATCH_TOKENS=2048, ITERATIONS=120, MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_LOSS_EVERY=0,
-    TRAIN_LOG_EVERY=40, DATA_SHUFFLE=1, COMPILE=0, DTYPE="fp32", DEVICE="cpu",
+SIZES = dict(
+    MODEL_DIM=96, NUM_HEADS=4, NUM_KV_HEADS=2, TRAIN_SEQ_LEN=128, TRAIN_BATCH_TOKENS=2048,
+    MAX_WALLCLOCK_SECONDS=0, WARMUP_STEPS=0, VAL_LOSS_EVERY=0, TRAIN_LOG_EVERY=40, DATA_SHUFFLE=1, COMPILE=0,
+    DTYPE="fp32", DEVICE="cpu",
 )  # fmt: skip
+CONTROL = dict(SIZES, COSINE_LR=1, NUM_LAYERS=6, ITERATIONS=120)
 
 # One line an arm: its knobs over the control's. Strengths are #1434's where its log or scripts name one;
 # intervals and horizons are the same share of the run as there (400 steps).
@@ -57,18 +61,44 @@ EMBED_SCALE=22.6
 """
 NULL_ARMS = "ADAM_EPS=0.00000001001 | BETA2=0.950001 | MATRIX_LR=0.0400001"
 
+# PR #895's whole stack at fixed depth, three blocks three times; each arm takes one piece away or adds one.
+# Its learning rates were tuned for thousands of steps, so they are the baseline's here.
+DEPTH_CONTROL = dict(
+    SIZES, NUM_LAYERS=3, NUM_REPEATS=3, NUM_VALUE_EMBEDS=2, XSA_LAST_N=3, MLP_ACT="leaky_relu2",
+    LEAKY_SLOPE=0.5, MUON_WD=0.04, GRAD_CLIP_NORM=0.3, WARMDOWN_FRAC=0.3, ITERATIONS=240,
+)  # fmt: skip
+DEPTH_ARMS = """
+SWA_ENABLED=1 SWA_EVERY=4 | EMA_DECAY=0.95 | EMA_DECAY=0.98
+XSA_LAST_N=0 | XSA_LAST_N=-1 | MLP_ACT=relu2 LEAKY_SLOPE=0.01 | NUM_VALUE_EMBEDS=0 | CROSS_REPEAT_SKIP=0
+VALUE_RESIDUAL=1 | REPEAT_LORA_RANK=2 | MUON_WD=0 | GRAD_CLIP_NORM=0 | PROG_DEPTH=0.4:1,0.65:2,1.0:3
+NUM_REPEATS=1 | NUM_LAYERS=9 NUM_REPEATS=1 ENCODER_LAYERS=0
+"""
 
-def arms() -> dict[str, dict[str, str]]:
-    """Arm name (its line) -> knobs. The control's name is empty; null arms come right after it."""
-    lines = [line.strip() for line in f"{NULL_ARMS}|{ARMS}".replace("\n", "|").split("|")]
-    base = {name: str(value) for name, value in CONTROL.items()}
-    return {
-        line: base | dict(word.split("=") for word in line.split()) for line in ["", *filter(None, lines)]
-    }
+
+@dataclass(frozen=True)
+class Study:
+    """A control and the lines that change it; null lines change it by too little to matter."""
+
+    control: dict[str, object]
+    lines: str
+    null_lines: str
+
+    @property
+    def nulls(self) -> list[str]:
+        return [line.strip() for line in self.null_lines.split("|")]
+
+    def arms(self) -> dict[str, dict[str, str]]:
+        """Arm name (its line) -> knobs. The control's name is empty; null arms come right after it."""
+        lines = [*self.nulls, *(line.strip() for line in self.lines.replace("\n", "|").split("|"))]
+        base = {name: str(value) for name, value in self.control.items()}
+        return {
+            line: base | dict(word.split("=") for word in line.split()) for line in ["", *filter(None, lines)]
+        }
 
 
-def nulls() -> list[str]:
-    return [line.strip() for line in NULL_ARMS.split("|")]
+STUDIES = dict(
+    ideas=Study(CONTROL, ARMS, NULL_ARMS), depth=Study(DEPTH_CONTROL, DEPTH_ARMS, "BETA2=0.950001")
+)
 
 
 def short_dataset(source: Path, out: Path) -> Path:
@@ -111,10 +141,10 @@ def run_one(out: Path, arm: str, knobs: dict[str, str], seed: int, data: dict[st
     return f"{arm or 'control'} seed {seed}: {result_of(folder)['val_bpb']:.4f}"
 
 
-def run(out: Path, source: Path, tokenizer: Path, workers: int) -> None:
+def run(study: Study, out: Path, source: Path, tokenizer: Path, workers: int) -> None:
     """All arms and seeds, `workers` at once; an arm that fails is named and the others go on."""
     data = dict(DATA_PATH=str(short_dataset(source, out)), TOKENIZER_PATH=str(tokenizer))
-    jobs = [(arm, knobs, seed) for seed in SEEDS for arm, knobs in arms().items()]
+    jobs = [(arm, knobs, seed) for seed in SEEDS for arm, knobs in study.arms().items()]
     with ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         waiting = {pool.submit(run_one, out, *job, data): job for job in jobs}
         for done in as_completed(waiting):
@@ -146,23 +176,23 @@ class Stepper:
 def paired_times(arm: dict[str, str], control: Stepper, pairs: int) -> tuple[float, float]:
     """Medians, in ms: of the control's steps and of the arm's step less the control's beside it."""
     other = Stepper(arm)
-    steps = [round(k * (int(CONTROL["ITERATIONS"]) - 1) / (pairs - 1)) for k in range(pairs)]
+    steps = [round(k * (control.cfg.iterations - 1) / (pairs - 1)) for k in range(pairs)]
     times = [(control.seconds(step), other.seconds(step)) for step in [0, 0, *steps]][2:]
     return 1000 * median(a for a, _ in times), 1000 * median(b - a for a, b in times)
 
 
-def time_all(out: Path, pairs: int = 41) -> None:
+def time_all(study: Study, out: Path, pairs: int = 41) -> None:
     """Eager float32 steps of every arm, interleaved with the control's; written to times.json."""
-    rows, control = {}, Stepper(arms()[""])
-    for arm, knobs in arms().items():
+    rows, control = {}, Stepper(study.arms()[""])
+    for arm, knobs in study.arms().items():
         rows[arm] = paired_times(knobs, control, pairs)
         print(f"{arm or 'control'}: {rows[arm][0]:.1f} ms {rows[arm][1]:+.1f} ms", flush=True)
     (out / "times.json").write_text(json.dumps(rows, indent=1))
 
 
 # The functions of an idea that its table does not name.
-FUNCTIONS = dict(sam_rho=["uphill"], layer_drop=["kept_layers"], progressive_grow=["depths"])
-TABLES = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES"
+FUNCTIONS = dict(sam_rho=["uphill"], layer_drop=["kept_layers"], progressive_grow=["phases"])
+TABLES = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES DECAYS"
 
 
 def lines_of(name: str, source: str) -> int:
@@ -181,11 +211,17 @@ def lines_of(name: str, source: str) -> int:
     return len(lines)
 
 
-def collect(out: Path) -> dict:
+def averaging(results: dict[int, dict | None]) -> dict[int, float] | None:
+    """What averaging the weights changed, by seed: bpb of the average less that of the live weights."""
+    done = {seed: r for seed, r in results.items() if r and r["live_val_bpb"] != r["prequant_val_bpb"]}
+    return {seed: r["prequant_val_bpb"] - r["live_val_bpb"] for seed, r in done.items()} or None
+
+
+def collect(study: Study, out: Path) -> dict:
     """Every run, the paired differences, and the noise of one difference."""
     times = json.loads((out / "times.json").read_text()) if (out / "times.json").exists() else {}
     source, rows, runs = (ROOT / "train_gpt.py").read_text(), [], {}
-    for arm, knobs in arms().items():
+    for arm, knobs in study.arms().items():
         results = {seed: result_of(folder_of(out, arm, seed)) for seed in SEEDS}
         runs[arm] = {seed: result["val_bpb"] for seed, result in results.items() if result}
         deltas = [runs[arm][seed] - runs[""][seed] for seed in runs[arm]]
@@ -195,13 +231,13 @@ def collect(out: Path) -> dict:
             arm=arm, state=fields[names[-1]].metadata["idea"] if names else "",
             lines=lines_of(names[-1].lower(), source) if names else 0, bpb=runs[arm],
             control_ms=times.get(arm, [None, None])[0], extra_ms=times.get(arm, [None, None])[1],
-            mean=mean(deltas), sd=stdev(deltas), n=len(deltas), knobs=knobs,
+            mean=mean(deltas), sd=stdev(deltas), n=len(deltas), knobs=knobs, average=averaging(results),
         ))  # fmt: skip
-    tested = [row["sd"] for row in rows if row["arm"] and row["arm"] not in nulls()]
+    tested = [row["sd"] for row in rows if row["arm"] and row["arm"] not in study.nulls]
     noise = math.sqrt(mean(sd**2 for sd in sorted(tested)[: len(tested) // 2 + 1]))
     some = result_of(folder_of(out, "", SEEDS[0]))
     machine = {k: some[k] for k in ("device", "dtype", "compile", "torch", "numpy", "python", "val_sha256")}
-    return dict(noise_sd=noise, machine=machine, control_knobs=arms()[""], rows=rows)
+    return dict(noise_sd=noise, machine=machine, control_knobs=study.arms()[""], rows=rows)
 
 
 def verdict(row: dict, noise: float) -> str:
@@ -210,8 +246,8 @@ def verdict(row: dict, noise: float) -> str:
     return "inside noise" if abs(row["mean"]) <= limit else "better" if row["mean"] < 0 else "worse"
 
 
-def table(out: Path, json_path: Path | None) -> None:
-    found = collect(out)
+def table(study: Study, out: Path, json_path: Path | None) -> None:
+    found = collect(study, out)
     for row in found["rows"]:
         row["verdict"] = verdict(row, found["noise_sd"])
     if json_path:
@@ -235,19 +271,20 @@ def table(out: Path, json_path: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("action", choices=("run", "time", "table"))
+    parser.add_argument("--study", choices=STUDIES, default="ideas")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", type=Path, default=ROOT / "data/datasets/pydocs_sp1024")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "data/tokenizers/pydocs_1024_bpe.model")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, one thread each")
     parser.add_argument("--json", type=Path, help="with `table`: also write everything here")
     options = parser.parse_args()
-    out = options.out.resolve()
+    out, study = options.out.resolve(), STUDIES[options.study]
     if options.action == "run":
-        run(out, options.data, options.tokenizer, options.workers)
+        run(study, out, options.data, options.tokenizer, options.workers)
     elif options.action == "time":
-        time_all(out)
+        time_all(study, out)
     else:
-        table(out, options.json)
+        table(study, out, options.json)
 
 
 if __name__ == "__main__":
