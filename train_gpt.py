@@ -70,14 +70,11 @@ def require(condition: bool, message: str) -> None:
         raise RunError(message)
 
 
-# =============================================================================
 # 1. KNOBS: everything a run can be told, declared once
-# =============================================================================
 
 
 def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="train", **about):
     """A Config field that the environment variable of the same name, in capitals, sets.
-
     needs: comma list of `NAME=VALUE` / `NAME!=VALUE` without which the knob does nothing.
     role: "train" and "pack" shape the result, "model" too and is stored in the artifact; "place" says only
     where and how to run and stays out of the config hash. idea: how it fared at its source, one of STATES.
@@ -90,7 +87,8 @@ shape_knob, place_knob, pack_knob = (partial(knob, role=role) for role in ("mode
 # broken: it did something else than its description, nothing, or crashed; ours does what was described.
 STATES = "works", "rejected", "broken", "not run"
 works, rejected, broken, not_run = (partial(knob, idea=state) for state in STATES)
-SHARE = dict(low=0, high=0.999)
+SHARE, FLAT = dict(low=0, high=0.999), dict(needs="NUM_REPEATS=1")
+FLAT_WON = FLAT | dict(idea="works")
 # The official control tensors, then those of PR #895: they too are float32 wherever they are kept.
 CONTROL_NAMES = """attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_mixes q_gain skip_weight
     skip_weights loop_embed value_scales cross_repeat_scales value_mix"""
@@ -100,7 +98,7 @@ CLIP_CHOICES = ("official", "max", "gptq_lite", "grid")
 NO_SCHEDULE = """TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST
     CORAL_LR"""
 NO_SCHEDULE = ",".join(f"{name}=0" for name in NO_SCHEDULE.split())
-REPEATS = "NUM_REPEATS!=1"
+linear, REPEATS = partial(knob, low=0, needs=NO_SCHEDULE), "NUM_REPEATS!=1"
 
 
 @dataclass(frozen=True)
@@ -109,9 +107,7 @@ class Config:
 
     # -- data --
     data_path: str = place_knob("./data/datasets/fineweb10B_sp1024", "folder of *_{train,val}_*.bin shards")
-    tokenizer_path: str = place_knob(
-        "./data/tokenizers/fineweb_1024_bpe.model", "the shards' SentencePiece model"
-    )
+    tokenizer_path: str = place_knob("./data/tokenizers/fineweb_1024_bpe.model", "its SentencePiece model")
     data_shuffle: bool = knob(False, "visit training windows in an order drawn from SEED; 0 = shard order")
     # -- length --
     iterations: int = knob(20_000, "most optimiser steps; 0 = validate, pack and score only", low=0)
@@ -123,13 +119,9 @@ class Config:
     micro_batch_tokens: int = place_knob(0, "tokens per forward pass and rank; 0 = fit the device", low=0)
     val_batch_size: int = place_knob(524_288, "validation tokens per pass, over eight devices", low=8)
     # -- schedule --
-    warmdown_iters: int = knob(
-        1200, "last steps of linear decay", low=0, needs=f"WARMDOWN_FRAC=0,{NO_SCHEDULE}"
-    )
-    warmdown_frac: float = knob(
-        0.0, "the same as a share of the run; 0 = by steps", low=0, high=1, needs=NO_SCHEDULE
-    )
-    lr_floor: float = knob(0.0, "where the linear decay ends", low=0, high=1, needs=NO_SCHEDULE)
+    warmdown_iters: int = linear(1200, "last steps of linear decay", needs=f"WARMDOWN_FRAC=0,{NO_SCHEDULE}")
+    warmdown_frac: float = linear(0.0, "the same as a share of the run; 0 = by steps", high=1)
+    lr_floor: float = linear(0.0, "where the linear decay ends", high=1)
     tidal_lr: bool = works(False, "LR 0.1 -> 1 until p = TIDAL_WARMUP, then cosine back to 0.1")
     tidal_warmup: float = broken(0.382, "share of the run Tidal rises; unread", **SHARE, needs="TIDAL_LR=1")
     cosine_lr: bool = works(False, "LR f + (1-f)/2 (1 + cos(pi frac(COSINE_CYCLES p))), f = 0.1")
@@ -152,9 +144,7 @@ class Config:
     num_value_embeds: int = shape_knob(0, "token tables added before each layer, scaled", low=0)
     value_residual: bool = shape_knob(False, "values: a * the first layer's + b * own; lost there")
     xsa_last_n: int = shape_knob(0, "last layers whose heads omit their own value; -1 all", low=-1)
-    encoder_layers: int = shape_knob(
-        -1, "layers that feed U-Net skips; -1 half; 0 won", low=-1, idea="works", needs="NUM_REPEATS=1"
-    )
+    encoder_layers: int = shape_knob(-1, "layers that feed U-Net skips; -1 half; 0 won", low=-1, **FLAT_WON)
     weight_share: int = shape_knob(0, "layer i runs block i mod this; 0 off; crashed", low=0, idea="broken")
     model_dim: int = shape_knob(512, "residual width", low=2)
     num_heads: int = shape_knob(8, "query heads", low=1)
@@ -218,24 +208,16 @@ class Config:
     mutation_decay: float = rejected(0.0, "from p = 0.05 w += this exp(-5p) mean(abs w) N(0,1)", low=0)
     # -- ideas: structure in training --
     layer_drop: float = broken(0.0, "chance a step skips a layer, but each half's first; crashed", **SHARE)
-    progressive_grow: bool = broken(
-        False, "train max(3, 0.3 L) layers, rising to L at p = 0.9; unused there", needs="NUM_REPEATS=1"
-    )
+    progressive_grow: bool = broken(False, "train max(3, 0.3 L) layers, L from p = 0.9; unused there", **FLAT)
     head_prune: float = not_run(0.0, "share of heads, least norm(proj) first, zeroed; code lost", **SHARE)
     head_prune_at: float = not_run(0.25, "progress p of that", low=0, high=1, needs="HEAD_PRUNE!=0")
     # -- weight averages: what is packed is the average --
     swa_enabled: bool = knob(False, "mean of snapshots at full depth and low LR, PR #895")
-    swa_start_frac: float = knob(
-        0.4, "LR multiplier below which they are taken", low=0, needs="SWA_ENABLED=1"
-    )
+    swa_start_frac: float = knob(0.4, "LR multiplier they are taken below", low=0, needs="SWA_ENABLED=1")
     swa_every: int = knob(50, "steps between snapshots", low=1, needs="SWA_ENABLED=1")
-    ema_decay: float = knob(
-        0.0, "exponential average, bias-corrected; 0 off", low=0, high=0.99999, needs="SWA_ENABLED=0"
-    )
+    ema_decay: float = knob(0.0, "exponential mean; 0 off", low=0, high=0.99999, needs="SWA_ENABLED=0")
     # -- artifact --
-    quant_levels: int = pack_knob(
-        127, "largest integer: 127 int8, 63 int7, 31 int6, 15 int5", low=1, high=127
-    )
+    quant_levels: int = pack_knob(127, "largest integer: 127 int8, 63 int7, 31 int6", low=1, high=127)
     mlp_quant_levels: int = pack_knob(0, "the same for MLP matrices; 0 = QUANT_LEVELS", low=0, high=127)
     embed_quant_levels: int = pack_knob(0, "for embeddings and head; 0 = QUANT_LEVELS", low=0, high=127)
     quant_clip: str = pack_knob("official", "how rows are clipped", choices=CLIP_CHOICES)
@@ -247,10 +229,9 @@ class Config:
     eval_stride: int = pack_knob(0, "targets scored by each sliding window; 0 = no such score", low=0)
     eval_seq_len: int = pack_knob(0, "its length; 0 = TRAIN_SEQ_LEN", low=0, needs="EVAL_STRIDE!=0")
     eval_batch_seqs: int = place_knob(32, "sliding windows per pass and rank", low=1, needs="EVAL_STRIDE!=0")
-    # -- reports --
+    # -- reports, place --
     val_loss_every: int = place_knob(1000, "validate every so many steps; 0 = only at the end", low=0)
     train_log_every: int = place_knob(200, "log the first ten steps, then one in so many; 0 = none", low=0)
-    # -- where and how --
     run_id: str = place_knob("", "names the logs; empty = a new id")
     out_dir: str = place_knob(".", "holds logs/ and the model files")
     seed: int = place_knob(1337, "seeds weights and every random choice", low=0, high=2**32 - 1)
@@ -272,7 +253,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            require_in_range(f, getattr(self, f.name))
+            value, about = getattr(self, f.name), f.metadata
+            low, high, choices = about["low"], about["high"], about["choices"]
+            require(low is None or value >= low, f"{f.name.upper()}={value} is below {low}")
+            require(high is None or value <= high, f"{f.name.upper()}={value} is above {high}")
+            fits = not choices or value in choices
+            require(fits, f"{f.name.upper()}={value!r} is not one of {', '.join(choices)}")
         schedules = [name.upper() for name in SCHEDULES if getattr(self, name, False)]
         require(len(schedules) < 2, f"two schedules at once: {', '.join(schedules)}; set one to 0")
         sizes = ("model_dim num_heads", "num_heads num_kv_heads", "train_batch_tokens train_seq_len")
@@ -283,22 +269,17 @@ class Config:
         require(self.encoder_layers <= self.num_layers, "ENCODER_LAYERS must not exceed NUM_LAYERS")
         window = f"EVAL_STRIDE={self.eval_stride} is longer than its window of {self.eval_length}"
         require(self.eval_stride <= self.eval_length, window)
-        repeats, whole = [repeats for _, repeats in self.depth_phases], self.num_repeats
-        wrong = (
-            f"PROG_DEPTH={self.prog_depth} must lead to NUM_REPEATS={whole} and not pass it: that is scored"
-        )
-        require(not repeats or whole == max(repeats) == repeats[-1] and min(repeats) > 0, wrong)
+        turns, whole = self.depth_phases, self.num_repeats
+        fits = all(0 < until <= 1 and 0 < repeats <= whole for until, repeats in turns)
+        wrong = f"PROG_DEPTH={self.prog_depth} must rise to progress 1 and end with NUM_REPEATS={whole}"
+        require(fits and (not turns or turns[-1][1] == whole), f"{wrong}: that depth is scored")
         named = bool(re.fullmatch(r"[\w.+-]*", self.run_id))
         require(named, f"RUN_ID={self.run_id!r} may hold only letters, digits and . _ + -")
 
-    @property
-    def head_dim(self) -> int:
-        return self.model_dim // self.num_heads
-
-    @property
-    def depth(self) -> int:
-        """Effective layers: the blocks, as often as they run."""
-        return self.num_layers * self.num_repeats
+    head_dim = property(lambda self: self.model_dim // self.num_heads)
+    depth = property(lambda self: self.num_layers * self.num_repeats)  # effective layers
+    eval_length = property(lambda self: self.eval_seq_len or self.train_seq_len)
+    sequences = property(lambda self: self.train_batch_tokens // self.train_seq_len)  # of a step, all ranks
 
     @property
     def encoders(self) -> int:
@@ -312,15 +293,6 @@ class Config:
         with suppress(ValueError):
             return sorted((float(until), int(repeats)) for until, repeats in pairs)
         raise RunError(f"PROG_DEPTH={self.prog_depth!r} is not like 0.4:2,0.65:3,1.0:4 (progress:repeats)")
-
-    @property
-    def eval_length(self) -> int:
-        return self.eval_seq_len or self.train_seq_len
-
-    @property
-    def sequences(self) -> int:
-        """Sequences of one step, all ranks together."""
-        return self.train_batch_tokens // self.train_seq_len
 
     def changed(self) -> list[Field]:
         return [f for f in fields(self) if getattr(self, f.name) != f.default]
@@ -377,27 +349,15 @@ def parse(f: Field, text: str):
     raise RunError(f"{f.name.upper()}={text!r} is not {wanted}")
 
 
-def require_in_range(f: Field, value) -> None:
-    low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-    name = f.name.upper()
-    require(low is None or value >= low, f"{name}={value} is below {low}")
-    require(high is None or value <= high, f"{name}={value} is above {high}")
-    require(not choices or value in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
-
-
-# Switches of PR #1434, #895 and #148 that this version does not have. Dropping one in silence would
-# make a historic command line mean something else, so they are refused unless they are off.
-NOT_BUILT = """
-    USE_HEDGE HEDGE_ETA TTT_STEPS TTT_LR BIGRAM_VOCAB_SIZE BIGRAM_DIM"""
+# Published switches that this version does not have: refused unless off, since a command line means them.
+NOT_BUILT = "USE_HEDGE HEDGE_ETA TTT_STEPS TTT_LR BIGRAM_VOCAB_SIZE BIGRAM_DIM"
 # First words so common that a foreign variable may carry them (DATA_DIR, MAX_JOBS, NUM_WORKERS ...).
 COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
 
 
 def refuse_strangers(env: Mapping[str, str], known: Mapping[str, Field], ignore: tuple[str, ...]) -> None:
-    """A misspelt knob would run for ten minutes at its default and say nothing: refuse it at once.
-
-    That is a name close to a knob (difflib ratio >= 0.88), or one that starts like at least two knobs
-    (MUON_..., TIED_...), which alone catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC."""
+    """A misspelt knob would run at its default and say nothing. Refused: a name close to a knob (difflib
+    ratio >= 0.88), or one that starts like two: that catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC."""
     words = Counter(name.partition("_")[0] for name in known if "_" in name)
     families = {word for word, count in words.items() if count > 1} - COMMON_WORDS
     for name in env:
@@ -446,10 +406,7 @@ def knob_table() -> str:
     return "\n".join(["| knob | default | allowed | meaning |", "|---|---|---|---|", *rows])
 
 
-# =============================================================================
 # 2. RUNTIME AND LOGS: the only code that knows about devices, ranks and files
-# =============================================================================
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -484,9 +441,7 @@ class Runtime:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
+    is_cuda = property(lambda self: self.device.type == "cuda")
 
     def claim_device(self) -> None:
         """Make this rank's GPU the thread's own; a new thread would open a context on the first one."""
@@ -560,12 +515,10 @@ def pick_dtype(wanted: str, device: torch.device) -> str:
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type != "cpu":
         return "bf16" if fast else "fp32"
-    seconds = {}  # of a [2048, 512] x [512, 512] product, a typical size here: 1.07 GFLOP
-    for name, dtype in DTYPES.items():
-        times = timeit.repeat(
-            partial(torch.mm, *(torch.ones(n, 512, dtype=dtype) for n in (2048, 512))), number=1, repeat=9
-        )
-        seconds[name] = median(times[2:])
+    seconds = {}
+    for name, dtype in DTYPES.items():  # a typical size here: 1.07 GFLOP
+        product = partial(torch.mm, torch.ones(2048, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
+        seconds[name] = median(timeit.repeat(product, number=1, repeat=9)[2:])
     return min(seconds, key=seconds.get)
 
 
@@ -603,6 +556,10 @@ class RunLog:
             print(text, file=self.text, flush=True)
             if echo:
                 print(text, flush=True)
+
+    def warn(self, when: bool, text: str) -> None:
+        if when:
+            self.line(f"warning: {text}")
 
     def event(self, event: str, **values) -> None:
         if self.events:
@@ -643,9 +600,7 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
     return locks
 
 
-# =============================================================================
 # 3. PROGRESS AND SCHEDULES: pure functions of how far the run is
-# =============================================================================
 
 
 def progress(cfg: Config, step: int, elapsed: float) -> float:
@@ -696,11 +651,7 @@ def whale(p: float) -> float:
     return max(0.05, dive * min(1.0, (1 - p) / 0.1))
 
 
-def punctuated(p: float) -> float:
-    """A low level with three bursts; what #1434 ran is lost, this follows its description."""
-    return 0.1 + 0.9 * max(math.exp(-((p - centre) ** 2) / 0.005) for centre in (0.25, 0.5, 0.75))
-
-
+BURSTS = 0.25, 0.5, 0.75  # of PUNCTUATED_LR
 # LR multiplier of (cfg, p, steps left), keyed by the knob that switches each on; the last acts when none is.
 SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(
     tidal_lr=lambda cfg, p, left: tide(p, cfg.tidal_warmup, cfg.tidal_warmup),
@@ -709,7 +660,7 @@ SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(
     whale_lr=lambda cfg, p, left: whale(p),
     circadian_lr=lambda cfg, p, left: max(0.1, cosine(p) + 0.15 * (1 - p) * math.sin(16 * math.pi * p)),
     cosmo_lr=lambda cfg, p, left: 0.05 + 19 * p if p < 0.05 else (1 + 20 * p) ** -0.5,
-    punctuated_lr=lambda cfg, p, left: punctuated(p),
+    punctuated_lr=lambda cfg, p, left: 0.1 + 0.9 * max(math.exp(-((p - c) ** 2) * 200) for c in BURSTS),
     root_first=lambda cfg, p, left: cosine(p),
     coral_lr=lambda cfg, p, left: cosine(p),
     warmdown=warmdown,
@@ -773,16 +724,13 @@ def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> St
 
 
 class Clock:
-    """Rank 0's training seconds, the only clock; it stands still while paused.
-
-    On CUDA the host would run ahead of the device, so `tick` waits for the step before the last one: the
-    reading lags the device by at most two steps and the device never waits for the host."""
+    """Rank 0's training seconds, the only clock; it stands still while paused. On CUDA `tick` waits for the
+    step before the last: it lags the device by at most two steps and the device never waits for the host."""
 
     def __init__(self, runtime: Runtime, step_seconds: float = 0.0):
         self.runtime, self.total, self.started = runtime, 0.0, 0.0
         self.recent: deque[float] = deque([step_seconds] if step_seconds else [], maxlen=15)
-        self.last: float | None = None
-        self.pending: deque = deque()
+        self.last, self.pending = None, deque()
 
     def start(self) -> None:
         self.runtime.synchronize()
@@ -827,10 +775,7 @@ class Clock:
         return median_low(self.recent) if self.recent else 0.0
 
 
-# =============================================================================
 # 4. DATA: official shards -> the same global batches at any world size
-# =============================================================================
-
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 
@@ -907,7 +852,6 @@ def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
 
 def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's (inputs, targets), each [sequences here, seq_len] int64, of steps 0, 1, ...
-
     Windows overlap by one token: each token is a target once an epoch, but the first and an odd tail."""
     length, windows = cfg.train_seq_len, stream.windows(cfg.train_seq_len)
     for step in itertools.count():
@@ -925,15 +869,11 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
     with ThreadPoolExecutor(1, initializer=runtime.claim_device) as pool:  # closing the generator ends it
         ahead = pool.submit(next, items)
         while True:
-            item = ahead.result()
-            ahead = pool.submit(next, items)
+            item, ahead = ahead.result(), pool.submit(next, items)
             yield item
 
 
-# =============================================================================
 # 5. BYTES: the denominator of bits per byte, checked against decoded text
-# =============================================================================
-
 MARK = "\u2581"  # SentencePiece's space
 
 
@@ -973,8 +913,7 @@ class ByteTable:
 
 
 def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
-    path = Path(cfg.tokenizer_path)
-    where = f"TOKENIZER_PATH={path}"
+    path, where = Path(cfg.tokenizer_path), f"TOKENIZER_PATH={cfg.tokenizer_path}"
     require(path.is_file(), f"no tokenizer at {where}; it comes with the dataset (see data/README.md)")
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
@@ -987,7 +926,6 @@ def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
 
 def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int, int]:
     """(documents, bytes) of the text that `tokens` decode to, one document after another: the oracle.
-
     A document is what stands between boundary tokens (BOS and other controls). Its leading space mark adds
     no byte, as in ByteTable; whether decode drops that mark depends on the tokenizer: it is probed."""
     marked = np.flatnonzero(table.space)[:1].tolist()
@@ -1025,14 +963,8 @@ class Validation:
     target_bytes: np.ndarray
     documents: int
     sha256: str
-
-    @property
-    def targets(self) -> int:
-        return len(self.tokens) - 1
-
-    @property
-    def bytes(self) -> int:
-        return int(self.target_bytes.sum(dtype=np.int64))
+    targets = property(lambda self: len(self.tokens) - 1)
+    bytes = property(lambda self: int(self.target_bytes.sum(dtype=np.int64)))
 
 
 def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
@@ -1067,10 +999,7 @@ def cached_oracle(cfg: Config, key: str, compute: Callable[[], tuple[int, int]])
     return documents, decoded
 
 
-# =============================================================================
 # 6. MODEL: official names and shapes, so official checkpoints load
-# =============================================================================
-
 NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm uses for float32, fixed for every dtype
 
 
@@ -1114,10 +1043,8 @@ BLOCK, LONGEST_BLOCKED = 128, 512
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by blocks of queries, each against the keys up to its end.
-
-    On 2 CPU cores, forward and backward, compiled, it takes 0.50 to 0.61 of the time of torch's CPU kernel
-    at lengths 128 to 512; eagerly about the same (records/benchmarks/cpu_attention.json)."""
+    """Causal attention by blocks of queries, each on the keys up to its end. Compiled, on 2 CPU cores, it
+    takes 0.50 to 0.61 of the time of torch's kernel at lengths 128 to 512 (benchmarks/cpu_attention.json)."""
     future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
     q, parts = q * q.size(-1) ** -0.5, []
     for start in range(0, q.size(2), BLOCK):
@@ -1144,7 +1071,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def omit_own(y: Tensor, v: Tensor) -> Tensor:
     """Each head's output y [B, H, T, D] without its part along the value v [B, Hkv, T, D] of its own place.
-
     Exclusive self-attention, XSA (Zhai, arXiv 2603.09078; PR #895)."""
     own, y = F.normalize(v, dim=-1, eps=1e-12)[:, :, None], y.unflatten(1, (v.size(1), -1))
     return (y - (y * own).sum(dim=-1, keepdim=True) * own).flatten(1, 2)
@@ -1155,26 +1081,23 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.heads, self.head_dim = cfg.num_heads, cfg.head_dim
         self.c_q = Linear(cfg.model_dim, cfg.model_dim)
-        self.c_k = Linear(cfg.model_dim, self.kv_heads * self.head_dim)
-        self.c_v = Linear(cfg.model_dim, self.kv_heads * self.head_dim)
+        self.c_k, self.c_v = (Linear(cfg.model_dim, cfg.num_kv_heads * cfg.head_dim) for _ in range(2))
         self.proj = Linear(cfg.model_dim, cfg.model_dim, True, (cfg.num_repeats, cfg.repeat_lora_rank))
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, repeat=0, exclusive=False, mix=None, first=()):
         """[B, T, d] -> same. mix (a, b), first [the first layer's values]: attend to a * first + b * own."""
-        batch, length, width = x.shape
-        q = self.c_q(x).view(batch, length, self.heads, self.head_dim).transpose(1, 2)
-        k = self.c_k(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
-        v = self.c_v(x).view(batch, length, self.kv_heads, self.head_dim).transpose(1, 2)
+        parts = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.c_q, self.c_k, self.c_v))
+        q, k, v = (part.transpose(1, 2) for part in parts)  # [B, heads, T, D]
         if mix is not None:
             first += [] if first else [v]
             v = mix[0].to(v.dtype) * first[0] + mix[1].to(v.dtype) * v
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
         y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
         y = omit_own(y, v) if exclusive else y
-        return self.proj(y.transpose(1, 2).reshape(batch, length, width), repeat)
+        return self.proj(y.transpose(1, 2).flatten(2), repeat)
 
 
 # f(hidden) of the plain MLPs (PR #1434; relu2 is the baseline's); swiglu has a gate instead.
@@ -1192,9 +1115,8 @@ class MLP(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.activation, self.slope = ACTIVATIONS.get(cfg.mlp_act), cfg.leaky_slope
-        hidden = int(
-            cfg.mlp_mult * cfg.model_dim if self.activation else 2 * cfg.mlp_mult * cfg.model_dim / 3
-        )
+        wide = cfg.mlp_mult * cfg.model_dim
+        hidden = int(wide if self.activation else 2 * wide / 3)
         self.gate = None if self.activation else Linear(cfg.model_dim, hidden)
         self.fc = Linear(cfg.model_dim, hidden)
         self.proj = Linear(hidden, cfg.model_dim, True, (cfg.num_repeats, cfg.repeat_lora_rank))
@@ -1207,7 +1129,6 @@ class MLP(nn.Module):
 
 class Block(nn.Module):
     """x <- m0*x + m1*x0, then attention and MLP residuals, each with a gain per channel.
-
     parallel: both read the same x and are added together (PR #1434)."""
 
     def __init__(self, cfg: Config):
@@ -1267,30 +1188,26 @@ class GPT(nn.Module):
         self.lm_head = None if cfg.tie_embeddings else Linear(width, cfg.vocab_size, zero=True)
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
-        cos, sin = rotary_table(max(cfg.train_seq_len, cfg.eval_length), cfg.head_dim, cfg.rope_base)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        tables = rotary_table(max(cfg.train_seq_len, cfg.eval_length), cfg.head_dim, cfg.rope_base)
+        for name, table in zip(("cos", "sin"), tables, strict=True):
+            self.register_buffer(name, table, persistent=False)
         self.exclusive, self.period = cfg.depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n, cfg.num_layers
-        tables = range(cfg.num_value_embeds)
-        self.value_embeds = nn.ModuleList(nn.Embedding(cfg.vocab_size, width) for _ in tables)
-
-        def control(on: int, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.zeros(*shape, width)) if on else None
-
-        self.loop_embed = control(again, cfg.depth)
-        self.value_scales = control(len(tables), cfg.depth, len(tables))
-        self.cross_repeat_scales = control(again and cfg.cross_repeat_skip, cfg.num_layers, again)
+        embeds = range(cfg.num_value_embeds)
+        self.value_embeds = nn.ModuleList(nn.Embedding(cfg.vocab_size, width) for _ in embeds)
+        self.value_scales = nn.Parameter(torch.zeros(cfg.depth, len(embeds), width)) if embeds else None
+        self.loop_embed = nn.Parameter(torch.zeros(cfg.depth, width)) if again else None
+        scales = torch.zeros(cfg.num_layers, again, width)
+        self.cross_repeat_scales = nn.Parameter(scales) if again and cfg.cross_repeat_skip else None
         self.value_mix = nn.Parameter(torch.full((cfg.depth, 2), 0.5)) if cfg.value_residual else None
 
-    def forward(self, ids: Tensor, depth: int | None = None, last: int | None = None) -> Tensor:
-        return self.logits(norm(self.embed(ids)), depth=depth, ids=ids, last=last)
+    def forward(self, ids: Tensor, depth: int | None = None, places: Tensor | None = None) -> Tensor:
+        return self.logits(norm(self.embed(ids)), depth=depth, ids=ids, places=places)
 
     def embed(self, ids: Tensor) -> Tensor:
         return self.tok_emb(ids) * self.embed_scale
 
-    def logits(self, x0: Tensor, keep: Tensor | None = None, depth=None, ids=None, last=None) -> Tensor:
-        """From normed embeddings [B, T, d] and their ids to logits [B, T, V], of the `last` places if given.
-
+    def logits(self, x0: Tensor, keep: Tensor | None = None, depth=None, ids=None, places=None) -> Tensor:
+        """From normed embeddings [B, T, d] and their ids to logits [B, T, V], or [B, S, V] at places [B, S].
         keep [layers]: 0 leaves a block out; so does an index >= depth. What a layer left out would have added
         is missing, its U-Net skip is not: a new block changes nothing, so a model that grows goes on."""
         x = x0 = x0.to(self.dtype)
@@ -1301,14 +1218,14 @@ class GPT(nn.Module):
             if layer.skip is not None:
                 x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.source]
             if index < depth:
-                how = dict(exclusive=index >= depth - self.exclusive, first=first)
-                how["mix"] = None if self.value_mix is None else self.value_mix[index]
-                y = self.enter(x, index, values, outputs)
-                y = self.blocks[layer.block](y, x0, layer.repeat, cos=cos, sin=sin, **how)
+                mix = None if self.value_mix is None else self.value_mix[index]
+                how = dict(cos=cos, sin=sin, exclusive=index >= depth - self.exclusive, mix=mix, first=first)
+                y = self.blocks[layer.block](self.enter(x, index, values, outputs), x0, layer.repeat, **how)
                 x = y if keep is None else torch.where(keep[index] > 0, y, x)
             outputs.append(x)
         head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
-        z = F.linear(norm(x[:, -(last or x.size(1)) :]), head.to(x.dtype)).float()
+        x = x if places is None else x.take_along_dim(places[..., None], dim=1)
+        z = F.linear(norm(x), head.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
 
     def enter(self, x: Tensor, index: int, values: list[Tensor], outputs: list[Tensor]) -> Tensor:
@@ -1323,9 +1240,9 @@ class GPT(nn.Module):
         return x
 
 
-def token_nats(model: GPT, ids: Tensor, targets: Tensor, depth: int | None = None) -> Tensor:
-    """-log p(target) of the last places, as many as targets [B, S] has, float32. All of evaluation."""
-    return cross_entropy(model(ids, depth, targets.size(1)), targets)
+def token_nats(model: GPT, ids: Tensor, targets: Tensor, places=None, depth=None) -> Tensor:
+    """-log p(target), float32, at all places [B, T] or those given [B, S]. All that evaluation uses."""
+    return cross_entropy(model(ids, depth, places), targets)
 
 
 def scramble(x: Tensor) -> Tensor:
@@ -1337,7 +1254,6 @@ def scramble(x: Tensor) -> Tensor:
 
 def uniform(ids: Tensor, noise: Tensor, salt: int, count: int) -> Tensor:
     """Draws in [0, 1), float32 [B, count], from each sequence's tokens, the step's seed and the use (salt).
-
     So they are the same compiled or not and at any world size, micro-batch and order of sequences."""
     places = [torch.arange(n, device=ids.device) for n in (ids.size(1), count)]
     content = (ids * (scramble(places[0] + 1) >> 1)).sum(dim=1, keepdim=True)  # below 2^59: no overflow
@@ -1358,22 +1274,7 @@ def embed_mixup(cfg: Config, x: Tensor, ids: Tensor, dials: Tensor) -> Tensor:
 
 
 def dropout(x: Tensor, draws: Tensor, rate: float | Tensor) -> Tensor:
-    return x * ((draws >= rate) / (1 - rate)).to(x.dtype)
-
-
-@dataclass
-class Predicted:
-    """What a loss term sees: softcapped logits [B, T, V], targets and their nats [B, T], progress."""
-
-    model: GPT
-    logits: Tensor
-    targets: Tensor
-    nats: Tensor
-    progress: Tensor
-
-    @property
-    def lse(self) -> Tensor:
-        return self.logits.logsumexp(dim=-1)
+    return x * ((draws.view(*x.shape[:2], -1) >= rate) / (1 - rate)).to(x.dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -1381,49 +1282,43 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
 
 
-def focal(cfg: Config, at: Predicted) -> Tensor:
+def focal(nats: Tensor, gamma: float | Tensor) -> Tensor:
     """Mean of (1 - p)^gamma * nats, less the plain mean (Lin et al. 1708.02002; PR #1380: training only)."""
-    gamma = cfg.focal_gamma * (1 - at.progress if cfg.gamma_anneal else 1)
-    return (((-torch.expm1(-at.nats)).clamp_min(1e-7) ** gamma - 1) * at.nats).mean()
+    return (((-torch.expm1(-nats)).clamp_min(1e-7) ** gamma - 1) * nats).mean()
 
 
-def head_diversity(cfg: Config, at: Predicted) -> Tensor:
+def head_diversity(cfg: Config, model: GPT) -> Tensor:
     """Mean squared cosine between the heads' input columns of each output projection, over all blocks."""
-    total = at.logits.new_zeros(())
-    for block in at.model.blocks:
-        heads = block.attn.heads
-        parts = block.attn.proj.weight.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1)
-        cosine = F.normalize(parts, dim=1) @ F.normalize(parts, dim=1).T
+    total = 0.0
+    for block in model.blocks:
+        heads = block.attn.proj.weight.unflatten(1, (cfg.num_heads, -1)).transpose(0, 1).flatten(1)
+        parts = F.normalize(heads, dim=1)
+        cosine = parts @ parts.T
         off_diagonal = cosine - torch.diag(torch.diagonal(cosine))
-        total = total + off_diagonal.square().sum() / max(heads * (heads - 1), 1)
-    return cfg.head_diversity * total / len(at.model.blocks)
+        total = total + off_diagonal.square().sum() / max(cfg.num_heads * (cfg.num_heads - 1), 1)
+    return cfg.head_diversity * total / len(model.blocks)
 
 
 # Training only, keyed by the knob that switches each on: changes of the input before its norm and after it,
 # and what is added to the mean nats.
 EMBEDDING_TERMS: dict[str, Callable[..., Tensor]] = dict(embed_mixup=embed_mixup)
 INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
-    token_drop=lambda cfg, x, ids, dials: dropout(
-        x, uniform(ids, dials[0], 2, ids.size(1))[..., None], cfg.token_drop
-    ),
+    token_drop=lambda cfg, x, ids, dials: dropout(x, uniform(ids, dials[0], 2, len(ids[0])), cfg.token_drop),
     metamorphosis=lambda cfg, x, ids, dials: dropout(
-        x,
-        uniform(ids, dials[0], 3, x[0].numel()).view_as(x),
-        cfg.metamorphosis * (1 - 2 * dials[1]).clamp_min(0),
+        x, uniform(ids, dials[0], 3, x[0].numel()), cfg.metamorphosis * (1 - 2 * dials[1]).clamp_min(0)
     ),
 )
-LOSS_TERMS: dict[str, Callable[[Config, Predicted], Tensor]] = dict(
-    focal_gamma=focal,
+# ... of softcapped logits z [B, T, V], targets y and their nats [B, T], progress p.
+LOSS_TERMS: dict[str, Callable[..., Tensor]] = dict(
+    focal_gamma=lambda cfg, z, y, nats, p, _: focal(nats, cfg.focal_gamma * (1 - cfg.gamma_anneal * p)),
     # (1-e) nats + e times the mean nats over the vocabulary, less nats
-    label_smooth=lambda cfg, at: cfg.label_smooth * (at.lse - at.logits.mean(-1) - at.nats).mean(),
-    z_loss=lambda cfg, at: cfg.z_loss * at.lse.square().mean(),
-    logit_penalty=lambda cfg, at: cfg.logit_penalty * at.logits.square().mean(),
-    logit_temp=lambda cfg, at: (cross_entropy(at.logits / cfg.logit_temp, at.targets) - at.nats).mean(),
-    entropy_bonus=lambda cfg, at: (
-        cfg.entropy_bonus * (at.lse - (at.logits.softmax(-1) * at.logits).sum(-1)).mean()
-    ),
-    multi_token=lambda cfg, at: cfg.multi_token * cross_entropy(at.logits[:, :-1], at.targets[:, 1:]).mean(),
-    head_diversity=head_diversity,
+    label_smooth=lambda cfg, z, y, nats, *_: cfg.label_smooth * (z.logsumexp(-1) - z.mean(-1) - nats).mean(),
+    z_loss=lambda cfg, z, *_: cfg.z_loss * z.logsumexp(-1).square().mean(),
+    logit_penalty=lambda cfg, z, *_: cfg.logit_penalty * z.square().mean(),
+    logit_temp=lambda cfg, z, y, nats, *_: (cross_entropy(z / cfg.logit_temp, y) - nats).mean(),
+    entropy_bonus=lambda cfg, z, *_: -cfg.entropy_bonus * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+    multi_token=lambda cfg, z, y, *_: cfg.multi_token * cross_entropy(z[:, :-1], y[:, 1:]).mean(),
+    head_diversity=lambda cfg, z, y, nats, p, model: head_diversity(cfg, model),
 )
 
 
@@ -1434,8 +1329,7 @@ def switched_on(cfg: Config, table: Mapping[str, Callable]) -> list[Callable]:
 
 def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor]]:
     """(ids, targets, StepPlan.dials or step 0's, depth) -> (what is minimised, mean nats per token alone)."""
-    tables = EMBEDDING_TERMS, INPUT_TERMS, LOSS_TERMS
-    mixes, drops, terms = (switched_on(cfg, table) for table in tables)
+    mixes, drops, terms = (switched_on(cfg, t) for t in (EMBEDDING_TERMS, INPUT_TERMS, LOSS_TERMS))
 
     def loss(ids: Tensor, targets: Tensor, dials=None, depth=None) -> tuple[Tensor, Tensor]:
         dials = plan_step(cfg, 0, 0.0, 0.0).dials(ids.device) if dials is None else dials
@@ -1449,8 +1343,8 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
             x = change(cfg, x, ids, dials)
         logits = model.logits(x, dials[2:] if cfg.layer_drop else None, depth, ids)
         nats = cross_entropy(logits, targets)
-        at = Predicted(model, logits, targets, nats, dials[1])
-        objective = sum((term(cfg, at) for term in terms), nats.mean())
+        given = cfg, logits, targets, nats, dials[1], model
+        objective = sum((term(*given) for term in terms), nats.mean())
         return objective, nats.detach().mean()
 
     return loss
@@ -1485,10 +1379,7 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
     model.load_state_dict(state)
 
 
-# =============================================================================
 # 7. OPTIMISERS: Muon for the blocks' matrices, Adam for the rest
-# =============================================================================
-
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Keller Jordan's: steep at 0, all within 0.7..1.2 after 5 steps
 
 
@@ -1507,7 +1398,6 @@ def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, then an orthogonalised step (Keller Jordan; scaling of the official baseline).
-
     Same-shape matrices are orthogonalised in one batch. Each rank does every world_size-th matrix and the
     updates are exchanged as one flat buffer, so all ranks apply the same numbers."""
 
@@ -1547,15 +1437,7 @@ class Muon(torch.optim.Optimizer):
         return orthogonalise(nesterov, self.steps, self.runtime.dtype) * max(1.0, rows / columns) ** 0.5
 
 
-def parameter_roles(cfg: Config, model: GPT) -> dict[str, list[nn.Parameter]]:
-    """Every parameter in exactly one role, as in the official script; empty tensors are left out."""
-    roles: dict[str, list[nn.Parameter]] = {"embed": [], "head": [], "matrix": [], "scalar": []}
-    own = dict(tok_emb="embed", value_embeds="embed", lm_head="head")
-    for name, p in model.named_parameters():
-        control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
-        matrix = p.ndim == 2 and name.startswith("blocks.") and not control
-        roles[own.get(name.partition(".")[0], "matrix" if matrix else "scalar")] += [p] if p.numel() else []
-    return roles
+ROLES = "embed", "head", "matrix", "scalar"
 
 
 @dataclass(frozen=True)
@@ -1564,13 +1446,20 @@ class Weight:
 
     name: str
     param: nn.Parameter
-    role: str
-    lr: float  # of its role, before the schedule
+    role: str  # one of ROLES
     memory: dict[str, Tensor] = field(default_factory=dict)
+    block = property(lambda self: int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None)
 
-    @property
-    def block(self) -> int | None:
-        return int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
+
+def weights_of(cfg: Config, model: GPT) -> list[Weight]:
+    """Every parameter, with its one role as in the official script; empty tensors are left out."""
+    weights, own = [], dict(tok_emb="embed", value_embeds="embed", lm_head="head")
+    for name, p in model.named_parameters():
+        control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
+        matrix = p.ndim == 2 and name.startswith("blocks.") and not control
+        role = own.get(name.partition(".")[0], "matrix" if matrix else "scalar")
+        weights += [Weight(name, p, role)] if p.numel() else []
+    return weights
 
 
 def blocks_of(weights: list[Weight]) -> list[dict[str, Weight]]:
@@ -1585,11 +1474,6 @@ def blocks_of(weights: list[Weight]) -> list[dict[str, Weight]]:
 def matrices(weights: list[Weight]) -> list[Weight]:
     """Embedding, head and the matrices of the blocks: no gains, gates or other control tensors."""
     return [w for w in weights if w.role != "scalar"]
-
-
-def grad_central(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-    for grad in (w.param.grad for w in matrices(weights)):
-        grad.sub_(grad.mean(dim=1, keepdim=True))
 
 
 def mycorrhizal(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
@@ -1640,16 +1524,15 @@ def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool =
         changed.unflatten(1, (cfg.num_heads, -1)).mul_(w.memory["kept"][:, None])
 
 
-# Interventions, keyed by the knob that switches each on: of the gradients, summed over ranks, before the
-# clip and the step (they write nothing else); and of the weights after the step.
-EDIT = Callable[[Config, list[Weight], StepPlan], None]
-GRADIENT_EDITS: dict[str, EDIT] = dict(
-    grad_central=grad_central,
+# Interventions (cfg, weights, plan), keyed by the knob that switches each on: of the gradients, summed over
+# ranks, before the clip and the step (they write nothing else); and of the weights after the step.
+GRADIENT_EDITS: dict[str, Callable[..., object]] = dict(
+    grad_central=lambda cfg, ws, plan: [w.param.grad.sub_(w.param.grad.mean(1, True)) for w in matrices(ws)],
     mycorrhizal=mycorrhizal,
     thermal_vent=thermal_vent,
     head_prune=partial(head_prune, grads=True),
 )
-WEIGHT_EDITS: dict[str, EDIT] = dict(
+WEIGHT_EDITS: dict[str, Callable[..., object]] = dict(
     controlled_burn=controlled_burn,
     synaptic_scale=synaptic_scale,
     weight_perturb=lambda cfg, ws, plan: shake(
@@ -1660,15 +1543,12 @@ WEIGHT_EDITS: dict[str, EDIT] = dict(
     ),
     head_prune=head_prune,
 )
-# Learning rate multiplier of a weight at p, with n blocks. A factor on the gradient would be cancelled by
-# Muon's and Adam's normalisation: it must scale the step.
+# LR multiplier of a weight at p, with n blocks: of the step, since Muon and Adam cancel it on the gradient.
 LAYER_RATES: dict[str, Callable[[Weight, float, int], float]] = dict(
     canopy_lr=lambda w, p, n: 1.0 if w.block is None else 0.3 + 0.7 * w.block / max(n - 1, 1),
     root_first=lambda w, p, n: 1.0 if w.role == "embed" else min(1.0, 0.1 + 4.5 * p),
     coral_lr=lambda w, p, n: 1.0 if w.block is None else float(p < (1 + (w.block + 1) / n) / 2),
 )
-
-
 # Weight decay at p of the blocks' matrices; their learning rate multiplies it.
 DECAYS: dict[str, Callable[[Config, float], float]] = dict(
     muon_wd=lambda cfg, p: cfg.muon_wd,
@@ -1681,12 +1561,13 @@ class Optimisers:
     """Muon and Adam over one flat gradient buffer, stepped together."""
 
     def __init__(self, cfg: Config, model: GPT, runtime: Runtime):
-        roles, self.cfg, self.runtime = parameter_roles(cfg, model), cfg, runtime
+        self.weights, self.cfg, self.runtime = weights_of(cfg, model), cfg, runtime
+        roles = {role: [w.param for w in self.weights if w.role == role] for role in ROLES}
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         rates = dict(embed=embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr)
         groups = [dict(params=roles[role], lr=lr, base_lr=lr) for role, lr in rates.items() if roles[role]]
-        fused = runtime.device.type in ("cuda", "cpu")
-        self.adam = torch.optim.Adam(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps, fused=fused)
+        betas, fused = (cfg.beta1, cfg.beta2), runtime.device.type in ("cuda", "cpu")
+        self.adam = torch.optim.Adam(groups, betas=betas, eps=cfg.adam_eps, fused=fused)
         self.muon = Muon(roles["matrix"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime)
         held = [p for optimiser in self.all for group in optimiser.param_groups for p in group["params"]]
         assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.numel())
@@ -1694,27 +1575,18 @@ class Optimisers:
         self.flat = torch.zeros(sum(sizes), device=runtime.device)
         for p, part in zip(held, self.flat.split(sizes), strict=True):
             p.grad = part.view_as(p)  # backward adds into the buffer: one all-reduce, no copies
-        rates["matrix"], role = cfg.matrix_lr, {id(p): role for role, ps in roles.items() for p in ps}
-        rated = [(name, p, role[id(p)]) for name, p in model.named_parameters() if p.numel()]
-        self.weights = [Weight(name, p, kind, rates[kind]) for name, p, kind in rated]
         self.edits = [switched_on(cfg, table) for table in (GRADIENT_EDITS, WEIGHT_EDITS)]
         self.rates, self.decays = switched_on(cfg, LAYER_RATES), switched_on(cfg, DECAYS)
 
-    @property
-    def all(self) -> tuple[torch.optim.Optimizer, ...]:
-        return self.adam, self.muon
-
-    def zero_grad(self) -> None:
-        self.flat.zero_()
+    all = property(lambda self: (self.adam, self.muon))
 
     @contextmanager
     def uphill(self, rho: float) -> Iterator[None]:
         """Weights moved by `rho` along the summed gradient, put back at the end (SAM, Foret 2010.01412)."""
         self.runtime.sum(self.flat)
         held = [w.param for w in self.weights]
-        before = [p.detach().clone() for p in held]
+        before, scale = [p.detach().clone() for p in held], rho / (self.flat.norm() + 1e-12)
         with torch.no_grad():
-            scale = rho / (self.flat.norm() + 1e-12)
             torch._foreach_add_(held, torch._foreach_mul([p.grad for p in held], scale))
         yield
         with torch.no_grad():
@@ -1768,10 +1640,9 @@ class Average:
 
     def update(self, plan: StepPlan) -> None:
         """After a plan's step. SWA: at full depth and low learning rate, each SWA_EVERY steps."""
-        cfg, step = self.cfg, plan.step + 1
-        low = plan.depth in (None, cfg.depth) and plan.lr_scale < cfg.swa_start_frac
-        if self.kind == "ema" or self.kind == "swa" and low and due(step, cfg.swa_every):
-            self.add(step)
+        low = plan.depth in (None, self.cfg.depth) and plan.lr_scale < self.cfg.swa_start_frac
+        if self.kind == "ema" or self.kind == "swa" and low and due(plan.step + 1, self.cfg.swa_every):
+            self.add(plan.step + 1)
 
     @torch.no_grad()
     def load(self, step: int) -> None:
@@ -1781,10 +1652,7 @@ class Average:
         torch._foreach_copy_(self.live, torch._foreach_div(self.total, self.weight))
 
 
-# =============================================================================
 # 8. QUANTISE AND PACK: weights -> integer rows -> one compressed file, and back
-# =============================================================================
-
 MODEL_FILE = "final_model.int8.ptz"  # the official name; its integers may have fewer levels
 KEEP_FLOAT_NUMEL = 65_536  # official: tensors of at most this many values stay float
 CLIP_QUANTILE = 0.9999984  # official: each row is clipped at this quantile of its magnitudes
@@ -1797,9 +1665,7 @@ RAW_LIMIT = 1 << 30  # no artifact within the limit unpacks to more; a header th
 # (PR #1453, 63 and 16 levels: predicted 15.29 MB, three seeds took 15.28 to 15.40).
 TRAINED_RATIO = 0.92
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
-
-
-GPTQ_LITE = 0.9999, 0.99995, 0.99999, 0.999995, 0.999999  # PR #895's: nearly the maximum at its row lengths
+GPTQ_LITE = 0.9999, 0.99995, 0.99999, 0.999995, 0.999999  # PR #895's: nearly the maximum of its rows
 # |w| [r, c] -> clips to choose from [n, r]; each row keeps the one of least squared error.
 CLIPS: dict[str, Callable[[Tensor], Tensor]] = dict(
     official=lambda size: torch.quantile(size, CLIP_QUANTILE, dim=1)[None],
@@ -1811,7 +1677,6 @@ CLIPS: dict[str, Callable[[Tensor], Tensor]] = dict(
 
 def quantise_rows(weight: Tensor, floor: float, levels=127, clip="official") -> tuple[Tensor, Tensor]:
     """Integers [r, c] in -levels..levels, as int8, and float16 steps [r]: weight = integer * step.
-
     The official script keeps steps >= 1/127, coarse for rows with no weight above 1; `floor` 0 drops that."""
 
     def integers(step: Tensor) -> Tensor:  # by the step as stored
@@ -1826,18 +1691,18 @@ def quantise_rows(weight: Tensor, floor: float, levels=127, clip="official") -> 
 
 def weight_group(name: str) -> str:
     """The kind of tensor, for its number of levels and the size report."""
-    embeds = name.startswith(("tok_emb", "lm_head", "value_embeds"))
-    return "embed" if embeds else "mlp" if ".mlp." in name else "attention" if ".attn." in name else "control"
+    marks = dict(tok_emb="embed", value_embeds="embed", lm_head="embed", mlp="mlp", attn="attention")
+    return next((marks[part] for part in name.split(".") if part in marks), "control")
 
 
 def levels_of(cfg: Config, name: str) -> int:
-    own = dict(mlp=cfg.mlp_quant_levels, embed=cfg.embed_quant_levels)
-    return own.get(weight_group(name), 0) or cfg.quant_levels
+    own = dict(mlp=cfg.mlp_quant_levels, embed=cfg.embed_quant_levels).get(weight_group(name))
+    return own or cfg.quant_levels
 
 
 def quant_name(cfg: Config) -> str:
     """int8, or the levels of attention, MLP and embeddings: 16 levels up and down are no int5."""
-    levels = [levels_of(cfg, name) for name in ("", ".mlp.", "tok_emb")]
+    levels = [levels_of(cfg, name) for name in ("attn", "mlp", "tok_emb")]
     return "int8" if set(levels) == {127} else "q" + "-".join(map(str, levels))
 
 
@@ -1852,10 +1717,8 @@ def tensor_planes(cfg: Config, name: str, kinds: list[str], tensor: Tensor) -> d
     """The stored arrays of a tensor, by kind; RunError (5) if one overflows float16."""
     weight = tensor.detach().float().cpu().contiguous()
     whole = weight.half() if "fp16" in kinds else weight
-    rows = partial(
-        quantise_rows, floor=cfg.quant_scale_floor, levels=levels_of(cfg, name), clip=cfg.quant_clip
-    )
-    arrays = rows(weight) if "int8" in kinds else (whole,)
+    how = cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip
+    arrays = quantise_rows(weight, *how) if "int8" in kinds else (whole,)
     if not all(torch.isfinite(array).all() for array in arrays):
         raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
     return {kind: array.numpy().astype(PLANES[kind]) for kind, array in zip(kinds, arrays, strict=True)}
@@ -1954,9 +1817,7 @@ def predict_size(cfg: Config, model: GPT) -> int:
     return int(TRAINED_RATIO * payload_bytes(cfg, state) - fewer)
 
 
-# =============================================================================
 # 9. SCORE: nats of every validation token, once, divided by the bytes of its text
-# =============================================================================
 
 
 @dataclass(frozen=True)
@@ -1965,67 +1826,42 @@ class Score:
     tokens: int
     bytes: int
     seconds: float
-
-    @property
-    def loss(self) -> float:
-        return self.nats / self.tokens
-
-    @property
-    def bpb(self) -> float:
-        """Bits per byte of text: the only place where nats become bits."""
-        return self.nats / math.log(2) / self.bytes
+    loss = property(lambda self: self.nats / self.tokens)
+    bpb = property(lambda self: self.nats / math.log(2) / self.bytes)  # the only place where nats become bits
+    text = property(lambda self: f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}")
 
 
 def windows(targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, first, stop): a window reads `length` inputs and scores its last `stride` targets, from first
-    to stop; the first window scores all of its own. Each target is scored once.
-
-    stride = length gives the official validation windows plus the tail they drop."""
-    starts = range(0, max(1, targets - length + stride), stride)
-    return [(at, at + length - stride if at else 0, min(at + length, targets)) for at in starts]
+    """(start, first, stop) of windows of at most `length` that score the targets first .. stop-1: each once.
+    A window ends with what it scores. stride = length: the official windows plus the tail they drop."""
+    chunks = [(first, min(first + stride, targets)) for first in range(0, targets, stride)]
+    return [(max(0, first + stride - length), first, stop) for first, stop in chunks]
 
 
-def eval_batch_sequences(cfg: Config, device: torch.device) -> int:
-    """Windows per pass, the same at any world size. A CPU wants its cache: at most 16 K tokens a pass."""
-    tokens = min(cfg.val_batch_size // 8, 16_384 if device.type == "cpu" else 65_536)
-    return max(1, tokens // cfg.train_seq_len)
-
-
-def sum_nats(nats_of: Callable, data: Validation, runtime: Runtime, todo: list, shape: tuple) -> Tensor:
-    """This rank's [nats, targets] of the windows `todo`. shape: (windows a pass, length, most scored of one).
-
-    Short windows and passes are padded on the right: one graph, and no scored place sees the padding."""
-    (batch, length, scored), mine = shape, [todo[i] for i in runtime.share(len(todo))]
-    totals = torch.zeros(2, dtype=torch.float64)
-    for at in range(0, len(mine), batch):
-        block, mask = np.zeros((batch, length + 1), np.int64), torch.zeros(batch, length, dtype=torch.bool)
-        for row, (start, first, stop) in enumerate(mine[at : at + batch]):
-            tokens = data.tokens[start : min(start + length, data.targets) + 1]
-            block[row, : len(tokens)] = tokens
-            mask[row, first - start : stop - start] = True
-        ids, mask = torch.from_numpy(block).to(runtime.device), mask[:, -scored:]
-        with torch.no_grad():  # (ids [B, T], targets [B, S]), int64 -> nats [B, S]
-            nats = nats_of(ids[:, :-1], ids[:, -scored:]).cpu().double()
-        totals += torch.stack((nats[mask].sum(), mask.sum()))
-    return totals
-
-
-def score_parts(cfg: Config, device: torch.device, targets: int, stride: int) -> list[tuple[list, tuple]]:
-    """(windows, shape for sum_nats) of a score: roundtrip's (stride 0), or the sliding windows'."""
-    plain = eval_batch_sequences(cfg, device), cfg.train_seq_len, cfg.train_seq_len
-    if not stride:
-        return [(windows(targets, cfg.train_seq_len, cfg.train_seq_len), plain)]
-    length = cfg.eval_length
-    first, *rest = windows(targets, length, stride)
-    whole = plain if length == cfg.train_seq_len else (1, length, length)
-    return [([first], whole), (rest, (cfg.eval_batch_seqs, length, stride))]
+def eval_shape(cfg: Config, device: torch.device, stride: int) -> tuple[int, int, int]:
+    """(windows a pass, their length, targets each scores), the same at any world size; stride 0: official."""
+    tokens = min(cfg.val_batch_size // 8, 16_384 if device.type == "cpu" else 65_536)  # a CPU wants its cache
+    plain = max(1, tokens // cfg.train_seq_len), cfg.train_seq_len, cfg.train_seq_len
+    return (cfg.eval_batch_seqs, cfg.eval_length, stride) if stride else plain
 
 
 def evaluate(cfg: Config, nats_of: Callable, data: Validation, runtime: Runtime, stride: int = 0) -> Score:
-    """Score the split, sharded over ranks: by official windows, or with `stride` by sliding ones."""
-    began = time.perf_counter()
-    parts = score_parts(cfg, runtime.device, data.targets, stride)
-    totals = sum(sum_nats(nats_of, data, runtime, *part) for part in parts)
+    """Score the split, sharded over ranks: by the official windows, or by windows that slide by `stride`.
+    Short windows and passes are padded on the right: one graph, and no scored place sees the padding."""
+    began, (batch, length, width) = time.perf_counter(), eval_shape(cfg, runtime.device, stride)
+    todo, totals = windows(data.targets, length, width), torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    mine = [todo[i] for i in runtime.share(len(todo))]
+    for at in range(0, len(mine), batch):
+        ids, targets, places = (np.zeros((batch, size), np.int64) for size in (length, width, width))
+        scored = torch.zeros(batch, width, dtype=torch.bool)
+        for row, (start, first, stop) in enumerate(mine[at : at + batch]):
+            ids[row, : stop - start] = data.tokens[start:stop]
+            targets[row, : stop - first] = data.tokens[first + 1 : stop + 1]
+            places[row], scored[row, : stop - first] = first - start + np.arange(width), True
+        given = [torch.from_numpy(part).to(runtime.device) for part in (ids, targets, places)]
+        with torch.no_grad():
+            nats = nats_of(*given[: 3 if stride else 2]).cpu().double()
+        totals += torch.stack((nats[scored].sum(), scored.sum()))
     nats, tokens = runtime.sum(totals).tolist()
     require(tokens == data.targets, f"a bug: {tokens:.0f} of {data.targets} targets were scored; no score")
     if not math.isfinite(nats):
@@ -2033,9 +1869,7 @@ def evaluate(cfg: Config, nats_of: Callable, data: Validation, runtime: Runtime,
     return Score(nats, int(tokens), data.bytes, time.perf_counter() - began)
 
 
-# =============================================================================
 # 10. TRAIN
-# =============================================================================
 
 
 @dataclass
@@ -2049,18 +1883,13 @@ class Run:
     data: Validation
 
     def __post_init__(self) -> None:
-        self.build()
-
-    def build(self) -> None:
         """The two functions that run the model, compiled if the runtime compiles."""
         self.loss = self.runtime.compile(training_loss(self.cfg, self.model))
-        self.nats = self.runtime.compile(
-            lambda ids, targets, depth=None: token_nats(self.model, ids, targets, depth)
-        )
+        nats = partial(token_nats, self.model)
+        self.nats = self.runtime.compile(lambda *given, depth=None: nats(*given, depth=depth))
 
     def settle(self, warm: Callable):
         """warm(), which compiles. If the compiler fails, once more without it, unless COMPILE=1 insists.
-
         It needs a C++ compiler on a CPU; and torch 2.5 writes C++ for bfloat16 that does not build."""
         try:
             return warm()
@@ -2069,9 +1898,9 @@ class Run:
         except Exception as error:
             if not self.runtime.compiles or self.cfg.compile == "1":
                 raise
-            self.log.line(f"warning: no torch.compile ({type(error).__name__}); running eagerly, slower")
+            self.log.warn(True, f"no torch.compile ({type(error).__name__}); running eagerly, slower")
             self.runtime.compiles = False
-            self.build()
+            self.__post_init__()
             return warm()
 
     def score(self, stride: int = 0, depth: int | None = None) -> Score:
@@ -2082,7 +1911,6 @@ class Run:
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:
     """Most sequences of one forward pass: 64 K tokens on a GPU as the official script, 8 K on a CPU.
-
     On 2 CPU cores 2 K, 4 K and 8 K tokens are equally fast, 16 K a third slower (cpu_micro_batch.json)."""
     tokens = cfg.micro_batch_tokens or (65_536 if device.type == "cuda" else 8_192)
     return max(1, tokens // cfg.train_seq_len)
@@ -2096,7 +1924,7 @@ def micro_batches(batch: tuple[Tensor, Tensor], limit: int) -> list[tuple[Tensor
 
 def gradient(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: int) -> Tensor:
     """Leave this rank's share of the gradient in the buffer; returns its share of the mean nats per token."""
-    optimisers.zero_grad()
+    optimisers.flat.zero_()
     device = run.runtime.device
     total, dials = torch.zeros((), device=device), plan.dials(device)
     for ids, targets in micro_batches(batch, limit):
@@ -2120,7 +1948,6 @@ def train_step(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: i
 
 def fit_micro_batch(run: Run, batch) -> int:
     """Sequences per forward pass that fit the device: halved on out-of-memory, each rank for itself.
-
     Raises the device's own error when not even one sequence fits. Leaves gradients behind."""
     device, plan, depth = run.runtime.device, plan_step(run.cfg, 0, 0.0, 0.0), phases(run.cfg)[-1][1]
     limit = min(micro_batch_limit(run.cfg, device), max(1, len(batch[0])))
@@ -2143,8 +1970,7 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     if not cfg.warmup_steps:
         return micro_batch_limit(cfg, runtime.device), [0.0] * len(turns)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    states = [optimiser.state_dict() for optimiser in optimisers.all]  # empty as yet
-    random_state = torch.get_rng_state()
+    states, random_state = [o.state_dict() for o in optimisers.all], torch.get_rng_state()  # empty as yet
     first = next(batches(cfg, stream, runtime))
     limit = run.settle(lambda: fit_micro_batch(run, first))
     run.settle(lambda: warm_evaluation(run))
@@ -2163,8 +1989,8 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     run.model.load_state_dict(weights)
     for optimiser, state in zip(optimisers.all, states, strict=True):
         optimiser.load_state_dict(state)
-    for w in optimisers.weights:
-        w.memory.clear()
+    for weight in optimisers.weights:
+        weight.memory.clear()
     torch.set_rng_state(random_state)
     return limit, seconds
 
@@ -2172,15 +1998,12 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
 def warm_evaluation(run: Run) -> None:
     """Compile the evaluation graphs on blank tokens: each shape, and each depth that will be validated."""
     cfg, device, turns = run.cfg, run.runtime.device, [depth for _, depth in phases(run.cfg)]
-    shapes = [
-        s for stride in {0, cfg.eval_stride} for _, s in score_parts(cfg, device, cfg.eval_length, stride)
-    ]
-    graphs = [(shape, turns[-1]) for shape in shapes]
-    graphs += [(shapes[0], depth) for depth in turns[:-1] if cfg.val_loss_every]
-    for (batch, length, scored), depth in dict.fromkeys(graphs):
-        blank = torch.zeros(batch, length + 1, dtype=torch.int64, device=device)
+    early = [(0, depth) for depth in turns[:-1] if cfg.val_loss_every]
+    for stride, depth in dict.fromkeys([(0, turns[-1]), (cfg.eval_stride, turns[-1]), *early]):
+        batch, length, width = eval_shape(cfg, device, stride)
+        sizes = [length, width, width][: 3 if stride else 2]
         with torch.no_grad():
-            run.nats(blank[:, :-1], blank[:, -scored:], depth=depth)
+            run.nats(*(torch.zeros(batch, n, dtype=torch.int64, device=device) for n in sizes), depth=depth)
 
 
 def graphs_compiled() -> int:
@@ -2188,9 +2011,7 @@ def graphs_compiled() -> int:
 
 
 def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: list[float]) -> None:
-    """Say before the clock starts what the run will reach, and warn of the published traps.
-
-    step_seconds: of each phase."""
+    """Say before the clock starts what the run will reach, given the seconds of a step in each phase."""
     cfg, log, cap = run.cfg, run.log, run.cfg.max_wallclock_seconds
     size = predict_size(cfg, run.model) + len(own_source())
     edges = [0.0, *(min(until, 1.0) for until, _ in phases(cfg)[:-1]), 1.0]
@@ -2198,20 +2019,16 @@ def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: list[float
     counts = [(b - a) / pace for (a, b), pace in zip(itertools.pairwise(edges), paces, strict=True)]
     steps, seconds = sum(counts), sum(n * s for n, s in zip(counts, step_seconds, strict=True))
     epochs = steps * cfg.train_batch_tokens / len(stream)
-    ms = ",".join(f"{1000 * s:.0f}" for s in step_seconds)
-    speed = f"step_ms:{ms} micro_batch_tokens:{limit * cfg.train_seq_len}"
-    log.line(f"forecast: steps:{steps:.0f} {speed} epochs:{epochs:.2f} bytes:{size}")
-    if size > SIZE_LIMIT:
-        log.line(f"warning: code and model may pass the limit of {SIZE_LIMIT} bytes")
-    if schedule_name(cfg) == "warmdown" and cfg.warmdown_iters > steps and not cfg.warmdown_frac:
-        peak = f"{steps / cfg.warmdown_iters:.2f}"
-        log.line(f"warning: WARMDOWN_ITERS={cfg.warmdown_iters} is longer than the run: LR starts at {peak}")
-    if 0 < seconds < 0.5 * cap:
-        log.line(
-            f"warning: ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} of {cap:.0f} s"
-        )
-    if epochs > 1:
-        log.line(f"warning: {len(stream)} training tokens will be read {epochs:.1f} times; get more shards")
+    speed = "step_ms:" + ",".join(f"{1000 * s:.0f}" for s in step_seconds)
+    batch = f"micro_batch_tokens:{limit * cfg.train_seq_len} epochs:{epochs:.2f}"
+    log.line(f"forecast: steps:{steps:.0f} {speed} {batch} bytes:{size}")
+    log.warn(size > SIZE_LIMIT, f"code and model may pass the limit of {SIZE_LIMIT} bytes")
+    late = cfg.warmdown_iters > steps and schedule_name(cfg) == "warmdown" and not cfg.warmdown_frac
+    peak = f"LR starts at {steps / max(cfg.warmdown_iters, 1):.2f}"
+    log.warn(late, f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than the run: {peak}")
+    ends = f"ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} of {cap:.0f} s"
+    log.warn(0 < seconds < 0.5 * cap, ends)
+    log.warn(epochs > 1, f"{len(stream)} training tokens will be read {epochs:.1f} times; get more shards")
 
 
 @dataclass
@@ -2225,10 +2042,7 @@ class Trained:
     progress: float = 0.0
     mean_lr_scale: float = 0.0
     late_graphs: int = 0  # compiled inside the clock, in spite of the warm-up
-
-    @property
-    def truncated(self) -> bool:
-        return self.step > 0 and self.progress < 0.98
+    truncated = property(lambda self: self.step > 0 and self.progress < 0.98)
 
 
 def due(step: int, every: int) -> bool:
@@ -2237,10 +2051,8 @@ def due(step: int, every: int) -> bool:
 
 def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> Score:
     """Score the live weights, log it in the official line format."""
-    score, ms = run.score(depth=depth), 1000 * seconds
-    values = f"val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f}"
-    times = f"train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms"
-    run.log.line(f"step:{step}/{run.cfg.iterations} {values} {times}")
+    score, ms, head = run.score(depth=depth), 1000 * seconds, f"step:{step}/{run.cfg.iterations}"
+    run.log.line(f"{head} {score.text} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
     run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_ms=ms)
     return score
 
@@ -2252,9 +2064,9 @@ def report_step(run: Run, step: int, loss: Tensor, plan: StepPlan, seconds: floa
     place = f"lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
     run.log.line(f"{head} train_loss:{value:.4f} {times} {place}")
     where = dict(lr_scale=plan.lr_scale, progress=plan.progress, tokens=step * run.cfg.train_batch_tokens)
-    finite = math.isfinite(value)
-    run.log.event("step", step=step, train_loss=value if finite else None, **where, train_ms=ms)
-    if not finite:
+    shown = value if math.isfinite(value) else None
+    run.log.event("step", step=step, train_loss=shown, **where, train_ms=ms)
+    if shown is None:
         raise RunError(f"diverged: loss is {value} at step {step}; lower the learning rates", DIVERGED)
 
 
@@ -2268,18 +2080,6 @@ def report_turns(run: Run, stream: TokenStream, before: StepPlan | None, plan: S
         turn = f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats" if cfg.prog_depth else grown
         log.line(f"{turn} at step:{step} frac:{plan.progress:.2f}")
         log.event("phase", step=step, depth=plan.depth, progress=plan.progress)
-
-
-def average_weights(run: Run, average: Average, result: Trained) -> None:
-    """Put the average into the model and score it beside the live weights, so that its own effect shows."""
-    average.load(result.step)
-    score = result.averaged = run.score()
-    run.log.line(f"{average.kind}: averaging {average.count} checkpoints")
-    run.log.line(
-        f"averaged val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} live val_bpb:{result.score.bpb:.4f}"
-    )
-    values = dict(live_val_bpb=result.score.bpb, val_loss=score.loss, val_bpb=score.bpb)
-    run.log.event("average", kind=average.kind, count=average.count, **values)
 
 
 def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
@@ -2308,29 +2108,28 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     loader.close()
     result.step, result.seconds, result.progress = step, clock.total, plan.progress
     result.mean_lr_scale, result.late_graphs = scales / max(step, 1), graphs_compiled() - graphs
-    report_end(run, result)
-    if average.kind:
-        average_weights(run, average, result)
+    report_end(run, average, result)
     return result
 
 
-def report_end(run: Run, result: Trained) -> None:
-    log, end = run.log, f"step:{result.step}/{run.cfg.iterations}"
+def report_end(run: Run, average: Average, result: Trained) -> None:
+    """Say how training ended. An average is put into the model and scored beside the live weights."""
+    log, late, end = run.log, result.late_graphs, f"step:{result.step}/{run.cfg.iterations}"
     if result.step < run.cfg.iterations:
         log.line(f"stopping_early: wallclock_cap train_time:{1000 * result.seconds:.0f}ms {end}")
-    if result.truncated:
-        log.line(
-            f"warning: schedule_truncated at progress {result.progress:.3f}: steps too long for the clock"
-        )
-    if result.late_graphs:
-        log.line(
-            f"warning: {result.late_graphs} graphs were compiled inside the clock; set WARMUP_STEPS >= 1"
-        )
+    truncated = f"schedule_truncated at progress {result.progress:.3f}: steps too long for the clock"
+    log.warn(result.truncated, truncated)
+    log.warn(late > 0, f"{late} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
+    if average.kind:
+        average.load(result.step)
+        score = result.averaged = run.score()
+        log.line(f"{average.kind}: averaging {average.count} checkpoints")
+        log.line(f"averaged {score.text} live {result.score.text}")
+        values = dict(live_val_bpb=result.score.bpb, val_loss=score.loss, val_bpb=score.bpb)
+        log.event("average", kind=average.kind, count=average.count, **values)
 
 
-# =============================================================================
 # 11. MAIN
-# =============================================================================
 
 
 def own_source() -> bytes:
@@ -2339,8 +2138,12 @@ def own_source() -> bytes:
 
 
 def describe_machine(runtime: Runtime) -> dict[str, object]:
-    """The `env` event: device and versions."""
-    device = torch.cuda.get_device_name() if runtime.is_cuda else cpu_name()
+    """The `env` event: device and versions. A CPU has its name where Linux tells it, and its threads."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError, TypeError):
+        name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
+    cpu = f"{name}, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if runtime.is_cuda else cpu
     attention = "sdpa" if runtime.is_cuda else f"blocked to {LONGEST_BLOCKED}, then sdpa"
     dtype = next(name for name, kind in DTYPES.items() if kind == runtime.dtype)
     setting = dict(dtype=dtype, compile=runtime.compiles, attention=attention)
@@ -2348,26 +2151,15 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
     return dict(device=device, world_size=runtime.world_size, **setting, **versions)
 
 
-def cpu_name() -> str:
-    """The processor's name where Linux tells it, else its architecture; and the threads in use."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError, TypeError):
-        name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def nvidia_smi(runtime: Runtime) -> str:
-    if not runtime.is_cuda or not shutil.which("nvidia-smi"):
-        return "nvidia-smi: no GPU in use"
-    return subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
-
-
 def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     """The official head of a log: source, versions, setting; and the `config` and `env` events."""
     cfg, log, runtime, data, source = run.cfg, run.log, run.runtime, run.data, own_source()
     machine, rule, tied = describe_machine(runtime), "=" * 100, cfg.tie_embeddings
     folder, shards = Path(cfg.data_path), len(stream.paths) if stream else 0
-    versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n{nvidia_smi(runtime)}"
+    cards = "nvidia-smi: no GPU in use"
+    if runtime.is_cuda and shutil.which("nvidia-smi"):
+        cards = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
+    versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n{cards}"
     log.line(f"{source.decode()}\n{rule}\n{versions}\n{rule}", echo=False)
     rates = f"embed_lr:{cfg.tied_embed_lr if tied else cfg.embed_lr} head_lr:{0.0 if tied else cfg.head_lr}"
     batch = f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len}"
@@ -2383,14 +2175,13 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     log.line(" ".join(f"{name}:{value}" for name, value in machine.items()))
     log.line(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}")
     log.line(f"tie_embeddings:{tied} {rates} matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}")
-    if cfg.prog_depth:
-        turns = cfg.depth_phases
-        log.line(f"prog_depth: schedule={turns} starting_repeats={turns[0][1]}")
+    for _, repeats in cfg.depth_phases[:1]:
+        log.line(f"prog_depth: schedule={cfg.depth_phases} starting_repeats={repeats}")
     log.line(f"{batch} {length} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}")
     for phrase in cfg.inert():
-        log.line(f"warning: {phrase}")
-    if runtime.uncompiled:
-        log.line(f"warning: no torch.compile ({runtime.uncompiled}); running eagerly, slower")
+        log.warn(True, phrase)
+    uncompiled = f"no torch.compile ({runtime.uncompiled}); running eagerly, slower"
+    log.warn(bool(runtime.uncompiled), uncompiled)
     sha = hashlib.sha256(source).hexdigest()
     log.event("config", config=asdict(cfg), config_hash=cfg.hash, code_sha256=sha, code_bytes=len(source))
     log.event("env", **machine, val_tokens=data.targets, val_bytes=data.bytes, val_sha256=data.sha256)
@@ -2402,12 +2193,10 @@ def save_model(run: Run, out: Path) -> dict[str, object]:
     bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise RunError(f"diverged: {bad[0]} is not finite; no model was written", DIVERGED)
-    buffer = io.BytesIO()
+    buffer, quant = io.BytesIO(), quant_name(cfg)
     torch.save(state, buffer)
-    machine = describe_machine(run.runtime)
-    setting = dict(dtype=machine["dtype"], compile=machine["compile"], config_hash=cfg.hash)
-    quant = quant_name(cfg)
-    blob = pack(cfg, state, dict(setting, quant=quant))
+    dtype, compiled = map(describe_machine(run.runtime).get, ("dtype", "compile"))
+    blob = pack(cfg, state, dict(dtype=dtype, compile=compiled, config_hash=cfg.hash, quant=quant))
     write_atomic(out / "final_model.pt", buffer.getvalue())
     write_atomic(out / MODEL_FILE, blob)
     raw, packed, code, payload = buffer.tell(), len(blob), len(own_source()), payload_bytes(cfg, state)
@@ -2423,16 +2212,14 @@ def save_model(run: Run, out: Path) -> dict[str, object]:
 def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
     """Log the relative error of each tensor as read back, and what each group takes, packed by itself."""
     cfg, restored, groups = run.cfg, unpack(blob, "the artifact")[0], {}
-    size = {name: tensor.norm().item() for name, tensor in state.items()}
-    off = {name: (restored[name] - tensor).norm().item() for name, tensor in state.items()}
+    off = {name: ((restored[name] - t).norm().item(), t.norm().item()) for name, t in state.items()}
     for group in dict.fromkeys(map(weight_group, state)):
         part = {name: tensor for name, tensor in state.items() if weight_group(name) == group}
-        error = math.hypot(*(off[n] for n in part)) / max(math.hypot(*(size[n] for n in part)), 1e-30)
-        groups[group] = dict(tensors=len(part), bytes=len(pack(cfg, part, {})), error=error)
-        run.log.line(
-            f"packed {group}: " + "tensors:{tensors} bytes:{bytes} error:{error:.5f}".format(**groups[group])
-        )
-    errors = {name: off[name] / max(size[name], 1e-30) for name in state}
+        error, size = (math.hypot(*norms) for norms in zip(*(off[name] for name in part), strict=True))
+        packed, relative = len(pack(cfg, part, {})), error / max(size, 1e-30)
+        groups[group] = dict(tensors=len(part), bytes=packed, error=relative)
+        run.log.line(f"packed {group}: tensors:{len(part)} bytes:{packed} error:{relative:.5f}")
+    errors = {name: error / max(size, 1e-30) for name, (error, size) in off.items()}
     run.log.event("quantise", quant=quant_name(cfg), clip=cfg.quant_clip, groups=groups, errors=errors)
 
 
@@ -2469,15 +2256,15 @@ def read_artifact(path: str) -> bytes:
 
 def verdict(cfg: Config, total_bytes: int, eval_seconds: float, late_graphs: int) -> tuple[str, int, str]:
     """(status, exit code, message) by the challenge's limits and our own promise about the clock."""
-    if total_bytes > SIZE_LIMIT:
-        return "over_size", OVER_SIZE, f"code and model take {total_bytes} bytes, the limit is {SIZE_LIMIT}"
-    if 0 < cfg.max_eval_seconds < eval_seconds:
-        message = f"evaluation took {eval_seconds:.0f} s, the limit is {cfg.max_eval_seconds:.0f}"
-        return "over_eval_time", OVER_EVAL_TIME, message
-    if late_graphs and cfg.warmup_steps:
-        message = f"{late_graphs} graphs were compiled inside the training clock although it was warmed up"
-        return "recompiled", RECOMPILED, f"{message}: please report this; COMPILE=0 avoids it"
-    return "ok", 0, ""
+    size = f"code and model take {total_bytes} bytes, the limit is {SIZE_LIMIT}"
+    clock = f"evaluation took {eval_seconds:.0f} s, the limit is {cfg.max_eval_seconds:.0f}"
+    graphs = f"{late_graphs} graphs compiled in the training clock despite the warm-up; COMPILE=0 avoids it"
+    broken = (
+        (total_bytes > SIZE_LIMIT, ("over_size", OVER_SIZE, size)),
+        (0 < cfg.max_eval_seconds < eval_seconds, ("over_eval_time", OVER_EVAL_TIME, clock)),
+        (late_graphs and cfg.warmup_steps, ("recompiled", RECOMPILED, graphs)),
+    )
+    return next((what for is_broken, what in broken if is_broken), ("ok", 0, ""))
 
 
 def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score], run_id: str) -> int:
@@ -2508,9 +2295,8 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
     made, source = header.get("model"), f"EVAL_ONLY={cfg.eval_only}"
     kinds = {name: type(value) for name, value in cfg.shape().items()}
     known = isinstance(made, dict) and {name: type(value) for name, value in made.items()} == kinds
-    setting = header.get("dtype") in DTYPES and header.get("codec") in CODECS
-    setting = setting and isinstance(header.get("quant"), str)
-    require(known and setting, f"{source} was made by another version of this script")
+    known = known and header.get("dtype") in DTYPES and header.get("codec") in CODECS
+    require(known and "quant" in header, f"{source} was made by another version of this script")
     for name, value in made.items():
         asked = name.upper() in env and getattr(cfg, name) != value
         clash = f"{name.upper()}={getattr(cfg, name)} but {source} was trained with {value}"
@@ -2519,13 +2305,6 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
     compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
     dtype = cfg.dtype if "DTYPE" in env else header["dtype"]
     return replace(cfg, **made, compile=compiled, dtype=dtype, train_batch_tokens=made["train_seq_len"])
-
-
-def require_size(cfg: Config, model: GPT) -> None:
-    """RunError (3) before training when the artifact will not fit."""
-    size = predict_size(cfg, model) + len(own_source())
-    if size > SIZE_SLACK * SIZE_LIMIT:
-        raise RunError(f"code and model will take about {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
 
 
 def execute(cfg: Config, env: Mapping[str, str]) -> int:
@@ -2547,8 +2326,9 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         model = GPT(cfg, runtime.dtype)
         if cfg.init_from:
             load_weights(model, load_checkpoint(cfg.init_from), f"INIT_FROM={cfg.init_from}")
-        if not header:
-            require_size(cfg, model)
+        size = predict_size(cfg, model) + len(own_source())
+        if size > SIZE_SLACK * SIZE_LIMIT and not header:
+            raise RunError(f"code and model will take {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
         run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         runtime.main_decides(lambda: held.extend(claim_outputs(cfg, run_id)))  # locks, held until the end
         log = RunLog(Path(cfg.out_dir) / "logs" if runtime.rank == 0 else None, run_id)
@@ -2582,40 +2362,36 @@ def train_and_score(run: Run, stream: TokenStream | None, header: Mapping | None
     return finish(run, trained, artifact, score_artifact(run, artifact), run_id)
 
 
-def dry_run(cfg: Config) -> None:
-    """Print what the run would be. Only a backward pass on blank tokens is timed; nothing is written."""
+def dry_run(cfg: Config) -> str:
+    """What the run would be. Only a backward pass on blank tokens is timed; nothing is written."""
     with Runtime.launch(replace(cfg, compile="0"), {}) as runtime:
         model = GPT(cfg, runtime.dtype).to(runtime.device)
         limit = min(micro_batch_limit(cfg, runtime.device), cfg.sequences)
         ids = torch.zeros(limit, cfg.train_seq_len, dtype=torch.int64, device=runtime.device)
-        loss, clock = training_loss(cfg, model), Clock(runtime)
-        clock.start()
-        for _ in range(3):
+        loss = training_loss(cfg, model)
+
+        def once() -> None:
             loss(ids, ids)[0].backward()
             runtime.synchronize()
-            clock.tick()
-        step_seconds = min(clock.recent) * cfg.sequences / limit
+
+        step_seconds = min(timeit.repeat(once, number=1, repeat=3)) * cfg.sequences / limit
         size, code = predict_size(cfg, model), len(own_source())
-        facts = dict(
-            config_hash=cfg.hash,
-            model_params=sum(p.numel() for p in model.parameters()),
-            predicted_artifact_bytes=f"{size} + code {code} = {size + code} of {SIZE_LIMIT}",
-            flops_per_step=f"{step_flops(cfg, model):.4g}",
-            predicted_steps=f"{steps_left(cfg, 0, 0.0, step_seconds):.0f} at {1000 * step_seconds:.0f} ms",
-            predicted_for=f"one eager process on {describe_machine(runtime)['device']}",
-        )
-    print("\n".join([f"{name}={value}" for name, value in cfg.effective().items()]))
-    print("\n".join([f"{name}: {value}" for name, value in facts.items()]))
+        facts = [f"{name}={value}" for name, value in cfg.effective().items()]
+        facts += [f"config_hash: {cfg.hash}", f"model_params: {sum(p.numel() for p in model.parameters())}"]
+        facts += [f"predicted_artifact_bytes: {size} + code {code} = {size + code} of {SIZE_LIMIT}"]
+        steps = f"{steps_left(cfg, 0, 0.0, step_seconds):.0f} at {1000 * step_seconds:.0f} ms"
+        facts += [f"flops_per_step: {step_flops(cfg, model):.4g}", f"predicted_steps: {steps}"]
+        facts += [f"predicted_for: one eager process on {describe_machine(runtime)['device']}"]
+    return "\n".join(facts)
 
 
 def main() -> None:
     arguments, code = sys.argv[1:], 0
     pages = {"--help": help_text, "-h": help_text, "--knob-table": knob_table, "--list-ideas": idea_list}
+    pages["--dry-run"] = lambda: dry_run(Config.from_env(os.environ))
     try:
         if len(arguments) == 1 and arguments[0] in pages:
             print(pages[arguments[0]]())
-        elif arguments == ["--dry-run"]:
-            dry_run(Config.from_env(os.environ))
         else:
             require(not arguments, f"unknown argument {arguments}: knobs are environment variables; --help")
             code = execute(Config.from_env(os.environ), os.environ)
