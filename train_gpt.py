@@ -77,8 +77,7 @@ def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="
     """A Config field that the environment variable of the same name, in capitals, sets.
     needs: comma list of `NAME=VALUE` / `NAME!=VALUE` without which the knob does nothing.
     role: "train" and "pack" shape the result, "model" too and is stored in the artifact; "place" says only
-    where and how to run and stays out of the config hash. idea: how it fared at its source, one of STATES.
-    """
+    where and how to run and stays out of the config hash. idea: how it fared at its source, one of STATES."""
     limits = dict(low=low, high=high, choices=choices, needs=needs, role=role)
     return field(default=default, metadata=dict(doc=doc, idea="", source="PR #1434") | limits | about)
 
@@ -192,7 +191,7 @@ class Config:
     entropy_bonus: float = not_run(0.0, "+ this * mean entropy of P; negative rewards confidence")
     multi_token: float = broken(0.0, "+ this * CE of z and the target after next; last one repeated", low=0)
     head_diversity: float = broken(0.0, "+ this * mean squared cosine of heads' parts of proj, all blocks")
-    # -- ideas: gradients g and weights w; "matrices" leave out control tensors --
+    # -- ideas: gradients g, weights w, structure; "matrices" leave out control tensors --
     grad_central: bool = not_run(False, "g - its mean over all axes but the first, matrices")
     mycorrhizal: float = rejected(0.0, "from p = 0.025 g_i += c g_(i+3), g_(i+3) += c g_i, blocks in order")
     thermal_vent: float = rejected(0.0, "from p = 0.025 two random blocks a step: g (1 + this)")
@@ -206,7 +205,6 @@ class Config:
     weight_perturb: float = rejected(0.0, "w += this mean(abs w) N(0,1) each PERTURB_INTERVAL", low=0)
     perturb_interval: int = rejected(100, "steps between perturbations", low=1, needs="WEIGHT_PERTURB!=0")
     mutation_decay: float = rejected(0.0, "from p = 0.05 w += this exp(-5p) mean(abs w) N(0,1)", low=0)
-    # -- ideas: structure in training --
     layer_drop: float = broken(0.0, "chance a step skips a layer, but each half's first; crashed", **SHARE)
     progressive_grow: bool = broken(False, "train max(3, 0.3 L) layers, L from p = 0.9; unused there", **FLAT)
     head_prune: float = not_run(0.0, "share of heads, least norm(proj) first, zeroed; code lost", **SHARE)
@@ -289,7 +287,8 @@ class Config:
     @property
     def depth_phases(self) -> list[tuple[float, int]]:
         """PROG_DEPTH as (until this progress, repeats), in order of progress."""
-        pairs = [part.partition(":")[::2] for part in filter(None, self.prog_depth.split(","))]
+        parts = self.prog_depth.split(",") if self.prog_depth and self.num_repeats > 1 else []
+        pairs = [part.partition(":")[::2] for part in parts]
         with suppress(ValueError):
             return sorted((float(until), int(repeats)) for until, repeats in pairs)
         raise RunError(f"PROG_DEPTH={self.prog_depth!r} is not like 0.4:2,0.65:3,1.0:4 (progress:repeats)")
@@ -303,10 +302,9 @@ class Config:
 
     def unmet(self, f: Field) -> str:
         """The first condition in the knob's `needs` that does not hold, or ''."""
-        types = {other.name.upper(): other for other in fields(self)}
-        for need in filter(None, f.metadata["needs"].split(",")):
-            name, differs, value = re.fullmatch(r"(\w+)(!?)=(.*)", need).groups()
-            if (getattr(self, name.lower()) == parse(types[name], value)) == bool(differs):
+        known, needs = self.__dataclass_fields__, f.metadata["needs"]
+        for need, name, differs, value in re.findall(r"((\w+)(!?)=([^,]*))", needs):
+            if (getattr(self, name.lower()) == parse(known[name.lower()], value)) == bool(differs):
                 return need
         return ""
 
@@ -388,7 +386,6 @@ def knob_rows() -> list[tuple[str, str, str, str, str, str]]:
 
 
 def help_text() -> str:
-    """--help."""
     rows = [(n, d if len(d) < 42 else "(names)", doc, a and f"({a})") for n, d, a, doc, *_ in knob_rows()]
     return "\n".join([__doc__, *(f"{n:36} {d:42} {doc} {a}" for n, d, doc, a in rows)])
 
@@ -651,7 +648,6 @@ def whale(p: float) -> float:
     return max(0.05, dive * min(1.0, (1 - p) / 0.1))
 
 
-BURSTS = 0.25, 0.5, 0.75  # of PUNCTUATED_LR
 # LR multiplier of (cfg, p, steps left), keyed by the knob that switches each on; the last acts when none is.
 SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(
     tidal_lr=lambda cfg, p, left: tide(p, cfg.tidal_warmup, cfg.tidal_warmup),
@@ -660,7 +656,7 @@ SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(
     whale_lr=lambda cfg, p, left: whale(p),
     circadian_lr=lambda cfg, p, left: max(0.1, cosine(p) + 0.15 * (1 - p) * math.sin(16 * math.pi * p)),
     cosmo_lr=lambda cfg, p, left: 0.05 + 19 * p if p < 0.05 else (1 + 20 * p) ** -0.5,
-    punctuated_lr=lambda cfg, p, left: 0.1 + 0.9 * max(math.exp(-((p - c) ** 2) * 200) for c in BURSTS),
+    punctuated_lr=lambda cfg, p, left: 0.1 + 0.9 * max(math.exp(-200 * (p - c / 4) ** 2) for c in (1, 2, 3)),
     root_first=lambda cfg, p, left: cosine(p),
     coral_lr=lambda cfg, p, left: cosine(p),
     warmdown=warmdown,
@@ -826,8 +822,9 @@ class TokenStream:
 
     def windows(self, length: int) -> int:
         """How many training windows of `length` targets it holds; RunError if none."""
-        short = f"the training shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more"
-        require(len(self) > length, short)
+        require(
+            len(self) > length, f"training shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more"
+        )
         return (len(self) - 1) // length
 
     def epoch(self, cfg: Config, step: int) -> int:
@@ -925,9 +922,8 @@ def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
 
 
 def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int, int]:
-    """(documents, bytes) of the text that `tokens` decode to, one document after another: the oracle.
-    A document is what stands between boundary tokens (BOS and other controls). Its leading space mark adds
-    no byte, as in ByteTable; whether decode drops that mark depends on the tokenizer: it is probed."""
+    """(documents, bytes) of the text that `tokens` decode to: the oracle. Documents stand between boundary
+    tokens; their leading space mark adds no byte, as in ByteTable. Whether decode drops it is probed."""
     marked = np.flatnonzero(table.space)[:1].tolist()
     keeps_mark = bool(marked) and tokenizer.decode(marked).startswith(" ")
     edges = np.concatenate(([-1], np.flatnonzero(table.boundary[tokens]), [len(tokens)]))
@@ -969,9 +965,8 @@ class Validation:
 
 def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
     """Read the validation shards. prove: RunError unless the pieces' bytes equal the decoded text's."""
-    where, table = cfg.data_path, ByteTable.of(tokenizer)
-    stream = TokenStream(where, "val", cfg.vocab_size)
-    tokens = stream.read(0, len(stream))
+    where, stream = cfg.data_path, TokenStream(cfg.data_path, "val", cfg.vocab_size)
+    table, tokens = ByteTable.of(tokenizer), stream.read(0, len(stream))
     require(len(tokens) > 1, f"the validation shards in {where} hold fewer than two tokens")
     weights = table.weigh(tokens)
     data = Validation(tokens, weights[1:], 0, hashlib.sha256(tokens.tobytes()).hexdigest())
@@ -1000,6 +995,7 @@ def cached_oracle(cfg: Config, key: str, compute: Callable[[], tuple[int, int]])
 
 
 # 6. MODEL: official names and shapes, so official checkpoints load
+BLOCK, LONGEST_BLOCKED = 128, 512  # queries of a block, and the longest sequence, of attention on a CPU
 NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm uses for float32, fixed for every dtype
 
 
@@ -1037,9 +1033,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, half-split pairs. x [..., T, D]; cos, sin [T, D/2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-
-
-BLOCK, LONGEST_BLOCKED = 128, 512
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -1380,6 +1373,7 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
 
 
 # 7. OPTIMISERS: Muon for the blocks' matrices, Adam for the rest
+ROLES = "embed", "head", "matrix", "scalar"  # of parameters: Muon trains the matrices, Adam the others
 NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Keller Jordan's: steep at 0, all within 0.7..1.2 after 5 steps
 
 
@@ -1435,9 +1429,6 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(averages, grads)
         nesterov = torch.stack(torch._foreach_add(grads, averages, alpha=momentum))
         return orthogonalise(nesterov, self.steps, self.runtime.dtype) * max(1.0, rows / columns) ** 0.5
-
-
-ROLES = "embed", "head", "matrix", "scalar"
 
 
 @dataclass(frozen=True)
@@ -1504,12 +1495,17 @@ def synaptic_scale(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
         w.param.mul_((w.memory.setdefault("size", size) / size).clamp(0.95, 1.05))
 
 
-def shake(cfg: Config, weights: list[Weight], plan: StepPlan, amount: float) -> None:
-    """Add `amount` times each matrix's mean magnitude times N(0, 1), the same on every rank."""
-    for w in matrices(weights) if amount > 1e-6 else []:
-        generator = torch.Generator(w.param.device).manual_seed(draw(cfg.seed, plan.step, w.name))
-        normal = torch.randn(w.param.shape, generator=generator, device=w.param.device)
-        w.param.add_(normal * (amount * w.param.abs().mean()))
+def shake(amount: Callable[[Config, int, float], float]) -> Callable[..., None]:
+    """Add amount(cfg, step, p) times a matrix's mean magnitude times N(0, 1), the same on every rank."""
+
+    def edit(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+        size = amount(cfg, plan.step + 1, plan.progress)
+        for w in matrices(weights) if size > 1e-6 else []:
+            generator = torch.Generator(w.param.device).manual_seed(draw(cfg.seed, plan.step, w.name))
+            normal = torch.randn(w.param.shape, generator=generator, device=w.param.device)
+            w.param.add_(normal * (size * w.param.abs().mean()))
+
+    return edit
 
 
 def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool = False) -> None:
@@ -1535,12 +1531,8 @@ GRADIENT_EDITS: dict[str, Callable[..., object]] = dict(
 WEIGHT_EDITS: dict[str, Callable[..., object]] = dict(
     controlled_burn=controlled_burn,
     synaptic_scale=synaptic_scale,
-    weight_perturb=lambda cfg, ws, plan: shake(
-        cfg, ws, plan, cfg.weight_perturb * due(plan.step + 1, cfg.perturb_interval)
-    ),
-    mutation_decay=lambda cfg, ws, plan: shake(
-        cfg, ws, plan, cfg.mutation_decay * math.exp(-5 * plan.progress) * (plan.progress >= 0.05)
-    ),
+    weight_perturb=shake(lambda cfg, step, p: cfg.weight_perturb * due(step, cfg.perturb_interval)),
+    mutation_decay=shake(lambda cfg, step, p: cfg.mutation_decay * math.exp(-5 * p) * (p >= 0.05)),
     head_prune=head_prune,
 )
 # LR multiplier of a weight at p, with n blocks: of the step, since Muon and Adam cancel it on the gradient.
@@ -1696,8 +1688,9 @@ def weight_group(name: str) -> str:
 
 
 def levels_of(cfg: Config, name: str) -> int:
-    own = dict(mlp=cfg.mlp_quant_levels, embed=cfg.embed_quant_levels).get(weight_group(name))
-    return own or cfg.quant_levels
+    """The largest integer of a tensor."""
+    own = dict(mlp=cfg.mlp_quant_levels, embed=cfg.embed_quant_levels)
+    return own.get(weight_group(name)) or cfg.quant_levels
 
 
 def quant_name(cfg: Config) -> str:
@@ -1716,9 +1709,9 @@ def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
 def tensor_planes(cfg: Config, name: str, kinds: list[str], tensor: Tensor) -> dict[str, np.ndarray]:
     """The stored arrays of a tensor, by kind; RunError (5) if one overflows float16."""
     weight = tensor.detach().float().cpu().contiguous()
-    whole = weight.half() if "fp16" in kinds else weight
-    how = cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip
-    arrays = quantise_rows(weight, *how) if "int8" in kinds else (whole,)
+    arrays = (weight.half() if "fp16" in kinds else weight,)
+    if "int8" in kinds:
+        arrays = quantise_rows(weight, cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip)
     if not all(torch.isfinite(array).all() for array in arrays):
         raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
     return {kind: array.numpy().astype(PLANES[kind]) for kind, array in zip(kinds, arrays, strict=True)}
@@ -1813,7 +1806,7 @@ def predict_size(cfg: Config, model: GPT) -> int:
     """Expected bytes of the packed model after training."""
     state = model.state_dict()
     coded = [(n, t.numel()) for n, t in state.items() if "int8" in plane_kinds(cfg, n, t.shape)]
-    fewer = sum(count * math.log2(127 / levels_of(cfg, name)) / 8 for name, count in coded)
+    fewer = sum(count * math.log(127 / levels_of(cfg, name), 256) for name, count in coded)
     return int(TRAINED_RATIO * payload_bytes(cfg, state) - fewer)
 
 
@@ -1893,10 +1886,9 @@ class Run:
         It needs a C++ compiler on a CPU; and torch 2.5 writes C++ for bfloat16 that does not build."""
         try:
             return warm()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
-            if not self.runtime.compiles or self.cfg.compile == "1":
+            full = isinstance(error, torch.OutOfMemoryError)
+            if full or not self.runtime.compiles or self.cfg.compile == "1":
                 raise
             self.log.warn(True, f"no torch.compile ({type(error).__name__}); running eagerly, slower")
             self.runtime.compiles = False
@@ -1971,16 +1963,15 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
         return micro_batch_limit(cfg, runtime.device), [0.0] * len(turns)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     states, random_state = [o.state_dict() for o in optimisers.all], torch.get_rng_state()  # empty as yet
-    first = next(batches(cfg, stream, runtime))
-    limit = run.settle(lambda: fit_micro_batch(run, first))
-    run.settle(lambda: warm_evaluation(run))
     source = batches(cfg, stream, runtime)
+    limit = run.settle(lambda: fit_micro_batch(run, next(source)))
+    run.settle(lambda: warm_evaluation(run))
     for _, depth in turns:
         plan, last = replace(plan_step(cfg, 0, 0.0, 0.0), depth=depth), depth == turns[-1][1]
         for step in range(cfg.warmup_steps if last else 2):  # of a shallow depth the second is timed
             runtime.synchronize()
             start = time.perf_counter()
-            train_step(run, optimisers, next(source) if last else first, plan, limit)
+            train_step(run, optimisers, next(source), plan, limit)
             runtime.synchronize()
             taken = time.perf_counter() - start
             if last:
@@ -2077,7 +2068,9 @@ def report_turns(run: Run, stream: TokenStream, before: StepPlan | None, plan: S
         log.line(f"epoch:{stream.epoch(cfg, step)} step:{step}")
     if before and before.depth != plan.depth:
         grown = f"progressive_grow: switched to {plan.depth} layers"
-        turn = f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats" if cfg.prog_depth else grown
+        turn = (
+            f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats" if cfg.depth_phases else grown
+        )
         log.line(f"{turn} at step:{step} frac:{plan.progress:.2f}")
         log.event("phase", step=step, depth=plan.depth, progress=plan.progress)
 
@@ -2142,8 +2135,7 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
     name = platform.processor() or platform.machine()
     with suppress(OSError, TypeError):
         name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
-    cpu = f"{name}, {torch.get_num_threads()} threads"
-    device = torch.cuda.get_device_name() if runtime.is_cuda else cpu
+    device = torch.cuda.get_device_name() if runtime.is_cuda else f"{name}, {torch.get_num_threads()} threads"
     attention = "sdpa" if runtime.is_cuda else f"blocked to {LONGEST_BLOCKED}, then sdpa"
     dtype = next(name for name, kind in DTYPES.items() if kind == runtime.dtype)
     setting = dict(dtype=dtype, compile=runtime.compiles, attention=attention)
@@ -2180,8 +2172,7 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     log.line(f"{batch} {length} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}")
     for phrase in cfg.inert():
         log.warn(True, phrase)
-    uncompiled = f"no torch.compile ({runtime.uncompiled}); running eagerly, slower"
-    log.warn(bool(runtime.uncompiled), uncompiled)
+    log.warn(bool(runtime.uncompiled), f"no torch.compile ({runtime.uncompiled}); running eagerly, slower")
     sha = hashlib.sha256(source).hexdigest()
     log.event("config", config=asdict(cfg), config_hash=cfg.hash, code_sha256=sha, code_bytes=len(source))
     log.event("env", **machine, val_tokens=data.targets, val_bytes=data.bytes, val_sha256=data.sha256)
@@ -2195,8 +2186,8 @@ def save_model(run: Run, out: Path) -> dict[str, object]:
         raise RunError(f"diverged: {bad[0]} is not finite; no model was written", DIVERGED)
     buffer, quant = io.BytesIO(), quant_name(cfg)
     torch.save(state, buffer)
-    dtype, compiled = map(describe_machine(run.runtime).get, ("dtype", "compile"))
-    blob = pack(cfg, state, dict(dtype=dtype, compile=compiled, config_hash=cfg.hash, quant=quant))
+    about = describe_machine(run.runtime) | dict(config_hash=cfg.hash, quant=quant)
+    blob = pack(cfg, state, {key: about[key] for key in ("dtype", "compile", "config_hash", "quant")})
     write_atomic(out / "final_model.pt", buffer.getvalue())
     write_atomic(out / MODEL_FILE, blob)
     raw, packed, code, payload = buffer.tell(), len(blob), len(own_source()), payload_bytes(cfg, state)
@@ -2376,8 +2367,8 @@ def dry_run(cfg: Config) -> str:
 
         step_seconds = min(timeit.repeat(once, number=1, repeat=3)) * cfg.sequences / limit
         size, code = predict_size(cfg, model), len(own_source())
-        facts = [f"{name}={value}" for name, value in cfg.effective().items()]
-        facts += [f"config_hash: {cfg.hash}", f"model_params: {sum(p.numel() for p in model.parameters())}"]
+        facts = [*(f"{name}={value}" for name, value in cfg.effective().items()), f"config_hash: {cfg.hash}"]
+        facts += [f"model_params: {sum(p.numel() for p in model.parameters())}"]
         facts += [f"predicted_artifact_bytes: {size} + code {code} = {size + code} of {SIZE_LIMIT}"]
         steps = f"{steps_left(cfg, 0, 0.0, step_seconds):.0f} at {1000 * step_seconds:.0f} ms"
         facts += [f"flops_per_step: {step_flops(cfg, model):.4g}", f"predicted_steps: {steps}"]

@@ -22,8 +22,8 @@ from train_gpt import (
     Runtime,
     StepPlan,
     cross_entropy,
-    depths,
     kept_layers,
+    phases,
     plan_step,
     token_nats,
     train_step,
@@ -132,7 +132,7 @@ def test_an_idea_compiles_once_for_each_structure_and_trains_the_same(tiny, know
     runtime, cfg = Traced(), config(tiny, **base, **{name: value})
     compiled = trajectory(cfg, runtime)
     torch.testing.assert_close(compiled, known(**base, **{name: value}), rtol=1e-3, atol=1e-4)
-    assert runtime.graphs == len(depths(cfg))
+    assert runtime.graphs == len(phases(cfg))
 
 
 TOGETHER = dict(
@@ -172,7 +172,7 @@ class Lines(RunLog):
 def test_a_deep_model_may_grow_through_more_graphs_than_torch_allows_by_default(tiny):
     runtime, cfg = Traced(), config(tiny, num_layers=13, progressive_grow=True, iterations=22)
     trajectory(cfg, runtime, steps=22)
-    assert runtime.graphs == len(depths(cfg)) == 11
+    assert runtime.graphs == len(phases(cfg)) == 11
 
 
 @pytest.mark.parametrize("warm_up", [1, 0])
@@ -766,7 +766,7 @@ def test_the_list_names_every_idea_with_its_state_and_source():
 
 
 def test_every_table_entry_is_an_idea():
-    tables = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES"
+    tables = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES DECAYS"
     entries = {name for table in tables.split() for name in getattr(train_gpt, table)}
     assert entries - {"warmdown"} <= {f.name for f in fields(Config) if f.metadata["idea"]}
 

@@ -17,7 +17,6 @@ from train_gpt import (
     GPT,
     MLP_ACTS,
     Config,
-    Predicted,
     RunError,
     blocked_attention,
     head_diversity,
@@ -416,8 +415,9 @@ def test_swiglu_has_two_thirds_of_the_width(mult, hidden):
 
 
 def diversity(model: GPT) -> torch.Tensor:
-    nothing = torch.zeros(1)
-    return head_diversity(Config(head_diversity=1.0), Predicted(model, nothing, nothing, nothing, nothing))
+    heads = model.blocks[0].attn.heads
+    cfg = Config(head_diversity=1.0, num_heads=heads, num_kv_heads=heads, model_dim=16 * heads)
+    return head_diversity(cfg, model)
 
 
 def test_head_diversity_is_the_reference(tiny):
@@ -467,6 +467,12 @@ ACTS = dict(
     tie_embeddings=dict(tie_embeddings=False),
     rope_base=dict(rope_base=5000.0),
     logit_softcap=dict(logit_softcap=15.0),
+    num_repeats=dict(num_repeats=2),
+    cross_repeat_skip=dict(num_repeats=2, cross_repeat_skip=False),
+    repeat_lora_rank=dict(num_repeats=2, repeat_lora_rank=2),
+    num_value_embeds=dict(num_value_embeds=1),
+    value_residual=dict(value_residual=True),
+    xsa_last_n=dict(xsa_last_n=1),
 )
 # Lengths and sizes of the tables, and the knob that its norm cancels.
 ACT_ELSEWHERE = {"vocab_size", "train_seq_len", "embed_scale"}
@@ -474,7 +480,7 @@ ACT_ELSEWHERE = {"vocab_size", "train_seq_len", "embed_scale"}
 
 @pytest.mark.parametrize("name", ACTS)
 def test_a_model_knob_changes_the_logits(tiny, name):
-    base = {"mlp_act": "leaky_relu2"} if name == "leaky_slope" else {}
+    base = {knob: value for knob, value in ACTS[name].items() if knob != name}
     cfg, other = tiny(**base), tiny(**ACTS[name])
     assert getattr(cfg, name) != getattr(other, name)
     ids = random_ids(cfg, 2, 32)

@@ -20,12 +20,12 @@ from train_gpt import (
     StepPlan,
     TokenStream,
     orthogonalise,
-    parameter_roles,
     plan_step,
     train,
     train_step,
     training_loss,
     warm_up,
+    weights_of,
 )
 
 SHAPES = {"tall": (24, 8), "wide": (8, 24), "square": (16, 16)}
@@ -146,7 +146,7 @@ def test_a_zero_gradient_moves_nothing():
 def test_every_parameter_has_exactly_one_role(tiny, name):
     cfg = tiny(**CONFIGS[name])
     model = random_model(cfg)
-    held = [id(p) for role in parameter_roles(cfg, model).values() for p in role]
+    held = [id(w.param) for w in weights_of(cfg, model)]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.numel())
 
 
@@ -411,9 +411,14 @@ ACTS = dict(
     golden_lr=(COSINE, True),
     iterations=({}, 5),
     train_batch_tokens=({}, 256),
+    muon_wd=({}, 0.5),
+    warmdown_frac=({}, 1.0),
+    lr_floor=(dict(warmdown_iters=18), 0.5),
+    prog_depth=(dict(num_repeats=2), "0.5:1,1:2"),
 )
 # How long, on what and in which arithmetic: other tests.
-ACT_ELSEWHERE = {"data_shuffle", "max_wallclock_seconds", "init_from", "dtype"}
+AVERAGES = {"swa_enabled", "swa_start_frac", "swa_every", "ema_decay"}
+ACT_ELSEWHERE = {"data_shuffle", "max_wallclock_seconds", "init_from", "dtype", *AVERAGES}
 
 
 @pytest.fixture(scope="module")

@@ -87,17 +87,17 @@ def simulate(
         assert len(trace.lengths) < 20_000, "the run does not end"
         return torch.zeros(())
 
-    def validate(run, step, seconds):
+    def validate(run, step, seconds, depth):
         machine.work(validation)
         machine.wait()
 
     stubs = dict(
-        warm_up=lambda *_: (1, measured), forecast=mock.Mock(), report_step=mock.Mock(), validate=validate,
+        warm_up=lambda *_: (1, [measured]), forecast=mock.Mock(), report_step=mock.Mock(), validate=validate,
         batches=lambda *_: itertools.repeat(None), prefetch=lambda items, _: (item for item in items),
-        train_step=step, report_end=mock.Mock(),
+        train_step=step, report_end=mock.Mock(), Average=mock.Mock(),
         time=SimpleNamespace(perf_counter=lambda: machine.host),
     )  # fmt: skip
-    run = SimpleNamespace(cfg=cfg, runtime=runtime, log=mock.Mock())
+    run = SimpleNamespace(cfg=cfg, runtime=runtime, log=mock.Mock(), model=None)
     stream = SimpleNamespace(epoch=lambda *_: 1)
     with mock.patch.multiple(train_gpt, **stubs), mock.patch("torch.cuda.Event", SimulatedEvent):
         trace.end = train_gpt.train(run, None, stream)

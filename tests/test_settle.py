@@ -15,7 +15,7 @@ class Unlucky(Runtime):
     """Its compiled functions fail when called, as a missing C++ compiler makes them."""
 
     def compile(self, fn):
-        def fails(*inputs):
+        def fails(*inputs, **settings):
             raise CompilerFailed
 
         return fails if self.compiles else fn
