@@ -19,7 +19,7 @@ usage() {
   echo
   echo "Presets (default best), from sweeps/presets:"
   for name in $(presets); do
-    printf '  %-12s %s\n' "$name" "$(sed -n '1s/^# *//p' "sweeps/presets/$name.env")"
+    printf '  %-20s %s\n' "$name" "$(sed -n '1s/^# *//p' "sweeps/presets/$name.env")"
   done
   echo
   echo "KNOB=VALUE wins over the environment, that over $overlay (laid on where torch"
@@ -109,9 +109,10 @@ use_python requirements.txt
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
 [[ ${DEVICE:-auto} != cpu ]] || gpus=0
 if ((gpus == 0)); then
+  sizing='' own=${overlay%.env}/$preset.env  # a preset may need sizes of its own; they go first
+  if [[ -f $own ]]; then apply "$own"; sizing="$applied "; fi
   apply "$overlay"
-  sizing=$applied own=${overlay%.env}/$preset.env  # a preset may need a scaled knob of its own
-  if [[ -f $own ]]; then apply "$own"; sizing="$sizing $applied"; fi
+  sizing=$sizing$applied
   say "no CUDA GPU to use: CPU sizing from $overlay: ${sizing:-(nothing, all set already)}"
 fi
 apply "sweeps/presets/$preset.env"

@@ -88,7 +88,8 @@ def size_cell(events: list[Event]) -> str:
 
 def summarise(events: list[Event], log: Path) -> list[tuple[str, str]]:
     """The table's rows: what it says, and the value."""
-    before, named = last(events, "val").get("val_bpb"), scores(events)
+    live, average, named = last(events, "val").get("val_bpb"), last(events, "average"), scores(events)
+    before = average.get("val_bpb", live)
     after = named.get("roundtrip", {}).get("val_bpb")
     cost = None if before is None or after is None else after - before
     seconds = [score["seconds"] for score in named.values() if score.get("seconds") is not None]
@@ -97,13 +98,15 @@ def summarise(events: list[Event], log: Path) -> list[tuple[str, str]]:
     evaluation_clock = setting(events, "max_eval_seconds", EVALUATION_SECONDS)
     steps, tokens = steps_and_tokens(events)
     end, artifact, env = (last(events, kind) for kind in ("end", "artifact", "env"))
+    averaged = f" ({average.get('kind')} of {average.get('count')})" if average else ""
     truncated = "  SCHEDULE TRUNCATED" if end.get("truncated") else ""
     packed = " ".join(str(artifact[key]) for key in ("quant", "codec") if key in artifact)
     others = [(f"bpb, {name}", score) for name, score in named.items() if name != "roundtrip"]
     return [
         ("status", f"{end.get('status', ABSENT)} (exit code {end.get('exit_code', ABSENT)}){truncated}"),
         ("machine", f"{env.get('world_size', ABSENT)} x {env.get('device', ABSENT)}"),
-        ("bpb before quantisation", show(before, "{:.4f}")),
+        *([("bpb of the live weights", show(live, "{:.4f}"))] if average else []),
+        ("bpb before quantisation", f"{show(before, '{:.4f}')}{averaged}"),
         ("bpb after quantisation", f"{show(after, '{:.4f}')} ({packed or ABSENT})"),
         ("quantisation cost", show(cost, "{:+.4f}")),
         *((label, show(score.get("val_bpb"), "{:.4f}")) for label, score in others),

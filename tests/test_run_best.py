@@ -24,6 +24,12 @@ TIDAL = (
     "ITERATIONS=400 TIDAL_LR=1 LOGIT_SOFTCAP=15 ROPE_BASE=5000 PARALLEL_BLOCK=1 MLP_ACT=silu2 "
     "HEAD_DIVERSITY=1e-4 EMBED_LR=0.8 MATRIX_LR=0.11 ENCODER_LAYERS=0 NUM_KV_HEADS=2 TIE_EMBEDDINGS=0"
 )
+# PR #895's line, but for USE_HEDGE=1.
+FOUR_HOURS = (
+    "MAX_WALLCLOCK_SECONDS=14400 ITERATIONS=200000 NUM_REPEATS=5 PROG_DEPTH=0.3:2,0.5:3,0.75:4,1.0:5 "
+    "WARMDOWN_ITERS=15000 SWA_EVERY=100 MATRIX_LR=0.015 SCALAR_LR=0.015 TIED_EMBED_LR=0.018 "
+    "VAL_LOSS_EVERY=5000 TRAIN_LOG_EVERY=1000"
+)
 LOWER_LR = "MATRIX_LR=0.02 SCALAR_LR=0.02 TIED_EMBED_LR=0.03 VAL_LOSS_EVERY=200 TRAIN_LOG_EVERY=50"
 
 TORCH = """
@@ -180,6 +186,11 @@ def test_presets_hold_the_published_lines_verbatim():
     assert TIDAL in lines["best"] and assignments("best") == [*TIDAL.split(), "ITERATIONS=20000"]
     assert LOWER_LR in lines["lower_lr"] and assignments("lower_lr") == LOWER_LR.split()
     assert assignments("baseline") == []
+    assert FOUR_HOURS in lines["progressive_depth_4h"]
+    both = [dict(word.split("=") for word in assignments(f"progressive_depth{end}")) for end in ("", "_4h")]
+    assert {k: v for k, v in both[0].items() if k not in FOUR_HOURS} == {
+        k: v for k, v in both[1].items() if k not in FOUR_HOURS
+    }, "the 4-hour run sets its line over the defaults of the other"
 
 
 def test_every_preset_is_made_of_knobs_and_says_what_it_is():
@@ -249,7 +260,7 @@ def test_precedence_argument_environment_overlay_preset(project: Project):
 
 def test_cpu_line_names_the_knobs_it_set_and_only_those(project: Project):
     run = project.run("baseline", "NUM_LAYERS=3", STUB_GPUS="0", TRAIN_SEQ_LEN="64")
-    sizing = assignments("cpu") + assignments("cpu/baseline")
+    sizing = assignments("cpu/baseline") + assignments("cpu")
     set_here = [w for w in sizing if w.split("=")[0] not in ("NUM_LAYERS", "TRAIN_SEQ_LEN")]
     line = run.line("run_best.sh: no CUDA GPU to use")
     assert re.findall(r"[A-Z_]+=\S+", line) == set_here
@@ -308,7 +319,10 @@ def test_a_preset_with_a_malformed_word_stops_the_run(project: Project):
 def test_a_wrong_argument_is_one_line_with_the_presets_and_exit_2(project: Project, arguments, what):
     run = project.run(*arguments)
     assert run.code == 2 and run.out == "" and len(run.err.splitlines()) == 1
-    assert what in run.err and "(presets: baseline best lower_lr tidal_1434;" in run.err
+    assert (
+        what in run.err
+        and "(presets: baseline best lower_lr progressive_depth progressive_depth_4h tidal_1434;" in run.err
+    )
 
 
 def test_help_lists_presets_and_runs_nothing(project: Project):
