@@ -265,12 +265,12 @@ class Config:
             require(a % b == 0, f"{whole.upper()}={a} is not a multiple of {part.upper()}={b}")
         require(self.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotation")
         require(self.encoder_layers <= self.num_layers, "ENCODER_LAYERS must not exceed NUM_LAYERS")
-        window = f"EVAL_STRIDE={self.eval_stride} is longer than its window of {self.eval_length}"
-        require(self.eval_stride <= self.eval_length, window)
+        window = f"EVAL_STRIDE={self.eval_stride} is longer than its window of {self.eval_length} tokens"
+        require(self.eval_stride <= self.eval_length, f"{window}; set EVAL_SEQ_LEN")
         turns, whole = self.depth_phases, self.num_repeats
         fits = all(0 < until <= 1 and 0 < repeats <= whole for until, repeats in turns)
-        wrong = f"PROG_DEPTH={self.prog_depth} must rise to progress 1 and end with NUM_REPEATS={whole}"
-        require(fits and (not turns or turns[-1][1] == whole), f"{wrong}: that depth is scored")
+        wrong = f"PROG_DEPTH={self.prog_depth} needs progress in (0, 1], repeats of 1 to NUM_REPEATS={whole}"
+        require(fits and (not turns or turns[-1][1] == whole), f"{wrong} and these last: they are scored")
         named = bool(re.fullmatch(r"[\w.+-]*", self.run_id))
         require(named, f"RUN_ID={self.run_id!r} may hold only letters, digits and . _ + -")
 
@@ -1658,12 +1658,13 @@ RAW_LIMIT = 1 << 30  # no artifact within the limit unpacks to more; a header th
 TRAINED_RATIO = 0.92
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
 GPTQ_LITE = 0.9999, 0.99995, 0.99999, 0.999995, 0.999999  # PR #895's: nearly the maximum of its rows
-# |w| [r, c] -> clips to choose from [n, r]; each row keeps the one of least squared error.
-CLIPS: dict[str, Callable[[Tensor], Tensor]] = dict(
-    official=lambda size: torch.quantile(size, CLIP_QUANTILE, dim=1)[None],
-    max=lambda size: size.amax(dim=1)[None],
-    gptq_lite=lambda size: torch.quantile(size, torch.tensor(GPTQ_LITE), dim=1),
-    grid=lambda size: torch.linspace(1, 0.3, 36)[:, None] * size.amax(dim=1),
+# |w| [r, c] -> clips to choose from [n, r]; each row keeps the one of least squared error. (torch.quantile
+# refuses more than 16 M numbers, such as 65,536 x 264.)
+CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(
+    official=lambda size: np.quantile(size, [CLIP_QUANTILE], axis=1),
+    max=lambda size: size.max(axis=1)[None],
+    gptq_lite=lambda size: np.quantile(size, GPTQ_LITE, axis=1),
+    grid=lambda size: np.linspace(1, 0.3, 36)[:, None] * size.max(axis=1),
 )
 
 
@@ -1675,9 +1676,10 @@ def quantise_rows(weight: Tensor, floor: float, levels=127, clip="official") -> 
         return (weight / step.float()[:, None]).round().clamp(-levels, levels)
 
     least = max(floor, 2.0**-24)  # the least positive float16
-    steps = (CLIPS[clip](weight.abs()) / levels).clamp_min(least).half()
+    steps = (torch.from_numpy(CLIPS[clip](weight.abs().numpy())) / levels).clamp_min(least).half()
     errors = torch.stack([(weight - integers(s) * s.float()[:, None]).square().sum(dim=1) for s in steps])
-    step = steps.gather(0, errors.argmin(dim=0, keepdim=True))[0]
+    best = errors.nan_to_num(torch.inf).argmin(dim=0, keepdim=True)  # not a number: a step beyond float16
+    step = steps.gather(0, best)[0]
     return integers(step).to(torch.int8), step
 
 

@@ -57,20 +57,23 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def attention(w: dict, x: np.ndarray, cfg) -> np.ndarray:
-    """[T, C] -> [T, C], one query head at a time; head h reads key/value head h // (heads per kv head)."""
+def attention(w: dict, x: np.ndarray, cfg, values: np.ndarray, exclusive: bool) -> np.ndarray:
+    """[T, C] -> [T, C], one query head at a time; head h reads key/value head h // (heads per kv head).
+    exclusive: each output loses its least-squares multiple of the value of its own place (XSA)."""
     length, width = x.shape
     size, shared = width // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
-    queries, keys, values = (x @ w[f"attn.c_{kind}.weight"].T for kind in "qkv")
+    queries, keys = (x @ w[f"attn.c_{kind}.weight"].T for kind in "qk")
     out = np.zeros((length, width))
     for head in range(cfg.num_heads):
         mine = slice(head * size, (head + 1) * size)
         theirs = slice(head // shared * size, (head // shared + 1) * size)
         q = rotate(rms(queries[:, mine]), cfg.rope_base) * w["attn.q_gain"][head]
-        k = rotate(rms(keys[:, theirs]), cfg.rope_base)
+        k, v = rotate(rms(keys[:, theirs]), cfg.rope_base), values[:, theirs]
         scores = q @ k.T / math.sqrt(size)
         scores[np.triu_indices(length, 1)] = -np.inf
-        out[:, mine] = softmax(scores) @ values[:, theirs]
+        out[:, mine] = softmax(scores) @ v
+        if exclusive:
+            out[:, mine] -= ((out[:, mine] * v).sum(-1) / (v * v).sum(-1))[:, None] * v
     return out @ w["attn.proj.weight"].T
 
 
@@ -98,32 +101,57 @@ def mlp(w: dict, x: np.ndarray, cfg) -> np.ndarray:
     return hidden @ w["mlp.proj.weight"].T
 
 
-def block(w: dict, x: np.ndarray, x0: np.ndarray, cfg) -> np.ndarray:
-    x = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+def remixed(w: dict, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
+    return w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+
+
+def block(w: dict, x: np.ndarray, x0: np.ndarray, cfg, values: np.ndarray, exclusive: bool) -> np.ndarray:
+    x = remixed(w, x, x0)
+    added = attention(w, rms(x), cfg, values, exclusive)
     if cfg.parallel_block:
-        h = rms(x)
-        return x + w["attn_scale"] * attention(w, h, cfg) + w["mlp_scale"] * mlp(w, h, cfg)
-    added = attention(w, rms(x), cfg)
+        return x + w["attn_scale"] * added + w["mlp_scale"] * mlp(w, rms(x), cfg)
     x = x + w["attn_scale"] * (rms(added) if cfg.sandwich_norm else added)
     return x + w["mlp_scale"] * mlp(w, rms(x), cfg)
 
 
-def block_weights(state: dict, index: int) -> dict:
+def block_weights(state: dict, index: int, repeat: int) -> dict:
+    """The block's tensors by their names inside it; with LoRA the matrices W + B_r A_r of this repeat."""
     head = f"blocks.{index}."
-    return {name[len(head) :]: value for name, value in state.items() if name.startswith(head)}
+    w = {name[len(head) :]: value for name, value in state.items() if name.startswith(head)}
+    for part in ("attn.proj", "mlp.proj"):
+        if f"{part}.lora_a" in w:
+            w[f"{part}.weight"] = (
+                w[f"{part}.weight"] + w[f"{part}.lora_b"][repeat] @ w[f"{part}.lora_a"][repeat]
+            )
+    return w
 
 
-def logits(state: dict, ids, cfg) -> np.ndarray:
-    """Softcapped logits [T, V] of one sequence: the official baseline's, with the options of PR #1434."""
+def logits(state: dict, ids, cfg, depth: int | None = None) -> np.ndarray:
+    """Softcapped logits [T, V] of one sequence: the official baseline's, with the options of PR #1434 and,
+    as published with PR #895, blocks that repeat. depth: how many effective layers run, all unless said."""
+    depth, ids = cfg.num_layers * cfg.num_repeats if depth is None else depth, np.asarray(ids)
     table = state["tok_emb.weight"]
-    x = x0 = rms(table[np.asarray(ids)] * (cfg.embed_scale or 1.0))
+    x = x0 = rms(table[ids] * (cfg.embed_scale or 1.0))
     encoders = cfg.num_layers // 2 if cfg.encoder_layers < 0 else cfg.encoder_layers
-    pushed = []
-    for index in range(cfg.num_layers):
-        if index >= encoders and pushed:
-            x = x + state["skip_weights"][index - encoders] * pushed.pop()
-        x = block(block_weights(state, index), x, x0, cfg)
-        if index < encoders:
+    exclusive = depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n
+    pushed, outputs, first = [], {}, None  # U-Net stack; [repeat, place] -> residual stream after it
+    for layer in range(depth):
+        repeat, place = layer // cfg.num_layers, layer % cfg.num_layers
+        w = block_weights(state, place % cfg.weight_share if cfg.weight_share else place, repeat)
+        if cfg.num_repeats == 1 and layer >= encoders and pushed:
+            x = x + state["skip_weights"][layer - encoders] * pushed.pop()
+        if cfg.num_repeats > 1:
+            x = x + state["loop_embed"][layer]
+        for number in range(cfg.num_value_embeds):
+            x = x + state["value_scales"][layer, number] * state[f"value_embeds.{number}.weight"][ids]
+        if repeat > 0 and cfg.cross_repeat_skip:
+            x = x + state["cross_repeat_scales"][place, repeat - 1] * outputs[repeat - 1, place]
+        values = rms(remixed(w, x, x0)) @ w["attn.c_v.weight"].T
+        if cfg.value_residual:
+            first = values if layer == 0 else first
+            values = state["value_mix"][layer, 0] * first + state["value_mix"][layer, 1] * values
+        x = outputs[repeat, place] = block(w, x, x0, cfg, values, exclusive=layer >= depth - exclusive)
+        if layer < encoders:
             pushed.append(x)
     z = rms(x) @ (table if cfg.tie_embeddings else state["lm_head.weight"]).T
     return cfg.logit_softcap * np.tanh(z / cfg.logit_softcap)

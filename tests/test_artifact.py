@@ -17,20 +17,31 @@ import reference
 import torch
 import zstandard
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 import train_gpt
 from train_gpt import (
+    CLIPS,
     CODECS,
     GPT,
     PREFIX,
     Config,
+    Run,
     RunError,
+    RunLog,
+    Runtime,
+    levels_of,
     load_weights,
     pack,
     payload_bytes,
     predict_size,
+    quant_name,
     quantise_rows,
+    report_packing,
     unpack,
+    weight_group,
 )
 
 ABOUT = dict(quant="int8", dtype="fp32", config_hash="0123456789abcdef")
@@ -234,6 +245,229 @@ def test_tiny_rows_come_back_no_worse_than_zero(scale):
     restored = codes.float() * steps.float()[:, None]
     assert torch.isfinite(restored).all()
     assert ((restored - weight).norm(dim=1) <= weight.norm(dim=1) * 1.01).all()
+
+
+# --- levels and clips ---
+
+LEVELS = [1, 16, 31, 63, 127]
+
+
+def clips(weight: np.ndarray, clip: str) -> np.ndarray:
+    """[n, rows] of the clips to choose from, in float64."""
+    size = np.abs(weight)
+    if clip == "grid":
+        return np.linspace(1, 0.3, 36)[:, None] * size.max(1)
+    percentiles = dict(official=[99.99984], max=[100.0])
+    percentiles["gptq_lite"] = [99.99, 99.995, 99.999, 99.9995, 99.9999]
+    return np.percentile(size, percentiles[clip], axis=1)
+
+
+def squared_errors(weight: np.ndarray, steps: np.ndarray, levels: int) -> np.ndarray:
+    """Of each row, with the nearest of the integers -levels..levels; float64."""
+    grid = np.arange(-levels, levels + 1) * steps.astype(np.float64)[:, None]
+    nearest = [np.abs(row[:, None] - multiples).min(1) for row, multiples in zip(weight, grid, strict=True)]
+    return np.square(nearest).sum(1)
+
+
+def best_errors(weight: np.ndarray, levels: int, clip: str) -> np.ndarray:
+    """The least squared error of each row over all clips, each with its step as float16 stores it."""
+    least = 2.0**-24
+    steps = [np.maximum(part / levels, least).astype(np.float16) for part in clips(weight, clip)]
+    return np.min([squared_errors(weight, step, levels) for step in steps], axis=0)
+
+
+def row_errors(weight: torch.Tensor, levels: int, clip: str) -> np.ndarray:
+    """What quantise_rows loses of each row, float64."""
+    codes, steps = quantise_rows(weight, 0.0, levels, clip)
+    return (codes.double() * steps.double()[:, None] - weight.double()).square().sum(1).numpy()
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_integers_stay_within_the_levels(kind, clip):
+    for levels in LEVELS:
+        codes, steps = quantise_rows(rows(kind), 0.0, levels, clip)
+        assert codes.dtype == torch.int8 and steps.dtype == torch.float16
+        assert codes.abs().max() == levels
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("levels", [16, 31, 127])
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_row_has_the_clip_of_least_error(kind, levels, clip):
+    weight = rows(kind)
+    best = best_errors(weight.double().numpy(), levels, clip)
+    np.testing.assert_allclose(row_errors(weight, levels, clip), best, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [3e-6, 2e-5, 1e-4])
+def test_the_error_is_that_of_the_step_as_stored(scale):
+    """Here float16 has few steps to choose from, so a step that is not rounded would mislead."""
+    weight = scale * rows("normal")
+    best = best_errors(weight.double().numpy(), 16, "grid")
+    np.testing.assert_allclose(row_errors(weight, 16, "grid"), best, rtol=1e-4, atol=0)
+
+
+def test_the_published_clips_are_five_percentiles():
+    weight = rows("outliers")
+    ours = CLIPS["gptq_lite"](weight.abs().numpy())
+    assert ours.shape == (5, 16)
+    quantiles = [0.9999, 0.99995, 0.99999, 0.999995, 0.999999]
+    np.testing.assert_allclose(ours, np.quantile(weight.abs().double(), quantiles, axis=1), rtol=1e-5)
+
+
+numbers = st.floats(-100, 100, width=32)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    weight=arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 24)), elements=numbers),
+    levels=st.sampled_from(LEVELS),
+)
+def test_the_grid_is_never_worse_than_the_maximum(weight, levels):
+    largest, grid = (row_errors(torch.from_numpy(weight), levels, clip) for clip in ("max", "grid"))
+    assert (grid <= largest * (1 + 1e-5) + 1e-12).all()
+
+
+@pytest.mark.parametrize("clip, levels, low, high", [
+    ("grid", 16, 0.10, 0.25), ("grid", 31, 0.04, 0.12), ("grid", 127, 0.0, 0.02),
+    ("gptq_lite", 16, 0.0, 0.04), ("gptq_lite", 31, 0.0, 0.04), ("gptq_lite", 127, 0.0, 0.04),
+])  # fmt: skip
+def test_what_a_clip_gains_on_gaussian_rows(clip, levels, low, high):
+    weight = torch.randn(64, 832, generator=torch.Generator().manual_seed(5))
+    ours, largest = (row_errors(weight, levels, name).sum() for name in (clip, "max"))
+    assert low < 1 - ours / largest < high
+
+
+@pytest.mark.parametrize("floor", [0.0, 1 / 127])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_official_clip_is_the_default(kind, floor):
+    weight = rows(kind)
+    given, default = quantise_rows(weight, floor, 127, "official"), quantise_rows(weight, floor)
+    assert all(map(torch.equal, given, default))
+    expected = reference.row_steps(weight.double().numpy(), floor)
+    np.testing.assert_allclose(given[1].numpy(), expected, rtol=2**-10)
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_the_floor_holds_for_every_clip(clip):
+    assert (quantise_rows(0.05 * rows("normal"), 0.5, 16, clip)[1] == 0.5).all()
+
+
+# Wide enough that attention, MLP and every table are stored as integers.
+WIDE = dict(LARGE, model_dim=320, tie_embeddings=False, num_value_embeds=1)
+RECURRENT = dict(num_repeats=2, value_residual=True, repeat_lora_rank=2)
+GROUPS = {
+    "attention": "attn.c_q.weight attn.c_k.weight attn.c_v.weight attn.proj.weight",
+    "mlp": "mlp.fc.weight mlp.gate.weight mlp.proj.weight",
+    "control": "attn_scale mlp_scale resid_mix",
+}
+TABLES = "tok_emb.weight lm_head.weight value_embeds.0.weight"
+CONTROLS = "skip_weights loop_embed value_scales cross_repeat_scales value_mix"
+
+
+def test_groups():
+    found = {f"blocks.3.{name}": group for group, names in GROUPS.items() for name in names.split()}
+    found |= dict.fromkeys(TABLES.split(), "embed") | dict.fromkeys(CONTROLS.split(), "control")
+    assert {name: weight_group(name) for name in found} == found
+
+
+@pytest.mark.parametrize("knobs, levels, name", [
+    ({}, (127, 127, 127), "int8"),
+    (dict(quant_levels=63), (63, 63, 63), "q63-63-63"),
+    (dict(quant_levels=63, mlp_quant_levels=16), (63, 16, 63), "q63-16-63"),
+    (dict(embed_quant_levels=31), (127, 127, 31), "q127-127-31"),
+    (dict(quant_levels=1, mlp_quant_levels=127, embed_quant_levels=127), (1, 127, 127), "q1-127-127"),
+    (dict(quant_levels=5, mlp_quant_levels=127, embed_quant_levels=2), (5, 127, 2), "q5-127-2"),
+    (dict(mlp_quant_levels=127, embed_quant_levels=127), (127, 127, 127), "int8"),
+])  # fmt: skip
+def test_levels_and_their_name(knobs, levels, name):
+    cfg = Config(**knobs)
+    names = "blocks.0.attn.c_q.weight", "blocks.1.mlp.fc.weight", "tok_emb.weight"
+    assert tuple(levels_of(cfg, name) for name in names) == levels
+    assert {levels_of(cfg, name) for name in TABLES.split()} == {levels[2]}
+    assert quant_name(cfg) == name
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("levels", [(127, 0, 0), (63, 16, 0), (31, 16, 63)])
+def test_the_file_holds_integers_times_steps(tiny, levels, clip):
+    names = "quant_levels", "mlp_quant_levels", "embed_quant_levels"
+    cfg = tiny(**WIDE, quant_clip=clip, **dict(zip(names, levels, strict=True)))
+    state, groups = trained_like(cfg), set()
+    restored = unpack(pack(cfg, state, ABOUT), "x")[0]
+    own = dict(attention=levels[0], mlp=levels[1] or levels[0], embed=levels[2] or levels[0])
+    for name, tensor in state.items():
+        if tensor.ndim == 2 and tensor.numel() > 65_536:
+            most = own[weight_group(name)]
+            codes, steps = quantise_rows(tensor, 0.0, most, clip)
+            assert torch.equal(restored[name], codes.float() * steps.float()[:, None]), name
+            assert codes.abs().max() == most, name
+            groups.add(weight_group(name))
+    assert groups == own.keys()
+
+
+def test_control_tensors_of_the_recurrence_come_back_exactly(tiny):
+    cfg = tiny(**WIDE, **RECURRENT, quant_levels=16, quant_clip="grid")
+    state = trained_like(cfg)
+    restored = unpack(pack(cfg, state, ABOUT), "x")[0]
+    own = [name for name in CONTROLS.split() if name != "skip_weights"]
+    assert all(state[name].half().float().ne(state[name]).any() for name in own), "no float16 would hold them"
+    assert all(torch.equal(restored[name], state[name]) for name in own)
+
+
+def test_fewer_levels_make_a_smaller_artifact(tiny):
+    state = trained_like(tiny(**WIDE))
+    knobs = [dict(quant_levels=n) for n in (127, 63, 31, 16, 4, 1)]
+    sizes = [len(pack(tiny(**WIDE, **knob), state, ABOUT)) for knob in knobs]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 6
+    for name in ("mlp_quant_levels", "embed_quant_levels"):
+        assert sizes[3] < len(pack(tiny(**WIDE, **{name: 16}), state, ABOUT)) < sizes[0], name
+
+
+@pytest.mark.parametrize("clip", ["gptq_lite", "grid"])
+def test_levels_and_clips_give_the_same_bytes_again(tiny, clip):
+    cfg = tiny(**WIDE, quant_clip=clip, quant_levels=63, mlp_quant_levels=16)
+    state = trained_like(cfg)
+    assert pack(cfg, state, ABOUT) == pack(cfg, dict(reversed(state.items())), ABOUT)
+
+
+@pytest.mark.parametrize("levels", [(127, 0, 0), (63, 16, 0), (31, 16, 0), (31, 16, 63)])
+def test_the_predicted_size_knows_the_levels(tiny, levels):
+    names = "quant_levels", "mlp_quant_levels", "embed_quant_levels"
+    cfg = tiny(**WIDE | dict(vocab_size=1024), **dict(zip(names, levels, strict=True)))
+    torch.manual_seed(0)
+    model = reference.randomise(GPT(cfg))
+    assert predict_size(cfg, model) == pytest.approx(len(pack(cfg, model.state_dict(), ABOUT)), rel=0.05)
+
+
+def lost(state: dict, restored: dict, names) -> float:
+    """Norm of what these tensors lost over the norm of what they were, float64."""
+    was = np.concatenate([state[name].double().numpy().ravel() for name in names])
+    now = np.concatenate([restored[name].double().numpy().ravel() for name in names])
+    return float(np.linalg.norm(now - was) / np.linalg.norm(was))
+
+
+def test_the_report_says_what_each_group_takes_and_loses(tiny, tmp_path):
+    cfg = tiny(**WIDE, quant_levels=63, mlp_quant_levels=16, quant_clip="grid")
+    state, log = trained_like(cfg), RunLog(tmp_path, "x")
+    blob = pack(cfg, state, ABOUT)
+    report_packing(Run(cfg, Runtime(), log, GPT(cfg), data=None), state, blob)
+    log.close()
+    (event,) = map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())
+    assert (event["event"], event["quant"], event["clip"]) == ("quantise", "q63-16-63", "grid")
+    restored, groups, text = unpack(blob, "x")[0], event["groups"], (tmp_path / "x.txt").read_text()
+    parts = {group: [name for name in state if weight_group(name) == group] for group in groups}
+    assert parts.keys() == {"attention", "mlp", "embed", "control"}
+    for group, names in parts.items():
+        told = groups[group]
+        assert told["tensors"] == len(names), group
+        assert told["error"] == pytest.approx(lost(state, restored, names), rel=1e-4, abs=1e-12), group
+        assert f"packed {group}: tensors:{len(names)} bytes:{told['bytes']} " in text
+    errors = {name: lost(state, restored, [name]) for name in state}
+    assert event["errors"] == pytest.approx(errors, rel=1e-4, abs=1e-12)
+    assert sum(told["bytes"] for told in groups.values()) == pytest.approx(len(blob), rel=0.05)
+    assert groups["mlp"]["error"] > 2 * groups["embed"]["error"] > 0 == errors["value_scales"]
 
 
 # --- bytes and sizes ---
