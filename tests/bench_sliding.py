@@ -3,7 +3,7 @@
     python tests/bench_sliding.py progressive_depth NUM_LAYERS=2 MODEL_DIM=256 TRAIN_SEQ_LEN=256
 
 plain: official windows, as every run ends with. sliding: compiled, logits only where scored. naive: the same
-windows run eagerly, all logits, as PR #895's script did; a quarter of them, its time scaled up. The three take
+windows run eagerly, all logits, as PR #895's script did; a quarter of them, its time scaled up. All take
 turns; medians are reported. Not a test: pytest does not collect this file.
 """
 
