@@ -356,11 +356,11 @@ def test_dropped_layers_are_blocks_left_out_skips_kept(tiny):
     model, (ids, _) = make(cfg)[0].model, batch_of(cfg)
     keep = torch.tensor([1.0, 0.0, 1.0, 0.0])
     x0 = train_gpt.norm(model.embed(ids))
-    x, outputs = x0, []
+    x, outputs, turns = x0, [], dict(cos=model.cos[:32], sin=model.sin[:32])
     for index, layer in enumerate(model.layers):
         if layer.skip is not None:
             x = x + model.skip_weights[layer.skip] * outputs[layer.source]
-        x = model.blocks[layer.block](x, x0, model.cos[:32], model.sin[:32]) if keep[index] else x
+        x = model.blocks[layer.block](x, x0, **turns) if keep[index] else x
         outputs.append(x)
     z = torch.nn.functional.linear(train_gpt.norm(x), model.tok_emb.weight)
     torch.testing.assert_close(model.logits(x0, keep), 30 * torch.tanh(z / 30), rtol=1e-5, atol=1e-5)
@@ -423,11 +423,12 @@ def test_recycled_attention_reads_its_own_result(tiny, parallel):
     model = make(cfg)[0].model
     block, x, x0 = model.blocks[0], torch.randn(2, 8, 32), torch.randn(2, 8, 32)
     cos, sin = model.cos[:8], model.sin[:8]
-    mixed = block.mix(x, x0)
+    keep, again = block.resid_mix
+    mixed = keep * x + again * x0
     once = mixed + block.attn_scale * block.attn(train_gpt.norm(mixed), cos, sin)
     twice = once + block.attn_scale * block.attn(train_gpt.norm(once), cos, sin)
     expected = twice + block.mlp_scale * block.mlp(train_gpt.norm(mixed if parallel else twice))
-    torch.testing.assert_close(block(x, x0, cos, sin), expected)
+    torch.testing.assert_close(block(x, x0, cos=cos, sin=sin), expected)
 
 
 CAUSAL = dict(
@@ -563,17 +564,24 @@ def test_an_intervention_waits_for_its_start(tiny, name, p):
             np.testing.assert_array_equal(value, old[key])
 
 
-@pytest.mark.parametrize("name", ["wd_schedule", "predprey_lr"])
+DECAYS = dict(
+    muon_wd=(0.5, lambda p: 0.5),
+    wd_schedule=(0.5, lambda p: 0.5 * p),
+    predprey_lr=(True, lambda p: 0.01 * (1 - 0.5 * (1 - p) * math.sin(12 * math.pi * p))),
+)
+
+
+@pytest.mark.parametrize("name", DECAYS)
 def test_decay_is_the_product_of_scaled_factors_on_block_matrices_alone(tiny, name):
-    value = 0.5 if name == "wd_schedule" else True
+    """Gradients of zero leave nothing but the decay in a step."""
+    value, rate = DECAYS[name]
     cfg, optimisers = weights_with_gradients(tiny, **{name: value})
     before, factor = arrays(optimisers), 1.0
+    optimisers.flat.zero_()
     for step in range(8):
         p, lr = step / 8, cfg.matrix_lr * (1 - step / 10)
-        rate = 0.5 * p if name == "wd_schedule" else 0.01 * (1 - 0.5 * (1 - p) * math.sin(12 * math.pi * p))
-        factor *= 1 - lr * rate
-        with torch.no_grad():
-            train_gpt.WEIGHT_EDITS[name](cfg, optimisers.weights, plan_at(p, step, 1 - step / 10))
+        factor *= 1 - lr * rate(p)
+        optimisers.step(plan_at(p, step, 1 - step / 10))
     for key, value in arrays(optimisers).items():
         block_matrix = is_matrix(key, value) and key.startswith("blocks.")
         np.testing.assert_allclose(value, before[key] * (factor if block_matrix else 1), rtol=1e-5)
@@ -768,7 +776,7 @@ def test_the_list_names_every_idea_with_its_state_and_source():
 def test_every_table_entry_is_an_idea():
     tables = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES DECAYS"
     entries = {name for table in tables.split() for name in getattr(train_gpt, table)}
-    assert entries - {"warmdown"} <= {f.name for f in fields(Config) if f.metadata["idea"]}
+    assert entries - {"warmdown", "muon_wd"} <= {f.name for f in fields(Config) if f.metadata["idea"]}
 
 
 def test_the_list_is_printed(tmp_path, dataset):

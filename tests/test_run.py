@@ -210,6 +210,7 @@ EVENTS = dict(
     env="device torch world_size",
     step="step train_loss lr_scale progress tokens train_ms",
     val="step val_loss val_bpb train_ms",
+    quantise="quant clip groups errors",
     artifact="path quant codec model_bytes code_bytes total_bytes",
     score="name val_loss val_bpb tokens bytes seconds",
     end="status step exit_code",
@@ -224,7 +225,16 @@ def test_every_event_has_the_promised_keys(finished, kind):
 
 def test_events_come_in_the_order_of_the_run(finished):
     kinds = [event["event"] for event in finished[1].events]
-    assert list(dict.fromkeys(kinds)) == ["config", "env", "val", "step", "artifact", "score", "end"]
+    assert list(dict.fromkeys(kinds)) == [
+        "config",
+        "env",
+        "val",
+        "step",
+        "quantise",
+        "artifact",
+        "score",
+        "end",
+    ]
 
 
 def test_the_end_says_ok(finished):
