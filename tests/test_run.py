@@ -387,6 +387,13 @@ COMMANDS = {
     "four_hours": "OMP_NUM_THREADS=1 TORCH_NCCL_ASYNC_ERROR_HANDLING=1 RUN_ID=train_gpt_pgut3_4h "
     "NUM_LAYERS=9 NUM_HEADS=8 NUM_KV_HEADS=4 MLP_MULT=2 TIE_EMBEDDINGS=1 TIED_EMBED_LR=0.05 "
     "ITERATIONS=500000 WARMUP_STEPS=20 MAX_WALLCLOCK_SECONDS=14400 TRAIN_LOG_EVERY=200 VAL_LOSS_EVERY=20000",
+    "pr895": "ITERATIONS=200000 NUM_LAYERS=3 NUM_REPEATS=5 PROG_DEPTH=0.3:2,0.5:3,0.75:4,1.0:5 "
+    "WARMDOWN_ITERS=15000 SWA_EVERY=100 MATRIX_LR=0.015 SCALAR_LR=0.015 TIED_EMBED_LR=0.018 "
+    "VAL_LOSS_EVERY=5000 TRAIN_LOG_EVERY=1000 SWA_ENABLED=1 NUM_VALUE_EMBEDS=2 XSA_LAST_N=4 MUON_WD=0.04 "
+    "GRAD_CLIP_NORM=0.3 USE_HEDGE=0",
+    "pr1453": "QUANT_LEVELS=63 MLP_QUANT_LEVELS=16 MLP_MULT=3 NUM_LAYERS=3 NUM_REPEATS=4 XSA_LAST_N=4 "
+    "NUM_VALUE_EMBEDS=2 PROG_DEPTH=0.30:2,0.50:3,1.0:4 WARMDOWN_ITERS=3000 SWA_ENABLED=1 SWA_START_FRAC=0.6 "
+    "SWA_EVERY=30",
 }
 # Widths, lengths and the clock are a tiny run's. All else is as published.
 SMALL = {**SIZES, **MACHINE, "model_dim": 64, "max_wallclock_seconds": 1.0}
@@ -431,6 +438,13 @@ def test_graphs_train_the_same_and_are_made_before_the_clock(run_main, traced, t
 def test_graphs_made_inside_the_clock_are_told(run_main, traced):
     out = run_main(iterations=2, warmdown_iters=0, num_layers=1, warmup_steps=0, compile=1)[1]
     assert re.search(r"^warning: \d+ graphs were compiled inside the clock", out, re.M)
+
+
+def test_a_graph_made_inside_the_clock_in_spite_of_the_warm_up_is_exit_6(run_main, traced, monkeypatch):
+    monkeypatch.setattr(train_gpt, "warm_up", lambda run, *_: (4, [0.0]))
+    code, out, err = run_main(iterations=2, compile=1, warmup_steps=1)
+    assert code == 6 and result_of(out)["status"] == "recompiled"
+    assert "inside the clock" in out and "graphs compiled in the training clock" in error_line(err)
 
 
 def test_without_a_compiler_a_run_is_eager_and_says_so(run_main, monkeypatch, tmp_path):
