@@ -266,6 +266,10 @@ def table(study: Study, out: Path, json_path: Path | None) -> None:
             row["verdict"],
         ]
         print(f"| {' | '.join(cells)} |")
+    for row in (row for row in found["rows"] if row["average"]):
+        changes = list(row["average"].values())
+        spread = f"sd {stdev(changes):.4f}, n {len(changes)}"
+        print(f"{row['arm']}: average against its own live weights {mean(changes):+.4f}, {spread}")
 
 
 def main() -> None:
