@@ -14,10 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from train_gpt import SHARD_MAGIC, SHARD_VERSION, Config, fields  # noqa: E402
+import reference  # noqa: E402
+
+import train_gpt  # noqa: E402
+from train_gpt import GPT, SHARD_MAGIC, SHARD_VERSION, Config, Runtime, fields  # noqa: E402
 
 PAD, BOS, EOS, UNK = range(4)
 VOCAB = 320  # 4 controls, 256 bytes, the letters and some pairs
@@ -96,6 +100,37 @@ def dataset(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(dataset) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_file=str(dataset / "tokenizer.model"))
+
+
+@pytest.fixture(params=["blocked", "sdpa"])
+def path(request, monkeypatch):
+    """Each of the two attention paths on short sequences; blocks of 12, so that 32 is no multiple."""
+    monkeypatch.setattr(train_gpt, "BLOCK", 12)
+    if request.param == "sdpa":
+        monkeypatch.setattr(train_gpt, "LONGEST_BLOCKED", 0)
+    return request.param
+
+
+def random_model(cfg: Config, dtype=torch.float32) -> GPT:
+    torch.manual_seed(0)
+    return reference.randomise(GPT(cfg, dtype))
+
+
+def random_ids(cfg: Config, *shape: int) -> torch.Tensor:
+    return torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(5))
+
+
+class Traced(Runtime):
+    """Compiles as a run does, but to eager kernels: graph breaks and recompilations show without a wait."""
+
+    def __init__(self):
+        torch._dynamo.reset()
+        super().__init__(compiles=True, backend=self.count)
+        self.graphs = 0
+
+    def count(self, graph, inputs):
+        self.graphs += 1
+        return graph.forward
 
 
 def as_text(value) -> str:

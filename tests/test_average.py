@@ -265,8 +265,9 @@ def test_a_run_packs_the_average(traced, tmp_path, name):
     assert result["val_bpb"] == pytest.approx(average["val_bpb"], abs=0.01)
 
 
-def test_two_ranks_average_as_one(traced, tmp_path, dataset):
-    knobs = SCHEDULE | RUNS["swa_and_the_last"][0]
+def test_two_ranks_deepen_and_average_as_one(traced, tmp_path, dataset):
+    deep = dict(num_repeats=2, prog_depth="0.5:1,1:2", xsa_last_n=2, num_value_embeds=1, muon_wd=0.1)
+    knobs = SCHEDULE | RUNS["swa_and_the_last"][0] | deep
     (tmp_path / "two").mkdir()
     two = launch(tmp_path / "two", dataset, ranks=2, expect=None, **knobs)
     traced(**knobs)
@@ -274,6 +275,11 @@ def test_two_ranks_average_as_one(traced, tmp_path, dataset):
     close(saved(tmp_path / "two"), saved(tmp_path / "one"), rtol=1e-3, atol=1e-4)
     (ours,), (theirs,) = two.of("average"), events_of(tmp_path / "one", "average")
     assert ours["count"] == theirs["count"] == 3
+    turns = [
+        [event["step"] for event in events]
+        for events in (two.of("phase"), events_of(tmp_path / "one", "phase"))
+    ]
+    assert turns == [[10], [10]]
     assert ours["val_bpb"] == pytest.approx(theirs["val_bpb"], rel=1e-4)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import env_of
+from conftest import Traced, env_of, random_ids, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -72,24 +72,6 @@ SHALLOW = [
     if name.startswith(("xsa", "value", "published", "everything"))
 ]
 NEW_NAMES = ("loop_embed", "cross_repeat_scales", "value_embeds", "value_scales", "value_mix", "lora_")
-
-
-@pytest.fixture(params=["blocked", "sdpa"])
-def path(request, monkeypatch):
-    """Each of the two attention paths; blocks of 12, so that 32 is no multiple."""
-    monkeypatch.setattr(train_gpt, "BLOCK", 12)
-    if request.param == "sdpa":
-        monkeypatch.setattr(train_gpt, "LONGEST_BLOCKED", 0)
-    return request.param
-
-
-def random_model(cfg: Config, dtype=torch.float32) -> GPT:
-    torch.manual_seed(0)
-    return reference.randomise(GPT(cfg, dtype))
-
-
-def random_ids(cfg: Config, *shape: int) -> torch.Tensor:
-    return torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(5))
 
 
 def is_new(name: str) -> bool:
@@ -451,19 +433,6 @@ class Kept(RunLog):
 
     def of(self, words: str) -> list[str]:
         return [line for line in self.lines if line.startswith(words)]
-
-
-class Traced(Runtime):
-    """Compiles as a run does, but to eager kernels, and counts the graphs."""
-
-    def __init__(self):
-        torch._dynamo.reset()
-        super().__init__(compiles=True, backend=self.count)
-        self.graphs = 0
-
-    def count(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
 
 
 def grown(dataset, runtime: Runtime | None = None, **knobs) -> tuple[Run, Trained]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import env_of, launch
+from conftest import Traced, env_of, launch
 
 import train_gpt
 from train_gpt import (
@@ -111,19 +111,6 @@ def known(tiny):
 def test_an_idea_changes_the_trajectory(known, name):
     base, value = (OUTSIDE | INSIDE)[name]
     assert (known(**base, **{name: value}) - known(**base)).abs().max() > 1e-6
-
-
-class Traced(Runtime):
-    """Compiles as a run does, but to eager kernels: graph breaks and recompilations show without a wait."""
-
-    def __init__(self):
-        torch._dynamo.reset()
-        super().__init__(compiles=True, backend=self.count)
-        self.graphs = 0
-
-    def count(self, graph, inputs):
-        self.graphs += 1
-        return graph.forward
 
 
 @pytest.mark.parametrize("name", INSIDE)

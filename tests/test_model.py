@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from conftest import random_ids, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,25 +60,6 @@ CONFIGS = {
     "leaky_slope": dict(mlp_act="leaky_relu2", leaky_slope=0.5),
     "parallel_swiglu": dict(parallel_block=True, mlp_act="swiglu"),
 } | {act: dict(mlp_act=act) for act in MLP_ACTS}
-PATHS = ("blocked", "sdpa")
-
-
-@pytest.fixture(params=PATHS)
-def path(request, monkeypatch):
-    """Each of the two attention paths on short sequences; blocks of 12, so that 32 is no multiple."""
-    monkeypatch.setattr(train_gpt, "BLOCK", 12)
-    if request.param == "sdpa":
-        monkeypatch.setattr(train_gpt, "LONGEST_BLOCKED", 0)
-    return request.param
-
-
-def random_model(cfg: Config, dtype=torch.float32) -> GPT:
-    torch.manual_seed(0)
-    return reference.randomise(GPT(cfg, dtype))
-
-
-def random_ids(cfg: Config, *shape: int) -> torch.Tensor:
-    return torch.randint(cfg.vocab_size, shape, generator=torch.Generator().manual_seed(5))
 
 
 # --- the forward pass ---

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from conftest import random_model
 
 from train_gpt import (
     GPT,
@@ -39,11 +40,6 @@ CONFIGS = {
     "no_control_names": dict(control_tensor_name_patterns=()),
     "own_control_names": dict(control_tensor_name_patterns=("mlp", "q_gain")),
 }
-
-
-def random_model(cfg: Config) -> GPT:
-    torch.manual_seed(0)
-    return reference.randomise(GPT(cfg))
 
 
 def make(cfg: Config, runtime=None) -> tuple[Run, Optimisers]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import TINY, launch
+from conftest import TINY, launch, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -40,11 +40,6 @@ def validation(targets: int, low: int = 0) -> Validation:
     rng = np.random.default_rng(targets)
     tokens = rng.integers(low, VOCAB, targets + 1).astype(np.uint16)
     return Validation(tokens, rng.integers(1, 5, targets).astype(np.int16), 1, "")
-
-
-def random_model(cfg: Config, dtype=torch.float32) -> GPT:
-    torch.manual_seed(0)
-    return reference.randomise(GPT(cfg, dtype))
 
 
 def nats_of(model: GPT):
