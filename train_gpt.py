@@ -1654,7 +1654,7 @@ PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all
 RAW_LIMIT = 1 << 30  # no artifact within the limit unpacks to more; a header that says so is forged
 # Packed / raw bytes of trained int8 weights: 0.9165 in PR #895 (zstd 22, no step floor), 0.92 in LowerLR
 # (zlib). Untrained weights are more uniform and take up to 8 % more. Fewer levels take log2 of them less
-# (PR #1453, 63 and 16 levels: predicted 15.29 MB, three seeds took 15.28 to 15.40).
+# (PR #1453, 63 and 16 levels: predicted 15.52 MB, three seeds took 15.28 to 15.40).
 TRAINED_RATIO = 0.92
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
 GPTQ_LITE = 0.9999, 0.99995, 0.99999, 0.999995, 0.999999  # PR #895's: nearly the maximum of its rows
@@ -1702,10 +1702,10 @@ def quant_name(cfg: Config) -> str:
 
 
 def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
-    """Large matrices are stored as int8 rows and steps, control tensors float32, the rest float16."""
-    if len(shape) == 2 and math.prod(shape) > KEEP_FLOAT_NUMEL:
-        return ["int8", "step"]
-    return ["fp32" if any(part in name for part in cfg.int8_keep_float_fp32_name_patterns) else "fp16"]
+    """Control tensors are stored as float32, large matrices as int8 rows and steps, the rest as float16."""
+    if any(part in name for part in cfg.int8_keep_float_fp32_name_patterns):
+        return ["fp32"]
+    return ["int8", "step"] if len(shape) == 2 and math.prod(shape) > KEEP_FLOAT_NUMEL else ["fp16"]
 
 
 def tensor_planes(cfg: Config, name: str, kinds: list[str], tensor: Tensor) -> dict[str, np.ndarray]:
