@@ -19,7 +19,7 @@ from statistics import mean, median, stdev
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = 1337, 42, 7
 ARMS = dict(progressive=[], fixed=["PROG_DEPTH="])
-KNOBS = ["MAX_WALLCLOCK_SECONDS=150", "TRAIN_LOG_EVERY=1", "EVAL_STRIDE=0"]
+KNOBS = ["MAX_WALLCLOCK_SECONDS=150", "TRAIN_LOG_EVERY=1", "EVAL_STRIDE=0", "SWA_ENABLED=1", "SWA_EVERY=2"]
 
 
 def result_of(folder: Path) -> dict | None:
