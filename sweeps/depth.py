@@ -10,23 +10,17 @@ A switch costs its first step less the median of the ten steps after it.
 
 import argparse
 import json
-import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, median, stdev
 
+from ideas import SEEDS, result_of
+
 ROOT = Path(__file__).resolve().parent.parent
-SEEDS = 1337, 42, 7
 ARMS = dict(progressive=[], fixed=["PROG_DEPTH="])
 KNOBS = ["MAX_WALLCLOCK_SECONDS=150", "TRAIN_LOG_EVERY=1", "EVAL_STRIDE=0", "SWA_ENABLED=1", "SWA_EVERY=2"]
-
-
-def result_of(folder: Path) -> dict | None:
-    """The RESULT line of a finished run."""
-    path = folder / "stdout.txt"
-    found = re.search(r"^RESULT (.*)$", path.read_text(), re.M) if path.exists() else None
-    return json.loads(found[1]) if found else None
 
 
 def run(out: Path, knobs: list[str]) -> None:
@@ -34,7 +28,8 @@ def run(out: Path, knobs: list[str]) -> None:
         for arm, own in ARMS.items():
             folder = out / f"{arm}-{seed}"
             if result_of(folder) is None:
-                folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)  # of a run that did not finish
+                folder.mkdir(parents=True)
                 place = [f"SEED={seed}", f"OUT_DIR={folder / 'run'}", "RUN_ID=run"]
                 command = [
                     "bash",
