@@ -59,10 +59,16 @@ def switches(folder: Path) -> list[dict]:
     return found
 
 
+def portable(result: dict) -> dict:
+    """A RESULT without the places of this machine."""
+    knobs = {name: value for name, value in result["overrides"].items() if name != "OUT_DIR"}
+    return {key: value for key, value in result.items() if key != "path"} | dict(overrides=knobs)
+
+
 def collect(out: Path) -> dict:
     """Every run with its switches, and the differences progressive - fixed."""
     runs = [
-        dict(result, arm=arm, switches=switches(out / f"{arm}-{seed}"))
+        dict(portable(result), arm=arm, switches=switches(out / f"{arm}-{seed}"))
         for arm in ARMS
         for seed in SEEDS
         if (result := result_of(out / f"{arm}-{seed}"))
