@@ -822,9 +822,8 @@ class TokenStream:
 
     def windows(self, length: int) -> int:
         """How many training windows of `length` targets it holds; RunError if none."""
-        require(
-            len(self) > length, f"training shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more"
-        )
+        short = f"the training shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more"
+        require(len(self) > length, short)
         return (len(self) - 1) // length
 
     def epoch(self, cfg: Config, step: int) -> int:
@@ -1074,7 +1073,7 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.heads, self.head_dim = cfg.num_heads, cfg.head_dim
+        self.head_dim = cfg.head_dim
         self.c_q = Linear(cfg.model_dim, cfg.model_dim)
         self.c_k, self.c_v = (Linear(cfg.model_dim, cfg.num_kv_heads * cfg.head_dim) for _ in range(2))
         self.proj = Linear(cfg.model_dim, cfg.model_dim, True, (cfg.num_repeats, cfg.repeat_lora_rank))
@@ -2233,7 +2232,7 @@ def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
     for name, (label, stride, window) in kinds.items():
         score = scores[name] = run.score(stride)
         ms = f"{window}eval_time:{1000 * score.seconds:.0f}ms"
-        run.log.line(f"{label} val_loss:{score.loss:.4f} val_bpb:{score.bpb:.4f} {ms}")
+        run.log.line(f"{label} {score.text} {ms}")
         run.log.line(f"{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
         run.log.event("score", name=name, **values, seconds=score.seconds)
@@ -2288,8 +2287,9 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
     made, source = header.get("model"), f"EVAL_ONLY={cfg.eval_only}"
     kinds = {name: type(value) for name, value in cfg.shape().items()}
     known = isinstance(made, dict) and {name: type(value) for name, value in made.items()} == kinds
-    known = known and header.get("dtype") in DTYPES and header.get("codec") in CODECS
-    require(known and "quant" in header, f"{source} was made by another version of this script")
+    setting = isinstance(header.get("quant"), str) and header.get("codec") in CODECS
+    known = known and setting and header.get("dtype") in DTYPES
+    require(known, f"{source} was made by another version of this script")
     for name, value in made.items():
         asked = name.upper() in env and getattr(cfg, name) != value
         clash = f"{name.upper()}={getattr(cfg, name)} but {source} was trained with {value}"
@@ -2321,7 +2321,7 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
             load_weights(model, load_checkpoint(cfg.init_from), f"INIT_FROM={cfg.init_from}")
         size = predict_size(cfg, model) + len(own_source())
         if size > SIZE_SLACK * SIZE_LIMIT and not header:
-            raise RunError(f"code and model will take {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
+            raise RunError(f"code and model need about {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
         run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         runtime.main_decides(lambda: held.extend(claim_outputs(cfg, run_id)))  # locks, held until the end
         log = RunLog(Path(cfg.out_dir) / "logs" if runtime.rank == 0 else None, run_id)

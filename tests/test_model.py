@@ -397,7 +397,7 @@ def test_swiglu_has_two_thirds_of_the_width(mult, hidden):
 
 
 def diversity(model: GPT) -> torch.Tensor:
-    heads = model.blocks[0].attn.heads
+    heads = model.blocks[0].attn.q_gain.numel()
     cfg = Config(head_diversity=1.0, num_heads=heads, num_kv_heads=heads, model_dim=16 * heads)
     return head_diversity(cfg, model)
 
