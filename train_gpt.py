@@ -482,10 +482,7 @@ class Runtime:
 
     def main_number(self, value: float) -> float:
         """Rank 0's number on every rank, over the host network: no device is waited for."""
-        shared = torch.tensor(value, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.broadcast(shared, 0)
-        return shared.item()
+        return self.main_decides(lambda: value)
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of `count` items."""
@@ -525,7 +522,6 @@ class RunLog:
     def __init__(self, folder: Path | None, run_id: str):
         self.text = self.events = None
         if folder:
-            folder.mkdir(parents=True, exist_ok=True)
             paths = folder / f"{run_id}.txt", folder / f"{run_id}.jsonl"
             self.text, self.events = (path.open("x", encoding="utf-8") for path in paths)
 
@@ -581,12 +577,6 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
 # 3. PROGRESS AND SCHEDULES: pure functions of how far the run is
 
 
-def progress(cfg: Config, step: int, elapsed: float) -> float:
-    """How far the run is, 0..1: by steps or by the clock, whichever is further (PR #1434 review, R1)."""
-    by_time = elapsed / cfg.max_wallclock_seconds if cfg.max_wallclock_seconds else 0.0
-    return min(1.0, max(step / max(cfg.iterations, 1), by_time))
-
-
 def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
     """Steps until the step limit or, at `step_seconds` a step, until the clock; at least 0."""
     left = float(cfg.iterations - step)
@@ -610,16 +600,13 @@ def warmdown(cfg: Config, p: float, left: float) -> float:
 
 def cosine(p: float, floor: float = 0.1, cycles: float = 1.0) -> float:
     """From 1 down to `floor` in each cycle; the end of the run is the end of a cycle, not a new one."""
-    phase = cycles * p
-    phase = 1.0 if p >= 1.0 and phase == int(phase) else phase % 1.0
+    phase = cycles * p % 1.0 or float(p >= 1.0)
     return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * phase))
 
 
 def tide(p: float, rise: float, fall: float) -> float:
     """Linear 0.1 -> 1 until p = rise, 1 until p = fall, cosine back to 0.1."""
-    if p < rise:
-        return 0.1 + 0.9 * p / rise
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * max(0.0, p - fall) / (1 - fall)))
+    return 0.1 + 0.9 * p / rise if p < rise else cosine(max(0.0, p - fall) / (1 - fall))
 
 
 def whale(p: float) -> float:
@@ -646,12 +633,6 @@ SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(
 
 def schedule_name(cfg: Config) -> str:
     return next((name for name in SCHEDULES if getattr(cfg, name, False)), "warmdown")
-
-
-def muon_momentum(cfg: Config, step: int) -> float:
-    """Linear in steps from the warm-up start to MUON_MOMENTUM, as the official script."""
-    done = min(1.0, step / cfg.muon_momentum_warmup_steps) if cfg.muon_momentum_warmup_steps else 1.0
-    return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
 
 
 @dataclass(frozen=True)
@@ -692,12 +673,16 @@ def kept_layers(cfg: Config, step: int) -> tuple[bool, ...]:
 
 
 def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> StepPlan:
-    """elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown."""
-    p, left = progress(cfg, step, elapsed), steps_left(cfg, step, elapsed, step_seconds)
-    scale, turns = SCHEDULES[schedule_name(cfg)](cfg, p, left), phases(cfg)
-    depth = next((depth for until, depth in turns if p < until), turns[-1][1])
+    """elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown.
+    Progress goes by steps or the clock, whichever is further (PR #1434 review, R1); momentum by steps."""
+    by_time = elapsed / cfg.max_wallclock_seconds if cfg.max_wallclock_seconds else 0.0
+    p = min(1.0, max(step / max(cfg.iterations, 1), by_time))
+    scale = SCHEDULES[schedule_name(cfg)](cfg, p, steps_left(cfg, step, elapsed, step_seconds))
+    start, warm_up = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps
+    momentum = start + (min(1.0, step / warm_up) if warm_up else 1.0) * (cfg.muon_momentum - start)
+    depth = next((depth for until, depth in phases(cfg) if p < until), phases(cfg)[-1][1])
     layers, noise = kept_layers(cfg, step), draw(cfg.seed, "noise", step)
-    return StepPlan(p, scale, muon_momentum(cfg, step), step, depth, layers, noise)
+    return StepPlan(p, scale, momentum, step, depth, layers, noise)
 
 
 class Clock:
@@ -713,26 +698,22 @@ class Clock:
         self.runtime.synchronize()
         self.started, self.last = time.perf_counter(), None
 
-    def stop(self) -> None:
-        self.runtime.synchronize()
-        self.total += time.perf_counter() - self.started
-        self.pending.clear()
-
     @contextmanager
     def paused(self) -> Iterator[None]:
-        self.stop()
+        self.runtime.synchronize()
+        self.total = self.seconds()
+        self.pending.clear()
         yield
         self.start()
 
     def tick(self) -> float:
         """Seconds trained, the same number on every rank; call once before each step."""
-        paced = not self.runtime.is_cuda  # a host that runs ahead of its device measures nothing
+        paced = not self.runtime.is_cuda or len(self.pending) == 2  # a host that runs ahead measures nothing
         if self.runtime.is_cuda:
             self.pending.append(torch.cuda.Event())
             self.pending[-1].record()
-            if len(self.pending) > 2:
-                self.pending.popleft().synchronize()
-                paced = True
+        if len(self.pending) > 2:
+            self.pending.popleft().synchronize()
         now = self.runtime.main_number(self.seconds())
         if self.last is not None and paced:
             self.recent.append(now - self.last)
