@@ -763,8 +763,7 @@ class TokenStream:
         kinds = {path.name.partition(f"_{split}_")[0] for path in self.paths}
         require(len(kinds) == 1, f"DATA_PATH={folder} mixes datasets {sorted(kinds)}; keep one a folder")
         self.shards = [open_shard(path) for path in self.paths]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
-        self.vocab_size = vocab_size
+        self.vocab_size, self.ends = vocab_size, np.cumsum([len(shard) for shard in self.shards])
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -796,11 +795,10 @@ class TokenStream:
 def window_order(cfg: Config, windows: int, step: int) -> np.ndarray:
     """Indices [sequences] of the training windows of one step: a pure function of (seed, step)."""
     epochs, places = np.divmod(np.arange(step * cfg.sequences, (step + 1) * cfg.sequences), windows)
-    if cfg.data_shuffle:
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            places[here] = epoch_order(cfg.seed, int(epoch), windows)[places[here]]
-    return places
+    if not cfg.data_shuffle:
+        return places
+    pairs = zip(epochs.tolist(), places.tolist(), strict=True)
+    return np.array([epoch_order(cfg.seed, epoch, windows)[place] for epoch, place in pairs])
 
 
 @lru_cache(maxsize=2)  # 80 shards have 7.8 M windows: 0.8 s to permute, too long for every step
@@ -814,10 +812,9 @@ def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tupl
     length, windows = cfg.train_seq_len, stream.windows(cfg.train_seq_len)
     for step in itertools.count():
         order = window_order(cfg, windows, step)[list(runtime.share(cfg.sequences))]
-        block = np.empty((len(order), length + 1), np.int64)
-        for row, window in zip(block, order.tolist(), strict=True):
-            row[:] = stream.read(window * length, length + 1)
-        pair = torch.from_numpy(block[:, :-1]), torch.from_numpy(block[:, 1:])
+        rows = [stream.read(window * length, length + 1) for window in order.tolist()]
+        block = torch.from_numpy(np.array(rows, np.int64).reshape(-1, length + 1))
+        pair = block[:, :-1], block[:, 1:]
         # Only a contiguous pinned tensor is copied to the GPU without waiting.
         yield tuple(part.contiguous().pin_memory() for part in pair) if runtime.is_cuda else pair
 
@@ -835,28 +832,20 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
 MARK = "\u2581"  # SentencePiece's space
 
 
-@dataclass(frozen=True)
 class ByteTable:
     """Per token id: bytes of its own, whether it starts with a space mark, whether it is a boundary."""
 
-    own: np.ndarray
-    space: np.ndarray
-    boundary: np.ndarray
-    spelled: tuple[int, ...]  # the three byte tokens that spell a mark where no piece is a lone space
-
-    @classmethod
-    def of(cls, tokenizer: sentencepiece.SentencePieceProcessor) -> ByteTable:
-        size = tokenizer.vocab_size()
-        own, space = np.zeros(size, np.int16), np.zeros(size, bool)
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
+        ids, is_byte = range(tokenizer.vocab_size()), tokenizer.is_byte
         kinds = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-        boundary = np.array([any(kind(i) for kind in kinds) for i in range(size)])
-        for i in np.flatnonzero(~boundary).tolist():
-            piece = tokenizer.id_to_piece(i)
-            space[i] = not tokenizer.is_byte(i) and piece.startswith(MARK)
-            text = piece[1:] if space[i] else piece  # further marks inside a piece are plain spaces
-            own[i] = 1 if tokenizer.is_byte(i) else len(text.replace(MARK, " ").encode())
-        spelled = tuple(tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode())
-        return cls(own, space, boundary, spelled if all(map(tokenizer.is_byte, spelled)) else ())
+        self.boundary = np.array([any(kind(i) for kind in kinds) for i in ids])
+        pieces = ["" if self.boundary[i] else "?" if is_byte(i) else tokenizer.id_to_piece(i) for i in ids]
+        self.space = np.array([piece.startswith(MARK) for piece in pieces])
+        texts = [piece.removeprefix(MARK).replace(MARK, " ") for piece in pieces]  # inside they are spaces
+        self.own = np.array([len(text.encode()) for text in texts], np.int16)
+        # The three byte tokens that spell a mark where no piece is a lone space.
+        spelled = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode()]
+        self.spelled = spelled if all(map(is_byte, spelled)) else []
 
     def weigh(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes [N] that each token adds: a space mark counts 1 unless it follows a boundary or the start."""
@@ -885,31 +874,25 @@ def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
 def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int, int]:
     """(documents, bytes) of the text that `tokens` decode to: the oracle. Documents stand between boundary
     tokens; their leading space mark adds no byte, as in ByteTable. Whether decode drops it is probed."""
-    marked = np.flatnonzero(table.space)[:1].tolist()
-    keeps_mark = bool(marked) and tokenizer.decode(marked).startswith(" ")
+    keeps_mark = any(tokenizer.decode([i]).startswith(" ") for i in np.flatnonzero(table.space)[:1].tolist())
     edges = np.concatenate(([-1], np.flatnonzero(table.boundary[tokens]), [len(tokens)]))
     spans = [(start + 1, stop) for start, stop in itertools.pairwise(edges.tolist()) if stop > start + 1]
-    total = 0
+    anchor, total = tokenizer.piece_to_id("<0x61>"), 0  # an 'a' in front keeps decode from dropping a space
     for at in range(0, len(spans), 1000):
         documents = [tokens[start:stop].tolist() for start, stop in spans[at : at + 1000]]
         for ids, text in zip(documents, tokenizer.decode(documents), strict=True):
             # A U+FFFD may be three bytes of the source or one broken byte token: decode byte tokens apart.
-            broken = "\ufffd" in text and any(map(tokenizer.is_byte, ids))
-            total += broken_bytes(tokenizer, ids) if broken else len(text.replace(MARK, " ").encode())
+            broken, raw = "\ufffd" in text and any(map(tokenizer.is_byte, ids)), text.encode()
+            if broken:
+                raw = b""
+                for is_byte, run in itertools.groupby(ids, tokenizer.is_byte):
+                    if is_byte:
+                        raw += bytes(int(tokenizer.id_to_piece(i)[3:5], 16) for i in run)
+                    else:
+                        raw += tokenizer.decode([anchor, *run]).encode()[1:]
+            total += len(raw.replace(MARK.encode(), b" "))
             total -= bool(table.space[ids[0]]) and (broken or keeps_mark)
     return len(spans), total
-
-
-def broken_bytes(tokenizer, ids: list[int]) -> int:
-    """Bytes of one document whose byte tokens may not form whole characters, leading space mark included."""
-    anchor, total = tokenizer.piece_to_id("<0x61>"), 0  # an 'a' in front keeps decode from dropping a space
-    for is_byte, run in itertools.groupby(ids, tokenizer.is_byte):
-        if is_byte:
-            raw = bytes(int(tokenizer.id_to_piece(i)[3:5], 16) for i in run)
-            total += len(raw.replace(MARK.encode(), b" "))
-        else:
-            total += len(tokenizer.decode([anchor, *run]).encode()) - 1
-    return total
 
 
 @dataclass(frozen=True)
@@ -927,7 +910,7 @@ class Validation:
 def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
     """Read the validation shards. prove: RunError unless the pieces' bytes equal the decoded text's."""
     where, stream = cfg.data_path, TokenStream(cfg.data_path, "val", cfg.vocab_size)
-    table, tokens = ByteTable.of(tokenizer), stream.read(0, len(stream))
+    table, tokens = ByteTable(tokenizer), stream.read(0, len(stream))
     require(len(tokens) > 1, f"the validation shards in {where} hold fewer than two tokens")
     weights = table.weigh(tokens)
     data = Validation(tokens, weights[1:], 0, hashlib.sha256(tokens.tobytes()).hexdigest())
@@ -935,24 +918,19 @@ def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
         return data
     require(data.bytes > 0, f"the validation shards in {where} decode to no text")
     key = data.sha256 + hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
-    documents, decoded = cached_oracle(cfg, key, lambda: decoded_bytes(tokenizer, table, tokens))
+    cache, documents = Path(where) / f".bytes-{key[:16]}.json", 0
+    with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: count again
+        saved = json.loads(cache.read_text())
+        if saved["key"] == key:
+            documents, decoded = int(saved["documents"]), int(saved["bytes"])
+    if not documents:
+        documents, decoded = decoded_bytes(tokenizer, table, tokens)
+        with suppress(OSError):  # a read-only dataset only costs the count again next time
+            write_atomic(cache, json.dumps(dict(key=key, documents=documents, bytes=decoded)).encode())
     counted = int(weights.sum(dtype=np.int64))
     wrong = f"wrong byte count: {counted} by pieces, {decoded} by decoding the validation text"
     require(counted == decoded, f"{wrong}; does {cfg.tokenizer_path} belong to {where}?")
     return replace(data, documents=documents)
-
-
-def cached_oracle(cfg: Config, key: str, compute: Callable[[], tuple[int, int]]) -> tuple[int, int]:
-    """The oracle's answer for these tokens and this tokenizer, kept beside the data if that is writable."""
-    path = Path(cfg.data_path) / f".bytes-{key[:16]}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: count again
-        saved = json.loads(path.read_text())
-        if saved["key"] == key:
-            return int(saved["documents"]), int(saved["bytes"])
-    documents, decoded = compute()
-    with suppress(OSError):  # a read-only dataset only costs the count again next time
-        write_atomic(path, json.dumps(dict(key=key, documents=documents, bytes=decoded)).encode())
-    return documents, decoded
 
 
 # 6. MODEL: official names and shapes, so official checkpoints load
