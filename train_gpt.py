@@ -418,6 +418,7 @@ class Runtime:
     compiles: bool = False
     backend: str | Callable = "inductor"
     uncompiled: str = ""  # why not, if that is news to the user
+    is_cuda = property(lambda self: self.device.type == "cuda")
 
     @classmethod
     @contextmanager
@@ -442,8 +443,6 @@ class Runtime:
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-
-    is_cuda = property(lambda self: self.device.type == "cuda")
 
     def claim_device(self) -> None:
         """Make this rank's GPU the thread's own; a new thread would open a context on the first one."""
@@ -508,12 +507,10 @@ def pick_dtype(wanted: str, device: torch.device) -> str:
 
 
 def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
-    """(whether to compile, what speaks against it). auto: on CUDA, and on CPUs where torch does it right:
-    2.5.1's CPU compiler drops repeated tokens from an embedding's gradient in silence, 2.13's does not."""
-    auto, version = wanted == "auto", torch.__version__  # a TorchVersion: compares with numbers
-    if auto and device.type == "cpu" and version < (2, 6):
-        return False, f"torch {version}'s CPU compiler gives wrong gradients"
-    return wanted == "1" or auto and device.type in ("cuda", "cpu"), ""
+    """(compile or not, why not). torch 2.5.1 drops repeated tokens' gradients silently on CPUs, 2.13 not."""
+    if wanted == "auto" and device.type == "cpu" and torch.__version__ < (2, 6):  # a TorchVersion
+        return False, f"torch {torch.__version__}'s CPU compiler gives wrong gradients"
+    return wanted == "1" or wanted == "auto" and device.type != "mps", ""
 
 
 class RunLog:
@@ -579,10 +576,9 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
 
 def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
     """Steps until the step limit or, at `step_seconds` a step, until the clock; at least 0."""
-    left = float(cfg.iterations - step)
-    if cfg.max_wallclock_seconds and step_seconds > 0:
-        left = min(left, (cfg.max_wallclock_seconds - elapsed) / step_seconds)
-    return max(left, 0.0)
+    timed = cfg.max_wallclock_seconds and step_seconds > 0
+    by_clock = (cfg.max_wallclock_seconds - elapsed) / step_seconds if timed else math.inf
+    return max(0.0, min(cfg.iterations - step, by_clock))
 
 
 def finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> bool:
@@ -660,9 +656,8 @@ def draw(*key) -> int:
 def phases(cfg: Config) -> list[tuple[float, int | None]]:
     """(until this progress, effective layers) of the depths the run trains in turn; each is a graph."""
     if cfg.progressive_grow and cfg.num_repeats == 1:
-        first = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
-        count = cfg.num_layers - first
-        return [(0.9 * (i + 1) / max(count, 1), first + i) for i in range(count + 1)]  # all of them by 0.9
+        depths = range(min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers))), cfg.num_layers + 1)
+        return [(0.9 * i / max(len(depths) - 1, 1), depth) for i, depth in enumerate(depths, 1)]  # all by 0.9
     return [(until, repeats * cfg.num_layers) for until, repeats in cfg.depth_phases] or [(1.0, None)]
 
 
@@ -673,12 +668,11 @@ def kept_layers(cfg: Config, step: int) -> tuple[bool, ...]:
 
 
 def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> StepPlan:
-    """elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown.
-    Progress goes by steps or the clock, whichever is further (PR #1434 review, R1); momentum by steps."""
+    """elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown."""
     by_time = elapsed / cfg.max_wallclock_seconds if cfg.max_wallclock_seconds else 0.0
-    p = min(1.0, max(step / max(cfg.iterations, 1), by_time))
+    p = min(1.0, max(step / max(cfg.iterations, 1), by_time))  # the further of both (PR #1434 review, R1)
     scale = SCHEDULES[schedule_name(cfg)](cfg, p, steps_left(cfg, step, elapsed, step_seconds))
-    start, warm_up = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps
+    start, warm_up = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps  # as officially
     momentum = start + (min(1.0, step / warm_up) if warm_up else 1.0) * (cfg.muon_momentum - start)
     depth = next((depth for until, depth in phases(cfg) if p < until), phases(cfg)[-1][1])
     layers, noise = kept_layers(cfg, step), draw(cfg.seed, "noise", step)
@@ -690,9 +684,8 @@ class Clock:
     step before the last: it lags the device by at most two steps and the device never waits for the host."""
 
     def __init__(self, runtime: Runtime, step_seconds: float = 0.0):
-        self.runtime, self.total, self.started = runtime, 0.0, 0.0
-        self.recent: deque[float] = deque([step_seconds] if step_seconds else [], maxlen=15)
-        self.last, self.pending = None, deque()
+        self.runtime, self.total, self.started, self.last = runtime, 0.0, 0.0, None
+        self.recent, self.pending = deque([step_seconds] if step_seconds else [], maxlen=15), deque()
 
     def start(self) -> None:
         self.runtime.synchronize()
@@ -763,18 +756,17 @@ class TokenStream:
         kinds = {path.name.partition(f"_{split}_")[0] for path in self.paths}
         require(len(kinds) == 1, f"DATA_PATH={folder} mixes datasets {sorted(kinds)}; keep one a folder")
         self.shards = [open_shard(path) for path in self.paths]
-        self.vocab_size, self.ends = vocab_size, np.cumsum([len(shard) for shard in self.shards])
+        self.vocab_size, self.bounds = vocab_size, np.cumsum([0, *map(len, self.shards)])
 
     def __len__(self) -> int:
-        return int(self.ends[-1])
+        return int(self.bounds[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count), uint16; RunError if one is outside the vocabulary."""
         parts, at = [], start
         while at < start + count:
-            index = int(np.searchsorted(self.ends, at, side="right"))
-            begin = at - (int(self.ends[index - 1]) if index else 0)
-            part = self.shards[index][begin : begin + start + count - at]
+            index = int(np.searchsorted(self.bounds, at, side="right")) - 1
+            part = self.shards[index][at - self.bounds[index] : start + count - self.bounds[index]]
             wrong = f"{self.paths[index]} holds token {part.max()}, beyond VOCAB_SIZE={self.vocab_size}"
             require(int(part.max()) < self.vocab_size, f"{wrong}: made with another tokenizer?")
             parts.append(part)
@@ -783,8 +775,7 @@ class TokenStream:
 
     def windows(self, length: int) -> int:
         """How many training windows of `length` targets it holds; RunError if none."""
-        short = f"the training shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more"
-        require(len(self) > length, short)
+        require(len(self) > length, f"the shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more")
         return (len(self) - 1) // length
 
     def epoch(self, cfg: Config, step: int) -> int:
@@ -843,8 +834,7 @@ class ByteTable:
         self.space = np.array([piece.startswith(MARK) for piece in pieces])
         texts = [piece.removeprefix(MARK).replace(MARK, " ") for piece in pieces]  # inside they are spaces
         self.own = np.array([len(text.encode()) for text in texts], np.int16)
-        # The three byte tokens that spell a mark where no piece is a lone space.
-        spelled = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode()]
+        spelled = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode()]  # a mark's bytes
         self.spelled = spelled if all(map(is_byte, spelled)) else []
 
     def weigh(self, tokens: np.ndarray) -> np.ndarray:
