@@ -995,12 +995,11 @@ def cached_oracle(cfg: Config, key: str, compute: Callable[[], tuple[int, int]])
 
 # 6. MODEL: official names and shapes, so official checkpoints load
 BLOCK, LONGEST_BLOCKED = 128, 512  # queries of a block, and the longest sequence, of attention on a CPU
-NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm uses for float32, fixed for every dtype
 
 
 def norm(x: Tensor) -> Tensor:
-    """Parameter-free RMS norm over the last dimension."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+    """Parameter-free RMS norm over the last dimension; its epsilon is that of float32 for every dtype."""
+    return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)
 
 
 class Linear(nn.Linear):
@@ -1019,13 +1018,6 @@ class Linear(nn.Linear):
         if self.lora_a is None:
             return y
         return y + F.linear(F.linear(x, self.lora_a[repeat].to(x.dtype)), self.lora_b[repeat].to(x.dtype))
-
-
-def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [length, head_dim/2], of angle t * base^(-2i/head_dim)."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1051,19 +1043,16 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
-    groups = q.size(1) // k.size(1)
-    if q.is_cuda and q.dtype != torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
-    if groups > 1:  # only the half-precision CUDA kernels take grouped heads as they are
+    groups, native = q.size(1) // k.size(1), q.is_cuda and q.dtype != torch.float32
+    if groups > 1 and not native:  # only the half-precision CUDA kernels take grouped heads as they are
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if q.device.type == "cpu" and q.size(2) <= LONGEST_BLOCKED:
         return blocked_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native and groups > 1)
 
 
 def omit_own(y: Tensor, v: Tensor) -> Tensor:
-    """Each head's output y [B, H, T, D] without its part along the value v [B, Hkv, T, D] of its own place.
-    Exclusive self-attention, XSA (Zhai, arXiv 2603.09078; PR #895)."""
+    """y [B, H, T, D] less its part along the own value v [B, Hkv, T, D]: XSA (Zhai 2603.09078; PR #895)."""
     own, y = F.normalize(v, dim=-1, eps=1e-12)[:, :, None], y.unflatten(1, (v.size(1), -1))
     return (y - (y * own).sum(dim=-1, keepdim=True) * own).flatten(1, 2)
 
@@ -1092,22 +1081,14 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2), repeat)
 
 
-# f(hidden) of the plain MLPs (PR #1434; relu2 is the baseline's); swiglu has a gate instead.
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu2": lambda x, slope: x.relu().square(),
-    "leaky_relu2": lambda x, slope: F.leaky_relu(x, slope).square(),
-    "gelu2": lambda x, slope: F.gelu(x).square(),
-    "silu2": lambda x, slope: F.silu(x).square(),
-}
-
-
 class MLP(nn.Module):
-    """f(F x), or SwiGLU: silu(G x) * (F x) of 2/3 of the width, so that the parameters match (PR #1434)."""
+    """f(F x)^2, or SwiGLU: silu(G x) * (F x) of 2/3 of the width, so that the parameters match (PR #1434)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.activation, self.slope = ACTIVATIONS.get(cfg.mlp_act), cfg.leaky_slope
-        wide = cfg.mlp_mult * cfg.model_dim
+        leaky, wide = partial(F.leaky_relu, negative_slope=cfg.leaky_slope), cfg.mlp_mult * cfg.model_dim
+        plain = dict(relu2=F.relu, leaky_relu2=leaky, gelu2=F.gelu, silu2=F.silu)  # relu2: the baseline's
+        self.activation = plain.get(cfg.mlp_act)
         hidden = int(wide if self.activation else 2 * wide / 3)
         self.gate = None if self.activation else Linear(cfg.model_dim, hidden)
         self.fc = Linear(cfg.model_dim, hidden)
@@ -1115,8 +1096,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
         hidden = self.fc(x)
-        gated = F.silu(self.gate(x)) * hidden if self.gate else self.activation(hidden, self.slope)
-        return self.proj(gated, repeat)
+        hidden = F.silu(self.gate(x)) * hidden if self.gate else self.activation(hidden).square()
+        return self.proj(hidden, repeat)
 
 
 class Block(nn.Module):
@@ -1126,8 +1107,7 @@ class Block(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
-        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.after_attention = norm if cfg.sandwich_norm and not cfg.parallel_block else nn.Identity()
         self.parallel, self.passes = cfg.parallel_block, 1 + cfg.attn_recycle
@@ -1153,16 +1133,12 @@ class Layer:
 
 
 def layer_plan(cfg: Config) -> list[Layer]:
-    """The first E layers push their output, each later one pops the latest push still there, if any."""
-    layers, stack = [], []
+    """Of 2E layers and more, number E + i adds the output of number E - 1 - i; those after have no skip."""
+    layers, half = [], cfg.encoders
     for index in range(cfg.depth):
         repeat, place = divmod(index, cfg.num_layers)
-        layer = Layer(place % (cfg.weight_share or cfg.num_layers), repeat=repeat)
-        if index < cfg.encoders:
-            stack.append(index)
-        elif stack:
-            layer = replace(layer, skip=index - cfg.encoders, source=stack.pop())
-        layers.append(layer)
+        skip, source = (index - half, 2 * half - 1 - index) if half <= index < 2 * half else (None, None)
+        layers.append(Layer(place % (cfg.weight_share or cfg.num_layers), skip, source, repeat))
     return layers
 
 
@@ -1174,15 +1150,15 @@ class GPT(nn.Module):
         self.dtype, self.softcap, self.embed_scale = dtype, cfg.logit_softcap, cfg.embed_scale or 1.0
         self.layers, width, again = layer_plan(cfg), cfg.model_dim, cfg.num_repeats - 1
         self.tok_emb = nn.Embedding(cfg.vocab_size, width)
-        skips = sum(layer.skip is not None for layer in self.layers)
-        self.skip_weights = nn.Parameter(torch.ones(skips, width))
+        self.skip_weights = nn.Parameter(torch.ones(sum(x.skip is not None for x in self.layers), width))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(1 + max(x.block for x in self.layers)))
         self.lm_head = None if cfg.tie_embeddings else Linear(width, cfg.vocab_size, zero=True)
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
-        tables = rotary_table(max(cfg.train_seq_len, cfg.eval_length), cfg.head_dim, cfg.rope_base)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            self.register_buffer(name, table, persistent=False)
+        frequency = cfg.rope_base ** (-torch.arange(0.0, cfg.head_dim, 2) / cfg.head_dim)
+        angle = torch.outer(torch.arange(float(max(cfg.train_seq_len, cfg.eval_length))), frequency)
+        self.register_buffer("cos", angle.cos(), persistent=False)  # [T, head_dim/2]
+        self.register_buffer("sin", angle.sin(), persistent=False)
         self.exclusive, self.period = cfg.depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n, cfg.num_layers
         embeds = range(cfg.num_value_embeds)
         self.value_embeds = nn.ModuleList(nn.Embedding(cfg.vocab_size, width) for _ in embeds)
@@ -1274,11 +1250,6 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
 
 
-def focal(nats: Tensor, gamma: float | Tensor) -> Tensor:
-    """Mean of (1 - p)^gamma * nats, less the plain mean (Lin et al. 1708.02002; PR #1380: training only)."""
-    return (((-torch.expm1(-nats)).clamp_min(1e-7) ** gamma - 1) * nats).mean()
-
-
 def head_diversity(cfg: Config, model: GPT) -> Tensor:
     """Mean squared cosine between the heads' input columns of each output projection, over all blocks."""
     total = 0.0
@@ -1302,7 +1273,10 @@ INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
 )
 # ... of softcapped logits z [B, T, V], targets y and their nats [B, T], progress p.
 LOSS_TERMS: dict[str, Callable[..., Tensor]] = dict(
-    focal_gamma=lambda cfg, z, y, nats, p, _: focal(nats, cfg.focal_gamma * (1 - cfg.gamma_anneal * p)),
+    # the mean of (1 - P(y))^gamma nats, less the plain mean (Lin et al. 1708.02002; PR #1380)
+    focal_gamma=lambda cfg, z, y, nats, p, _: (
+        ((-torch.expm1(-nats)).clamp_min(1e-7) ** (cfg.focal_gamma * (1 - cfg.gamma_anneal * p)) - 1) * nats
+    ).mean(),
     # (1-e) nats + e times the mean nats over the vocabulary, less nats
     label_smooth=lambda cfg, z, y, nats, *_: cfg.label_smooth * (z.logsumexp(-1) - z.mean(-1) - nats).mean(),
     z_loss=lambda cfg, z, *_: cfg.z_loss * z.logsumexp(-1).square().mean(),
@@ -1322,22 +1296,19 @@ def switched_on(cfg: Config, table: Mapping[str, Callable]) -> list[Callable]:
 def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor]]:
     """(ids, targets, StepPlan.dials or step 0's, depth) -> (what is minimised, mean nats per token alone)."""
     mixes, drops, terms = (switched_on(cfg, t) for t in (EMBEDDING_TERMS, INPUT_TERMS, LOSS_TERMS))
+    changes = [*mixes, lambda cfg, x, *_: norm(x), *drops]
 
     def loss(ids: Tensor, targets: Tensor, dials=None, depth=None) -> tuple[Tensor, Tensor]:
         dials = plan_step(cfg, 0, 0.0, 0.0).dials(ids.device) if dials is None else dials
         if cfg.mirror_train:
             ids, targets = mirror_train(cfg, ids, targets, dials[0])
         x = model.embed(ids)
-        for change in mixes:
-            x = change(cfg, x, ids, dials)
-        x = norm(x)
-        for change in drops:
+        for change in changes:
             x = change(cfg, x, ids, dials)
         logits = model.logits(x, dials[2:] if cfg.layer_drop else None, depth, ids)
         nats = cross_entropy(logits, targets)
-        given = cfg, logits, targets, nats, dials[1], model
-        objective = sum((term(*given) for term in terms), nats.mean())
-        return objective, nats.detach().mean()
+        added = (term(cfg, logits, targets, nats, dials[1], model) for term in terms)
+        return sum(added, nats.mean()), nats.detach().mean()
 
     return loss
 
@@ -1356,8 +1327,7 @@ def load_checkpoint(path: str) -> dict[str, Tensor]:
     """A state dict saved by torch.save, as float32; nothing in the file is executed (weights_only)."""
     require(Path(path).is_file(), f"no checkpoint at INIT_FROM={path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.float() for name, tensor in state.items()}
+        return {n: t.float() for n, t in torch.load(path, map_location="cpu", weights_only=True).items()}
     except Exception as error:  # torch raises many kinds on a foreign file
         raise RunError(f"INIT_FROM={path} is not a state dict of tensors ({type(error).__name__})") from None
 
