@@ -1003,13 +1003,12 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """No bias; float32 weights, used in the dtype of the input. lora = (repeats, rank): W + B_r A_r."""
+    """No bias; float32 weights, used in the dtype of the input. With a rank, repeat r uses W + B_r A_r."""
 
-    def __init__(self, inputs: int, outputs: int, zero: bool = False, lora: tuple[int, int] = (0, 0)):
+    def __init__(self, inputs: int, outputs: int, zero: bool = False, repeats: int = 0, rank: int = 0):
         super().__init__(inputs, outputs, bias=False)
         if zero:
             nn.init.zeros_(self.weight)
-        repeats, rank = lora
         self.lora_a = nn.Parameter(torch.randn(repeats, rank, inputs) / inputs**0.5) if rank else None
         self.lora_b = nn.Parameter(torch.zeros(repeats, outputs, rank)) if rank else None
 
@@ -1031,8 +1030,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     takes 0.50 to 0.61 of the time of torch's kernel at lengths 128 to 512 (benchmarks/cpu_attention.json)."""
     future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
     q, parts = q * q.size(-1) ** -0.5, []
-    for start in range(0, q.size(2), BLOCK):
-        part = q[:, :, start : start + BLOCK]
+    for start, part in zip(range(0, q.size(2), BLOCK), q.split(BLOCK, dim=2), strict=True):
         rows, stop = part.size(2), start + part.size(2)
         scores = part @ k[:, :, :stop].mT
         diagonal = scores[..., start:].masked_fill(future[:rows, :rows], -torch.inf)
@@ -1065,7 +1063,7 @@ class Attention(nn.Module):
         self.head_dim = cfg.head_dim
         self.c_q = Linear(cfg.model_dim, cfg.model_dim)
         self.c_k, self.c_v = (Linear(cfg.model_dim, cfg.num_kv_heads * cfg.head_dim) for _ in range(2))
-        self.proj = Linear(cfg.model_dim, cfg.model_dim, True, (cfg.num_repeats, cfg.repeat_lora_rank))
+        self.proj = Linear(cfg.model_dim, cfg.model_dim, True, cfg.num_repeats, cfg.repeat_lora_rank)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, repeat=0, exclusive=False, mix=None, first=()):
@@ -1092,7 +1090,7 @@ class MLP(nn.Module):
         hidden = int(wide if self.activation else 2 * wide / 3)
         self.gate = None if self.activation else Linear(cfg.model_dim, hidden)
         self.fc = Linear(cfg.model_dim, hidden)
-        self.proj = Linear(hidden, cfg.model_dim, True, (cfg.num_repeats, cfg.repeat_lora_rank))
+        self.proj = Linear(hidden, cfg.model_dim, True, cfg.num_repeats, cfg.repeat_lora_rank)
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
         hidden = self.fc(x)
@@ -1129,16 +1127,14 @@ class Layer:
     block: int
     skip: int | None = None  # row of skip_weights
     source: int | None = None  # effective layer whose output is added
-    repeat: int = 0  # how many times the blocks have run before
 
 
 def layer_plan(cfg: Config) -> list[Layer]:
-    """Of 2E layers and more, number E + i adds the output of number E - 1 - i; those after have no skip."""
+    """With E encoders, layer E + i adds the output of layer E - 1 - i, as popped off a stack, while i < E."""
     layers, half = [], cfg.encoders
     for index in range(cfg.depth):
-        repeat, place = divmod(index, cfg.num_layers)
         skip, source = (index - half, 2 * half - 1 - index) if half <= index < 2 * half else (None, None)
-        layers.append(Layer(place % (cfg.weight_share or cfg.num_layers), skip, source, repeat))
+        layers.append(Layer(index % cfg.num_layers % (cfg.weight_share or cfg.num_layers), skip, source))
     return layers
 
 
@@ -1176,36 +1172,31 @@ class GPT(nn.Module):
 
     def logits(self, x0: Tensor, keep: Tensor | None = None, depth=None, ids=None, places=None) -> Tensor:
         """From normed embeddings [B, T, d] and their ids to logits [B, T, V], or [B, S, V] at places [B, S].
-        keep [layers]: 0 leaves a block out; so does an index >= depth. What a layer left out would have added
-        is missing, its U-Net skip is not: a new block changes nothing, so a model that grows goes on."""
+        A layer of keep 0, or from `depth` on, adds but its U-Net skip: so a model that grows goes on."""
         x = x0 = x0.to(self.dtype)
         depth, outputs, first = len(self.layers) if depth is None else depth, [], []
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
         values = [table(ids).to(x.dtype) for table in self.value_embeds]
         for index, layer in enumerate(self.layers):
+            repeat, place = divmod(index, self.period)
             if layer.skip is not None:
                 x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.source]
             if index < depth:
                 mix = None if self.value_mix is None else self.value_mix[index]
                 how = dict(cos=cos, sin=sin, exclusive=index >= depth - self.exclusive, mix=mix, first=first)
-                y = self.blocks[layer.block](self.enter(x, index, values, outputs), x0, layer.repeat, **how)
+                y = x if self.loop_embed is None else x + self.loop_embed[index].to(x.dtype)  # as PR #895
+                for scale, value in zip(self.value_scales[index] if values else (), values, strict=True):
+                    y = y + scale.to(x.dtype) * value
+                if repeat and self.cross_repeat_scales is not None:  # the output of the block's last run
+                    scale = self.cross_repeat_scales[place, repeat - 1].to(x.dtype)
+                    y = y + scale * outputs[index - self.period]
+                y = self.blocks[layer.block](y, x0, repeat, **how)
                 x = y if keep is None else torch.where(keep[index] > 0, y, x)
             outputs.append(x)
         head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         x = x if places is None else x.take_along_dim(places[..., None], dim=1)
         z = F.linear(norm(x), head.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
-
-    def enter(self, x: Tensor, index: int, values: list[Tensor], outputs: list[Tensor]) -> Tensor:
-        """What PR #895 adds before a layer: its loop embedding, value embeddings, the block's last output."""
-        if self.loop_embed is not None:
-            x = x + self.loop_embed[index].to(x.dtype)
-        for scale, value in zip(self.value_scales[index] if values else (), values, strict=True):
-            x = x + scale.to(x.dtype) * value
-        if self.cross_repeat_scales is not None and index >= self.period:
-            repeat, place = divmod(index, self.period)
-            x = x + self.cross_repeat_scales[place, repeat - 1].to(x.dtype) * outputs[index - self.period]
-        return x
 
 
 def token_nats(model: GPT, ids: Tensor, targets: Tensor, places=None, depth=None) -> Tensor:
@@ -1229,12 +1220,6 @@ def uniform(ids: Tensor, noise: Tensor, salt: int, count: int) -> Tensor:
     return (scramble(sequence ^ scramble(places[1])) >> 8).float() / 2**24
 
 
-def mirror_train(cfg: Config, ids: Tensor, targets: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Reverse some sequences as a whole: the target of a place is still the token read next."""
-    chosen = uniform(ids, noise, 0, 1) < cfg.mirror_train
-    return torch.where(chosen, targets.flip(1), ids), torch.where(chosen, ids.flip(1), targets)
-
-
 def embed_mixup(cfg: Config, x: Tensor, ids: Tensor, dials: Tensor) -> Tensor:
     """Move each embedding [B, T, d] a random part of the way to the one before it; the first has none."""
     r = (cfg.embed_mixup * uniform(ids, dials[0], 1, ids.size(1)))[:, 1:, None]
@@ -1252,18 +1237,16 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 def head_diversity(cfg: Config, model: GPT) -> Tensor:
     """Mean squared cosine between the heads' input columns of each output projection, over all blocks."""
-    total = 0.0
+    total, pairs = 0.0, max(cfg.num_heads * (cfg.num_heads - 1), 1)
     for block in model.blocks:
         heads = block.attn.proj.weight.unflatten(1, (cfg.num_heads, -1)).transpose(0, 1).flatten(1)
-        parts = F.normalize(heads, dim=1)
-        cosine = parts @ parts.T
-        off_diagonal = cosine - torch.diag(torch.diagonal(cosine))
-        total = total + off_diagonal.square().sum() / max(cfg.num_heads * (cfg.num_heads - 1), 1)
+        cosine = (unit := F.normalize(heads, dim=1)) @ unit.T
+        total = total + (cosine - cosine.diag().diag()).square().sum() / pairs
     return cfg.head_diversity * total / len(model.blocks)
 
 
-# Training only, keyed by the knob that switches each on: changes of the input before its norm and after it,
-# and what is added to the mean nats.
+# Training only, keyed by the knob that switches each on: changes of the input before and after its norm; what
+# is added to the mean nats, given softcapped logits z [B, T, V], targets y, their nats [B, T], progress p.
 EMBEDDING_TERMS: dict[str, Callable[..., Tensor]] = dict(embed_mixup=embed_mixup)
 INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
     token_drop=lambda cfg, x, ids, dials: dropout(x, uniform(ids, dials[0], 2, len(ids[0])), cfg.token_drop),
@@ -1271,10 +1254,8 @@ INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
         x, uniform(ids, dials[0], 3, x[0].numel()), cfg.metamorphosis * (1 - 2 * dials[1]).clamp_min(0)
     ),
 )
-# ... of softcapped logits z [B, T, V], targets y and their nats [B, T], progress p.
 LOSS_TERMS: dict[str, Callable[..., Tensor]] = dict(
-    # the mean of (1 - P(y))^gamma nats, less the plain mean (Lin et al. 1708.02002; PR #1380)
-    focal_gamma=lambda cfg, z, y, nats, p, _: (
+    focal_gamma=lambda cfg, z, y, nats, p, _: (  # (1 - P(y))^gamma nats, less nats (Lin et al. 1708.02002)
         ((-torch.expm1(-nats)).clamp_min(1e-7) ** (cfg.focal_gamma * (1 - cfg.gamma_anneal * p)) - 1) * nats
     ).mean(),
     # (1-e) nats + e times the mean nats over the vocabulary, less nats
@@ -1300,8 +1281,9 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 
     def loss(ids: Tensor, targets: Tensor, dials=None, depth=None) -> tuple[Tensor, Tensor]:
         dials = plan_step(cfg, 0, 0.0, 0.0).dials(ids.device) if dials is None else dials
-        if cfg.mirror_train:
-            ids, targets = mirror_train(cfg, ids, targets, dials[0])
+        if cfg.mirror_train:  # some sequences as a whole: the target is still the token read next
+            back = uniform(ids, dials[0], 0, 1) < cfg.mirror_train
+            ids, targets = torch.where(back, targets.flip(1), ids), torch.where(back, ids.flip(1), targets)
         x = model.embed(ids)
         for change in changes:
             x = change(cfg, x, ids, dials)
