@@ -1324,17 +1324,14 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
 
 
 # 7. OPTIMISERS: Muon for the blocks' matrices, Adam for the rest
-ROLES = "embed", "head", "matrix", "scalar"  # of parameters: Muon trains the matrices, Adam the others
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Keller Jordan's: steep at 0, all within 0.7..1.2 after 5 steps
 
 
 def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Move all singular values of each matrix of a stack [n, r, c] near 1 (quintic Newton-Schulz, Muon)."""
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's: steep at 0, all within 0.7..1.2 after 5 steps
     x = matrices.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
+    x = x.mT if (tall := x.size(1) > x.size(2)) else x
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -1342,9 +1339,8 @@ def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, then an orthogonalised step (Keller Jordan; scaling of the official baseline).
-    Same-shape matrices are orthogonalised in one batch. Each rank does every world_size-th matrix and the
-    updates are exchanged as one flat buffer, so all ranks apply the same numbers."""
+    """Nesterov momentum, then an orthogonalised step (Keller Jordan; the baseline's scaling), all matrices of
+    a shape at once. Each rank does every world_size-th; one flat buffer brings the same updates to all."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, runtime: Runtime):
         super().__init__([dict(params=params, base_lr=lr)], dict(lr=lr, momentum=momentum, weight_decay=0.0))
@@ -1352,34 +1348,25 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            params, sizes = group["params"], [p.numel() for p in group["params"]]
-            if not params:
-                continue
+        for group in (group for group in self.param_groups if group["params"]):
+            params, momentum, sizes = group["params"], group["momentum"], [p.numel() for p in group["params"]]
             flat = torch.zeros(sum(sizes), device=params[0].device)
             updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
-            shapes: dict[torch.Size, list[int]] = {}
-            for i in range(self.runtime.rank, len(params), self.runtime.world_size):
-                shapes.setdefault(params[i].shape, []).append(i)
-            for indices in shapes.values():
-                directions = self.directions([params[i] for i in indices], group["momentum"])
-                torch._foreach_copy_([updates[i] for i in indices], list(directions.unbind()))
+            pairs = [*zip(params, updates, strict=True)][self.runtime.rank :: self.runtime.world_size]
+            for shape in dict.fromkeys(p.shape for p, _ in pairs):
+                alike, results = zip(*((p, update) for p, update in pairs if p.shape == shape), strict=True)
+                for p in (p for p in alike if not self.state[p]):
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                grads, averages = [p.grad for p in alike], [self.state[p]["momentum_buffer"] for p in alike]
+                torch._foreach_mul_(averages, momentum)
+                torch._foreach_add_(averages, grads)
+                nesterov = torch.stack(torch._foreach_add(grads, averages, alpha=momentum))
+                turned = orthogonalise(nesterov, self.steps, self.runtime.dtype)
+                torch._foreach_copy_(results, (turned * max(1.0, shape[0] / shape[1]) ** 0.5).unbind())
             self.runtime.sum(flat)
             if group["weight_decay"]:  # decoupled, and before the update, as PR #895
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, updates, alpha=-group["lr"])
-
-    def directions(self, params: list[nn.Parameter], momentum: float) -> Tensor:
-        """The update directions [n, r, c] of n same-shaped parameters."""
-        grads, (rows, columns) = [p.grad for p in params], params[0].shape
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        averages = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_mul_(averages, momentum)
-        torch._foreach_add_(averages, grads)
-        nesterov = torch.stack(torch._foreach_add(grads, averages, alpha=momentum))
-        return orthogonalise(nesterov, self.steps, self.runtime.dtype) * max(1.0, rows / columns) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -1388,8 +1375,9 @@ class Weight:
 
     name: str
     param: nn.Parameter
-    role: str  # one of ROLES
+    role: str  # "matrix": Muon trains it; "embed", "head", "scalar": Adam
     memory: dict[str, Tensor] = field(default_factory=dict)
+    dense = property(lambda self: self.role != "scalar")  # no gain, gate or other control tensor
     block = property(lambda self: int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None)
 
 
@@ -1406,16 +1394,8 @@ def weights_of(cfg: Config, model: GPT) -> list[Weight]:
 
 def blocks_of(weights: list[Weight]) -> list[dict[str, Weight]]:
     """The blocks in order, each by the name inside the block."""
-    blocks: dict[int, dict[str, Weight]] = {}
-    for w in weights:
-        if w.block is not None:
-            blocks.setdefault(w.block, {})[w.name.split(".", 2)[2]] = w
-    return [blocks[index] for index in sorted(blocks)]
-
-
-def matrices(weights: list[Weight]) -> list[Weight]:
-    """Embedding, head and the matrices of the blocks: no gains, gates or other control tensors."""
-    return [w for w in weights if w.role != "scalar"]
+    blocks = itertools.groupby((w for w in weights if w.block is not None), key=lambda w: w.block)
+    return [{w.name.split(".", 2)[2]: w for w in block} for _, block in blocks]
 
 
 def mycorrhizal(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
@@ -1428,62 +1408,48 @@ def mycorrhizal(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
             b.add_(old, alpha=cfg.mycorrhizal)
 
 
-def thermal_vent(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-    blocks = blocks_of(weights) if plan.progress >= 0.025 else []
-    for block in random.Random(plan.noise).sample(blocks, min(2, len(blocks))):
-        for w in block.values():
-            w.param.grad.mul_(1 + cfg.thermal_vent)
-
-
-def controlled_burn(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-    for flat in (w.param.view(-1) for w in matrices(weights) if due(plan.step + 1, cfg.burn_interval)):
-        flat[flat.abs().topk(int(cfg.controlled_burn * flat.numel()), largest=False).indices] = 0
-
-
-def synaptic_scale(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-    for w in matrices(weights) if plan.progress >= 0.05 else []:
-        size = w.param.norm().clamp_min(1e-12)
-        w.param.mul_((w.memory.setdefault("size", size) / size).clamp(0.95, 1.05))
-
-
-def shake(amount: Callable[[Config, int, float], float]) -> Callable[..., None]:
+def shake(amount: Callable[..., float], cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
     """Add amount(cfg, step, p) times a matrix's mean magnitude times N(0, 1), the same on every rank."""
-
-    def edit(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-        size = amount(cfg, plan.step + 1, plan.progress)
-        for w in matrices(weights) if size > 1e-6 else []:
-            generator = torch.Generator(w.param.device).manual_seed(draw(cfg.seed, plan.step, w.name))
-            normal = torch.randn(w.param.shape, generator=generator, device=w.param.device)
-            w.param.add_(normal * (size * w.param.abs().mean()))
-
-    return edit
+    size = amount(cfg, plan.step + 1, plan.progress)
+    for w in (w for w in weights if w.dense and size > 1e-6):
+        generator = torch.Generator(w.param.device).manual_seed(draw(cfg.seed, plan.step, w.name))
+        normal = torch.randn(w.param.shape, generator=generator, device=w.param.device)
+        w.param.add_(normal * (size * w.param.abs().mean()))
 
 
 def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool = False) -> None:
     """Zero the heads whose input columns of proj have the least norm, chosen once, and keep them so."""
-    for block in blocks_of(weights) if plan.progress >= cfg.head_prune_at else []:
-        w = block["attn.proj.weight"]
+    for w in (b["attn.proj.weight"] for b in blocks_of(weights) if plan.progress >= cfg.head_prune_at):
         if "kept" not in w.memory:
             size = w.param.unflatten(1, (cfg.num_heads, -1)).norm(dim=(0, 2))
             least = size.topk(int(cfg.head_prune * cfg.num_heads), largest=False).indices
             w.memory["kept"] = torch.ones_like(size).index_fill_(0, least, 0)
-        changed = w.param.grad if grads else w.param
-        changed.unflatten(1, (cfg.num_heads, -1)).mul_(w.memory["kept"][:, None])
+        (w.param.grad if grads else w.param).unflatten(1, (cfg.num_heads, -1)).mul_(w.memory["kept"][:, None])
 
 
 # Interventions (cfg, weights, plan), keyed by the knob that switches each on: of the gradients, summed over
 # ranks, before the clip and the step (they write nothing else); and of the weights after the step.
 GRADIENT_EDITS: dict[str, Callable[..., object]] = dict(
-    grad_central=lambda cfg, ws, plan: [w.param.grad.sub_(w.param.grad.mean(1, True)) for w in matrices(ws)],
+    grad_central=lambda cfg, ws, plan: [w.param.grad.sub_(w.param.grad.mean(1, True)) for w in ws if w.dense],
     mycorrhizal=mycorrhizal,
-    thermal_vent=thermal_vent,
+    thermal_vent=lambda cfg, ws, plan: [
+        w.param.grad.mul_(1 + cfg.thermal_vent)
+        for block in random.Random(plan.noise).sample(blocks_of(ws), min(2, len(blocks_of(ws))))
+        for w in (block.values() if plan.progress >= 0.025 else [])
+    ],
     head_prune=partial(head_prune, grads=True),
 )
 WEIGHT_EDITS: dict[str, Callable[..., object]] = dict(
-    controlled_burn=controlled_burn,
-    synaptic_scale=synaptic_scale,
-    weight_perturb=shake(lambda cfg, step, p: cfg.weight_perturb * due(step, cfg.perturb_interval)),
-    mutation_decay=shake(lambda cfg, step, p: cfg.mutation_decay * math.exp(-5 * p) * (p >= 0.05)),
+    controlled_burn=lambda cfg, ws, plan: [
+        x.index_fill_(0, x.abs().topk(int(cfg.controlled_burn * len(x)), largest=False).indices, 0)
+        for x in (w.param.view(-1) for w in ws if w.dense and due(plan.step + 1, cfg.burn_interval))
+    ],
+    synaptic_scale=lambda cfg, ws, plan: [
+        w.param.mul_((w.memory.setdefault("size", size) / size).clamp(0.95, 1.05))
+        for w, size in ((w, w.param.norm().clamp_min(1e-12)) for w in ws if w.dense and plan.progress >= 0.05)
+    ],
+    weight_perturb=partial(shake, lambda cfg, step, p: cfg.weight_perturb * due(step, cfg.perturb_interval)),
+    mutation_decay=partial(shake, lambda cfg, step, p: cfg.mutation_decay * math.exp(-5 * p) * (p >= 0.05)),
     head_prune=head_prune,
 )
 # LR multiplier of a weight at p, with n blocks: of the step, since Muon and Adam cancel it on the gradient.
@@ -1504,36 +1470,34 @@ class Optimisers:
     """Muon and Adam over one flat gradient buffer, stepped together."""
 
     def __init__(self, cfg: Config, model: GPT, runtime: Runtime):
-        self.weights, self.cfg, self.runtime = weights_of(cfg, model), cfg, runtime
-        roles = {role: [w.param for w in self.weights if w.role == role] for role in ROLES}
+        self.cfg, self.runtime, self.blocks = cfg, runtime, len(model.blocks)
+        self.weights = weights_of(cfg, model)
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         rates = dict(embed=embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr)
+        roles = {role: [w.param for w in self.weights if w.role == role] for role in [*rates, "matrix"]}
         groups = [dict(params=roles[role], lr=lr, base_lr=lr) for role, lr in rates.items() if roles[role]]
         betas, fused = (cfg.beta1, cfg.beta2), runtime.device.type in ("cuda", "cpu")
         self.adam = torch.optim.Adam(groups, betas=betas, eps=cfg.adam_eps, fused=fused)
         self.muon = Muon(roles["matrix"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime)
+        self.all = self.adam, self.muon
         held = [p for optimiser in self.all for group in optimiser.param_groups for p in group["params"]]
         assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.numel())
-        sizes = [p.numel() for p in held]
-        self.flat = torch.zeros(sum(sizes), device=runtime.device)
+        self.flat = torch.zeros(sum(sizes := [p.numel() for p in held]), device=runtime.device)
         for p, part in zip(held, self.flat.split(sizes), strict=True):
             p.grad = part.view_as(p)  # backward adds into the buffer: one all-reduce, no copies
-        self.edits = [switched_on(cfg, table) for table in (GRADIENT_EDITS, WEIGHT_EDITS)]
-        self.rates, self.decays = switched_on(cfg, LAYER_RATES), switched_on(cfg, DECAYS)
-
-    all = property(lambda self: (self.adam, self.muon))
+        tables = GRADIENT_EDITS, WEIGHT_EDITS, LAYER_RATES, DECAYS
+        *self.edits, self.rates, self.decays = (switched_on(cfg, table) for table in tables)
 
     @contextmanager
+    @torch.no_grad()  # its own code alone, not what is run inside it
     def uphill(self, rho: float) -> Iterator[None]:
         """Weights moved by `rho` along the summed gradient, put back at the end (SAM, Foret 2010.01412)."""
         self.runtime.sum(self.flat)
         held = [w.param for w in self.weights]
         before, scale = [p.detach().clone() for p in held], rho / (self.flat.norm() + 1e-12)
-        with torch.no_grad():
-            torch._foreach_add_(held, torch._foreach_mul([p.grad for p in held], scale))
+        torch._foreach_add_(held, torch._foreach_mul([p.grad for p in held], scale))
         yield
-        with torch.no_grad():
-            torch._foreach_copy_(held, before)
+        torch._foreach_copy_(held, before)
 
     @torch.no_grad()
     def step(self, plan: StepPlan) -> None:
@@ -1545,7 +1509,10 @@ class Optimisers:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
         decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
-        slowed = list(self.slowed(plan.progress))
+        slowed = []  # (parameter, its copy, the share of this step it shall make) where that is not all
+        for w in self.weights if self.rates else []:
+            share = math.prod(rate(w, plan.progress, self.blocks) for rate in self.rates)
+            slowed += [(w.param, w.param.clone(), share)] if share != 1 else []
         for optimiser in self.all:
             for group in optimiser.param_groups:
                 group["lr"] = group["base_lr"] * plan.lr_scale
@@ -1555,25 +1522,16 @@ class Optimisers:
         for edit in self.edits[1]:
             edit(self.cfg, self.weights, plan)
 
-    def slowed(self, p: float) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
-        """(parameter, its copy, the share of the coming step it shall make) where that is not all of it."""
-        count = len(blocks_of(self.weights)) if self.rates else 0
-        for w in self.weights if self.rates else []:
-            share = math.prod(rate(w, p, count) for rate in self.rates)
-            if share != 1:
-                yield w.param, w.param.clone(), share
-
 
 class Average:
     """Running average of the weights in float32: SWA's uniform mean (PR #895), or EMA without its bias."""
 
     def __init__(self, cfg: Config, model: GPT):
-        self.cfg, self.live = cfg, [p for p in model.parameters() if p.numel()]
+        self.cfg, self.live = cfg, [p.detach() for p in model.parameters() if p.numel()]
         self.kind = "swa" if cfg.swa_enabled else "ema" if cfg.ema_decay else ""
         self.total = [torch.zeros_like(p) for p in self.live] if self.kind else []
         self.weight, self.count, self.newest = 0.0, 0, 0  # newest: the step of the latest snapshot
 
-    @torch.no_grad()
     def add(self, step: int) -> None:
         """Take the weights as they are after `step` steps."""
         keep, new = (1.0, 1.0) if self.kind == "swa" else (self.cfg.ema_decay, 1 - self.cfg.ema_decay)
@@ -1587,7 +1545,6 @@ class Average:
         if self.kind == "ema" or self.kind == "swa" and low and due(plan.step + 1, self.cfg.swa_every):
             self.add(plan.step + 1)
 
-    @torch.no_grad()
     def load(self, step: int) -> None:
         """Put the average into the model. SWA counts the final weights once (PR #895: at times twice)."""
         if self.kind == "swa" and self.newest != step:

@@ -596,10 +596,10 @@ def test_synaptic_scaling_pulls_norms_back_by_five_percent_at_most(tiny):
     cfg, optimisers = weights_with_gradients(tiny, synaptic_scale=True)
     start = arrays(optimisers)
     with torch.no_grad():
-        train_gpt.synaptic_scale(cfg, optimisers.weights, plan_at(0.05))
+        train_gpt.WEIGHT_EDITS["synaptic_scale"](cfg, optimisers.weights, plan_at(0.05))
         for w, factor in zip(optimisers.weights, [1.02, 1.5, 0.5] * 99, strict=False):
             w.param.mul_(factor)
-        train_gpt.synaptic_scale(cfg, optimisers.weights, plan_at(0.06))
+        train_gpt.WEIGHT_EDITS["synaptic_scale"](cfg, optimisers.weights, plan_at(0.06))
     for w, factor in zip(optimisers.weights, [1.02, 1.5, 0.5] * 99, strict=False):
         pulled = {1.02: 1.0, 1.5: 1.5 * 0.95, 0.5: 0.5 * 1.05}[factor] if w.role != "scalar" else factor
         np.testing.assert_allclose(w.param.detach().double().numpy(), pulled * start[w.name], rtol=1e-5)
