@@ -1554,24 +1554,20 @@ class Average:
 
 # 8. QUANTISE AND PACK: weights -> integer rows -> one compressed file, and back
 MODEL_FILE = "final_model.int8.ptz"  # the official name; its integers may have fewer levels
-KEEP_FLOAT_NUMEL = 65_536  # official: tensors of at most this many values stay float
-CLIP_QUANTILE = 0.9999984  # official: each row is clipped at this quantile of its magnitudes
 PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}  # kinds of array in the file
 MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
 RAW_LIMIT = 1 << 30  # no artifact within the limit unpacks to more; a header that says so is forged
-# Packed / raw bytes of trained int8 weights: 0.9165 in PR #895 (zstd 22, no step floor), 0.92 in LowerLR
-# (zlib). Untrained weights are more uniform and take up to 8 % more. Fewer levels take log2 of them less
-# (PR #1453, 63 and 16 levels: predicted 15.52 MB, three seeds took 15.28 to 15.40).
+# Packed / raw bytes of trained int8 rows: 0.9165 in PR #895 (zstd), 0.92 in LowerLR (zlib); untrained, up to
+# 8 % more. Fewer levels take log2 of them less (PR #1453, 63 and 16: predicted 15.52 MB, was 15.28 to 15.40).
 TRAINED_RATIO = 0.92
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
-GPTQ_LITE = 0.9999, 0.99995, 0.99999, 0.999995, 0.999999  # PR #895's: nearly the maximum of its rows
-# |w| [r, c] -> clips to choose from [n, r]; each row keeps the one of least squared error. (torch.quantile
-# refuses more than 16 M numbers, such as 65,536 x 264.)
+# |w| [r, c] -> clips [n, r]; each row keeps the one of least squared error. gptq_lite is PR #895's, nearly
+# the maximum. (torch.quantile refuses more than 16 M numbers, such as 65,536 x 264.)
 CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(
-    official=lambda size: np.quantile(size, [CLIP_QUANTILE], axis=1),
+    official=lambda size: np.quantile(size, [0.9999984], axis=1),
     max=lambda size: size.max(axis=1)[None],
-    gptq_lite=lambda size: np.quantile(size, GPTQ_LITE, axis=1),
+    gptq_lite=lambda size: np.quantile(size, (0.9999, 0.99995, 0.99999, 0.999995, 0.999999), axis=1),
     grid=lambda size: np.linspace(1, 0.3, 36)[:, None] * size.max(axis=1),
 )
 
@@ -1579,16 +1575,13 @@ CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(
 def quantise_rows(weight: Tensor, floor: float, levels=127, clip="official") -> tuple[Tensor, Tensor]:
     """Integers [r, c] in -levels..levels, as int8, and float16 steps [r]: weight = integer * step.
     The official script keeps steps >= 1/127, coarse for rows with no weight above 1; `floor` 0 drops that."""
-
-    def integers(step: Tensor) -> Tensor:  # by the step as stored
-        return (weight / step.float()[:, None]).round().clamp(-levels, levels)
-
     least = max(floor, 2.0**-24)  # the least positive float16
     steps = (torch.from_numpy(CLIPS[clip](weight.abs().numpy())) / levels).clamp_min(least).half()
-    errors = torch.stack([(weight - integers(s) * s.float()[:, None]).square().sum(dim=1) for s in steps])
-    best = errors.nan_to_num(torch.inf).argmin(dim=0, keepdim=True)  # not a number: a step beyond float16
+    stored = steps.float()[..., None]  # [n, r, 1]
+    errors = [((weight / s).round().clamp(-levels, levels) * s - weight).square().sum(dim=1) for s in stored]
+    best = torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True)  # nan: a step beyond float16
     step = steps.gather(0, best)[0]
-    return integers(step).to(torch.int8), step
+    return (weight / step.float()[:, None]).round().clamp(-levels, levels).to(torch.int8), step
 
 
 def weight_group(name: str) -> str:
@@ -1610,32 +1603,28 @@ def quant_name(cfg: Config) -> str:
 
 
 def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
-    """Control tensors are stored as float32, large matrices as int8 rows and steps, the rest as float16."""
+    """Control tensors stay float32, matrices of over 65,536 values (official) become rows, others float16."""
     if any(part in name for part in cfg.int8_keep_float_fp32_name_patterns):
         return ["fp32"]
-    return ["int8", "step"] if len(shape) == 2 and math.prod(shape) > KEEP_FLOAT_NUMEL else ["fp16"]
-
-
-def tensor_planes(cfg: Config, name: str, kinds: list[str], tensor: Tensor) -> dict[str, np.ndarray]:
-    """The stored arrays of a tensor, by kind; RunError (5) if one overflows float16."""
-    weight = tensor.detach().float().cpu().contiguous()
-    arrays = (weight.half() if "fp16" in kinds else weight,)
-    if "int8" in kinds:
-        arrays = quantise_rows(weight, cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip)
-    if not all(torch.isfinite(array).all() for array in arrays):
-        raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
-    return {kind: array.numpy().astype(PLANES[kind]) for kind, array in zip(kinds, arrays, strict=True)}
+    return ["int8", "step"] if len(shape) == 2 and math.prod(shape) > 65_536 else ["fp16"]
 
 
 def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
-    """The artifact: a checked prefix and one compressed body of header and planes. Same input, same bytes."""
+    """The artifact: a checked prefix and a body. Same input, same bytes. RunError (5) beyond float16."""
     table = [[name, list(t.shape), plane_kinds(cfg, name, t.shape)] for name, t in sorted(state.items())]
-    arrays = {name: tensor_planes(cfg, name, kinds, state[name]) for name, _, kinds in table}
+    planes: dict[str, list[bytes]] = {kind: [] for kind in PLANES}  # one kind together compresses better
+    for name, _, kinds in table:
+        weight = state[name].detach().float().cpu().contiguous()
+        arrays = (weight.half() if "fp16" in kinds else weight,)
+        if "int8" in kinds:
+            arrays = quantise_rows(weight, cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip)
+        if not all(torch.isfinite(array).all() for array in arrays):
+            raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
+        for kind, array in zip(kinds, arrays, strict=True):
+            planes[kind].append(array.numpy().astype(PLANES[kind]).tobytes())
     header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    # Planes of one kind stand together (all codes, then all steps, ...): they compress better so.
-    planes = [arrays[name][kind].tobytes() for kind in PLANES for name, _, kinds in table if kind in kinds]
-    raw = struct.pack("<I", len(text)) + text + b"".join(planes)
+    raw = struct.pack("<I", len(text)) + text + b"".join(itertools.chain(*planes.values()))
     return sealed(cfg.codec.encode(), len(raw), CODECS[cfg.codec][0](raw, cfg))
 
 
@@ -1660,28 +1649,22 @@ def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
         raw = CODECS[codec.decode()][1](body, raw_length)
         if len(raw) != raw_length:
             raise ValueError("another length than it says")
-        size = struct.unpack_from("<I", raw)[0]
-        header = json.loads(raw[4 : 4 + size])
-        return read_planes(header["tensors"], raw, 4 + size), header
+        at = 4 + struct.unpack_from("<I", raw)[0]
+        header, state = json.loads(raw[4:at]), {}
+        table = header["tensors"]
+        if any(type(size) is not int or size < 0 for _, shape, _ in table for size in shape):
+            raise ValueError("a shape that is none")
+        for kind, code in PLANES.items():
+            for name, shape, _ in (row for row in table if kind in row[2]):
+                shape = [shape[0], 1] if kind == "step" else shape
+                values = np.frombuffer(raw, code, math.prod(shape), at)
+                plane = torch.from_numpy(values.astype(np.float32).reshape(shape))
+                state[name], at = state[name] * plane if kind == "step" else plane, at + values.nbytes
+        if at != len(raw):
+            raise ValueError("planes that do not fill it")
+        return {name: state[name] for name, *_ in table}, header
     except Exception as error:  # a forged body: whatever breaks, the file is to blame
         raise RunError(f"{source} cannot be unpacked ({type(error).__name__}: {error})") from None
-
-
-def read_planes(table: list, raw: bytes, at: int) -> dict[str, Tensor]:
-    """Rebuild float32 tensors from the planes that start at byte `at`; any error means a bad table."""
-    if any(type(size) is not int or size < 0 for _, shape, _ in table for size in shape):
-        raise ValueError("a shape that is none")
-    arrays: dict[tuple[str, str], Tensor] = {}
-    for kind, code in PLANES.items():
-        for name, shape, _ in (row for row in table if kind in row[2]):
-            shape = shape[:1] if kind == "step" else shape
-            values = np.frombuffer(raw, code, math.prod(shape), at)
-            arrays[name, kind] = torch.from_numpy(values.astype(np.float32).reshape(shape))
-            at += values.nbytes
-    if at != len(raw):
-        raise ValueError("planes that do not fill it")
-    state = {name: arrays[name, kinds[0]] for name, _, kinds in table}
-    return {n: t * arrays[n, "step"][:, None] if (n, "step") in arrays else t for n, t in state.items()}
 
 
 def zstandard_module():
@@ -1699,10 +1682,7 @@ CODECS: dict[str, tuple[Callable, Callable]] = {
         lambda raw, cfg: zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw),
         lambda body, size: zstandard_module().ZstdDecompressor().stream_reader(body).read(size + 1),
     ),
-    "zlib": (
-        lambda raw, cfg: zlib.compress(raw, 9),
-        lambda body, size: zlib.decompressobj().decompress(body, size + 1),
-    ),
+    "zlib": (lambda raw, cfg: zlib.compress(raw, 9), lambda b, n: zlib.decompressobj().decompress(b, n + 1)),
 }
 
 
