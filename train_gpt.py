@@ -925,22 +925,20 @@ def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
 
 # 6. MODEL: official names and shapes, so official checkpoints load
 BLOCK, LONGEST_BLOCKED = 128, 512  # queries of a block, and the longest sequence, of attention on a CPU
-NORM_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm uses for float32, fixed for every dtype
 
 
 def norm(x: Tensor) -> Tensor:
-    """Parameter-free RMS norm over the last dimension."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+    """Parameter-free RMS norm over the last dimension; its epsilon is that of float32 for every dtype."""
+    return F.rms_norm(x, (x.size(-1),), eps=2.0**-23)
 
 
 class Linear(nn.Linear):
-    """No bias; float32 weights, used in the dtype of the input. lora = (repeats, rank): W + B_r A_r."""
+    """No bias; float32 weights, used in the dtype of the input. With a rank, repeat r uses W + B_r A_r."""
 
-    def __init__(self, inputs: int, outputs: int, zero: bool = False, lora: tuple[int, int] = (0, 0)):
+    def __init__(self, inputs: int, outputs: int, zero: bool = False, repeats: int = 0, rank: int = 0):
         super().__init__(inputs, outputs, bias=False)
         if zero:
             nn.init.zeros_(self.weight)
-        repeats, rank = lora
         self.lora_a = nn.Parameter(torch.randn(repeats, rank, inputs) / inputs**0.5) if rank else None
         self.lora_b = nn.Parameter(torch.zeros(repeats, outputs, rank)) if rank else None
 
@@ -949,13 +947,6 @@ class Linear(nn.Linear):
         if self.lora_a is None:
             return y
         return y + F.linear(F.linear(x, self.lora_a[repeat].to(x.dtype)), self.lora_b[repeat].to(x.dtype))
-
-
-def rotary_table(length: int, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [length, head_dim/2], of angle t * base^(-2i/head_dim)."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -969,8 +960,7 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     takes 0.50 to 0.61 of the time of torch's kernel at lengths 128 to 512 (benchmarks/cpu_attention.json)."""
     future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
     q, parts = q * q.size(-1) ** -0.5, []
-    for start in range(0, q.size(2), BLOCK):
-        part = q[:, :, start : start + BLOCK]
+    for start, part in zip(range(0, q.size(2), BLOCK), q.split(BLOCK, dim=2), strict=True):
         rows, stop = part.size(2), start + part.size(2)
         scores = part @ k[:, :, :stop].mT
         diagonal = scores[..., start:].masked_fill(future[:rows, :rows], -torch.inf)
@@ -981,19 +971,16 @@ def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
-    groups = q.size(1) // k.size(1)
-    if q.is_cuda and q.dtype != torch.float32:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
-    if groups > 1:  # only the half-precision CUDA kernels take grouped heads as they are
+    groups, native = q.size(1) // k.size(1), q.is_cuda and q.dtype != torch.float32
+    if groups > 1 and not native:  # only the half-precision CUDA kernels take grouped heads as they are
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if q.device.type == "cpu" and q.size(2) <= LONGEST_BLOCKED:
         return blocked_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native and groups > 1)
 
 
 def omit_own(y: Tensor, v: Tensor) -> Tensor:
-    """Each head's output y [B, H, T, D] without its part along the value v [B, Hkv, T, D] of its own place.
-    Exclusive self-attention, XSA (Zhai, arXiv 2603.09078; PR #895)."""
+    """y [B, H, T, D] less its part along the own value v [B, Hkv, T, D]: XSA (Zhai 2603.09078; PR #895)."""
     own, y = F.normalize(v, dim=-1, eps=1e-12)[:, :, None], y.unflatten(1, (v.size(1), -1))
     return (y - (y * own).sum(dim=-1, keepdim=True) * own).flatten(1, 2)
 
@@ -1006,7 +993,7 @@ class Attention(nn.Module):
         self.head_dim = cfg.head_dim
         self.c_q = Linear(cfg.model_dim, cfg.model_dim)
         self.c_k, self.c_v = (Linear(cfg.model_dim, cfg.num_kv_heads * cfg.head_dim) for _ in range(2))
-        self.proj = Linear(cfg.model_dim, cfg.model_dim, True, (cfg.num_repeats, cfg.repeat_lora_rank))
+        self.proj = Linear(cfg.model_dim, cfg.model_dim, True, cfg.num_repeats, cfg.repeat_lora_rank)
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, repeat=0, exclusive=False, mix=None, first=()):
@@ -1022,31 +1009,23 @@ class Attention(nn.Module):
         return self.proj(y.transpose(1, 2).flatten(2), repeat)
 
 
-# f(hidden) of the plain MLPs (PR #1434; relu2 is the baseline's); swiglu has a gate instead.
-ACTIVATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "relu2": lambda x, slope: x.relu().square(),
-    "leaky_relu2": lambda x, slope: F.leaky_relu(x, slope).square(),
-    "gelu2": lambda x, slope: F.gelu(x).square(),
-    "silu2": lambda x, slope: F.silu(x).square(),
-}
-
-
 class MLP(nn.Module):
-    """f(F x), or SwiGLU: silu(G x) * (F x) of 2/3 of the width, so that the parameters match (PR #1434)."""
+    """f(F x)^2, or SwiGLU: silu(G x) * (F x) of 2/3 of the width, so that the parameters match (PR #1434)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.activation, self.slope = ACTIVATIONS.get(cfg.mlp_act), cfg.leaky_slope
-        wide = cfg.mlp_mult * cfg.model_dim
+        leaky, wide = partial(F.leaky_relu, negative_slope=cfg.leaky_slope), cfg.mlp_mult * cfg.model_dim
+        plain = dict(relu2=F.relu, leaky_relu2=leaky, gelu2=F.gelu, silu2=F.silu)  # relu2: the baseline's
+        self.activation = plain.get(cfg.mlp_act)
         hidden = int(wide if self.activation else 2 * wide / 3)
         self.gate = None if self.activation else Linear(cfg.model_dim, hidden)
         self.fc = Linear(cfg.model_dim, hidden)
-        self.proj = Linear(hidden, cfg.model_dim, True, (cfg.num_repeats, cfg.repeat_lora_rank))
+        self.proj = Linear(hidden, cfg.model_dim, True, cfg.num_repeats, cfg.repeat_lora_rank)
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
         hidden = self.fc(x)
-        gated = F.silu(self.gate(x)) * hidden if self.gate else self.activation(hidden, self.slope)
-        return self.proj(gated, repeat)
+        hidden = F.silu(self.gate(x)) * hidden if self.gate else self.activation(hidden).square()
+        return self.proj(hidden, repeat)
 
 
 class Block(nn.Module):
@@ -1056,8 +1035,7 @@ class Block(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
-        self.attn_scale = nn.Parameter(torch.ones(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.ones(cfg.model_dim))
+        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
         self.after_attention = norm if cfg.sandwich_norm and not cfg.parallel_block else nn.Identity()
         self.parallel, self.passes = cfg.parallel_block, 1 + cfg.attn_recycle
@@ -1079,20 +1057,14 @@ class Layer:
     block: int
     skip: int | None = None  # row of skip_weights
     source: int | None = None  # effective layer whose output is added
-    repeat: int = 0  # how many times the blocks have run before
 
 
 def layer_plan(cfg: Config) -> list[Layer]:
-    """The first E layers push their output, each later one pops the latest push still there, if any."""
-    layers, stack = [], []
+    """With E encoders, layer E + i adds the output of layer E - 1 - i, as popped off a stack, while i < E."""
+    layers, half = [], cfg.encoders
     for index in range(cfg.depth):
-        repeat, place = divmod(index, cfg.num_layers)
-        layer = Layer(place % (cfg.weight_share or cfg.num_layers), repeat=repeat)
-        if index < cfg.encoders:
-            stack.append(index)
-        elif stack:
-            layer = replace(layer, skip=index - cfg.encoders, source=stack.pop())
-        layers.append(layer)
+        skip, source = (index - half, 2 * half - 1 - index) if half <= index < 2 * half else (None, None)
+        layers.append(Layer(index % cfg.num_layers % (cfg.weight_share or cfg.num_layers), skip, source))
     return layers
 
 
@@ -1104,15 +1076,15 @@ class GPT(nn.Module):
         self.dtype, self.softcap, self.embed_scale = dtype, cfg.logit_softcap, cfg.embed_scale or 1.0
         self.layers, width, again = layer_plan(cfg), cfg.model_dim, cfg.num_repeats - 1
         self.tok_emb = nn.Embedding(cfg.vocab_size, width)
-        skips = sum(layer.skip is not None for layer in self.layers)
-        self.skip_weights = nn.Parameter(torch.ones(skips, width))
+        self.skip_weights = nn.Parameter(torch.ones(sum(x.skip is not None for x in self.layers), width))
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(1 + max(x.block for x in self.layers)))
         self.lm_head = None if cfg.tie_embeddings else Linear(width, cfg.vocab_size, zero=True)
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
-        tables = rotary_table(max(cfg.train_seq_len, cfg.eval_length), cfg.head_dim, cfg.rope_base)
-        for name, table in zip(("cos", "sin"), tables, strict=True):
-            self.register_buffer(name, table, persistent=False)
+        frequency = cfg.rope_base ** (-torch.arange(0.0, cfg.head_dim, 2) / cfg.head_dim)
+        angle = torch.outer(torch.arange(float(max(cfg.train_seq_len, cfg.eval_length))), frequency)
+        self.register_buffer("cos", angle.cos(), persistent=False)  # [T, head_dim/2]
+        self.register_buffer("sin", angle.sin(), persistent=False)
         self.exclusive, self.period = cfg.depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n, cfg.num_layers
         embeds = range(cfg.num_value_embeds)
         self.value_embeds = nn.ModuleList(nn.Embedding(cfg.vocab_size, width) for _ in embeds)
@@ -1130,36 +1102,31 @@ class GPT(nn.Module):
 
     def logits(self, x0: Tensor, keep: Tensor | None = None, depth=None, ids=None, places=None) -> Tensor:
         """From normed embeddings [B, T, d] and their ids to logits [B, T, V], or [B, S, V] at places [B, S].
-        keep [layers]: 0 leaves a block out; so does an index >= depth. What a layer left out would have added
-        is missing, its U-Net skip is not: a new block changes nothing, so a model that grows goes on."""
+        A layer of keep 0, or from `depth` on, adds but its U-Net skip: so a model that grows goes on."""
         x = x0 = x0.to(self.dtype)
         depth, outputs, first = len(self.layers) if depth is None else depth, [], []
         cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
         values = [table(ids).to(x.dtype) for table in self.value_embeds]
         for index, layer in enumerate(self.layers):
+            repeat, place = divmod(index, self.period)
             if layer.skip is not None:
                 x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.source]
             if index < depth:
                 mix = None if self.value_mix is None else self.value_mix[index]
                 how = dict(cos=cos, sin=sin, exclusive=index >= depth - self.exclusive, mix=mix, first=first)
-                y = self.blocks[layer.block](self.enter(x, index, values, outputs), x0, layer.repeat, **how)
+                y = x if self.loop_embed is None else x + self.loop_embed[index].to(x.dtype)  # as PR #895
+                for scale, value in zip(self.value_scales[index] if values else (), values, strict=True):
+                    y = y + scale.to(x.dtype) * value
+                if repeat and self.cross_repeat_scales is not None:  # the output of the block's last run
+                    scale = self.cross_repeat_scales[place, repeat - 1].to(x.dtype)
+                    y = y + scale * outputs[index - self.period]
+                y = self.blocks[layer.block](y, x0, repeat, **how)
                 x = y if keep is None else torch.where(keep[index] > 0, y, x)
             outputs.append(x)
         head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         x = x if places is None else x.take_along_dim(places[..., None], dim=1)
         z = F.linear(norm(x), head.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
-
-    def enter(self, x: Tensor, index: int, values: list[Tensor], outputs: list[Tensor]) -> Tensor:
-        """What PR #895 adds before a layer: its loop embedding, value embeddings, the block's last output."""
-        if self.loop_embed is not None:
-            x = x + self.loop_embed[index].to(x.dtype)
-        for scale, value in zip(self.value_scales[index] if values else (), values, strict=True):
-            x = x + scale.to(x.dtype) * value
-        if self.cross_repeat_scales is not None and index >= self.period:
-            repeat, place = divmod(index, self.period)
-            x = x + self.cross_repeat_scales[place, repeat - 1].to(x.dtype) * outputs[index - self.period]
-        return x
 
 
 def token_nats(model: GPT, ids: Tensor, targets: Tensor, places=None, depth=None) -> Tensor:
@@ -1183,12 +1150,6 @@ def uniform(ids: Tensor, noise: Tensor, salt: int, count: int) -> Tensor:
     return (scramble(sequence ^ scramble(places[1])) >> 8).float() / 2**24
 
 
-def mirror_train(cfg: Config, ids: Tensor, targets: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Reverse some sequences as a whole: the target of a place is still the token read next."""
-    chosen = uniform(ids, noise, 0, 1) < cfg.mirror_train
-    return torch.where(chosen, targets.flip(1), ids), torch.where(chosen, ids.flip(1), targets)
-
-
 def embed_mixup(cfg: Config, x: Tensor, ids: Tensor, dials: Tensor) -> Tensor:
     """Move each embedding [B, T, d] a random part of the way to the one before it; the first has none."""
     r = (cfg.embed_mixup * uniform(ids, dials[0], 1, ids.size(1)))[:, 1:, None]
@@ -1204,25 +1165,18 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
 
 
-def focal(nats: Tensor, gamma: float | Tensor) -> Tensor:
-    """Mean of (1 - p)^gamma * nats, less the plain mean (Lin et al. 1708.02002; PR #1380: training only)."""
-    return (((-torch.expm1(-nats)).clamp_min(1e-7) ** gamma - 1) * nats).mean()
-
-
 def head_diversity(cfg: Config, model: GPT) -> Tensor:
     """Mean squared cosine between the heads' input columns of each output projection, over all blocks."""
-    total = 0.0
+    total, pairs = 0.0, max(cfg.num_heads * (cfg.num_heads - 1), 1)
     for block in model.blocks:
         heads = block.attn.proj.weight.unflatten(1, (cfg.num_heads, -1)).transpose(0, 1).flatten(1)
-        parts = F.normalize(heads, dim=1)
-        cosine = parts @ parts.T
-        off_diagonal = cosine - torch.diag(torch.diagonal(cosine))
-        total = total + off_diagonal.square().sum() / max(cfg.num_heads * (cfg.num_heads - 1), 1)
+        cosine = (unit := F.normalize(heads, dim=1)) @ unit.T
+        total = total + (cosine - cosine.diag().diag()).square().sum() / pairs
     return cfg.head_diversity * total / len(model.blocks)
 
 
-# Training only, keyed by the knob that switches each on: changes of the input before its norm and after it,
-# and what is added to the mean nats.
+# Training only, keyed by the knob that switches each on: changes of the input before and after its norm; what
+# is added to the mean nats, given softcapped logits z [B, T, V], targets y, their nats [B, T], progress p.
 EMBEDDING_TERMS: dict[str, Callable[..., Tensor]] = dict(embed_mixup=embed_mixup)
 INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
     token_drop=lambda cfg, x, ids, dials: dropout(x, uniform(ids, dials[0], 2, len(ids[0])), cfg.token_drop),
@@ -1230,9 +1184,10 @@ INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
         x, uniform(ids, dials[0], 3, x[0].numel()), cfg.metamorphosis * (1 - 2 * dials[1]).clamp_min(0)
     ),
 )
-# ... of softcapped logits z [B, T, V], targets y and their nats [B, T], progress p.
 LOSS_TERMS: dict[str, Callable[..., Tensor]] = dict(
-    focal_gamma=lambda cfg, z, y, nats, p, _: focal(nats, cfg.focal_gamma * (1 - cfg.gamma_anneal * p)),
+    focal_gamma=lambda cfg, z, y, nats, p, _: (  # (1 - P(y))^gamma nats, less nats (Lin et al. 1708.02002)
+        ((-torch.expm1(-nats)).clamp_min(1e-7) ** (cfg.focal_gamma * (1 - cfg.gamma_anneal * p)) - 1) * nats
+    ).mean(),
     # (1-e) nats + e times the mean nats over the vocabulary, less nats
     label_smooth=lambda cfg, z, y, nats, *_: cfg.label_smooth * (z.logsumexp(-1) - z.mean(-1) - nats).mean(),
     z_loss=lambda cfg, z, *_: cfg.z_loss * z.logsumexp(-1).square().mean(),
@@ -1252,22 +1207,20 @@ def switched_on(cfg: Config, table: Mapping[str, Callable]) -> list[Callable]:
 def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor]]:
     """(ids, targets, StepPlan.dials or step 0's, depth) -> (what is minimised, mean nats per token alone)."""
     mixes, drops, terms = (switched_on(cfg, t) for t in (EMBEDDING_TERMS, INPUT_TERMS, LOSS_TERMS))
+    changes = [*mixes, lambda cfg, x, *_: norm(x), *drops]
 
     def loss(ids: Tensor, targets: Tensor, dials=None, depth=None) -> tuple[Tensor, Tensor]:
         dials = plan_step(cfg, 0, 0.0, 0.0).dials(ids.device) if dials is None else dials
-        if cfg.mirror_train:
-            ids, targets = mirror_train(cfg, ids, targets, dials[0])
+        if cfg.mirror_train:  # some sequences as a whole: the target is still the token read next
+            back = uniform(ids, dials[0], 0, 1) < cfg.mirror_train
+            ids, targets = torch.where(back, targets.flip(1), ids), torch.where(back, ids.flip(1), targets)
         x = model.embed(ids)
-        for change in mixes:
-            x = change(cfg, x, ids, dials)
-        x = norm(x)
-        for change in drops:
+        for change in changes:
             x = change(cfg, x, ids, dials)
         logits = model.logits(x, dials[2:] if cfg.layer_drop else None, depth, ids)
         nats = cross_entropy(logits, targets)
-        given = cfg, logits, targets, nats, dials[1], model
-        objective = sum((term(*given) for term in terms), nats.mean())
-        return objective, nats.detach().mean()
+        added = (term(cfg, logits, targets, nats, dials[1], model) for term in terms)
+        return sum(added, nats.mean()), nats.detach().mean()
 
     return loss
 
@@ -1286,8 +1239,7 @@ def load_checkpoint(path: str) -> dict[str, Tensor]:
     """A state dict saved by torch.save, as float32; nothing in the file is executed (weights_only)."""
     require(Path(path).is_file(), f"no checkpoint at INIT_FROM={path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: tensor.float() for name, tensor in state.items()}
+        return {n: t.float() for n, t in torch.load(path, map_location="cpu", weights_only=True).items()}
     except Exception as error:  # torch raises many kinds on a foreign file
         raise RunError(f"INIT_FROM={path} is not a state dict of tensors ({type(error).__name__})") from None
 
@@ -1302,17 +1254,14 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
 
 
 # 7. OPTIMISERS: Muon for the blocks' matrices, Adam for the rest
-ROLES = "embed", "head", "matrix", "scalar"  # of parameters: Muon trains the matrices, Adam the others
-NEWTON_SCHULZ = 3.4445, -4.7750, 2.0315  # Keller Jordan's: steep at 0, all within 0.7..1.2 after 5 steps
 
 
 def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Move all singular values of each matrix of a stack [n, r, c] near 1 (quintic Newton-Schulz, Muon)."""
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's: steep at 0, all within 0.7..1.2 after 5 steps
     x = matrices.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
+    x = x.mT if (tall := x.size(1) > x.size(2)) else x
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -1320,9 +1269,8 @@ def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, then an orthogonalised step (Keller Jordan; scaling of the official baseline).
-    Same-shape matrices are orthogonalised in one batch. Each rank does every world_size-th matrix and the
-    updates are exchanged as one flat buffer, so all ranks apply the same numbers."""
+    """Nesterov momentum, then an orthogonalised step (Keller Jordan; the baseline's scaling), all matrices of
+    a shape at once. Each rank does every world_size-th; one flat buffer brings the same updates to all."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, runtime: Runtime):
         super().__init__([dict(params=params, base_lr=lr)], dict(lr=lr, momentum=momentum, weight_decay=0.0))
@@ -1330,34 +1278,25 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        for group in self.param_groups:
-            params, sizes = group["params"], [p.numel() for p in group["params"]]
-            if not params:
-                continue
+        for group in (group for group in self.param_groups if group["params"]):
+            params, momentum, sizes = group["params"], group["momentum"], [p.numel() for p in group["params"]]
             flat = torch.zeros(sum(sizes), device=params[0].device)
             updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
-            shapes: dict[torch.Size, list[int]] = {}
-            for i in range(self.runtime.rank, len(params), self.runtime.world_size):
-                shapes.setdefault(params[i].shape, []).append(i)
-            for indices in shapes.values():
-                directions = self.directions([params[i] for i in indices], group["momentum"])
-                torch._foreach_copy_([updates[i] for i in indices], list(directions.unbind()))
+            pairs = [*zip(params, updates, strict=True)][self.runtime.rank :: self.runtime.world_size]
+            for shape in dict.fromkeys(p.shape for p, _ in pairs):
+                alike, results = zip(*((p, update) for p, update in pairs if p.shape == shape), strict=True)
+                for p in (p for p in alike if not self.state[p]):
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                grads, averages = [p.grad for p in alike], [self.state[p]["momentum_buffer"] for p in alike]
+                torch._foreach_mul_(averages, momentum)
+                torch._foreach_add_(averages, grads)
+                nesterov = torch.stack(torch._foreach_add(grads, averages, alpha=momentum))
+                turned = orthogonalise(nesterov, self.steps, self.runtime.dtype)
+                torch._foreach_copy_(results, (turned * max(1.0, shape[0] / shape[1]) ** 0.5).unbind())
             self.runtime.sum(flat)
             if group["weight_decay"]:  # decoupled, and before the update, as PR #895
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, updates, alpha=-group["lr"])
-
-    def directions(self, params: list[nn.Parameter], momentum: float) -> Tensor:
-        """The update directions [n, r, c] of n same-shaped parameters."""
-        grads, (rows, columns) = [p.grad for p in params], params[0].shape
-        for p in params:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        averages = [self.state[p]["momentum_buffer"] for p in params]
-        torch._foreach_mul_(averages, momentum)
-        torch._foreach_add_(averages, grads)
-        nesterov = torch.stack(torch._foreach_add(grads, averages, alpha=momentum))
-        return orthogonalise(nesterov, self.steps, self.runtime.dtype) * max(1.0, rows / columns) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -1366,8 +1305,9 @@ class Weight:
 
     name: str
     param: nn.Parameter
-    role: str  # one of ROLES
+    role: str  # "matrix": Muon trains it; "embed", "head", "scalar": Adam
     memory: dict[str, Tensor] = field(default_factory=dict)
+    dense = property(lambda self: self.role != "scalar")  # no gain, gate or other control tensor
     block = property(lambda self: int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None)
 
 
@@ -1384,16 +1324,8 @@ def weights_of(cfg: Config, model: GPT) -> list[Weight]:
 
 def blocks_of(weights: list[Weight]) -> list[dict[str, Weight]]:
     """The blocks in order, each by the name inside the block."""
-    blocks: dict[int, dict[str, Weight]] = {}
-    for w in weights:
-        if w.block is not None:
-            blocks.setdefault(w.block, {})[w.name.split(".", 2)[2]] = w
-    return [blocks[index] for index in sorted(blocks)]
-
-
-def matrices(weights: list[Weight]) -> list[Weight]:
-    """Embedding, head and the matrices of the blocks: no gains, gates or other control tensors."""
-    return [w for w in weights if w.role != "scalar"]
+    blocks = itertools.groupby((w for w in weights if w.block is not None), key=lambda w: w.block)
+    return [{w.name.split(".", 2)[2]: w for w in block} for _, block in blocks]
 
 
 def mycorrhizal(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
@@ -1406,62 +1338,48 @@ def mycorrhizal(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
             b.add_(old, alpha=cfg.mycorrhizal)
 
 
-def thermal_vent(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-    blocks = blocks_of(weights) if plan.progress >= 0.025 else []
-    for block in random.Random(plan.noise).sample(blocks, min(2, len(blocks))):
-        for w in block.values():
-            w.param.grad.mul_(1 + cfg.thermal_vent)
-
-
-def controlled_burn(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-    for flat in (w.param.view(-1) for w in matrices(weights) if due(plan.step + 1, cfg.burn_interval)):
-        flat[flat.abs().topk(int(cfg.controlled_burn * flat.numel()), largest=False).indices] = 0
-
-
-def synaptic_scale(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-    for w in matrices(weights) if plan.progress >= 0.05 else []:
-        size = w.param.norm().clamp_min(1e-12)
-        w.param.mul_((w.memory.setdefault("size", size) / size).clamp(0.95, 1.05))
-
-
-def shake(amount: Callable[[Config, int, float], float]) -> Callable[..., None]:
+def shake(amount: Callable[..., float], cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
     """Add amount(cfg, step, p) times a matrix's mean magnitude times N(0, 1), the same on every rank."""
-
-    def edit(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-        size = amount(cfg, plan.step + 1, plan.progress)
-        for w in matrices(weights) if size > 1e-6 else []:
-            generator = torch.Generator(w.param.device).manual_seed(draw(cfg.seed, plan.step, w.name))
-            normal = torch.randn(w.param.shape, generator=generator, device=w.param.device)
-            w.param.add_(normal * (size * w.param.abs().mean()))
-
-    return edit
+    size = amount(cfg, plan.step + 1, plan.progress)
+    for w in (w for w in weights if w.dense and size > 1e-6):
+        generator = torch.Generator(w.param.device).manual_seed(draw(cfg.seed, plan.step, w.name))
+        normal = torch.randn(w.param.shape, generator=generator, device=w.param.device)
+        w.param.add_(normal * (size * w.param.abs().mean()))
 
 
 def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool = False) -> None:
     """Zero the heads whose input columns of proj have the least norm, chosen once, and keep them so."""
-    for block in blocks_of(weights) if plan.progress >= cfg.head_prune_at else []:
-        w = block["attn.proj.weight"]
+    for w in (b["attn.proj.weight"] for b in blocks_of(weights) if plan.progress >= cfg.head_prune_at):
         if "kept" not in w.memory:
             size = w.param.unflatten(1, (cfg.num_heads, -1)).norm(dim=(0, 2))
             least = size.topk(int(cfg.head_prune * cfg.num_heads), largest=False).indices
             w.memory["kept"] = torch.ones_like(size).index_fill_(0, least, 0)
-        changed = w.param.grad if grads else w.param
-        changed.unflatten(1, (cfg.num_heads, -1)).mul_(w.memory["kept"][:, None])
+        (w.param.grad if grads else w.param).unflatten(1, (cfg.num_heads, -1)).mul_(w.memory["kept"][:, None])
 
 
 # Interventions (cfg, weights, plan), keyed by the knob that switches each on: of the gradients, summed over
 # ranks, before the clip and the step (they write nothing else); and of the weights after the step.
 GRADIENT_EDITS: dict[str, Callable[..., object]] = dict(
-    grad_central=lambda cfg, ws, plan: [w.param.grad.sub_(w.param.grad.mean(1, True)) for w in matrices(ws)],
+    grad_central=lambda cfg, ws, plan: [w.param.grad.sub_(w.param.grad.mean(1, True)) for w in ws if w.dense],
     mycorrhizal=mycorrhizal,
-    thermal_vent=thermal_vent,
+    thermal_vent=lambda cfg, ws, plan: [
+        w.param.grad.mul_(1 + cfg.thermal_vent)
+        for block in random.Random(plan.noise).sample(blocks_of(ws), min(2, len(blocks_of(ws))))
+        for w in (block.values() if plan.progress >= 0.025 else [])
+    ],
     head_prune=partial(head_prune, grads=True),
 )
 WEIGHT_EDITS: dict[str, Callable[..., object]] = dict(
-    controlled_burn=controlled_burn,
-    synaptic_scale=synaptic_scale,
-    weight_perturb=shake(lambda cfg, step, p: cfg.weight_perturb * due(step, cfg.perturb_interval)),
-    mutation_decay=shake(lambda cfg, step, p: cfg.mutation_decay * math.exp(-5 * p) * (p >= 0.05)),
+    controlled_burn=lambda cfg, ws, plan: [
+        x.index_fill_(0, x.abs().topk(int(cfg.controlled_burn * len(x)), largest=False).indices, 0)
+        for x in (w.param.view(-1) for w in ws if w.dense and due(plan.step + 1, cfg.burn_interval))
+    ],
+    synaptic_scale=lambda cfg, ws, plan: [
+        w.param.mul_((w.memory.setdefault("size", size) / size).clamp(0.95, 1.05))
+        for w, size in ((w, w.param.norm().clamp_min(1e-12)) for w in ws if w.dense and plan.progress >= 0.05)
+    ],
+    weight_perturb=partial(shake, lambda cfg, step, p: cfg.weight_perturb * due(step, cfg.perturb_interval)),
+    mutation_decay=partial(shake, lambda cfg, step, p: cfg.mutation_decay * math.exp(-5 * p) * (p >= 0.05)),
     head_prune=head_prune,
 )
 # LR multiplier of a weight at p, with n blocks: of the step, since Muon and Adam cancel it on the gradient.
@@ -1482,36 +1400,34 @@ class Optimisers:
     """Muon and Adam over one flat gradient buffer, stepped together."""
 
     def __init__(self, cfg: Config, model: GPT, runtime: Runtime):
-        self.weights, self.cfg, self.runtime = weights_of(cfg, model), cfg, runtime
-        roles = {role: [w.param for w in self.weights if w.role == role] for role in ROLES}
+        self.cfg, self.runtime, self.blocks = cfg, runtime, len(model.blocks)
+        self.weights = weights_of(cfg, model)
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         rates = dict(embed=embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr)
+        roles = {role: [w.param for w in self.weights if w.role == role] for role in [*rates, "matrix"]}
         groups = [dict(params=roles[role], lr=lr, base_lr=lr) for role, lr in rates.items() if roles[role]]
         betas, fused = (cfg.beta1, cfg.beta2), runtime.device.type in ("cuda", "cpu")
         self.adam = torch.optim.Adam(groups, betas=betas, eps=cfg.adam_eps, fused=fused)
         self.muon = Muon(roles["matrix"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime)
+        self.all = self.adam, self.muon
         held = [p for optimiser in self.all for group in optimiser.param_groups for p in group["params"]]
         assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.numel())
-        sizes = [p.numel() for p in held]
-        self.flat = torch.zeros(sum(sizes), device=runtime.device)
+        self.flat = torch.zeros(sum(sizes := [p.numel() for p in held]), device=runtime.device)
         for p, part in zip(held, self.flat.split(sizes), strict=True):
             p.grad = part.view_as(p)  # backward adds into the buffer: one all-reduce, no copies
-        self.edits = [switched_on(cfg, table) for table in (GRADIENT_EDITS, WEIGHT_EDITS)]
-        self.rates, self.decays = switched_on(cfg, LAYER_RATES), switched_on(cfg, DECAYS)
-
-    all = property(lambda self: (self.adam, self.muon))
+        tables = GRADIENT_EDITS, WEIGHT_EDITS, LAYER_RATES, DECAYS
+        *self.edits, self.rates, self.decays = (switched_on(cfg, table) for table in tables)
 
     @contextmanager
+    @torch.no_grad()  # its own code alone, not what is run inside it
     def uphill(self, rho: float) -> Iterator[None]:
         """Weights moved by `rho` along the summed gradient, put back at the end (SAM, Foret 2010.01412)."""
         self.runtime.sum(self.flat)
         held = [w.param for w in self.weights]
         before, scale = [p.detach().clone() for p in held], rho / (self.flat.norm() + 1e-12)
-        with torch.no_grad():
-            torch._foreach_add_(held, torch._foreach_mul([p.grad for p in held], scale))
+        torch._foreach_add_(held, torch._foreach_mul([p.grad for p in held], scale))
         yield
-        with torch.no_grad():
-            torch._foreach_copy_(held, before)
+        torch._foreach_copy_(held, before)
 
     @torch.no_grad()
     def step(self, plan: StepPlan) -> None:
@@ -1523,7 +1439,10 @@ class Optimisers:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
         decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
-        slowed = list(self.slowed(plan.progress))
+        slowed = []  # (parameter, its copy, the share of this step it shall make) where that is not all
+        for w in self.weights if self.rates else []:
+            share = math.prod(rate(w, plan.progress, self.blocks) for rate in self.rates)
+            slowed += [(w.param, w.param.clone(), share)] if share != 1 else []
         for optimiser in self.all:
             for group in optimiser.param_groups:
                 group["lr"] = group["base_lr"] * plan.lr_scale
@@ -1533,25 +1452,16 @@ class Optimisers:
         for edit in self.edits[1]:
             edit(self.cfg, self.weights, plan)
 
-    def slowed(self, p: float) -> Iterator[tuple[nn.Parameter, Tensor, float]]:
-        """(parameter, its copy, the share of the coming step it shall make) where that is not all of it."""
-        count = len(blocks_of(self.weights)) if self.rates else 0
-        for w in self.weights if self.rates else []:
-            share = math.prod(rate(w, p, count) for rate in self.rates)
-            if share != 1:
-                yield w.param, w.param.clone(), share
-
 
 class Average:
     """Running average of the weights in float32: SWA's uniform mean (PR #895), or EMA without its bias."""
 
     def __init__(self, cfg: Config, model: GPT):
-        self.cfg, self.live = cfg, [p for p in model.parameters() if p.numel()]
+        self.cfg, self.live = cfg, [p.detach() for p in model.parameters() if p.numel()]
         self.kind = "swa" if cfg.swa_enabled else "ema" if cfg.ema_decay else ""
         self.total = [torch.zeros_like(p) for p in self.live] if self.kind else []
         self.weight, self.count, self.newest = 0.0, 0, 0  # newest: the step of the latest snapshot
 
-    @torch.no_grad()
     def add(self, step: int) -> None:
         """Take the weights as they are after `step` steps."""
         keep, new = (1.0, 1.0) if self.kind == "swa" else (self.cfg.ema_decay, 1 - self.cfg.ema_decay)
@@ -1565,7 +1475,6 @@ class Average:
         if self.kind == "ema" or self.kind == "swa" and low and due(plan.step + 1, self.cfg.swa_every):
             self.add(plan.step + 1)
 
-    @torch.no_grad()
     def load(self, step: int) -> None:
         """Put the average into the model. SWA counts the final weights once (PR #895: at times twice)."""
         if self.kind == "swa" and self.newest != step:
@@ -1575,24 +1484,20 @@ class Average:
 
 # 8. QUANTISE AND PACK: weights -> integer rows -> one compressed file, and back
 MODEL_FILE = "final_model.int8.ptz"  # the official name; its integers may have fewer levels
-KEEP_FLOAT_NUMEL = 65_536  # official: tensors of at most this many values stay float
-CLIP_QUANTILE = 0.9999984  # official: each row is clipped at this quantile of its magnitudes
 PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}  # kinds of array in the file
 MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
 RAW_LIMIT = 1 << 30  # no artifact within the limit unpacks to more; a header that says so is forged
-# Packed / raw bytes of trained int8 weights: 0.9165 in PR #895 (zstd 22, no step floor), 0.92 in LowerLR
-# (zlib). Untrained weights are more uniform and take up to 8 % more. Fewer levels take log2 of them less
-# (PR #1453, 63 and 16 levels: predicted 15.52 MB, three seeds took 15.28 to 15.40).
+# Packed / raw bytes of trained int8 rows: 0.9165 in PR #895 (zstd), 0.92 in LowerLR (zlib); untrained, up to
+# 8 % more. Fewer levels take log2 of them less (PR #1453, 63 and 16: predicted 15.52 MB, was 15.28 to 15.40).
 TRAINED_RATIO = 0.92
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
-GPTQ_LITE = 0.9999, 0.99995, 0.99999, 0.999995, 0.999999  # PR #895's: nearly the maximum of its rows
-# |w| [r, c] -> clips to choose from [n, r]; each row keeps the one of least squared error. (torch.quantile
-# refuses more than 16 M numbers, such as 65,536 x 264.)
+# |w| [r, c] -> clips [n, r]; each row keeps the one of least squared error. gptq_lite is PR #895's, nearly
+# the maximum. (torch.quantile refuses more than 16 M numbers, such as 65,536 x 264.)
 CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(
-    official=lambda size: np.quantile(size, [CLIP_QUANTILE], axis=1),
+    official=lambda size: np.quantile(size, [0.9999984], axis=1),
     max=lambda size: size.max(axis=1)[None],
-    gptq_lite=lambda size: np.quantile(size, GPTQ_LITE, axis=1),
+    gptq_lite=lambda size: np.quantile(size, (0.9999, 0.99995, 0.99999, 0.999995, 0.999999), axis=1),
     grid=lambda size: np.linspace(1, 0.3, 36)[:, None] * size.max(axis=1),
 )
 
@@ -1600,16 +1505,13 @@ CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(
 def quantise_rows(weight: Tensor, floor: float, levels=127, clip="official") -> tuple[Tensor, Tensor]:
     """Integers [r, c] in -levels..levels, as int8, and float16 steps [r]: weight = integer * step.
     The official script keeps steps >= 1/127, coarse for rows with no weight above 1; `floor` 0 drops that."""
-
-    def integers(step: Tensor) -> Tensor:  # by the step as stored
-        return (weight / step.float()[:, None]).round().clamp(-levels, levels)
-
     least = max(floor, 2.0**-24)  # the least positive float16
     steps = (torch.from_numpy(CLIPS[clip](weight.abs().numpy())) / levels).clamp_min(least).half()
-    errors = torch.stack([(weight - integers(s) * s.float()[:, None]).square().sum(dim=1) for s in steps])
-    best = errors.nan_to_num(torch.inf).argmin(dim=0, keepdim=True)  # not a number: a step beyond float16
+    stored = steps.float()[..., None]  # [n, r, 1]
+    errors = [((weight / s).round().clamp(-levels, levels) * s - weight).square().sum(dim=1) for s in stored]
+    best = torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True)  # nan: a step beyond float16
     step = steps.gather(0, best)[0]
-    return integers(step).to(torch.int8), step
+    return (weight / step.float()[:, None]).round().clamp(-levels, levels).to(torch.int8), step
 
 
 def weight_group(name: str) -> str:
@@ -1631,32 +1533,28 @@ def quant_name(cfg: Config) -> str:
 
 
 def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
-    """Control tensors are stored as float32, large matrices as int8 rows and steps, the rest as float16."""
+    """Control tensors stay float32, matrices of over 65,536 values (official) become rows, others float16."""
     if any(part in name for part in cfg.int8_keep_float_fp32_name_patterns):
         return ["fp32"]
-    return ["int8", "step"] if len(shape) == 2 and math.prod(shape) > KEEP_FLOAT_NUMEL else ["fp16"]
-
-
-def tensor_planes(cfg: Config, name: str, kinds: list[str], tensor: Tensor) -> dict[str, np.ndarray]:
-    """The stored arrays of a tensor, by kind; RunError (5) if one overflows float16."""
-    weight = tensor.detach().float().cpu().contiguous()
-    arrays = (weight.half() if "fp16" in kinds else weight,)
-    if "int8" in kinds:
-        arrays = quantise_rows(weight, cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip)
-    if not all(torch.isfinite(array).all() for array in arrays):
-        raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
-    return {kind: array.numpy().astype(PLANES[kind]) for kind, array in zip(kinds, arrays, strict=True)}
+    return ["int8", "step"] if len(shape) == 2 and math.prod(shape) > 65_536 else ["fp16"]
 
 
 def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
-    """The artifact: a checked prefix and one compressed body of header and planes. Same input, same bytes."""
+    """The artifact: a checked prefix and a body. Same input, same bytes. RunError (5) beyond float16."""
     table = [[name, list(t.shape), plane_kinds(cfg, name, t.shape)] for name, t in sorted(state.items())]
-    arrays = {name: tensor_planes(cfg, name, kinds, state[name]) for name, _, kinds in table}
+    planes: dict[str, list[bytes]] = {kind: [] for kind in PLANES}  # one kind together compresses better
+    for name, _, kinds in table:
+        weight = state[name].detach().float().cpu().contiguous()
+        arrays = (weight.half() if "fp16" in kinds else weight,)
+        if "int8" in kinds:
+            arrays = quantise_rows(weight, cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip)
+        if not all(torch.isfinite(array).all() for array in arrays):
+            raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
+        for kind, array in zip(kinds, arrays, strict=True):
+            planes[kind].append(array.numpy().astype(PLANES[kind]).tobytes())
     header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    # Planes of one kind stand together (all codes, then all steps, ...): they compress better so.
-    planes = [arrays[name][kind].tobytes() for kind in PLANES for name, _, kinds in table if kind in kinds]
-    raw = struct.pack("<I", len(text)) + text + b"".join(planes)
+    raw = struct.pack("<I", len(text)) + text + b"".join(itertools.chain(*planes.values()))
     return sealed(cfg.codec.encode(), len(raw), CODECS[cfg.codec][0](raw, cfg))
 
 
@@ -1681,28 +1579,22 @@ def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
         raw = CODECS[codec.decode()][1](body, raw_length)
         if len(raw) != raw_length:
             raise ValueError("another length than it says")
-        size = struct.unpack_from("<I", raw)[0]
-        header = json.loads(raw[4 : 4 + size])
-        return read_planes(header["tensors"], raw, 4 + size), header
+        at = 4 + struct.unpack_from("<I", raw)[0]
+        header, state = json.loads(raw[4:at]), {}
+        table = header["tensors"]
+        if any(type(size) is not int or size < 0 for _, shape, _ in table for size in shape):
+            raise ValueError("a shape that is none")
+        for kind, code in PLANES.items():
+            for name, shape, _ in (row for row in table if kind in row[2]):
+                shape = [shape[0], 1] if kind == "step" else shape
+                values = np.frombuffer(raw, code, math.prod(shape), at)
+                plane = torch.from_numpy(values.astype(np.float32).reshape(shape))
+                state[name], at = state[name] * plane if kind == "step" else plane, at + values.nbytes
+        if at != len(raw):
+            raise ValueError("planes that do not fill it")
+        return {name: state[name] for name, *_ in table}, header
     except Exception as error:  # a forged body: whatever breaks, the file is to blame
         raise RunError(f"{source} cannot be unpacked ({type(error).__name__}: {error})") from None
-
-
-def read_planes(table: list, raw: bytes, at: int) -> dict[str, Tensor]:
-    """Rebuild float32 tensors from the planes that start at byte `at`; any error means a bad table."""
-    if any(type(size) is not int or size < 0 for _, shape, _ in table for size in shape):
-        raise ValueError("a shape that is none")
-    arrays: dict[tuple[str, str], Tensor] = {}
-    for kind, code in PLANES.items():
-        for name, shape, _ in (row for row in table if kind in row[2]):
-            shape = shape[:1] if kind == "step" else shape
-            values = np.frombuffer(raw, code, math.prod(shape), at)
-            arrays[name, kind] = torch.from_numpy(values.astype(np.float32).reshape(shape))
-            at += values.nbytes
-    if at != len(raw):
-        raise ValueError("planes that do not fill it")
-    state = {name: arrays[name, kinds[0]] for name, _, kinds in table}
-    return {n: t * arrays[n, "step"][:, None] if (n, "step") in arrays else t for n, t in state.items()}
 
 
 def zstandard_module():
@@ -1720,10 +1612,7 @@ CODECS: dict[str, tuple[Callable, Callable]] = {
         lambda raw, cfg: zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw),
         lambda body, size: zstandard_module().ZstdDecompressor().stream_reader(body).read(size + 1),
     ),
-    "zlib": (
-        lambda raw, cfg: zlib.compress(raw, 9),
-        lambda body, size: zlib.decompressobj().decompress(body, size + 1),
-    ),
+    "zlib": (lambda raw, cfg: zlib.compress(raw, 9), lambda b, n: zlib.decompressobj().decompress(b, n + 1)),
 }
 
 

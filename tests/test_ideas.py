@@ -303,10 +303,14 @@ def dials(cfg: Config, p: float = 0.0, noise: int = 3) -> torch.Tensor:
     return StepPlan(p, 1.0, 0.9, layers=(True,) * cfg.num_layers, noise=noise).dials(torch.device("cpu"))
 
 
-def test_mirrored_sequences_predict_what_is_read_next():
-    cfg = Config(mirror_train=0.5)
+def test_mirrored_sequences_predict_what_is_read_next(tiny, monkeypatch):
+    cfg, seen = tiny(mirror_train=0.5), []
+    model = GPT(cfg)
+    monkeypatch.setattr(model, "embed", lambda ids: (seen.append(ids), model.tok_emb(ids))[1])
+    monkeypatch.setattr(train_gpt, "cross_entropy", lambda z, y: (seen.append(y), cross_entropy(z, y))[1])
     tokens = torch.arange(40).view(8, 5) + 100
-    ids, targets = train_gpt.mirror_train(cfg, tokens[:, :-1], tokens[:, 1:], torch.tensor(1.0))
+    training_loss(cfg, model)(tokens[:, :-1], tokens[:, 1:], dials(cfg, noise=1))
+    ids, targets = seen
     assert torch.equal(ids[:, 1:], targets[:, :-1])
     whole = torch.cat((ids, targets[:, -1:]), 1)
     backwards = (whole == tokens.flip(1)).all(1)
@@ -593,10 +597,10 @@ def test_synaptic_scaling_pulls_norms_back_by_five_percent_at_most(tiny):
     cfg, optimisers = weights_with_gradients(tiny, synaptic_scale=True)
     start = arrays(optimisers)
     with torch.no_grad():
-        train_gpt.synaptic_scale(cfg, optimisers.weights, plan_at(0.05))
+        train_gpt.WEIGHT_EDITS["synaptic_scale"](cfg, optimisers.weights, plan_at(0.05))
         for w, factor in zip(optimisers.weights, [1.02, 1.5, 0.5] * 99, strict=False):
             w.param.mul_(factor)
-        train_gpt.synaptic_scale(cfg, optimisers.weights, plan_at(0.06))
+        train_gpt.WEIGHT_EDITS["synaptic_scale"](cfg, optimisers.weights, plan_at(0.06))
     for w, factor in zip(optimisers.weights, [1.02, 1.5, 0.5] * 99, strict=False):
         pulled = {1.02: 1.0, 1.5: 1.5 * 0.95, 0.5: 0.5 * 1.05}[factor] if w.role != "scalar" else factor
         np.testing.assert_allclose(w.param.detach().double().numpy(), pulled * start[w.name], rtol=1e-5)
