@@ -9,7 +9,7 @@
     EVAL_ONLY=final_model.int8.ptz python train_gpt.py     score a packed model again
 
 Exit codes: 0 ok, 2 bad knob or input, 3 over 16,000,000 bytes, 4 over the evaluation budget, 5 diverged,
-6 a graph was compiled inside the training clock.
+6 a graph was compiled inside the training clock, 7 a score fails SCORE_CHECK.
 
 Sections: 1 Knobs, 2 Runtime and logs, 3 Progress and schedules, 4 Data, 5 Bytes, 6 Model, 7 Optimisers,
 8 Quantise and pack, 9 Score, 10 Train, 11 Main.
@@ -17,6 +17,7 @@ Sections: 1 Knobs, 2 Runtime and logs, 3 Progress and schedules, 4 Data, 5 Bytes
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import io
@@ -42,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from statistics import median, median_low
 
@@ -53,7 +54,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-OVER_SIZE, OVER_EVAL_TIME, DIVERGED, RECOMPILED = 3, 4, 5, 6
+OVER_SIZE, OVER_EVAL_TIME, DIVERGED, RECOMPILED, ILLEGAL_SCORE = 3, 4, 5, 6, 7
 SIZE_LIMIT = 16_000_000  # decimal bytes of code + packed model, the challenge's rule
 
 
@@ -97,6 +98,8 @@ CLIP_CHOICES = ("official", "max", "gptq_lite", "grid")
 NO_SCHEDULE = """TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST
     CORAL_LR"""
 NO_SCHEDULE = ",".join(f"{name}=0" for name in NO_SCHEDULE.split())
+TTT, HEDGE = dict(needs="TTT_STEPS!=0"), dict(needs="USE_HEDGE=1")
+TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Adam)
 linear, REPEATS = partial(knob, low=0, needs=NO_SCHEDULE), "NUM_REPEATS!=1"
 
 
@@ -227,6 +230,20 @@ class Config:
     eval_stride: int = pack_knob(0, "targets scored by each sliding window; 0 = no such score", low=0)
     eval_seq_len: int = pack_knob(0, "its length; 0 = TRAIN_SEQ_LEN", low=0, needs="EVAL_STRIDE!=0")
     eval_batch_seqs: int = place_knob(32, "sliding windows per pass and rank", low=1, needs="EVAL_STRIDE!=0")
+    ttt_steps: int = pack_knob(0, "gradient steps on each chunk of the text once it is scored", low=0)
+    ttt_lr: float = pack_knob(1e-4, "their learning rate", low=0, needs="TTT_STEPS!=0")
+    ttt_chunk_tokens: int = pack_knob(32_768, "targets of a chunk", low=1, needs="TTT_STEPS!=0")
+    ttt_optimizer: str = pack_knob("sgd", "sgd has momentum 0.9", choices=tuple(TTT_KINDS), **TTT)
+    ttt_lora_rank: int = pack_knob(0, "train B A beside the blocks' matrices; 0 = all weights", low=0, **TTT)
+    ttt_reset: bool = pack_knob(False, "each document alone: packed weights, no text before it", **TTT)
+    use_hedge: bool = pack_knob(False, "also mix the last score with n-grams of the text read so far")
+    hedge_eta: float = pack_knob(0.1, "weight of an expert ~ exp(this * its log-likelihood)", low=0, **HEDGE)
+    hedge_order: int = pack_knob(6, "longest context of the n-grams", low=0, high=99, **HEDGE)
+    hedge_window: int = pack_knob(0, "only a bin's last so many tokens count; 0 = all", low=0, **HEDGE)
+    score_dump: str = place_knob("", "write each target's position, bytes and log-probs to this .npz")
+    score_check: bool = place_knob(
+        False, "first try every score against the four conditions; exit 7 if one fails"
+    )
     # -- reports, place --
     val_loss_every: int = place_knob(1000, "validate every so many steps; 0 = only at the end", low=0)
     train_log_every: int = place_knob(200, "log the first ten steps, then one in so many; 0 = none", low=0)
@@ -348,7 +365,7 @@ def parse(f: Field, text: str):
 
 
 # Published switches that this version does not have: refused unless off, since a command line means them.
-NOT_BUILT = "USE_HEDGE HEDGE_ETA TTT_STEPS TTT_LR BIGRAM_VOCAB_SIZE BIGRAM_DIM"
+NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"
 # First words so common that a foreign variable may carry them (DATA_DIR, MAX_JOBS, NUM_WORKERS ...).
 COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
 
@@ -434,6 +451,7 @@ class Runtime:
         runtime = cls(device, int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)))
         runtime.compiles, runtime.uncompiled = pick_compile(cfg.compile, device)
         runtime.claim_device()
+        keep_freed_memory(device)
         if runtime.world_size > 1:
             # On GPUs both: clocks and verdicts go over gloo, so that no rank waits for its device.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -513,6 +531,15 @@ def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
     return wanted == "1" or wanted == "auto" and device.type != "mps", ""
 
 
+def keep_freed_memory(device: torch.device) -> None:
+    """Let glibc reuse the memory of large tensors. Each made of new pages, they took half of the mixer's time
+    and a sixth of a training step's on 2 CPU cores (records/benchmarks/cpu_memory.json)."""
+    with suppress(OSError, AttributeError):  # another C library
+        if device.type == "cpu":
+            libc = ctypes.CDLL(None)
+            libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
+
+
 class RunLog:
     """Rank 0's two logs: logs/RUN_ID.txt in the official line formats, logs/RUN_ID.jsonl as typed events."""
 
@@ -541,11 +568,11 @@ class RunLog:
             file.close()
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Whole or not at all: temporary file, fsync, rename."""
+def write_atomic(path: Path, data: bytes | Callable) -> None:
+    """Whole or not at all: temporary file, fsync, rename. data: bytes, or what writes them to a file."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     with temporary.open("wb") as file:
-        file.write(data)
+        data(file) if callable(data) else file.write(data)
         file.flush()
         os.fsync(file.fileno())
     temporary.rename(path)
@@ -556,6 +583,7 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
     out = Path(cfg.out_dir)
     logs = [out / "logs" / f"{run_id}{end}" for end in (".txt", ".jsonl")]
     models = [] if cfg.eval_only else [out / "final_model.pt", out / MODEL_FILE]
+    dumps = [Path(cfg.score_dump)] if cfg.score_dump else []
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
         locks = [path.with_name(f".{path.name}.lock").open("w") for path in logs[:1] + models[:1]]
@@ -565,7 +593,7 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
         raise RunError(f"another run is writing to OUT_DIR={out}; set another OUT_DIR") from None
     except OSError as error:
         raise RunError(f"cannot write to OUT_DIR={out} ({error.strerror}); set another OUT_DIR") from None
-    for path in filter(Path.exists, logs + models):
+    for path in filter(Path.exists, logs + models + dumps):
         mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
         raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
     return locks
@@ -893,6 +921,7 @@ class Validation:
     target_bytes: np.ndarray
     documents: int
     sha256: str
+    starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # targets that open a document
     targets = property(lambda self: len(self.tokens) - 1)
     bytes = property(lambda self: int(self.target_bytes.sum(dtype=np.int64)))
 
@@ -903,7 +932,8 @@ def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
     table, tokens = ByteTable(tokenizer), stream.read(0, len(stream))
     require(len(tokens) > 1, f"the validation shards in {where} hold fewer than two tokens")
     weights = table.weigh(tokens)
-    data = Validation(tokens, weights[1:], 0, hashlib.sha256(tokens.tobytes()).hexdigest())
+    starts = 1 + np.flatnonzero(table.boundary[tokens[1:-1]])  # the token read there is a boundary
+    data = Validation(tokens, weights[1:], 0, hashlib.sha256(tokens.tobytes()).hexdigest(), starts)
     if not prove:
         return data
     require(data.bytes > 0, f"the validation shards in {where} decode to no text")
@@ -1639,6 +1669,8 @@ class Score:
     tokens: int
     bytes: int
     seconds: float
+    each: Tensor | None = None  # [targets]: nats of what this rank scored, 0 elsewhere
+    left: int = 0  # targets that the clock left unscored: the score is a partial one
     loss = property(lambda self: self.nats / self.tokens)
     bpb = property(lambda self: self.nats / math.log(2) / self.bytes)  # the only place where nats become bits
     text = property(lambda self: f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}")
@@ -1658,28 +1690,366 @@ def eval_shape(cfg: Config, device: torch.device, stride: int) -> tuple[int, int
     return (cfg.eval_batch_seqs, cfg.eval_length, stride) if stride else plain
 
 
-def evaluate(cfg: Config, nats_of: Callable, data: Validation, runtime: Runtime, stride: int = 0) -> Score:
+def passes(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[tuple]:
+    """What is scored in turn: (this rank's windows, then None or the (first, stop, reset) to learn from).
+    Every rank has the same number of turns. Only a learner's turns end at chunks, or at documents."""
+    batch, length, width = eval_shape(cfg, runtime.device, stride)
+    edges, turns = [0, *data.starts, data.targets] if learns and cfg.ttt_reset else [0, data.targets], []
+    for begin, end in itertools.pairwise(edges):
+        todo = [tuple(begin + at for at in row) for row in windows(end - begin, length, width)]
+        size = max(1, cfg.ttt_chunk_tokens // width) if learns else max(1, len(todo))
+        for part in (todo[at : at + size] for at in range(0, len(todo), size)):
+            mine, most = [part[i] for i in runtime.share(len(part))], -(-len(part) // runtime.world_size)
+            turns += [[mine[at : at + batch], None] for at in range(0, most, batch)]
+            turns[-1][1] = (part[0][1], part[-1][2], cfg.ttt_reset and part[-1][2] == end) if learns else None
+    return turns
+
+
+def evaluate(
+    cfg: Config,
+    nats_of: Callable,
+    data: Validation,
+    runtime: Runtime,
+    stride: int = 0,
+    limit: float = math.inf,
+    say: Callable | None = None,
+    learn: Callable | None = None,
+) -> Score:
     """Score the split, sharded over ranks: by the official windows, or by windows that slide by `stride`.
-    Short windows and passes are padded on the right: one graph, and no scored place sees the padding."""
+    Short windows and passes are padded on the right: one graph, and no scored place sees the padding.
+    learn(first, stop, reset) is called when those targets have their scores. It ends after `limit` seconds of
+    rank 0, the score then covers a part; say(seconds) is told after three turns what it will take."""
     began, (batch, length, width) = time.perf_counter(), eval_shape(cfg, runtime.device, stride)
-    todo, totals = windows(data.targets, length, width), torch.zeros(2, dtype=torch.float64)  # nats, tokens
-    mine = [todo[i] for i in runtime.share(len(todo))]
-    for at in range(0, len(mine), batch):
-        ids, targets, places = (np.zeros((batch, size), np.int64) for size in (length, width, width))
-        scored = torch.zeros(batch, width, dtype=torch.bool)
-        for row, (start, first, stop) in enumerate(mine[at : at + batch]):
-            ids[row, : stop - start] = data.tokens[start:stop]
-            targets[row, : stop - first] = data.tokens[first + 1 : stop + 1]
-            places[row], scored[row, : stop - first] = first - start + np.arange(width), True
-        given = [torch.from_numpy(part).to(runtime.device) for part in (ids, targets, places)]
-        with torch.no_grad():
-            nats = nats_of(*given[: 3 if stride else 2]).cpu().double()
-        totals += torch.stack((nats[scored].sum(), scored.sum()))
-    nats, tokens = runtime.sum(totals).tolist()
-    require(tokens == data.targets, f"a bug: {tokens:.0f} of {data.targets} targets were scored; no score")
+    totals, each = (
+        torch.zeros(3, dtype=torch.float64),
+        torch.zeros(data.targets),
+    )  # totals: nats, tokens, bytes
+    turns, cut = passes(cfg, data, runtime, stride, learn is not None), False
+    for turn, (rows, chunk) in enumerate(turns):
+        spent = runtime.main_number(time.perf_counter() - began) if limit < math.inf else 0.0
+        if say and turn == 3:
+            say(spent / turn * len(turns))
+        cut = turn > 0 and spent * (turn + 1) / turn > limit
+        if cut:
+            break
+        if rows:
+            ids, targets, places = (np.zeros((batch, size), np.int64) for size in (length, width, width))
+            scored = torch.zeros(batch, width, dtype=torch.bool)
+            for row, (start, first, stop) in enumerate(rows):
+                ids[row, : stop - start] = data.tokens[start:stop]
+                targets[row, : stop - first] = data.tokens[first + 1 : stop + 1]
+                places[row], scored[row, : stop - first] = first - start + np.arange(width), True
+            given = [torch.from_numpy(part).to(runtime.device) for part in (ids, targets, places)]
+            with torch.no_grad():
+                nats = nats_of(*given[: 3 if stride else 2]).cpu().double()[scored]
+            here = slice(rows[0][1], rows[-1][2])
+            each[here] = nats.float()
+            size = int(data.target_bytes[here].sum(dtype=np.int64))
+            totals += torch.stack((nats.sum(), torch.tensor(len(nats)), torch.tensor(size)))
+        if chunk and turn < len(turns) - 1:
+            learn(*chunk)
+    nats, tokens, size = runtime.sum(totals).tolist()
+    whole = tokens == data.targets
+    require(whole or cut, f"a bug: {tokens:.0f} of {data.targets} targets were scored; no score")
     if not math.isfinite(nats):
         raise RunError("diverged: the validation loss is not a number; lower the learning rates", DIVERGED)
-    return Score(nats, int(tokens), data.bytes, time.perf_counter() - began)
+    left = data.targets - int(tokens)
+    return Score(nats, int(tokens), int(size), time.perf_counter() - began, each, left)
+
+
+class TestTimeTraining:
+    """Gradient steps on targets whose scores are final (score first: parameter-golf #461, #549), on all weights
+    or on W + B A of the blocks' matrices (LoRA, whose gradients follow from that of W)."""
+
+    def __init__(self, run: Run):
+        self.run, rank = run, run.cfg.ttt_lora_rank
+        weights = weights_of(run.cfg, run.model)
+        self.params = [w.param for w in weights if not rank or w.role == "matrix"]
+        self.start = [p.detach().clone() for p in self.params]
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the weights that were packed, with a new optimiser."""
+        cfg, rng = self.run.cfg, torch.Generator().manual_seed(self.run.cfg.seed)
+        torch._foreach_copy_(self.params, self.start)
+        self.factors = []
+        for p in self.params if cfg.ttt_lora_rank else []:
+            a = torch.randn(cfg.ttt_lora_rank, p.size(1), generator=rng).to(p.device) / p.size(1) ** 0.5
+            self.factors.append((a, torch.zeros(p.size(0), cfg.ttt_lora_rank, device=p.device)))
+        trained = [t for pair in self.factors for t in pair] or self.params
+        self.optimiser = TTT_KINDS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
+
+    def score(self, *how) -> Score:
+        """Score the split while learning from it; the model is as before afterwards."""
+        score = self.run.score(self.run.cfg.eval_stride, *how, self.learn)
+        self.reset()
+        return score
+
+    def learn(self, first: int, stop: int, reset: bool) -> None:
+        """TTT_STEPS steps on the mean nats of targets first .. stop-1, or a reset where a document ends."""
+        if reset:
+            return self.reset()
+        cfg, runtime, model, data = self.run.cfg, self.run.runtime, self.run.model, self.run.data
+        batch, length, depth = *eval_shape(cfg, runtime.device, 0)[:2], phases(cfg)[-1][1]
+        rows = windows(stop - first, length, length)
+        mine = [rows[i] for i in runtime.share(len(rows))]
+        for _ in range(cfg.ttt_steps):
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            for at in range(0, len(mine), batch):
+                ids, targets, weight = (torch.zeros(batch, length, dtype=torch.int64) for _ in range(3))
+                for row, (begin, _, end) in enumerate(mine[at : at + batch]):
+                    text = torch.from_numpy(data.tokens[first + begin : first + end + 1].astype(np.int64))
+                    ids[row, : end - begin], targets[row, : end - begin] = text[:-1], text[1:]
+                    weight[row, : end - begin] = 1
+                ids, targets, weight = (part.to(runtime.device) for part in (ids, targets, weight))
+                (self.run.nats(ids, targets, depth=depth) * weight).sum().div(stop - first).backward()
+            self.step()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p in self.params:
+            self.run.runtime.sum(p.grad)
+        for p, (a, b) in zip(self.params, self.factors, strict=False):
+            a.grad, b.grad = b.mT @ p.grad, p.grad @ a.mT
+        self.optimiser.step()
+        for p, start, (a, b) in zip(self.params, self.start, self.factors, strict=False):
+            p.copy_(start + b @ a)
+
+
+# The Hedge mixer's experts: (1 - a) neural + a n-gram, each a distribution, for these a and for the gate's.
+SHARES = 0.0, 0.05, 0.15, 0.4, 0.7, 0.95
+DISCOUNT = 0.6  # taken off each n-gram count; 0.5 and 0.7 are worse by 0.0007 bpb (experiment_log.md)
+
+
+def runs(ordered: Tensor) -> tuple[Tensor, Tensor]:
+    """Of sorted keys [N]: whether each place begins a run of equals, and where its run begins."""
+    first = torch.ones_like(ordered, dtype=torch.bool)
+    first[1:] = ordered[1:] != ordered[:-1]
+    place = torch.arange(len(ordered), device=ordered.device)
+    return first, place.where(first, 0).cummax(0).values
+
+
+def scatter(index: Tensor, values: Tensor) -> Tensor:
+    """out[index] = values, for a permutation."""
+    return torch.empty_like(values).index_copy_(0, index, values)
+
+
+def contexts(tokens: Tensor, vocab: int, highest: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For each order k: (places i whose k tokens before i can recur, how often they came earlier, how many
+    distinct tokens followed them, how often tokens[i] did), int64. Exact; a place counts earlier ones only.
+    One stable sort an order: a gram's rank among its equals is its count, and the grams of k + 1 tokens that
+    end at i are the contexts of i + 1. Grams that come once are dropped: they never say anything."""
+    at = seen = order = torch.arange(len(tokens), device=tokens.device)
+    gram = start = torch.zeros_like(at)
+    for _ in range(highest + 1):
+        keys, by_gram = torch.sort(gram * vocab + tokens[at], stable=True)  # below 2^43: 100 M grams x 65,536
+        first, begin = runs(keys)
+        followed = scatter(by_gram, torch.arange(len(at), device=at.device) - begin)
+        new = (followed == 0)[order].long()
+        kinds = new.cumsum(0) - new
+        yield at, seen, scatter(order, kinds - kinds[start]), followed
+        number = first.cumsum(0) - 1
+        again = scatter(by_gram, (torch.bincount(number) > 1)[number]) & (at + 1 < len(tokens))
+        kept, index = again.nonzero()[:, 0], again.cumsum(0) - 1
+        at, seen, gram = at[kept] + 1, followed[kept], scatter(by_gram, number)[kept]
+        kept = again[by_gram].nonzero()[:, 0]
+        order, start = index[by_gram[kept]], runs(number[kept])[1]
+
+
+def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
+    """(P of each of tokens[1:] by counts of what stands before it, float64 [N], and what its contexts are
+    like, uint8 [2, orders, N]: 8 log2(1 + uses) and 8 log2(1 + distinct followers)). Interpolated absolute
+    discounting: P_k(w) = (max(n(w) - D, 0) + D t P_(k-1)(w)) / n, P_(k-1) where n = 0, 1 / vocab below."""
+    p = torch.full((len(tokens),), 1 / vocab, dtype=torch.float64, device=tokens.device)
+    codes = torch.zeros(2, highest + 1, len(tokens), dtype=torch.uint8, device=tokens.device)
+    for k, parts in enumerate(contexts(tokens, vocab, highest)):
+        known = parts[1].nonzero()[:, 0]
+        at, seen, kinds, followed = (part[known] for part in parts)
+        p[at] = ((followed.double() - DISCOUNT).clamp_min_(0) + DISCOUNT * kinds * p[at]) / seen
+        for code, count in zip(codes, (seen, kinds), strict=True):
+            code[k, at] = (8 * (count.float() + 1).log2()).round().to(torch.uint8)
+    return p[1:], codes[..., 1:]
+
+
+def fixed_point(x: Tensor) -> tuple[Tensor, float]:
+    """x, cut to +-128, as integers and their scale. Their sums are exact: later tokens, which move a bin's
+    place among the others, cannot change the last digit of an earlier weight."""
+    scale = 2.0 ** (54 - math.ceil(math.log2(len(x) + 1)))
+    return (x.double().clamp(-128, 128) * scale).round().long(), scale
+
+
+def recent_mean(x: Tensor, width: int) -> Tensor:
+    """Mean of the `width` values before each one, float32; 0 before the first."""
+    place, (parts, scale) = torch.arange(len(x), device=x.device), fixed_point(x)
+    sums, back = F.pad(parts.cumsum(0), (1, 0)), (place - width).clamp_min(0)
+    return ((sums[place] - sums[back]) / scale / (place - back).clamp_min(1)).float()
+
+
+def gate(odds: Tensor, codes: Tensor) -> Tensor:
+    """The n-gram's share of each mixture, float32 [N], from a network of 32 hidden units on what is known
+    before the token: the counts of its contexts, and how the n-gram fared of late. It learns from each block
+    once that has its shares. odds: log P(n-gram) - log P(neural) [N] float32; codes: as ngram gives them."""
+    recent = torch.stack([recent_mean(odds.clamp(-5, 5), width) for width in (16, 256)])
+    facts, rng = 4 * codes.size(1) + 2, torch.Generator().manual_seed(0)
+    hidden = torch.randn(32, facts, generator=rng) / facts**0.5
+    params = [hidden, torch.zeros(32), torch.zeros(1, 32), torch.full((1,), -2.0), torch.zeros(1, facts)]
+    params = [p.to(odds.device).requires_grad_() for p in params]
+    optimiser = torch.optim.Adam(params, lr=0.02, betas=(0.9, 0.99))
+    shares, stop, size = torch.empty_like(odds), 0, 32
+    while stop < len(odds):
+        here, stop, size = slice(stop, stop + size), stop + size, min(4096, 2 * size)
+        seen, kinds = codes[..., here]
+        longest = (seen > 0) & ~F.pad(seen[1:] > 0, (0, 0, 0, 1))
+        x = torch.cat((seen / 32, kinds / 32, kinds == 8, longest, recent[:, here])).T
+        z = (F.linear(F.linear(x, *params[:2]).relu(), *params[2:4]) + F.linear(x, params[4]))[:, 0]
+        shares[here] = z.detach().sigmoid()
+        optimiser.zero_grad()
+        (-torch.logaddexp(F.logsigmoid(-z), F.logsigmoid(z) + odds[here]).mean()).backward()
+        optimiser.step()
+    return shares
+
+
+def hedge(neural: Tensor, other: Tensor, shares: list, bins: Tensor, eta: float, window: int) -> tuple:
+    """Hedge over the mixtures (1 - a) neural + a other, for a in shares (numbers, or [N]): the weight of one
+    at i is exp(eta * its log-likelihood on the earlier tokens of i's bin), the first one's e^2 times that
+    (the prior of PR #895). Probabilities, float64 [N], in; out: (log of the mixture [N], final weights over
+    all bins [K], the log-likelihood of each expert). window: only a bin's last so many tokens count."""
+    (keys, order), place = torch.sort(bins, stable=True), torch.arange(len(bins), device=bins.device)
+    first, start = runs(keys)
+    last = torch.cat((first[1:], first[:1])).nonzero()[
+        :, 0
+    ]  # the first place begins a run, the last ends one
+    since = start.maximum(place - window) if window else start
+    p, q, prior = neural[order], other[order], 2.0
+    mixed, norm, final, totals = torch.full_like(p, -torch.inf), torch.full_like(p, -torch.inf), [], []
+    for share in shares:
+        logs = torch.log(p + (share[order] if isinstance(share, Tensor) else share) * (q - p))
+        parts, scale = fixed_point(logs)
+        before = parts.cumsum(0) - parts
+        weight = prior + eta / scale * (before - before[since])
+        mixed, norm, prior = torch.logaddexp(mixed, weight + logs), torch.logaddexp(norm, weight), 0.0
+        final, totals = [*final, weight[last] + eta * logs[last]], [*totals, logs.sum().item()]
+    size = (last - start[last] + 1) / len(p)
+    return scatter(order, mixed - norm), (torch.stack(final).softmax(0) * size).sum(1).tolist(), totals
+
+
+def mix(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[Tensor, list[float], list[float]]:
+    """The Hedge mixture of a neural score (nats [N]) of tokens[1:] with exact n-grams of the tokens so far;
+    returns what `hedge` does. Bins: the longest context seen before, how often, with how many followers."""
+    other, codes = ngram(tokens, cfg.vocab_size, cfg.hedge_order)
+    share = gate((other.log() + nats).float(), codes)
+    longest = (codes[0] > 0).sum(0, keepdim=True).sub_(1).clamp_min_(0)
+    seen, kinds = (code.gather(0, longest)[0].long() // 8 for code in codes)
+    bins = (longest[0] * 11 + seen.clamp(max=10)) * 7 + kinds.clamp(max=6)
+    return hedge((-nats).exp(), other, [*SHARES, share], bins, cfg.hedge_eta, cfg.hedge_window)
+
+
+def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
+    """Mix `base`, whose `each` has all targets, on rank 0. The time is foretold from a first part; if all the
+    tokens would take longer than `limit` seconds, it mixes as many as fit."""
+    cfg, data, device = run.cfg, run.data, run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
+    tokens, began = torch.from_numpy(data.tokens.astype(np.int64)).to(device), time.perf_counter()
+    nats, sample, count = base.each.double().to(device), min(data.targets, 100_000), data.targets
+    if limit < math.inf and sample < count:
+        mix(cfg, tokens[: sample + 1], nats[:sample])
+        seconds = (time.perf_counter() - began) * count / sample
+        say(seconds)
+        count = min(count, int(0.8 * count * limit / seconds)) if seconds > limit else count
+    logs, weights, totals = mix(cfg, tokens[: count + 1], nats[:count])
+    size, names = int(data.target_bytes[:count].sum(dtype=np.int64)), [*map(str, SHARES), "gate"]
+    experts = {name: Score(-total, count, size, 0.0) for name, total in zip(names, totals, strict=True)}
+    for (name, score), weight in zip(experts.items(), weights, strict=True):
+        saved = experts["0.0"].bpb - score.bpb
+        run.log.line(f"hedge_expert ngram_share:{name} {score.text} saved:{saved:.4f} weight:{weight:.4f}")
+    bpbs = [score.bpb for score in experts.values()]
+    run.log.event("hedge", experts=names, val_bpb=bpbs, weights=weights, order=cfg.hedge_order)
+    each = F.pad(-logs.cpu(), (0, data.targets - count))
+    return Score(-logs.sum().item(), count, size, time.perf_counter() - began, each, data.targets - count)
+
+
+def score_all(run: Run) -> Iterator[tuple[str, Score]]:
+    """(name, score) of every score that is switched on, within MAX_EVAL_SECONDS: none after a partial one."""
+    cfg, left, score = run.cfg, run.cfg.max_eval_seconds or math.inf, None
+    kinds = dict(
+        roundtrip=(True, partial(run.score, 0)),
+        sliding=(cfg.eval_stride, partial(run.score, cfg.eval_stride)),
+    )
+    kinds["ttt"] = cfg.ttt_steps, lambda *how: TestTimeTraining(run).score(*how)
+    kinds["hedge"] = cfg.use_hedge, lambda *how: score_hedge(run, score, *how)
+    for name, (on, kind) in kinds.items():
+        if on and (score is None or not score.left):
+            text = f"{name}: takes about {{:.0f}} s, {left:.0f} s are left"
+            score = kind(left, lambda seconds, text=text: run.log.line(text.format(seconds)))
+            if cfg.use_hedge or cfg.score_dump or cfg.score_check:
+                run.runtime.sum(score.each)
+            left -= score.seconds
+            yield name, score
+
+
+def check_score(score: Callable, tokens: np.ndarray, vocab: int, ends=(56,)) -> dict[str, str]:
+    """The four conditions of a score (parameter-golf issue #1017), tried from outside: {condition: breach}.
+    score(tokens [N+1]) -> log-probs [N] of tokens[1:], or (positions 0..N-1, log-probs) as they were scored.
+    C1 causal: later tokens change nothing. C2 normalised: over all values of a last token the probabilities
+    sum to 1. C3 score before update: they do, since the state has not seen that token. C4 single pass: every
+    position once, and no early score knows the end. Not told apart from outside: a state that learns from
+    tokens before their score, and one that reads ahead as far."""
+    broken, rng, count = {}, np.random.default_rng(0), len(tokens) - 1
+
+    def logs(given: np.ndarray) -> np.ndarray:
+        found = score(given)
+        places, values = found if isinstance(found, tuple) else (np.arange(len(found)), found)
+        if not np.array_equal(np.sort(places), np.arange(len(given) - 1)):
+            broken["C4"] = f"{len(given) - 1} tokens have {len(places)} scores, not one each"
+        return np.asarray(values, np.float64)[np.unique(places, return_index=True)[1]]
+
+    whole = logs(tokens)
+    for cut in (count // 3, count // 2, count - 1, count):  # the tokens from cut on are changed
+        other = tokens.copy()
+        other[cut:] = (tokens[cut:] + rng.integers(1, vocab, count + 1 - cut)) % vocab
+        moved = np.flatnonzero(logs(other)[: cut - 1] != whole[: cut - 1])
+        if len(moved):
+            broken["C1"] = f"the score of token {moved[0] + 1} changes with the tokens from {cut} on"
+        if len(moved) and cut == count and moved[0] < count // 2:
+            broken["C4"] = (
+                f"the score of token {moved[0] + 1} changes with the last one, {count}: it was read before"
+            )
+    for end in ends:
+        variants = [np.concatenate((tokens[:end], [value])).astype(tokens.dtype) for value in range(vocab)]
+        mass = sum(math.exp(logs(variant)[-1]) for variant in variants)
+        if not abs(mass - 1) <= 1e-5:
+            name = "C3" if "C1" in broken else "C2"
+            broken[name] = f"over the {vocab} values of token {end} its probabilities sum to {mass:.6f}"
+    return broken
+
+
+def check_own_scores(run: Run) -> None:
+    """SCORE_CHECK: check_score of every score, by the run's own code but on the first 97 tokens, in windows of
+    at most 32, uncompiled and on one rank. RunError (7) names what is broken."""
+    length, data, log = min(32, run.cfg.train_seq_len), run.data, run.log
+    sizes = dict(
+        train_seq_len=length, train_batch_tokens=length, val_batch_size=8, ttt_chunk_tokens=length // 2
+    )
+    sizes |= dict(eval_seq_len=length, eval_stride=min(run.cfg.eval_stride, length // 2), eval_batch_seqs=4)
+    cfg, runtime = replace(run.cfg, **sizes), replace(run.runtime, rank=0, world_size=1, compiles=False)
+    tokens = data.tokens[:97]
+
+    @cache
+    def scores(text: bytes) -> dict[str, np.ndarray]:
+        given = np.frombuffer(text, tokens.dtype)
+        starts = data.starts[data.starts < len(given) - 1]
+        part = replace(data, tokens=given, target_bytes=data.target_bytes[: len(given) - 1], starts=starts)
+        small = Run(replace(cfg, max_eval_seconds=0.0), runtime, RunLog(None, ""), run.model, part)
+        return {name: -score.each.double().numpy() for name, score in score_all(small)}
+
+    for name in scores(tokens.tobytes()):
+        broken = check_score(lambda given, name=name: scores(given.tobytes())[name], tokens, cfg.vocab_size)
+        if broken:
+            raise RunError(
+                f"SCORE_CHECK: {name} breaks {'; '.join(map(': '.join, broken.items()))}", ILLEGAL_SCORE
+            )
+        log.line(f"score_check: {name} is causal, normalised, scored before it learns, in one pass")
 
 
 # 10. TRAIN
@@ -1715,10 +2085,10 @@ class Run:
             self.__post_init__()
             return warm()
 
-    def score(self, stride: int = 0, depth: int | None = None) -> Score:
-        """By official or sliding windows; at the depth that training ends with, unless said."""
+    def score(self, stride: int = 0, *how, depth: int | None = None) -> Score:
+        """By official or sliding windows; at the last training depth, unless said. how: as `evaluate`'s."""
         nats = partial(self.nats, depth=depth or phases(self.cfg)[-1][1])
-        return evaluate(self.cfg, nats, self.data, self.runtime, stride)
+        return evaluate(self.cfg, nats, self.data, self.runtime, stride, *how)
 
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:
@@ -1780,6 +2150,7 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     """Compile every graph, untimed, then undo it all. (micro-batch limit, seconds of a step in each phase)"""
     cfg, runtime, turns, seconds = run.cfg, run.runtime, phases(run.cfg), []
     if not cfg.warmup_steps:
+        run.settle(lambda: warm_evaluation(run))
         return micro_batch_limit(cfg, runtime.device), [0.0] * len(turns)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     states, random_state = [o.state_dict() for o in optimisers.all], torch.get_rng_state()  # empty as yet
@@ -1813,8 +2184,11 @@ def warm_evaluation(run: Run) -> None:
     for stride, depth in dict.fromkeys([(0, turns[-1]), (cfg.eval_stride, turns[-1]), *early]):
         batch, length, width = eval_shape(cfg, device, stride)
         sizes = [length, width, width][: 3 if stride else 2]
+        blank = [torch.zeros(batch, size, dtype=torch.int64, device=device) for size in sizes]
         with torch.no_grad():
-            run.nats(*(torch.zeros(batch, n, dtype=torch.int64, device=device) for n in sizes), depth=depth)
+            run.nats(*blank, depth=depth)
+        if cfg.ttt_steps and not stride and depth == turns[-1]:
+            run.nats(*blank, depth=depth).sum().backward()
 
 
 def graphs_compiled() -> int:
@@ -2044,17 +2418,29 @@ def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
     source, cfg, scores = artifact["path"], run.cfg, {}
     state = run.runtime.main_decides(lambda: unpack(read_artifact(source), source)[0])
     load_weights(run.model, state, source)
-    kinds = {"roundtrip": (f"final_{artifact['quant']}_{artifact['codec']}_roundtrip", 0, "")}
-    if cfg.eval_stride:
-        window = f"window:{cfg.eval_length} stride:{cfg.eval_stride} "
-        kinds["sliding"] = "final_sliding_window", cfg.eval_stride, window
-    for name, (label, stride, window) in kinds.items():
-        score = scores[name] = run.score(stride)
-        ms = f"{window}eval_time:{1000 * score.seconds:.0f}ms"
-        run.log.line(f"{label} {score.text} {ms}")
-        run.log.line(f"{label}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+    if cfg.score_check:
+        run.runtime.main_decides(lambda: check_own_scores(run))
+    names = dict(sliding="sliding_window", hedge="hedge_mixer", ttt="ttt")
+    names["roundtrip"] = f"{artifact['quant']}_{artifact['codec']}_roundtrip"
+    window = f"window:{cfg.eval_length} stride:{cfg.eval_stride} "
+    for name, score in score_all(run):
+        scores[name], ms = (
+            score,
+            f"{window if name == 'sliding' else ''}eval_time:{1000 * score.seconds:.0f}ms",
+        )
+        if score.left:
+            run.log.line(f"partial_{names[name]} {score.text} tokens:{score.tokens}/{run.data.targets} {ms}")
+        else:
+            run.log.line(f"final_{names[name]} {score.text} {ms}")
+            run.log.line(f"final_{names[name]}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
-        run.log.event("score", name=name, **values, seconds=score.seconds)
+        run.log.event("score", name=name, **values, seconds=score.seconds, left=score.left)
+    if cfg.score_dump and run.runtime.rank == 0:
+        dump = dict(
+            position=np.arange(run.data.targets), target=run.data.tokens[1:], bytes=run.data.target_bytes
+        )
+        dump |= {f"{name}_logprob": -score.each.numpy() for name, score in scores.items() if not score.left}
+        write_atomic(Path(cfg.score_dump), lambda file: np.savez(file, **dump))
     return scores
 
 
@@ -2065,14 +2451,16 @@ def read_artifact(path: str) -> bytes:
         raise RunError(f"cannot read the artifact {path}: {error.strerror}") from None
 
 
-def verdict(cfg: Config, total_bytes: int, eval_seconds: float, late_graphs: int) -> tuple[str, int, str]:
+def verdict(
+    cfg: Config, total_bytes: int, eval_seconds: float, late_graphs: int, cut=""
+) -> tuple[str, int, str]:
     """(status, exit code, message) by the challenge's limits and our own promise about the clock."""
     size = f"code and model take {total_bytes} bytes, the limit is {SIZE_LIMIT}"
-    clock = f"evaluation took {eval_seconds:.0f} s, the limit is {cfg.max_eval_seconds:.0f}"
+    clock = f"evaluation took {eval_seconds:.0f} s{cut}, the limit is {cfg.max_eval_seconds:.0f}"
     graphs = f"{late_graphs} graphs compiled in the training clock despite the warm-up; COMPILE=0 avoids it"
     broken = (
         (total_bytes > SIZE_LIMIT, ("over_size", OVER_SIZE, size)),
-        (0 < cfg.max_eval_seconds < eval_seconds, ("over_eval_time", OVER_EVAL_TIME, clock)),
+        (cut or 0 < cfg.max_eval_seconds < eval_seconds, ("over_eval_time", OVER_EVAL_TIME, clock)),
         (late_graphs and cfg.warmup_steps, ("recompiled", RECOMPILED, graphs)),
     )
     return next((what for is_broken, what in broken if is_broken), ("ok", 0, ""))
@@ -2081,7 +2469,8 @@ def verdict(cfg: Config, total_bytes: int, eval_seconds: float, late_graphs: int
 def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score], run_id: str) -> int:
     """The `end` event and the RESULT line, the last of stdout; returns the exit code."""
     cfg, log, score, seconds = run.cfg, run.log, scores["roundtrip"], sum(s.seconds for s in scores.values())
-    status, code, message = verdict(cfg, artifact["total_bytes"], seconds, trained.late_graphs)
+    cut = "".join(f" and {n} is a part, {s.tokens} tokens, only" for n, s in scores.items() if s.left)
+    status, code, message = verdict(cfg, artifact["total_bytes"], seconds, trained.late_graphs, cut)
     log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*run.runtime.peak_memory_mib()))
     if message:
         log.line(f"error: {message}", echo=False)
@@ -2090,8 +2479,11 @@ def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score],
     how = dict(status=status, exit_code=code, train_seconds=round(trained.seconds, 3))
     how |= dict(progress=trained.progress, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
     log.event("end", step=trained.step, **how)
-    numbers = dict(val_loss=round(score.loss, 8), val_bpb=round(score.bpb, 8))
-    numbers |= {f"{n}_val_{k}": round(getattr(s, k), 8) for n, s in scores.items() for k in ("loss", "bpb")}
+    named = [(f"{'partial_' * (s.left > 0)}{n}", s) for n, s in scores.items()]
+    numbers = (
+        dict(val_loss=None, val_bpb=None) if score.left else dict(val_loss=score.loss, val_bpb=score.bpb)
+    )
+    numbers |= {f"{n}_val_{k}": round(getattr(s, k), 8) for n, s in named for k in ("loss", "bpb")}
     before = dict(live=trained.score, prequant=trained.averaged or trained.score)
     numbers |= {f"{name}_val_bpb": round(s.bpb, 8) if s else None for name, s in before.items()}
     size = dict(steps=trained.step, tokens=trained.step * cfg.train_batch_tokens, **artifact)
