@@ -1676,11 +1676,11 @@ class Score:
     text = property(lambda self: f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}")
 
 
-def windows(targets: int, length: int, stride: int) -> list[tuple[int, int, int]]:
-    """(start, first, stop) of windows of at most `length` that score the targets first .. stop-1: each once.
-    A window ends with what it scores. stride = length: the official windows plus the tail they drop."""
-    chunks = [(first, min(first + stride, targets)) for first in range(0, targets, stride)]
-    return [(max(0, first + stride - length), first, stop) for first, stop in chunks]
+def windows(targets: int, length: int, stride: int, begin: int = 0) -> list[tuple[int, int, int]]:
+    """(start, first, stop) of windows of at most `length` that score the targets first .. stop-1: each once,
+    from `begin` on. A window ends with what it scores. stride = length: the official ones and their tail."""
+    chunks = [(first, min(first + stride, targets)) for first in range(begin, targets, stride)]
+    return [(max(begin, first + stride - length), first, stop) for first, stop in chunks]
 
 
 def eval_shape(cfg: Config, device: torch.device, stride: int) -> tuple[int, int, int]:
@@ -1690,14 +1690,26 @@ def eval_shape(cfg: Config, device: torch.device, stride: int) -> tuple[int, int
     return (cfg.eval_batch_seqs, cfg.eval_length, stride) if stride else plain
 
 
-def passes(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[tuple]:
-    """What is scored in turn: (this rank's windows, then None or the (first, stop, reset) to learn from).
-    Every rank has the same number of turns. Only a learner's turns end at chunks, or at documents."""
+def padded(data: Validation, rows: list, shape: tuple[int, int, int], device: torch.device) -> list[Tensor]:
+    """Windows as inputs [batch, length], and targets, their places in the input and whether they are scored,
+    all [batch, width]. Padded on the right: one graph, and no scored place sees the padding."""
+    batch, length, width = shape
+    ids, targets, places, scored = (np.zeros((batch, n), np.int64) for n in (length, width, width, width))
+    for row, (start, first, stop) in enumerate(rows):
+        ids[row, : stop - start] = data.tokens[start:stop]
+        targets[row, : stop - first] = data.tokens[first + 1 : stop + 1]
+        places[row], scored[row, : stop - first] = first - start + np.arange(width), 1
+    return [torch.from_numpy(part).to(device) for part in (ids, targets, places, scored)]
+
+
+def passes(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[list]:
+    """What is scored in turn: [this rank's windows, None or the (first, stop, reset) to learn from then].
+    Every rank has the same number of turns. Only a learner's end with a chunk, or with a document."""
     batch, length, width = eval_shape(cfg, runtime.device, stride)
     edges, turns = [0, *data.starts, data.targets] if learns and cfg.ttt_reset else [0, data.targets], []
     for begin, end in itertools.pairwise(edges):
-        todo = [tuple(begin + at for at in row) for row in windows(end - begin, length, width)]
-        size = max(1, cfg.ttt_chunk_tokens // width) if learns else max(1, len(todo))
+        todo = windows(end, length, width, begin)
+        size = max(1, cfg.ttt_chunk_tokens // width) if learns else len(todo)
         for part in (todo[at : at + size] for at in range(0, len(todo), size)):
             mine, most = [part[i] for i in runtime.share(len(part))], -(-len(part) // runtime.world_size)
             turns += [[mine[at : at + batch], None] for at in range(0, most, batch)]
@@ -1705,61 +1717,41 @@ def passes(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns:
     return turns
 
 
-def evaluate(
-    cfg: Config,
-    nats_of: Callable,
-    data: Validation,
-    runtime: Runtime,
-    stride: int = 0,
-    limit: float = math.inf,
-    say: Callable | None = None,
-    learn: Callable | None = None,
-) -> Score:
-    """Score the split, sharded over ranks: by the official windows, or by windows that slide by `stride`.
-    Short windows and passes are padded on the right: one graph, and no scored place sees the padding.
-    learn(first, stop, reset) is called when those targets have their scores. It ends after `limit` seconds of
-    rank 0, the score then covers a part; say(seconds) is told after three turns what it will take."""
-    began, (batch, length, width) = time.perf_counter(), eval_shape(cfg, runtime.device, stride)
-    totals, each = (
-        torch.zeros(3, dtype=torch.float64),
-        torch.zeros(data.targets),
-    )  # totals: nats, tokens, bytes
+def evaluate(cfg, nats_of, data, runtime, stride=0, limit=math.inf, say=None, learn=None) -> Score:
+    """Score the Validation, sharded over ranks: by the official windows, or by ones that slide by `stride`.
+    nats_of: as token_nats. learn(first, stop, reset): called once those targets have their scores. limit:
+    rank 0's seconds, then the score is a partial one. say(seconds): told early what it will take."""
+    began, shape = time.perf_counter(), eval_shape(cfg, runtime.device, stride)
+    totals, each = torch.zeros(3, dtype=torch.float64), torch.zeros(data.targets)  # nats, tokens, bytes
     turns, cut = passes(cfg, data, runtime, stride, learn is not None), False
     for turn, (rows, chunk) in enumerate(turns):
         spent = runtime.main_number(time.perf_counter() - began) if limit < math.inf else 0.0
-        if say and turn == 3:
+        if say and turn == max(3, len(turns) // 8):
             say(spent / turn * len(turns))
         cut = turn > 0 and spent * (turn + 1) / turn > limit
         if cut:
             break
         if rows:
-            ids, targets, places = (np.zeros((batch, size), np.int64) for size in (length, width, width))
-            scored = torch.zeros(batch, width, dtype=torch.bool)
-            for row, (start, first, stop) in enumerate(rows):
-                ids[row, : stop - start] = data.tokens[start:stop]
-                targets[row, : stop - first] = data.tokens[first + 1 : stop + 1]
-                places[row], scored[row, : stop - first] = first - start + np.arange(width), True
-            given = [torch.from_numpy(part).to(runtime.device) for part in (ids, targets, places)]
+            *given, scored = padded(data, rows, shape, runtime.device)
             with torch.no_grad():
-                nats = nats_of(*given[: 3 if stride else 2]).cpu().double()[scored]
+                nats = nats_of(*given[: 3 if stride else 2])[scored > 0].cpu().double()
             here = slice(rows[0][1], rows[-1][2])
             each[here] = nats.float()
-            size = int(data.target_bytes[here].sum(dtype=np.int64))
-            totals += torch.stack((nats.sum(), torch.tensor(len(nats)), torch.tensor(size)))
+            totals += torch.tensor((nats.sum(), len(nats), data.target_bytes[here].sum(dtype=np.int64)))
         if chunk and turn < len(turns) - 1:
             learn(*chunk)
     nats, tokens, size = runtime.sum(totals).tolist()
-    whole = tokens == data.targets
-    require(whole or cut, f"a bug: {tokens:.0f} of {data.targets} targets were scored; no score")
+    complete = f"a bug: {tokens:.0f} of {data.targets} targets were scored; no score"
+    require(cut or tokens == data.targets, complete)
     if not math.isfinite(nats):
         raise RunError("diverged: the validation loss is not a number; lower the learning rates", DIVERGED)
-    left = data.targets - int(tokens)
-    return Score(nats, int(tokens), int(size), time.perf_counter() - began, each, left)
+    seconds, left = time.perf_counter() - began, data.targets - int(tokens)
+    return Score(nats, int(tokens), int(size), seconds, each, left)
 
 
 class TestTimeTraining:
-    """Gradient steps on targets whose scores are final (score first: parameter-golf #461, #549), on all weights
-    or on W + B A of the blocks' matrices (LoRA, whose gradients follow from that of W)."""
+    """Gradient steps on targets whose scores are final (score first: parameter-golf #461, #549), on all the
+    weights or on W + B A of the blocks' matrices (LoRA, whose gradients follow from that of W)."""
 
     def __init__(self, run: Run):
         self.run, rank = run, run.cfg.ttt_lora_rank
@@ -1790,21 +1782,16 @@ class TestTimeTraining:
         """TTT_STEPS steps on the mean nats of targets first .. stop-1, or a reset where a document ends."""
         if reset:
             return self.reset()
-        cfg, runtime, model, data = self.run.cfg, self.run.runtime, self.run.model, self.run.data
-        batch, length, depth = *eval_shape(cfg, runtime.device, 0)[:2], phases(cfg)[-1][1]
-        rows = windows(stop - first, length, length)
-        mine = [rows[i] for i in runtime.share(len(rows))]
+        cfg, runtime, data = self.run.cfg, self.run.runtime, self.run.data
+        batch, length, width = shape = eval_shape(cfg, runtime.device, 0)
+        rows = windows(stop, length, length, first)
+        mine, depth = [rows[i] for i in runtime.share(len(rows))], phases(cfg)[-1][1]
         for _ in range(cfg.ttt_steps):
-            for p in model.parameters():
+            for p in self.params:
                 p.grad = torch.zeros_like(p)
             for at in range(0, len(mine), batch):
-                ids, targets, weight = (torch.zeros(batch, length, dtype=torch.int64) for _ in range(3))
-                for row, (begin, _, end) in enumerate(mine[at : at + batch]):
-                    text = torch.from_numpy(data.tokens[first + begin : first + end + 1].astype(np.int64))
-                    ids[row, : end - begin], targets[row, : end - begin] = text[:-1], text[1:]
-                    weight[row, : end - begin] = 1
-                ids, targets, weight = (part.to(runtime.device) for part in (ids, targets, weight))
-                (self.run.nats(ids, targets, depth=depth) * weight).sum().div(stop - first).backward()
+                ids, targets, _, scored = padded(data, mine[at : at + batch], shape, runtime.device)
+                (self.run.nats(ids, targets, depth=depth) * scored).sum().div(stop - first).backward()
             self.step()
 
     @torch.no_grad()
@@ -1880,18 +1867,13 @@ def fixed_point(x: Tensor) -> tuple[Tensor, float]:
     return (x.double().clamp(-128, 128) * scale).round().long(), scale
 
 
-def recent_mean(x: Tensor, width: int) -> Tensor:
-    """Mean of the `width` values before each one, float32; 0 before the first."""
-    place, (parts, scale) = torch.arange(len(x), device=x.device), fixed_point(x)
-    sums, back = F.pad(parts.cumsum(0), (1, 0)), (place - width).clamp_min(0)
-    return ((sums[place] - sums[back]) / scale / (place - back).clamp_min(1)).float()
-
-
 def gate(odds: Tensor, codes: Tensor) -> Tensor:
     """The n-gram's share of each mixture, float32 [N], from a network of 32 hidden units on what is known
     before the token: the counts of its contexts, and how the n-gram fared of late. It learns from each block
     once that has its shares. odds: log P(n-gram) - log P(neural) [N] float32; codes: as ngram gives them."""
-    recent = torch.stack([recent_mean(odds.clamp(-5, 5), width) for width in (16, 256)])
+    place, (parts, scale) = torch.arange(len(odds), device=odds.device), fixed_point(odds.clamp(-5, 5))
+    sums, back = F.pad(parts.cumsum(0), (1, 0)), [(place - width).clamp_min(0) for width in (16, 256)]
+    recent = torch.stack([(sums[:-1] - sums[b]) / scale / (place - b).clamp_min(1) for b in back]).float()
     facts, rng = 4 * codes.size(1) + 2, torch.Generator().manual_seed(0)
     hidden = torch.randn(32, facts, generator=rng) / facts**0.5
     params = [hidden, torch.zeros(32), torch.zeros(1, 32), torch.full((1,), -2.0), torch.zeros(1, facts)]
@@ -1918,9 +1900,7 @@ def hedge(neural: Tensor, other: Tensor, shares: list, bins: Tensor, eta: float,
     all bins [K], the log-likelihood of each expert). window: only a bin's last so many tokens count."""
     (keys, order), place = torch.sort(bins, stable=True), torch.arange(len(bins), device=bins.device)
     first, start = runs(keys)
-    last = torch.cat((first[1:], first[:1])).nonzero()[
-        :, 0
-    ]  # the first place begins a run, the last ends one
+    last = first.roll(-1).nonzero()[:, 0]  # a bin's last token stands before the next one's first
     since = start.maximum(place - window) if window else start
     p, q, prior = neural[order], other[order], 2.0
     mixed, norm, final, totals = torch.full_like(p, -torch.inf), torch.full_like(p, -torch.inf), [], []
@@ -1947,54 +1927,63 @@ def mix(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[Tensor, list[float],
 
 
 def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
-    """Mix `base`, whose `each` has all targets, on rank 0. The time is foretold from a first part; if all the
-    tokens would take longer than `limit` seconds, it mixes as many as fit."""
-    cfg, data, device = run.cfg, run.data, run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
-    tokens, began = torch.from_numpy(data.tokens.astype(np.int64)).to(device), time.perf_counter()
-    nats, sample, count = base.each.double().to(device), min(data.targets, 100_000), data.targets
-    if limit < math.inf and sample < count:
-        mix(cfg, tokens[: sample + 1], nats[:sample])
-        seconds = (time.perf_counter() - began) * count / sample
-        say(seconds)
-        count = min(count, int(0.8 * count * limit / seconds)) if seconds > limit else count
-    logs, weights, totals = mix(cfg, tokens[: count + 1], nats[:count])
-    size, names = int(data.target_bytes[:count].sum(dtype=np.int64)), [*map(str, SHARES), "gate"]
-    experts = {name: Score(-total, count, size, 0.0) for name, total in zip(names, totals, strict=True)}
-    for (name, score), weight in zip(experts.items(), weights, strict=True):
-        saved = experts["0.0"].bpb - score.bpb
-        run.log.line(f"hedge_expert ngram_share:{name} {score.text} saved:{saved:.4f} weight:{weight:.4f}")
-    bpbs = [score.bpb for score in experts.values()]
-    run.log.event("hedge", experts=names, val_bpb=bpbs, weights=weights, order=cfg.hedge_order)
-    each = F.pad(-logs.cpu(), (0, data.targets - count))
-    return Score(-logs.sum().item(), count, size, time.perf_counter() - began, each, data.targets - count)
+    """Mix `base`, whose `each` has all targets, on rank 0. Its time is foretold from a first part; where all
+    the tokens would take longer than `limit` seconds, it mixes as many as fit."""
+    cfg, data, whole, began, each = (
+        run.cfg,
+        run.data,
+        run.data.targets,
+        time.perf_counter(),
+        base.each.double(),
+    )
+    device = run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
+
+    def mixed() -> tuple[float, int, int]:
+        tokens, nats = torch.from_numpy(data.tokens.astype(np.int64)).to(device), each.to(device)
+        sample, count = 100_000, whole
+        if limit < math.inf and sample < whole:
+            mix(cfg, tokens[: sample + 1], nats[:sample])
+            seconds = (time.perf_counter() - began) * whole / sample
+            say(seconds)
+            count = int(0.8 * whole * limit / seconds) if seconds > limit else whole
+        logs, weights, totals = mix(cfg, tokens[: count + 1], nats[:count])
+        each[:count], size = -logs.cpu(), int(data.target_bytes[:count].sum(dtype=np.int64))
+        experts = [Score(-total, count, size, 0.0) for total in totals]
+        for share, score, weight in zip((*SHARES, "gate"), experts, weights, strict=True):
+            saved = f"{score.text} saved:{experts[0].bpb - score.bpb:.4f}"
+            run.log.line(f"hedge_expert ngram_share:{share} {saved} weight:{weight:.4f}")
+        bpbs = [score.bpb for score in experts]
+        run.log.event("hedge", shares=[*SHARES, "gate"], val_bpb=bpbs, weights=weights)
+        return each[:count].sum().item(), count, size
+
+    nats, count, size = run.runtime.main_decides(mixed)
+    return Score(nats, count, size, time.perf_counter() - began, each, whole - count)
 
 
 def score_all(run: Run) -> Iterator[tuple[str, Score]]:
     """(name, score) of every score that is switched on, within MAX_EVAL_SECONDS: none after a partial one."""
     cfg, left, score = run.cfg, run.cfg.max_eval_seconds or math.inf, None
-    kinds = dict(
-        roundtrip=(True, partial(run.score, 0)),
-        sliding=(cfg.eval_stride, partial(run.score, cfg.eval_stride)),
-    )
-    kinds["ttt"] = cfg.ttt_steps, lambda *how: TestTimeTraining(run).score(*how)
-    kinds["hedge"] = cfg.use_hedge, lambda *how: score_hedge(run, score, *how)
-    for name, (on, kind) in kinds.items():
-        if on and (score is None or not score.left):
-            text = f"{name}: takes about {{:.0f}} s, {left:.0f} s are left"
-            score = kind(left, lambda seconds, text=text: run.log.line(text.format(seconds)))
-            if cfg.use_hedge or cfg.score_dump or cfg.score_check:
-                run.runtime.sum(score.each)
-            left -= score.seconds
-            yield name, score
+    kinds = {"roundtrip": partial(run.score, 0), "sliding": partial(run.score, cfg.eval_stride)}
+    kinds["ttt"] = lambda *how: TestTimeTraining(run).score(*how)
+    kinds["hedge"] = lambda *how: score_hedge(run, score, *how)
+    on = dict(roundtrip=True, sliding=cfg.eval_stride, ttt=cfg.ttt_steps, hedge=cfg.use_hedge)
+    for name in filter(on.get, kinds):
+        text = f"{name}: takes about {{:.0f}} s, {left:.0f} s are left"
+        score = kinds[name](left, lambda seconds, text=text: run.log.line(text.format(seconds)))
+        if name != "hedge" and (cfg.use_hedge or cfg.score_dump):
+            run.runtime.sum(score.each)
+        left -= score.seconds
+        yield name, score
+        if score.left:
+            return
 
 
 def check_score(score: Callable, tokens: np.ndarray, vocab: int, ends=(56,)) -> dict[str, str]:
     """The four conditions of a score (parameter-golf issue #1017), tried from outside: {condition: breach}.
     score(tokens [N+1]) -> log-probs [N] of tokens[1:], or (positions 0..N-1, log-probs) as they were scored.
-    C1 causal: later tokens change nothing. C2 normalised: over all values of a last token the probabilities
-    sum to 1. C3 score before update: they do, since the state has not seen that token. C4 single pass: every
-    position once, and no early score knows the end. Not told apart from outside: a state that learns from
-    tokens before their score, and one that reads ahead as far."""
+    C1 causal: later tokens change nothing. C2 normalised: over the values of a last token the probabilities
+    sum to 1. C3 score before update: neither fails, as it does where a state has seen what it scores. C4
+    single pass: every position once, and the last token moves no score of the first half."""
     broken, rng, count = {}, np.random.default_rng(0), len(tokens) - 1
 
     def logs(given: np.ndarray) -> np.ndarray:
@@ -2012,9 +2001,7 @@ def check_score(score: Callable, tokens: np.ndarray, vocab: int, ends=(56,)) -> 
         if len(moved):
             broken["C1"] = f"the score of token {moved[0] + 1} changes with the tokens from {cut} on"
         if len(moved) and cut == count and moved[0] < count // 2:
-            broken["C4"] = (
-                f"the score of token {moved[0] + 1} changes with the last one, {count}: it was read before"
-            )
+            broken["C4"] = f"token {moved[0] + 1} is scored after a pass to the last one, {count}"
     for end in ends:
         variants = [np.concatenate((tokens[:end], [value])).astype(tokens.dtype) for value in range(vocab)]
         mass = sum(math.exp(logs(variant)[-1]) for variant in variants)
@@ -2025,30 +2012,27 @@ def check_score(score: Callable, tokens: np.ndarray, vocab: int, ends=(56,)) -> 
 
 
 def check_own_scores(run: Run) -> None:
-    """SCORE_CHECK: check_score of every score, by the run's own code but on the first 97 tokens, in windows of
-    at most 32, uncompiled and on one rank. RunError (7) names what is broken."""
+    """SCORE_CHECK: check_score of every score, by the run's own code but on the first 97 tokens, in windows
+    of at most 32, uncompiled and on one rank. RunError (7) names what is broken."""
     length, data, log = min(32, run.cfg.train_seq_len), run.data, run.log
-    sizes = dict(
-        train_seq_len=length, train_batch_tokens=length, val_batch_size=8, ttt_chunk_tokens=length // 2
-    )
-    sizes |= dict(eval_seq_len=length, eval_stride=min(run.cfg.eval_stride, length // 2), eval_batch_seqs=4)
-    cfg, runtime = replace(run.cfg, **sizes), replace(run.runtime, rank=0, world_size=1, compiles=False)
-    tokens = data.tokens[:97]
+    sizes = dict(train_seq_len=length, train_batch_tokens=length, eval_seq_len=length, val_batch_size=8)
+    sizes |= dict(ttt_chunk_tokens=length // 2, eval_batch_seqs=4, max_eval_seconds=0.0)
+    cfg = replace(run.cfg, **sizes, eval_stride=min(run.cfg.eval_stride, length // 2))
+    tokens, runtime = data.tokens[:97], replace(run.runtime, rank=0, world_size=1, compiles=False)
 
     @cache
     def scores(text: bytes) -> dict[str, np.ndarray]:
         given = np.frombuffer(text, tokens.dtype)
         starts = data.starts[data.starts < len(given) - 1]
         part = replace(data, tokens=given, target_bytes=data.target_bytes[: len(given) - 1], starts=starts)
-        small = Run(replace(cfg, max_eval_seconds=0.0), runtime, RunLog(None, ""), run.model, part)
+        small = Run(cfg, runtime, RunLog(None, ""), run.model, part)
         return {name: -score.each.double().numpy() for name, score in score_all(small)}
 
     for name in scores(tokens.tobytes()):
         broken = check_score(lambda given, name=name: scores(given.tobytes())[name], tokens, cfg.vocab_size)
         if broken:
-            raise RunError(
-                f"SCORE_CHECK: {name} breaks {'; '.join(map(': '.join, broken.items()))}", ILLEGAL_SCORE
-            )
+            what = "; ".join(map(": ".join, broken.items()))
+            raise RunError(f"SCORE_CHECK: {name} breaks {what}", ILLEGAL_SCORE)
         log.line(f"score_check: {name} is causal, normalised, scored before it learns, in one pass")
 
 

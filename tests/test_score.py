@@ -55,7 +55,7 @@ class Part(Runtime):
 
 
 def parts(cfg: Config, nats_of, data: Validation, ranks: int, stride: int = 0) -> np.ndarray:
-    """[ranks, (nats, tokens)] that each rank would bring to the sum."""
+    """[ranks, (nats, tokens, bytes)] that each rank would bring to the sum."""
     totals = []
     for rank in range(ranks):
         runtime = Part(rank=rank, world_size=ranks)
@@ -113,7 +113,7 @@ def test_every_target_is_scored_once_by_one_rank(targets, length, ranks, val_bat
 
 def test_a_missed_target_is_no_score(monkeypatch):
     cfg, marks = config(), Marks(20)
-    monkeypatch.setattr("train_gpt.windows", lambda targets, length, stride: [(0, 0, 16)])
+    monkeypatch.setattr("train_gpt.windows", lambda targets, length, stride, begin: [(0, 0, 16)])
     with pytest.raises(RunError, match="16 of 20"):
         evaluate(cfg, marks, marks.data, Runtime())
 
@@ -169,8 +169,8 @@ def test_ranks_add_up_to_the_whole(ranks):
     cfg, data = config(), validation(75)
     model = nats_of(random_model(cfg))
     whole = evaluate(cfg, model, data, Runtime())
-    nats, tokens = parts(cfg, model, data, ranks).sum(0)
-    assert nats == pytest.approx(whole.nats, rel=1e-6) and tokens == whole.tokens
+    nats, tokens, size = parts(cfg, model, data, ranks).sum(0)
+    assert nats == pytest.approx(whole.nats, rel=1e-6) and (tokens, size) == (whole.tokens, whole.bytes)
 
 
 @pytest.mark.parametrize("val_batch_size", [8, 256, 400, 1280, 524_288])
@@ -344,7 +344,7 @@ def test_ranks_score_every_target_once_and_add_up_to_the_same(length):
             expected = context(length, stride, targets)
             for ranks in (1, 2, 3, 5, 8):
                 seen = Context(targets)
-                nats, tokens = parts(cfg, seen, seen.data, ranks, stride).sum(0)
+                nats, tokens, _ = parts(cfg, seen, seen.data, ranks, stride).sum(0)
                 assert (seen.scored == 1).all() and tokens == targets, (stride, targets, ranks)
                 assert nats == pytest.approx(expected, rel=1e-9)
 
@@ -360,7 +360,7 @@ def test_ranks_score_every_target_once_and_add_up_to_the_same(length):
 def test_the_sliding_score_depends_on_no_batch_and_no_rank(length, stride, targets, ranks, eval_batch_seqs):
     stride, seen = min(stride, length), Context(targets)
     how = dict(eval_stride=stride, eval_seq_len=length, eval_batch_seqs=eval_batch_seqs)
-    nats, tokens = parts(Config(**how), seen, seen.data, ranks, stride).sum(0)
+    nats, tokens, _ = parts(Config(**how), seen, seen.data, ranks, stride).sum(0)
     assert nats == pytest.approx(context(length, stride, targets), rel=1e-9)
     assert (seen.scored == 1).all() and tokens == targets
 
