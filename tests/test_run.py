@@ -390,7 +390,7 @@ COMMANDS = {
     "pr895": "ITERATIONS=200000 NUM_LAYERS=3 NUM_REPEATS=5 PROG_DEPTH=0.3:2,0.5:3,0.75:4,1.0:5 "
     "WARMDOWN_ITERS=15000 SWA_EVERY=100 MATRIX_LR=0.015 SCALAR_LR=0.015 TIED_EMBED_LR=0.018 "
     "VAL_LOSS_EVERY=5000 TRAIN_LOG_EVERY=1000 SWA_ENABLED=1 NUM_VALUE_EMBEDS=2 XSA_LAST_N=4 MUON_WD=0.04 "
-    "GRAD_CLIP_NORM=0.3 USE_HEDGE=0",
+    "GRAD_CLIP_NORM=0.3 USE_HEDGE=1",
     "pr1453": "QUANT_LEVELS=63 MLP_QUANT_LEVELS=16 MLP_MULT=3 NUM_LAYERS=3 NUM_REPEATS=4 XSA_LAST_N=4 "
     "NUM_VALUE_EMBEDS=2 PROG_DEPTH=0.30:2,0.50:3,1.0:4 WARMDOWN_ITERS=3000 SWA_ENABLED=1 SWA_START_FRAC=0.6 "
     "SWA_EVERY=30",
@@ -528,7 +528,7 @@ BAD_KNOBS = {
     "two_schedules": (dict(tidal_lr=1, cosine_lr=1, warmdown_iters=None), "COSINE_LR"),
     "inert": (dict(embed_lr=0.8), "EMBED_LR"),
     "not_a_multiple": (dict(num_heads=5), "NUM_HEADS"),
-    "not_built": (dict(use_hedge=1), "USE_HEDGE"),
+    "not_built": (dict(bigram_vocab_size=512), "BIGRAM_VOCAB_SIZE"),
     "no_checkpoint": (dict(init_from="absent.pt"), "absent.pt"),
     "no_artifact": (dict(eval_only="absent.ptz"), "absent.ptz"),
     "no_cuda": (dict(device="cuda"), "DEVICE"),
