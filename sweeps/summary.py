@@ -86,11 +86,20 @@ def size_cell(events: list[Event]) -> str:
     return f"{against(total, BYTES_LIMIT, '{:,}', 'bytes')} ({share}; {parts})"
 
 
+def bpb_cell(score: Event) -> str:
+    """A score's bpb, with a shout when the clock cut it short."""
+    missing = score.get("left") or 0
+    return show(score.get("val_bpb"), "{:.4f}") + (
+        f"  PARTIAL: {missing:,} TOKENS UNSCORED" if missing else ""
+    )
+
+
 def summarise(events: list[Event], log: Path) -> list[tuple[str, str]]:
     """The table's rows: what it says, and the value."""
     live, average, named = last(events, "val").get("val_bpb"), last(events, "average"), scores(events)
     before = average.get("val_bpb", live)
-    after = named.get("roundtrip", {}).get("val_bpb")
+    roundtrip = named.get("roundtrip", {})
+    after = None if roundtrip.get("left") else roundtrip.get("val_bpb")
     cost = None if before is None or after is None else after - before
     seconds = [score["seconds"] for score in named.values() if score.get("seconds") is not None]
     evaluated = sum(seconds) if seconds else None
@@ -107,9 +116,9 @@ def summarise(events: list[Event], log: Path) -> list[tuple[str, str]]:
         ("machine", f"{env.get('world_size', ABSENT)} x {env.get('device', ABSENT)}"),
         *([("bpb of the live weights", show(live, "{:.4f}"))] if average else []),
         ("bpb before quantisation", f"{show(before, '{:.4f}')}{averaged}"),
-        ("bpb after quantisation", f"{show(after, '{:.4f}')} ({packed or ABSENT})"),
+        ("bpb after quantisation", f"{bpb_cell(roundtrip)} ({packed or ABSENT})"),
         ("quantisation cost", show(cost, "{:+.4f}")),
-        *((label, show(score.get("val_bpb"), "{:.4f}")) for label, score in others),
+        *((label, bpb_cell(score)) for label, score in others),
         ("size", size_cell(events)),
         ("training", against(training_seconds(events), clock, "{:.1f}", "s", shout=False)),
         ("evaluation", against(evaluated, evaluation_clock, "{:.1f}", "s")),
