@@ -1,0 +1,111 @@
+"""What each part of the Hedge mixer is worth, on scores that runs have dumped.
+
+    USE_HEDGE=1 SCORE_DUMP=a.npz ... python train_gpt.py
+    python sweeps/hedge.py a.npz b.npz --vocab 1024 --out records/benchmarks/cpu_hedge_study.json
+
+The dump needs the sliding or the roundtrip score; its first token is not in it and is taken as 0. Each line
+changes one thing of the mixer as it stands. All is computed from the dumped log-probabilities, so no model
+runs, and every number is exact for its text: there is no seed. A difference between two lines says something
+about this text and this model only; the lines of several models show which differences hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+import train_gpt  # noqa: E402
+from bench_throughput import commit  # noqa: E402
+
+GRID = (0.0, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 0.92)
+
+
+def gate_alone(neural, other, shares, bins, eta, window):
+    """In the place of `hedge`: the gate's mixture by itself."""
+    return torch.log(neural + shares[-1] * (other - neural)), [], []
+
+
+def pure_experts(neural, other, shares, bins, eta, window):
+    """Hedge over the neural model and the n-gram, unmixed."""
+    return HEDGE(neural, other, [0.0, 1.0], bins, eta, window)
+
+
+def no_gate(shares):
+    return lambda neural, other, _, bins, eta, window: HEDGE(neural, other, list(shares), bins, eta, window)
+
+
+def one_bin(neural, other, shares, bins, eta, window):
+    return HEDGE(neural, other, shares, torch.zeros_like(bins), eta, window)
+
+
+HEDGE = train_gpt.hedge
+# name -> (knobs of the mixer, names of train_gpt that are replaced)
+VARIANTS: dict[str, tuple[dict, dict]] = {
+    "as it stands": ({}, {}),
+    "pure experts": ({}, dict(hedge=pure_experts)),
+    "no gate": ({}, dict(hedge=no_gate(train_gpt.SHARES))),
+    "no gate, 14 shares": ({}, dict(hedge=no_gate(GRID))),
+    "gate alone": ({}, dict(hedge=gate_alone)),
+    "one bin": ({}, dict(hedge=one_bin)),
+    **{f"order {k}": (dict(hedge_order=k), {}) for k in (0, 1, 2, 3, 4, 5, 8, 12)},
+    **{f"eta {eta}": (dict(hedge_eta=eta), {}) for eta in (0.01, 0.03, 0.3, 1.0)},
+    **{f"window {n}": (dict(hedge_window=n), {}) for n in (300, 1000, 3000, 10_000)},
+    **{f"discount {d}": ({}, dict(DISCOUNT=d)) for d in (0.4, 0.5, 0.7, 0.8, 0.9)},
+}
+
+
+def study(path: Path, vocab: int) -> dict:
+    """bpb of the dumped scores and of every variant."""
+    with np.load(path) as dump:
+        given = {name: dump[name] for name in dump.files}
+    base = next((f"{name}_logprob" for name in ("sliding", "roundtrip") if f"{name}_logprob" in given), None)
+    if base is None:
+        raise SystemExit(f"error: {path} has no sliding or roundtrip score; dump one with SCORE_DUMP")
+    tokens = torch.from_numpy(np.concatenate(([0], given["target"])).astype(np.int64))
+    nats, size = -torch.from_numpy(given[base]).double(), int(given["bytes"].sum(dtype=np.int64))
+    if int(tokens.max()) >= vocab:
+        raise SystemExit(f"error: {path} holds token {int(tokens.max())}; set --vocab")
+    names = [name for name in given if name.endswith("_logprob")]
+    scores = {name[:-8]: -given[name].sum(dtype=np.float64) / math.log(2) / size for name in names}
+    rows = {}
+    for name, (knobs, replaced) in VARIANTS.items():
+        cfg, began = train_gpt.Config(vocab_size=vocab, use_hedge=True, **knobs), time.perf_counter()
+        with ExitStack() as stack:
+            for target, value in replaced.items():
+                stack.enter_context(patch.object(train_gpt, target, value))
+            logs = train_gpt.mix(cfg, tokens, nats)[0]
+        rows[name] = dict(bpb=-logs.sum().item() / math.log(2) / size, seconds=time.perf_counter() - began)
+        saved = scores[base[:-8]] - rows[name]["bpb"]
+        print(f"{path.stem:24} {name:22} {rows[name]['bpb']:.4f}  saved {saved:.4f}", flush=True)
+    return dict(tokens=len(nats), bytes=size, base=base[:-8], dumped=scores, variants=rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dumps", nargs="+", type=Path)
+    parser.add_argument("--vocab", type=int, default=1024)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    train_gpt.keep_freed_memory(torch.device("cpu"))
+    machine = train_gpt.describe_machine(train_gpt.Runtime())
+    found = {path.stem: study(path, options.vocab) for path in options.dumps}
+    if options.out:
+        report = dict(benchmark="hedge_study", commit=commit(), **machine, dumps=found)
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
