@@ -153,8 +153,9 @@ def report(found: dict) -> str:
         f"tokens: {found['tokens']} bytes: {found['bytes']} stride: {found['stride']}; "
         f"mixed: {found['mixed_tokens']}, the model alone before",
         f"neural            {found['neural_bpb']:.4f} bpb",
-        f"PR #895's number  {found['pr895_bpb']:.4f} bpb, but its probabilities sum over the vocabulary to "
-        f"{found['mass_mean']:.4g} (mean), {found['mass_median']:.4g} (median), {found['mass_max']:.4g} (max)",
+        f"PR #895's number  {found['pr895_bpb']:.4f} bpb, but what it hands out sums over the vocabulary to",
+        f"mass              mean:{found['mass_mean']:.4g} median:{found['mass_median']:.4g} "
+        f"max:{found['mass_max']:.4g}; a distribution has 1",
         f"renormalised      {found['renormalised_bpb']:.4f} bpb: what a code by these probabilities needs",
         "final weights     " + " ".join(f"{k}:{v:.4g}" for k, v in found["final_weights"].items()),
     ))  # fmt: skip

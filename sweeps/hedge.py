@@ -25,8 +25,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import train_gpt  # noqa: E402
 from bench_throughput import commit  # noqa: E402
+
+import train_gpt  # noqa: E402
 
 GRID = (0.0, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 0.92)
 

@@ -1,0 +1,631 @@
+"""The four conditions of a legal score: a check that tells fair scorers from foul ones, runs that pass it,
+test-time training that scores first, and an evaluation clock that yields parts, never a false whole."""
+
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from conftest import ROOT, TINY, encode_documents, env_of, launch, random_model, train_tokenizer, write_shard
+
+import train_gpt
+from train_gpt import (
+    Config,
+    Run,
+    RunError,
+    RunLog,
+    Runtime,
+    Score,
+    Validation,
+    check_own_scores,
+    check_score,
+    execute,
+    mix,
+    score_all,
+    score_hedge,
+    token_nats,
+)
+
+sys.path.insert(0, str(ROOT / "records"))
+import pr895_mixer  # noqa: E402
+
+# --- check_score on scorers of all kinds ---
+
+V = 8
+TOKENS = np.random.default_rng(7).integers(0, V, 97)
+TABLE = np.random.default_rng(8).dirichlet(np.ones(V), V)  # a bigram table [before, token]
+OTHER = np.random.default_rng(9).dirichlet(np.ones(V), V)
+
+
+def fixed(tokens, table=TABLE):
+    return np.log(table[tokens[:-1], tokens[1:]])
+
+
+def adaptive(tokens, chunk=1, first="score", counts=None):
+    """A bigram that counts the text chunk by chunk, after or before it scores the chunk."""
+    counts = np.ones((V, V)) if counts is None else counts
+    scores, pairs = [], list(zip(tokens[:-1], tokens[1:], strict=True))
+    for at in range(0, len(pairs), chunk):
+        for turn in (first, "count" if first == "score" else "score"):
+            for x, y in pairs[at : at + chunk]:
+                if turn == "score":
+                    scores.append(math.log(counts[x, y] / counts[x].sum()))
+                else:
+                    counts[x, y] += 1
+    return np.array(scores)
+
+
+def own_order(tokens):
+    places = np.random.default_rng(len(tokens)).permutation(len(tokens) - 1)
+    return places, fixed(tokens)[places]
+
+
+def our_mix(tokens):
+    cfg = Config(vocab_size=V, use_hedge=True, hedge_order=3)
+    return mix(cfg, torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(-fixed(tokens)))[0].numpy()
+
+
+FAIR = dict(fixed=fixed, adaptive=adaptive, own_order=own_order, mix=our_mix)
+FAIR["chunks"] = partial(adaptive, chunk=16)
+
+
+@pytest.mark.parametrize("name", FAIR)
+def test_a_fair_scorer_passes(name):
+    assert check_score(FAIR[name], TOKENS, V) == {}
+
+
+def test_our_check_sees_the_mixer_at_work():
+    assert np.abs(our_mix(TOKENS) - fixed(TOKENS)).max() > 0.1
+
+
+def peek(tokens):
+    """Which of two tables depends on the token after the scored one; the last has none."""
+    after = np.append(tokens[2:], 0)
+    return np.where(after % 2, fixed(tokens, OTHER), fixed(tokens))
+
+
+def twice(tokens):
+    places = np.arange(len(tokens) - 1)
+    return np.concatenate((places, places[-5:])), np.concatenate((fixed(tokens), fixed(tokens)[-5:] / 2))
+
+
+def second_pass(tokens):
+    counts = np.ones((V, V))
+    adaptive(tokens, counts=counts)
+    return adaptive(tokens, counts=counts)
+
+
+def pr895(tokens):
+    entropy = -(TABLE * np.log(TABLE)).sum(1)[tokens[:-1]]
+    return pr895_mixer.pr895_mix(tokens, -fixed(tokens), entropy, V)[0]
+
+
+def best_of_two(tokens):
+    return np.maximum(fixed(tokens), fixed(tokens, OTHER))
+
+
+def leaves_out_some(tokens):
+    kept = np.flatnonzero(tokens[1:])
+    return kept, fixed(tokens)[kept]
+
+
+def sees_itself(tokens):
+    """Unnormalised, but for the last token of what it is given."""
+    return fixed(tokens) + 0.1 * (np.arange(1, len(tokens)) < len(tokens) - 1)
+
+
+FOUL = {  # scorer, the conditions that it must break, and all it may
+    "pr895": (pr895, {"C2"}, {"C2"}),
+    "trains_first": (partial(adaptive, chunk=16, first="count"), {"C3"}, {"C1", "C3"}),
+    "counts_itself": (partial(adaptive, first="count"), {"C2"}, {"C2"}),
+    "peeks": (peek, {"C1"}, {"C1"}),
+    "scores_twice": (twice, {"C4"}, {"C4"}),
+    "second_pass": (second_pass, {"C4"}, {"C1", "C3", "C4"}),
+    "leaves_out": (lambda tokens: fixed(tokens)[:-1], {"C4"}, {"C2", "C4"}),
+    "leaves_out_some": (leaves_out_some, {"C4"}, {"C1", "C2", "C3", "C4"}),
+    "scores_nothing": (lambda tokens: np.zeros(0), {"C4"}, {"C2", "C4"}),
+    "unnormalised": (lambda tokens: fixed(tokens) + 0.01, {"C2"}, {"C2"}),
+    "unnormalised_but_the_last": (sees_itself, {"C2"}, {"C1", "C2"}),
+    "best_of_two": (best_of_two, {"C2"}, {"C2"}),
+}
+
+
+@pytest.mark.parametrize("name", FOUL)
+def test_a_foul_scorer_is_rejected_by_name(name, monkeypatch):
+    monkeypatch.setattr(pr895_mixer, "BATCH", 16)
+    monkeypatch.setattr(pr895_mixer, "WARM_UP", 20)
+    scorer, must, may = FOUL[name]
+    assert must <= set(check_score(scorer, TOKENS, V)) <= may
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_scorer_may_leave_out_more_or_fewer_by_what_it_reads(seed):
+    tokens = np.random.default_rng(seed).integers(0, V, 97)
+    assert "C4" in check_score(leaves_out_some, tokens, V)
+
+
+def test_the_text_of_a_breach_names_token_and_number():
+    assert check_score(peek, TOKENS, V) == {"C1": "the score of token 95 changes with the tokens from 96 on"}
+    assert "97 tokens have 91" not in check_score(twice, TOKENS, V)["C4"]
+    assert check_score(lambda tokens: (np.arange(3), np.zeros(3)), TOKENS, V)["C4"] == (
+        "56 tokens have 3 scores, not one each"
+    )
+    over = check_score(lambda tokens: fixed(tokens) + math.log(1.5), TOKENS, V)["C2"]
+    assert over == "over the 8 values of token 56 its probabilities sum to 1.500000"
+    early = check_score(second_pass, TOKENS, V)["C4"]
+    assert re.fullmatch(r"token \d+ is scored after a pass to the last one, 96", early)
+
+
+@pytest.mark.parametrize(
+    "ends, caught", [((40,), True), ((39, 41), False), ((39, 40, 41), True), ((), False)]
+)
+def test_ends_are_the_tokens_whose_mass_is_summed(ends, caught):
+    def scorer(tokens):
+        return fixed(tokens) + 0.1 * (np.arange(len(tokens) - 1) == 39)
+
+    found = check_score(scorer, TOKENS, V, ends)
+    assert set(found) == ({"C2"} if caught else set()) and all("token 40" in text for text in found.values())
+
+
+def test_the_first_and_the_last_token_can_be_an_end():
+    assert check_score(fixed, TOKENS, V, (1, 96)) == {}
+    assert set(check_score(best_of_two, TOKENS, V, (1,))) == {"C2"}
+
+
+def test_the_vocabulary_is_the_one_given():
+    found = check_score(fixed, TOKENS % 5, 5)
+    mass = TABLE[TOKENS[55] % 5, :5].sum()
+    assert found == {"C2": f"over the 5 values of token 56 its probabilities sum to {mass:.6f}"}
+
+
+@pytest.mark.parametrize("nats", [math.nan, -math.inf])
+def test_a_score_that_is_no_number_does_not_pass(nats):
+    assert "C2" in check_score(lambda tokens: np.full(len(tokens) - 1, nats), TOKENS, V) or math.isnan(nats)
+    assert check_score(lambda tokens: np.full(len(tokens) - 1, nats), TOKENS, V) != {}
+
+
+# --- whole runs ---
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A dataset of few letters, so that all values of a token are soon tried; and its vocabulary."""
+    folder, rng = tmp_path_factory.mktemp("small"), np.random.default_rng(3)
+    words = ["".join(rng.choice(list("abcdefg"), rng.integers(2, 6))) for _ in range(30)]
+    texts = [" ".join(rng.choice(words, rng.integers(6, 14))) for _ in range(120)]
+    model = train_tokenizer(texts, vocab_size=20, byte_fallback=False)
+    (folder / "tokenizer.model").write_bytes(model)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    write_shard(folder / "toy_train_000000.bin", encode_documents(tokenizer, texts[:60]))
+    write_shard(folder / "toy_val_000000.bin", encode_documents(tokenizer, texts[60:90]))
+    return folder, tokenizer.vocab_size()
+
+
+def play(capsys, tmp_path, env) -> SimpleNamespace:
+    """A run of the script in this process: its code, error, lines and RESULT."""
+    error = ""
+    try:
+        code = execute(Config.from_env(env), {**env, "OUT_DIR": str(tmp_path)})
+    except RunError as stop:
+        code, error = stop.code, str(stop)
+    out = capsys.readouterr().out
+    result = json.loads(re.search(r"^RESULT (.*)$", out, re.M)[1])
+    return SimpleNamespace(code=code, error=error, lines=out.splitlines(), result=result)
+
+
+@pytest.fixture(scope="module")
+def artifact(small, tmp_path_factory):
+    folder, vocab = small
+    out = tmp_path_factory.mktemp("artifact")
+    env = env_of(folder, vocab_size=vocab, iterations=12, matrix_lr=0.1, out_dir=str(out))
+    assert execute(Config.from_env(env), env) == 0
+    return out / "final_model.int8.ptz"
+
+
+@pytest.fixture
+def rerun(small, artifact, tmp_path, capsys):
+    """rerun(knob=value, ...): score the artifact in this process."""
+
+    def run(**knobs):
+        place = dict(device="cpu", eval_only=str(artifact), out_dir=str(tmp_path))
+        return play(capsys, tmp_path, env_of(small[0], **dict.fromkeys(TINY) | place | knobs))
+
+    return run
+
+
+def finals(outcome) -> list[str]:
+    """The lines of scores, without their times."""
+    return [re.sub(r"eval_time:\S+", "", line) for line in outcome.lines if line.startswith("final_")]
+
+
+TTT = dict(ttt_steps=1, ttt_lr=0.05, ttt_chunk_tokens=128, val_batch_size=1024)  # four windows a pass
+ADAM = dict(TTT, ttt_optimizer="adam", ttt_lr=0.01)
+LEARNERS = {
+    "sgd": dict(TTT, ttt_steps=2),
+    "adam": dict(ADAM, eval_stride=16),
+    "lora": dict(TTT, ttt_lora_rank=2, ttt_lr=0.5, eval_stride=16, use_hedge=True),
+    "reset": dict(ADAM, ttt_reset=True, ttt_chunk_tokens=16, eval_stride=8, eval_batch_seqs=2),
+    "none": dict(eval_stride=16, use_hedge=True, hedge_order=2, hedge_window=20),
+}
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_our_scores_pass_and_the_check_changes_none(rerun, name):
+    knobs = LEARNERS[name]
+    plain, checked = rerun(**knobs), rerun(**knobs, score_check=True)
+    assert (plain.code, checked.code) == (0, 0), checked.error
+    on = ["roundtrip"] + ["sliding"] * ("eval_stride" in knobs) + ["ttt"] * ("ttt_steps" in knobs)
+    on += ["hedge"] * ("use_hedge" in knobs)
+    said = [line for line in checked.lines if line.startswith("score_check: ")]
+    same = "is causal, normalised, scored before it learns, in one pass"
+    assert said == [f"score_check: {score} {same}" for score in on]
+    assert finals(checked) == finals(plain) and len(finals(plain)) == 2 * len(on)
+    numbers = [{k: v for k, v in o.result.items() if "_val_" in f"_{k}"} for o in (plain, checked)]
+    assert numbers[0] == numbers[1]
+    assert len({v for k, v in numbers[0].items() if re.fullmatch(r"\w+_val_bpb", k) and v}) == len(on)
+
+
+def lenient(*given, depth=None, how=token_nats):
+    return 0.95 * how(*given, depth=depth)
+
+
+def ahead(model, ids, targets, places=None, depth=None):
+    """A hint of the next target."""
+    nats = token_nats(model, ids, targets, places, depth)
+    return nats * (1 + 0.01 * (targets.roll(-1, 1) % 3))
+
+
+def learn_first(*given):
+    """Each chunk is learnt at the end of the one before, so before it is scored."""
+    turns, chunks = PASSES(*given), []
+    chunks = [chunk for _, chunk in turns if chunk]
+    for turn in turns:
+        if turn[1] and len(chunks) > 1:
+            turn[1] = chunks.pop(1)
+    return turns
+
+
+PASSES, CONTEXTS, PADDED = train_gpt.passes, train_gpt.contexts, train_gpt.padded
+
+
+def count_itself(*given):
+    for at, seen, kinds, followed in CONTEXTS(*given):
+        yield at, seen + 1, kinds.clamp_min(1), followed + 1
+
+
+def weigh_itself(neural, other, shares, bins, eta, window):
+    """A Hedge whose weights know the token that they weigh."""
+    logs = torch.stack([torch.log(neural + share * (other - neural)) for share in shares])
+    mixed = ((5 * logs.cumsum(1)).softmax(0) * logs.exp()).sum(0).log()
+    return mixed, [1 / len(shares)] * len(shares), logs.sum(1).tolist()
+
+
+def own_input(*given):
+    """Places one further on: there the target is an input."""
+    ids, targets, places, scored = PADDED(*given)
+    return ids, targets, (places + 1).clamp(max=ids.size(1) - 1), scored
+
+
+SABOTAGE = {  # what is replaced, by what, the knobs, the score and the conditions of which one must be named
+    "unnormalised": ("token_nats", lenient, {}, "roundtrip", "C2"),
+    "one_token_ahead": ("token_nats", ahead, {}, "roundtrip", "C1"),
+    "own_input": ("padded", own_input, dict(eval_stride=8), "sliding", "C[23]"),
+    "learns_first": ("passes", learn_first, TTT, "ttt", "C[13]"),
+    "learns_first_lora": ("passes", learn_first, LEARNERS["lora"], "ttt", "C[13]"),
+    "counts_itself": ("contexts", count_itself, dict(use_hedge=True), "hedge", "C[23]"),
+    "weighs_itself": ("hedge", weigh_itself, dict(use_hedge=True), "hedge", "C[23]"),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_sabotaged_scorer_ends_the_run_by_name(rerun, monkeypatch, name):
+    what, replacement, knobs, score, condition = SABOTAGE[name]
+    monkeypatch.setattr(train_gpt, what, replacement)
+    run = rerun(**knobs, score_check=True)
+    assert run.code == run.result["exit_code"] == 7 and run.result["status"] == "error"
+    assert re.search(rf"SCORE_CHECK: {score} breaks (C\d: .*; )?{condition}: .*token", run.error), run.error
+    assert not finals(run) and not any("partial_" in line for line in run.lines)
+
+
+def test_unchecked_a_sabotaged_scorer_is_not_noticed(rerun, monkeypatch):
+    monkeypatch.setattr(train_gpt, "token_nats", lenient)
+    assert rerun().code == 0
+
+
+# --- test-time training in this process ---
+
+
+def learner(targets=150, starts=(), tokens=None, **knobs) -> Run:
+    """A Run on random tokens with a random model; chunks of two windows of 16."""
+    sizes = dict(vocab_size=24, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2)
+    ttt = dict(ttt_steps=1, ttt_lr=0.05, ttt_chunk_tokens=32)
+    cfg = Config(**sizes | dict(train_seq_len=16, train_batch_tokens=64, val_batch_size=256) | ttt | knobs)
+    tokens = stream(targets) if tokens is None else tokens
+    sized = np.ones(len(tokens) - 1, np.int16)
+    data = Validation(tokens, sized, 1, "", np.array(starts, np.int64))
+    return Run(cfg, Runtime(), RunLog(None, ""), random_model(cfg), data)
+
+
+def stream(targets: int) -> np.ndarray:
+    return np.random.default_rng(targets).integers(0, 24, targets + 1).astype(np.uint16)
+
+
+def each(run: Run) -> dict[str, torch.Tensor]:
+    return {name: score.each for name, score in score_all(run)}
+
+
+KINDS = {
+    "sgd": {},
+    "adam": dict(ttt_optimizer="adam", ttt_lr=0.01),
+    "lora": dict(ttt_lora_rank=2, ttt_steps=3, ttt_lr=0.2),
+    "adam_lora": dict(ttt_optimizer="adam", ttt_lora_rank=2, ttt_steps=2, ttt_lr=0.02),
+}
+
+
+@pytest.mark.parametrize("stride", [0, 8])
+@pytest.mark.parametrize("name", KINDS)
+def test_training_is_score_first(name, stride):
+    knobs = dict(KINDS[name], eval_stride=stride)
+    whole = each(learner(**knobs))
+    plain, later = whole["sliding" if stride else "roundtrip"], (32, 64, 96, 128)
+    torch.testing.assert_close(whole["ttt"][:32], plain[:32], rtol=1e-6, atol=1e-6)
+    assert all((whole["ttt"] - plain)[at : at + 32].abs().max() > 1e-3 for at in later)
+    for chunk in range(4):
+        edge, tokens = 32 * (chunk + 1), stream(150)
+        tokens[edge + 1 :] = (tokens[edge + 1 :] + 1) % 24  # the targets from `edge` on
+        other = each(learner(tokens=tokens, **knobs))["ttt"]
+        assert torch.equal(other[:edge], whole["ttt"][:edge])
+        assert not torch.equal(other[edge:], whole["ttt"][edge:])
+
+
+def literal(run: Run, reset_every: bool = False) -> torch.Tensor:
+    """nats of a learning score by official windows, one after another, with autograd of W0 + B A."""
+    cfg, names = run.cfg, dict(run.model.named_parameters())
+    lora = train_gpt.TestTimeTraining(run).factors
+    start = {name: p.detach().clone() for name, p in names.items()}
+    of = {id(p): name for name, p in names.items()}
+    matrices = [of[id(p)] for p in train_gpt.TestTimeTraining(run).params] if lora else []
+    if lora:
+        leaves = [t.clone().requires_grad_() for pair in lora for t in pair]
+    else:
+        leaves = [p.clone().requires_grad_() for p in start.values()]
+    kind = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Adam)[cfg.ttt_optimizer]
+    optimiser, tokens = kind(leaves, lr=cfg.ttt_lr), torch.from_numpy(run.data.tokens.astype(np.int64))
+
+    def weights() -> dict:
+        if not lora:
+            return dict(zip(start, leaves, strict=True))
+        pairs = zip(matrices, leaves[::2], leaves[1::2], strict=True)
+        return start | {name: start[name] + b @ a for name, a, b in pairs}
+
+    def nats(first: int, stop: int) -> torch.Tensor:
+        found = []
+        for at in range(first, stop, 16):
+            end = min(at + 16, stop)
+            logits = torch.func.functional_call(run.model, weights(), (tokens[None, at:end],))[0]
+            found.append(-logits.log_softmax(-1).gather(1, tokens[at + 1 : end + 1, None])[:, 0])
+        return torch.cat(found)
+
+    scores = []
+    for first in range(0, run.data.targets, 32):
+        stop = min(first + 32, run.data.targets)
+        scores.append(nats(first, stop).detach())
+        for _ in range(cfg.ttt_steps):
+            optimiser.zero_grad()
+            nats(first, stop).mean().backward()
+            optimiser.step()
+    return torch.cat(scores)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_is_the_literal_one(name):
+    run = learner(**KINDS[name])
+    torch.testing.assert_close(each(run)["ttt"], literal(run), rtol=2e-4, atol=2e-4)
+
+
+def test_lora_gradients_are_those_of_w_plus_b_a():
+    run = learner(ttt_lora_rank=2)
+    training = train_gpt.TestTimeTraining(run)
+    p, (a, b), start = training.params[0], training.factors[0], training.start[0]
+    with torch.no_grad():
+        b.normal_()
+        p.copy_(start + b @ a)
+    for q in training.params:
+        q.grad = torch.zeros_like(q)
+    leaves = [t.clone().requires_grad_() for t in (a, b)]
+    x = torch.randn(p.size(1), 5)
+    ((start + leaves[1] @ leaves[0]) @ x).square().sum().backward()
+    (p @ x).square().sum().backward()
+    training.step()
+    torch.testing.assert_close([a.grad, b.grad], [leaf.grad for leaf in leaves], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(p.detach(), start + b @ a)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_neither_the_score_nor_the_check_changes_the_model(name):
+    run = learner(**KINDS[name], eval_stride=8)
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    for use in (each, check_own_scores):
+        use(run)
+        torch.testing.assert_close(run.model.state_dict(), before, rtol=0, atol=0)
+    again, first = each(run), each(learner(**KINDS[name], eval_stride=8))
+    assert all(torch.equal(again[score], first[score]) for score in first)
+
+
+@pytest.mark.parametrize("stride", [0, 8])
+@pytest.mark.parametrize("name", ["sgd", "adam_lora"])
+def test_with_reset_each_document_is_scored_as_if_alone(name, stride):
+    edges = [0, 1, 41, 110, 150]
+    knobs = dict(KINDS[name], eval_stride=stride)
+    scores = each(learner(starts=edges[1:-1], ttt_reset=True, **knobs))
+    for first, stop in zip(edges[:-1], edges[1:], strict=True):
+        alone = each(learner(tokens=stream(150)[first : stop + 1], **knobs))["ttt"]
+        torch.testing.assert_close(scores["ttt"][first:stop], alone, rtol=1e-6, atol=1e-6)
+    joined = each(learner(**knobs))["ttt"]
+    assert (scores["ttt"] - joined).abs().max() > 1e-3
+
+
+def test_two_ranks_learn_as_one(small, artifact, rerun, tmp_path):
+    knobs = LEARNERS["adam"] | dict(use_hedge=True)
+    rerun(**knobs, score_dump=str(tmp_path / "one.npz"))
+    place = dict(device="cpu", eval_only=str(artifact), score_dump="two.npz", out_dir="two")
+    run = launch(tmp_path, small[0], ranks=2, expect=None, **dict.fromkeys(TINY) | place | knobs)
+    assert run.result["world_size"] == 2 and run.result["status"] == "ok", run.stderr[-2000:]
+    found = [np.load(tmp_path / f"{name}.npz") for name in ("one", "two")]
+    for name in ("roundtrip", "sliding", "ttt", "hedge"):
+        one, two = (scores[f"{name}_logprob"] for scores in found)
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 if name != "hedge" else 1e-4)
+    assert np.abs(found[0]["ttt_logprob"] - found[0]["sliding_logprob"]).max() > 0.01
+
+
+# --- the evaluation clock ---
+
+
+@pytest.fixture
+def one_second_a_pass(monkeypatch):
+    """A clock that only moves when the model runs without gradients: one second each time."""
+    now = [0.0]
+    clock = {k: getattr(train_gpt.time, k) for k in ("time", "strftime")}
+
+    def timed(*given, depth=None):
+        now[0] += not torch.is_grad_enabled()
+        return token_nats(*given, depth=depth)
+
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0], **clock))
+    monkeypatch.setattr(train_gpt, "token_nats", timed)
+
+
+ALL = dict(TTT, eval_stride=8, eval_batch_seqs=4, use_hedge=True)
+
+
+def targets_of(folder) -> int:
+    return len(np.fromfile(folder / "toy_val_000000.bin", "<u2")) - 512 - 1
+
+
+def test_a_roundtrip_that_is_cut_is_no_score(small, rerun, tmp_path, one_second_a_pass):
+    exact = rerun(**ALL, score_dump=str(tmp_path / "exact.npz"))
+    assert exact.code == 0 and len(finals(exact)) == 8
+    run, whole = rerun(**ALL, max_eval_seconds=3.5), targets_of(small[0])
+    assert run.code == run.result["exit_code"] == 4 and run.result["status"] == "over_eval_time"
+    assert not finals(run)
+    (line,) = [line for line in run.lines if line.startswith("partial_")]
+    numbers = rf"val_loss:\d\.\d{{4}} val_bpb:\d\.\d{{4}} tokens:384/{whole} eval_time:3000ms"
+    assert re.fullmatch(rf"partial_int8_zstd_roundtrip {numbers}", line), line
+    dumped = np.load(tmp_path / "exact.npz")
+    logs, size = dumped["roundtrip_logprob"][:384].astype(float), int(dumped["bytes"][:384].sum())
+    assert run.result["partial_roundtrip_val_loss"] == pytest.approx(-logs.mean(), rel=1e-6)
+    assert run.result["partial_roundtrip_val_bpb"] == pytest.approx(
+        -logs.sum() / math.log(2) / size, rel=1e-6
+    )
+    assert run.result["val_bpb"] is None and run.result["val_loss"] is None
+    assert not [key for key in run.result if re.match("(roundtrip|sliding|ttt|hedge|partial_[sth])", key)]
+
+
+def test_a_later_score_that_is_cut_ends_the_scores(small, rerun, tmp_path, one_second_a_pass):
+    passes = -(-targets_of(small[0]) // 128)
+    limit = passes + 20.5
+    run, exact = rerun(**ALL, max_eval_seconds=limit), rerun(**ALL, score_dump=str(tmp_path / "exact.npz"))
+    assert run.code == 4 and run.result["status"] == "over_eval_time"
+    assert [line.split()[0] for line in finals(run)] == [
+        f"final_int8_zstd_roundtrip{x}" for x in ("", "_exact")
+    ]
+    (line,) = [line for line in run.lines if line.startswith("partial_")]
+    assert line.startswith("partial_sliding_window") and f" tokens:640/{targets_of(small[0])} " in line
+    logs = np.load(tmp_path / "exact.npz")["sliding_logprob"][:640].astype(float)
+    assert run.result["partial_sliding_val_loss"] == pytest.approx(-logs.mean(), rel=1e-6)
+    assert (
+        run.result["val_bpb"] == exact.result["val_bpb"] == pytest.approx(exact.result["roundtrip_val_bpb"])
+    )
+    assert not [key for key in run.result if re.match("sliding|ttt|hedge|partial_(ttt|hedge)", key)]
+    turns = -(-targets_of(small[0]) // 32)
+    assert f"sliding: takes about {turns} s, 20 s are left" in run.lines
+
+
+def test_each_score_says_early_what_it_will_take(small, rerun, one_second_a_pass):
+    run, whole = rerun(**ALL, max_eval_seconds=1000), targets_of(small[0])
+    plain, slid = -(-whole // 128), -(-whole // 32)
+    said = [line for line in run.lines if ": takes about " in line]
+    assert said[:2] == [
+        f"roundtrip: takes about {plain} s, 1000 s are left",
+        f"sliding: takes about {slid} s, {1000 - plain} s are left",
+    ]
+    assert said[2].startswith("ttt: takes about ") and said[2].endswith(f" {1000 - plain - slid} s are left")
+    assert run.code == 0
+
+
+@pytest.mark.parametrize("enough", [0, 0.5, 1])
+def test_a_score_that_just_fits_is_whole(small, rerun, one_second_a_pass, enough):
+    run = rerun(val_batch_size=1024, max_eval_seconds=-(-targets_of(small[0]) // 128) + enough - 0.5)
+    assert (run.code, len(finals(run))) == ((4, 0) if enough == 0 else (0, 2))
+
+
+def test_without_a_limit_nothing_is_foretold(rerun):
+    run = rerun(val_batch_size=256, max_eval_seconds=0)
+    assert run.code == 0 and not [line for line in run.lines if "takes about" in line]
+
+
+def test_two_ranks_stop_together(small, artifact, rerun, tmp_path):
+    """Each after its first window: the first of all, and the middle one."""
+    knobs = dict(val_batch_size=256, device="cpu", eval_only=str(artifact))
+    rerun(val_batch_size=256, score_dump=str(tmp_path / "exact.npz"))
+    (tmp_path / "two").mkdir()
+    knobs = dict.fromkeys(TINY) | knobs | dict(max_eval_seconds=1e-6, eval_stride=8, use_hedge=True)
+    run, whole = launch(tmp_path / "two", small[0], ranks=2, expect=None, **knobs), targets_of(small[0])
+    assert run.result["world_size"] == 2 and run.result["status"] == "over_eval_time", run.stderr[-2000:]
+    assert run.result["exit_code"] == 4 and not re.search("^final_", run.stdout, re.M)
+    assert re.search(rf"^partial_int8_zstd_roundtrip .* tokens:64/{whole} ", run.stdout, re.M)
+    logs, half = np.load(tmp_path / "exact.npz")["roundtrip_logprob"].astype(float), -(-whole // 32) // 2 * 32
+    expected = -np.concatenate((logs[:32], logs[half : half + 32])).mean()
+    assert run.result["partial_roundtrip_val_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_mixer_that_would_take_too_long_mixes_a_first_part(monkeypatch):
+    """Its time is foretold from 100,000 tokens; here each thousand takes a second."""
+    now, run = [0.0], learner(150_000, use_hedge=True, ttt_steps=0)
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def doubled(cfg, tokens, nats):
+        assert len(tokens) == len(nats) + 1
+        now[0] += len(nats) / 1000
+        return -2 * nats, [1 / 7] * 7, [-1.0] * 7
+
+    monkeypatch.setattr(train_gpt, "mix", doubled)
+    base = Score(1.0, 150_000, 150_000, 0.0, torch.rand(150_000))
+    for limit, count in ((1e9, 150_000), (60.0, 48_000)):
+        now[0], told = 0.0, []
+        score = score_hedge(run, base, limit, told.append)
+        assert told == [150.0] and (score.tokens, score.left) == (count, 150_000 - count)
+        assert score.nats == pytest.approx(2 * base.each[:count].double().sum().item())
+        assert score.bytes == count and score.seconds == pytest.approx(100 + count / 1000)
+        assert torch.equal(score.each[:count], 2 * base.each[:count].double())
+
+
+def test_a_part_of_a_mixture_is_the_whole_one_there():
+    run = learner(400, use_hedge=True, ttt_steps=0)
+    tokens, nats = torch.from_numpy(run.data.tokens.astype(np.int64)), each(run)["roundtrip"].double()
+    whole, part = mix(run.cfg, tokens, nats)[0], mix(run.cfg, tokens[:301], nats[:300])[0]
+    assert torch.equal(part, whole[:300])
+
+
+def test_a_part_is_never_dumped_as_a_score(rerun, tmp_path, one_second_a_pass):
+    rerun(val_batch_size=1024, max_eval_seconds=2, score_dump=str(tmp_path / "part.npz"))
+    assert sorted(np.load(tmp_path / "part.npz").files) == ["bytes", "position", "target"]
+
+
+def test_the_check_does_not_run_on_the_evaluation_clock(small, rerun, one_second_a_pass):
+    limit = -(-targets_of(small[0]) // 128) + 0.5
+    assert rerun(val_batch_size=1024, max_eval_seconds=limit, score_check=True).code == 0
+
+
+def test_the_check_is_not_held_up_by_a_split_shorter_than_its_sample():
+    run = learner(60, eval_stride=8)
+    short = replace(run.data, tokens=run.data.tokens[:31], target_bytes=run.data.target_bytes[:30])
+    check_own_scores(Run(run.cfg, run.runtime, run.log, run.model, short))
+    assert short.targets == 30
