@@ -95,12 +95,15 @@ CONTROL_NAMES = """attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_m
 CONTROL_NAMES = tuple(CONTROL_NAMES.split())
 MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
 CLIP_CHOICES = ("official", "max", "gptq_lite", "grid")
-NO_SCHEDULE = """TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST
-    CORAL_LR"""
-NO_SCHEDULE = ",".join(f"{name}=0" for name in NO_SCHEDULE.split())
+CURVES = "TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST CORAL_LR"
+NO_SCHEDULE = ",".join(f"{name}=0" for name in CURVES.split())
 TTT, HEDGE = dict(needs="TTT_STEPS!=0"), dict(needs="USE_HEDGE=1")
 TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Adam)
 linear, REPEATS = partial(knob, low=0, needs=NO_SCHEDULE), "NUM_REPEATS!=1"
+# Published switches that this version does not have: refused unless off, since a command line means them.
+NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"
+# First words so common that a foreign variable may carry them (DATA_DIR, MAX_JOBS, NUM_WORKERS ...).
+COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
 
 
 @dataclass(frozen=True)
@@ -258,22 +261,32 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """Read every knob; RunError on a bad value, a misspelt name, a clash or a knob without effect."""
+        """Read every knob; RunError on a bad value, a misspelt name, a clash or a knob without effect.
+        A misspelt knob would run at its default and say nothing. Refused: a name close to a knob (difflib
+        ratio >= 0.88), or one that starts like two: that catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC."""
         known = {f.name.upper(): f for f in fields(cls)}
         cfg = cls(**{f.name: parse(f, env[name]) for name, f in known.items() if name in env})
-        refuse_strangers(env, known, cfg.allow_env)
+        words = Counter(name.partition("_")[0] for name in known if "_" in name)
+        families = {word for word, count in words.items() if count > 1} - COMMON_WORDS
+        others = [name for name in env if name not in known and name not in cfg.allow_env]
+        for name in filter(re.compile(r"[A-Z0-9_]+").fullmatch, others):
+            built, off = name not in NOT_BUILT.split(), env[name] in ("", "0", "0.0")
+            require(built or off, f"{name}={env[name]} is a published switch that is not built yet; unset it")
+            near = get_close_matches(name, known, n=1, cutoff=0.88) if built else []
+            stranger = built and "_" in name and name.partition("_")[0] in families
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            require(not (near or stranger), f"{name} is not a knob; {hint} (ALLOW_ENV={name} ignores it)")
         inert = "; ".join(cfg.inert())
         require(not inert or cfg.allow_inert, f"{inert} (ALLOW_INERT=1 makes this a warning)")
         return cfg
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, about = getattr(self, f.name), f.metadata
-            low, high, choices = about["low"], about["high"], about["choices"]
-            require(low is None or value >= low, f"{f.name.upper()}={value} is below {low}")
-            require(high is None or value <= high, f"{f.name.upper()}={value} is above {high}")
-            fits = not choices or value in choices
-            require(fits, f"{f.name.upper()}={value!r} is not one of {', '.join(choices)}")
+            name, value = f.name.upper(), getattr(self, f.name)
+            low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+            require(low is None or value >= low, f"{name}={value} is below {low}")
+            require(high is None or value <= high, f"{name}={value} is above {high}")
+            require(not choices or value in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
         schedules = [name.upper() for name in SCHEDULES if getattr(self, name, False)]
         require(len(schedules) < 2, f"two schedules at once: {', '.join(schedules)}; set one to 0")
         sizes = ("model_dim num_heads", "num_heads num_kv_heads", "train_batch_tokens train_seq_len")
@@ -293,13 +306,10 @@ class Config:
 
     head_dim = property(lambda self: self.model_dim // self.num_heads)
     depth = property(lambda self: self.num_layers * self.num_repeats)  # effective layers
+    half = property(lambda self: self.num_layers // 2 if self.encoder_layers < 0 else self.encoder_layers)
+    encoders = property(lambda self: self.half if self.num_repeats == 1 else 0)
     eval_length = property(lambda self: self.eval_seq_len or self.train_seq_len)
     sequences = property(lambda self: self.train_batch_tokens // self.train_seq_len)  # of a step, all ranks
-
-    @property
-    def encoders(self) -> int:
-        half = self.num_layers // 2 if self.encoder_layers < 0 else self.encoder_layers
-        return half if self.num_repeats == 1 else 0
 
     @property
     def depth_phases(self) -> list[tuple[float, int]]:
@@ -345,52 +355,19 @@ class Config:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["role"] == "model"}
 
 
-PARSERS: dict[str, tuple[Callable, str]] = {
-    "bool": ({"0": False, "1": True}.__getitem__, "0 or 1"),
-    "int": (int, "a whole number"),
-    "float": (float, "a finite number"),
-    "str": (str, "text"),
-    "tuple[str, ...]": (lambda text: tuple(filter(None, text.split(","))), "a comma list"),
-}
-
-
 def parse(f: Field, text: str):
     """The knob's value; RunError if the text does not fit its type."""
-    reader, wanted = PARSERS[f.type]
+    wanted = dict(bool="0 or 1", int="a whole number", float="a finite number").get(f.type)
+    reader = {"0": False, "1": True}.__getitem__ if f.type == "bool" else type(f.default)
     with suppress(KeyError, ValueError):
-        value = reader(text)
+        value = tuple(filter(None, text.split(","))) if reader is tuple else reader(text)
         if f.type != "float" or math.isfinite(value):
             return value
     raise RunError(f"{f.name.upper()}={text!r} is not {wanted}")
 
 
-# Published switches that this version does not have: refused unless off, since a command line means them.
-NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"
-# First words so common that a foreign variable may carry them (DATA_DIR, MAX_JOBS, NUM_WORKERS ...).
-COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
-
-
-def refuse_strangers(env: Mapping[str, str], known: Mapping[str, Field], ignore: tuple[str, ...]) -> None:
-    """A misspelt knob would run at its default and say nothing. Refused: a name close to a knob (difflib
-    ratio >= 0.88), or one that starts like two: that catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC."""
-    words = Counter(name.partition("_")[0] for name in known if "_" in name)
-    families = {word for word, count in words.items() if count > 1} - COMMON_WORDS
-    for name in env:
-        if name in known or name in ignore or not re.fullmatch(r"[A-Z0-9_]+", name):
-            continue
-        if name in NOT_BUILT.split():
-            off = env[name] in ("", "0", "0.0")
-            require(off, f"{name}={env[name]} is a published switch that is not built yet; unset it")
-            continue
-        near = get_close_matches(name, known, n=1, cutoff=0.88)
-        stranger = "_" in name and name.partition("_")[0] in families
-        hint = f"did you mean {near[0]}?" if near else "see --help"
-        require(not (near or stranger), f"{name} is not a knob; {hint} (ALLOW_ENV={name} ignores it)")
-
-
-def knob_rows() -> list[tuple[str, str, str, str, str, str]]:
+def knob_rows() -> Iterator[tuple[str, str, str, str, str, str]]:
     """(name, default, allowed, meaning, how the idea fared, its source) of every knob."""
-    rows = []
     for f in fields(Config):
         low, high, choices, needs = (f.metadata[key] for key in ("low", "high", "choices", "needs"))
         limits = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
@@ -398,8 +375,7 @@ def knob_rows() -> list[tuple[str, str, str, str, str, str]]:
         default = ",".join(f.default) if isinstance(f.default, tuple) else f.default
         default = str(int(default) if isinstance(default, bool) else default)
         doc = f.metadata["doc"] + (f" [needs {needs}]" if needs else "")
-        rows.append((f.name.upper(), default, allowed, doc, f.metadata["idea"], f.metadata["source"]))
-    return rows
+        yield f.name.upper(), default, allowed, doc, f.metadata["idea"], f.metadata["source"]
 
 
 def help_text() -> str:
@@ -2154,17 +2130,16 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
         return micro_batch_limit(cfg, runtime.device), [0.0] * len(turns)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     states, random_state = [o.state_dict() for o in optimisers.all], torch.get_rng_state()  # empty as yet
-    source = batches(cfg, stream, runtime)
+    source, clock = batches(cfg, stream, runtime), Clock(runtime)
     limit = run.settle(lambda: fit_micro_batch(run, next(source)))
     run.settle(lambda: warm_evaluation(run))
     for _, depth in turns:
         plan, last = replace(plan_step(cfg, 0, 0.0, 0.0), depth=depth), depth == turns[-1][1]
         for step in range(cfg.warmup_steps if last else 2):  # of a shallow depth the second is timed
-            runtime.synchronize()
-            start = time.perf_counter()
+            clock.start()
             train_step(run, optimisers, next(source), plan, limit)
             runtime.synchronize()
-            taken = time.perf_counter() - start
+            taken = clock.seconds()
             if last:
                 run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
         seconds.append(runtime.main_number(taken))
@@ -2242,31 +2217,27 @@ def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> S
     return score
 
 
-def report_step(run: Run, step: int, loss: Tensor, plan: StepPlan, seconds: float) -> None:
-    """Log a finished step, counted from 1; RunError (5) if its loss is not a number."""
-    value, ms = run.runtime.sum(loss).item(), 1000 * seconds
-    head, times = f"step:{step}/{run.cfg.iterations}", f"train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
-    place = f"lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
-    run.log.line(f"{head} train_loss:{value:.4f} {times} {place}")
-    where = dict(lr_scale=plan.lr_scale, progress=plan.progress, tokens=step * run.cfg.train_batch_tokens)
-    shown = value if math.isfinite(value) else None
-    run.log.event("step", step=step, train_loss=shown, **where, train_ms=ms)
-    if shown is None:
-        raise RunError(f"diverged: loss is {value} at step {step}; lower the learning rates", DIVERGED)
-
-
-def report_turns(run: Run, stream: TokenStream, before: StepPlan | None, plan: StepPlan) -> None:
-    """Log what begins with this step: an epoch, a depth."""
+def report_step(run: Run, stream, before: StepPlan | None, plan: StepPlan, loss: Tensor, ms: float) -> None:
+    """Log what began with this step, an epoch or a depth; and, if it is due, the finished step, counted
+    from 1: RunError (5) if its loss is not a number."""
     cfg, log, step = run.cfg, run.log, plan.step
     if stream.epoch(cfg, step) > stream.epoch(cfg, step - 1):
         log.line(f"epoch:{stream.epoch(cfg, step)} step:{step}")
     if before and before.depth != plan.depth:
-        grown = f"progressive_grow: switched to {plan.depth} layers"
-        turn = (
-            f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats" if cfg.depth_phases else grown
-        )
+        repeats = f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats"
+        turn = repeats if cfg.depth_phases else f"progressive_grow: switched to {plan.depth} layers"
         log.line(f"{turn} at step:{step} frac:{plan.progress:.2f}")
         log.event("phase", step=step, depth=plan.depth, progress=plan.progress)
+    if cfg.train_log_every and (step < 10 or due(step + 1, cfg.train_log_every)):
+        step, value = step + 1, run.runtime.sum(loss).item()
+        head, times = f"step:{step}/{cfg.iterations}", f"train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
+        place = f"lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
+        log.line(f"{head} train_loss:{value:.4f} {times} {place}")
+        where = dict(lr_scale=plan.lr_scale, progress=plan.progress, tokens=step * cfg.train_batch_tokens)
+        shown = value if math.isfinite(value) else None
+        log.event("step", step=step, train_loss=shown, **where, train_ms=ms)
+        if shown is None:
+            raise RunError(f"diverged: loss is {value} at step {step}; lower the learning rates", DIVERGED)
 
 
 def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
@@ -2286,12 +2257,10 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
                 result.score = validate(run, step, clock.total, None if done else plan.depth)
         if done:
             break
-        report_turns(run, stream, before, plan)
         loss = train_step(run, optimisers, next(loader), plan, limit)
         average.update(plan)
         scales += plan.lr_scale
-        if cfg.train_log_every and (step < 10 or due(step + 1, cfg.train_log_every)):
-            report_step(run, step + 1, loss, plan, clock.seconds())
+        report_step(run, stream, before, plan, loss, 1000 * clock.seconds())
     loader.close()
     result.step, result.seconds, result.progress = step, clock.total, plan.progress
     result.mean_lr_scale, result.late_graphs = scales / max(step, 1), graphs_compiled() - graphs
