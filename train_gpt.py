@@ -75,10 +75,9 @@ def require(condition: bool, message: str) -> None:
 
 
 def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="train", **about):
-    """A Config field that the environment variable of the same name, in capitals, sets.
-    needs: comma list of `NAME=VALUE` / `NAME!=VALUE` without which the knob does nothing.
-    role: "train" and "pack" shape the result, "model" too and is stored in the artifact; "place" says only
-    where and how to run and stays out of the config hash. idea: how it fared at its source, one of STATES."""
+    """A Config field, set by the environment variable of its name in capitals. needs: comma list of
+    `NAME=VALUE` / `NAME!=VALUE` without which it does nothing. role: "train" and "pack" shape the result, so
+    does "model", stored in the artifact; "place" stays out of the config hash. idea: its fate, of STATES."""
     limits = dict(low=low, high=high, choices=choices, needs=needs, role=role)
     return field(default=default, metadata=dict(doc=doc, idea="", source="PR #1434") | limits | about)
 
@@ -87,20 +86,19 @@ shape_knob, place_knob, pack_knob = (partial(knob, role=role) for role in ("mode
 # broken: it did something else than its description, nothing, or crashed; ours does what was described.
 STATES = "works", "rejected", "broken", "not run"
 works, rejected, broken, not_run = (partial(knob, idea=state) for state in STATES)
-SHARE, FLAT = dict(low=0, high=0.999), dict(needs="NUM_REPEATS=1")
-FLAT_WON = FLAT | dict(idea="works")
+SHARE, TTT, HEDGE = dict(low=0, high=0.999), dict(needs="TTT_STEPS!=0"), dict(needs="USE_HEDGE=1")
+FLAT, FLAT_WON = dict(needs="NUM_REPEATS=1"), dict(needs="NUM_REPEATS=1", idea="works")
 # The official control tensors, then those of PR #895: they too are float32 wherever they are kept.
-CONTROL_NAMES = """attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_mixes q_gain skip_weight
-    skip_weights loop_embed value_scales cross_repeat_scales value_mix"""
-CONTROL_NAMES = tuple(CONTROL_NAMES.split())
+OFFICIAL = "attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_mixes q_gain skip_weight skip_weights"
+CONTROL_NAMES = (*OFFICIAL.split(), "loop_embed", "value_scales", "cross_repeat_scales", "value_mix")
 MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
 CLIP_CHOICES = ("official", "max", "gptq_lite", "grid")
-NO_SCHEDULE = """TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST
-    CORAL_LR"""
-NO_SCHEDULE = ",".join(f"{name}=0" for name in NO_SCHEDULE.split())
-TTT, HEDGE = dict(needs="TTT_STEPS!=0"), dict(needs="USE_HEDGE=1")
+CURVES = "TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST CORAL_LR"
+NO_SCHEDULE = ",".join(f"{name}=0" for name in CURVES.split())
 TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Adam)
 linear, REPEATS = partial(knob, low=0, needs=NO_SCHEDULE), "NUM_REPEATS!=1"
+NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"  # published switches that are not here: refused unless off
+COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}  # others' too, as in MAX_JOBS
 
 
 @dataclass(frozen=True)
@@ -258,22 +256,32 @@ class Config:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """Read every knob; RunError on a bad value, a misspelt name, a clash or a knob without effect."""
+        """Read every knob; RunError on a bad value, a misspelt name, a clash or a knob without effect.
+        A misspelt knob would run at its default and say nothing. Refused: a name close to a knob (difflib
+        ratio >= 0.88), or one that starts like two: that catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC."""
         known = {f.name.upper(): f for f in fields(cls)}
         cfg = cls(**{f.name: parse(f, env[name]) for name, f in known.items() if name in env})
-        refuse_strangers(env, known, cfg.allow_env)
+        words = Counter(name.partition("_")[0] for name in known if "_" in name)
+        families = {word for word, count in words.items() if count > 1} - COMMON_WORDS
+        others = [name for name in env if name not in known and name not in cfg.allow_env]
+        for name in filter(re.compile(r"[A-Z0-9_]+").fullmatch, others):
+            built, off = name not in NOT_BUILT.split(), env[name] in ("", "0", "0.0")
+            require(built or off, f"{name}={env[name]} is a published switch that is not built yet; unset it")
+            near = get_close_matches(name, known, n=1, cutoff=0.88) if built else []
+            stranger = built and "_" in name and name.partition("_")[0] in families
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            require(not (near or stranger), f"{name} is not a knob; {hint} (ALLOW_ENV={name} ignores it)")
         inert = "; ".join(cfg.inert())
         require(not inert or cfg.allow_inert, f"{inert} (ALLOW_INERT=1 makes this a warning)")
         return cfg
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value, about = getattr(self, f.name), f.metadata
-            low, high, choices = about["low"], about["high"], about["choices"]
-            require(low is None or value >= low, f"{f.name.upper()}={value} is below {low}")
-            require(high is None or value <= high, f"{f.name.upper()}={value} is above {high}")
-            fits = not choices or value in choices
-            require(fits, f"{f.name.upper()}={value!r} is not one of {', '.join(choices)}")
+            name, value = f.name.upper(), getattr(self, f.name)
+            low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+            require(low is None or value >= low, f"{name}={value} is below {low}")
+            require(high is None or value <= high, f"{name}={value} is above {high}")
+            require(not choices or value in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
         schedules = [name.upper() for name in SCHEDULES if getattr(self, name, False)]
         require(len(schedules) < 2, f"two schedules at once: {', '.join(schedules)}; set one to 0")
         sizes = ("model_dim num_heads", "num_heads num_kv_heads", "train_batch_tokens train_seq_len")
@@ -282,9 +290,10 @@ class Config:
             require(a % b == 0, f"{whole.upper()}={a} is not a multiple of {part.upper()}={b}")
         require(self.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotation")
         require(self.encoder_layers <= self.num_layers, "ENCODER_LAYERS must not exceed NUM_LAYERS")
-        window = f"EVAL_STRIDE={self.eval_stride} is longer than its window of {self.eval_length} tokens"
-        require(self.eval_stride <= self.eval_length, f"{window}; set EVAL_SEQ_LEN")
-        turns, whole = self.depth_phases, self.num_repeats
+        turns, whole, hop, size = self.depth_phases, self.num_repeats, self.eval_stride, self.eval_length
+        require(
+            hop <= size, f"EVAL_STRIDE={hop} is longer than its window of {size} tokens; set EVAL_SEQ_LEN"
+        )
         fits = all(0 < until <= 1 and 0 < repeats <= whole for until, repeats in turns)
         wrong = f"PROG_DEPTH={self.prog_depth} needs progress in (0, 1], repeats of 1 to NUM_REPEATS={whole}"
         require(fits and (not turns or turns[-1][1] == whole), f"{wrong} and these last: they are scored")
@@ -293,21 +302,17 @@ class Config:
 
     head_dim = property(lambda self: self.model_dim // self.num_heads)
     depth = property(lambda self: self.num_layers * self.num_repeats)  # effective layers
+    half = property(lambda self: self.num_layers // 2 if self.encoder_layers < 0 else self.encoder_layers)
+    encoders = property(lambda self: self.half if self.num_repeats == 1 else 0)
     eval_length = property(lambda self: self.eval_seq_len or self.train_seq_len)
     sequences = property(lambda self: self.train_batch_tokens // self.train_seq_len)  # of a step, all ranks
-
-    @property
-    def encoders(self) -> int:
-        half = self.num_layers // 2 if self.encoder_layers < 0 else self.encoder_layers
-        return half if self.num_repeats == 1 else 0
 
     @property
     def depth_phases(self) -> list[tuple[float, int]]:
         """PROG_DEPTH as (until this progress, repeats), in order of progress."""
         parts = self.prog_depth.split(",") if self.prog_depth and self.num_repeats > 1 else []
-        pairs = [part.partition(":")[::2] for part in parts]
         with suppress(ValueError):
-            return sorted((float(until), int(repeats)) for until, repeats in pairs)
+            return sorted((float(until), int(n)) for until, _, n in (part.partition(":") for part in parts))
         raise RunError(f"PROG_DEPTH={self.prog_depth!r} is not like 0.4:2,0.65:3,1.0:4 (progress:repeats)")
 
     def changed(self) -> list[Field]:
@@ -345,52 +350,19 @@ class Config:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["role"] == "model"}
 
 
-PARSERS: dict[str, tuple[Callable, str]] = {
-    "bool": ({"0": False, "1": True}.__getitem__, "0 or 1"),
-    "int": (int, "a whole number"),
-    "float": (float, "a finite number"),
-    "str": (str, "text"),
-    "tuple[str, ...]": (lambda text: tuple(filter(None, text.split(","))), "a comma list"),
-}
-
-
 def parse(f: Field, text: str):
     """The knob's value; RunError if the text does not fit its type."""
-    reader, wanted = PARSERS[f.type]
+    wanted = dict(bool="0 or 1", int="a whole number", float="a finite number").get(f.type)
+    reader = {"0": False, "1": True}.__getitem__ if f.type == "bool" else type(f.default)
     with suppress(KeyError, ValueError):
-        value = reader(text)
+        value = tuple(filter(None, text.split(","))) if reader is tuple else reader(text)
         if f.type != "float" or math.isfinite(value):
             return value
     raise RunError(f"{f.name.upper()}={text!r} is not {wanted}")
 
 
-# Published switches that this version does not have: refused unless off, since a command line means them.
-NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"
-# First words so common that a foreign variable may carry them (DATA_DIR, MAX_JOBS, NUM_WORKERS ...).
-COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
-
-
-def refuse_strangers(env: Mapping[str, str], known: Mapping[str, Field], ignore: tuple[str, ...]) -> None:
-    """A misspelt knob would run at its default and say nothing. Refused: a name close to a knob (difflib
-    ratio >= 0.88), or one that starts like two: that catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC."""
-    words = Counter(name.partition("_")[0] for name in known if "_" in name)
-    families = {word for word, count in words.items() if count > 1} - COMMON_WORDS
-    for name in env:
-        if name in known or name in ignore or not re.fullmatch(r"[A-Z0-9_]+", name):
-            continue
-        if name in NOT_BUILT.split():
-            off = env[name] in ("", "0", "0.0")
-            require(off, f"{name}={env[name]} is a published switch that is not built yet; unset it")
-            continue
-        near = get_close_matches(name, known, n=1, cutoff=0.88)
-        stranger = "_" in name and name.partition("_")[0] in families
-        hint = f"did you mean {near[0]}?" if near else "see --help"
-        require(not (near or stranger), f"{name} is not a knob; {hint} (ALLOW_ENV={name} ignores it)")
-
-
-def knob_rows() -> list[tuple[str, str, str, str, str, str]]:
+def knob_rows() -> Iterator[tuple[str, str, str, str, str, str]]:
     """(name, default, allowed, meaning, how the idea fared, its source) of every knob."""
-    rows = []
     for f in fields(Config):
         low, high, choices, needs = (f.metadata[key] for key in ("low", "high", "choices", "needs"))
         limits = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
@@ -398,8 +370,7 @@ def knob_rows() -> list[tuple[str, str, str, str, str, str]]:
         default = ",".join(f.default) if isinstance(f.default, tuple) else f.default
         default = str(int(default) if isinstance(default, bool) else default)
         doc = f.metadata["doc"] + (f" [needs {needs}]" if needs else "")
-        rows.append((f.name.upper(), default, allowed, doc, f.metadata["idea"], f.metadata["source"]))
-    return rows
+        yield f.name.upper(), default, allowed, doc, f.metadata["idea"], f.metadata["source"]
 
 
 def help_text() -> str:
@@ -2076,8 +2047,7 @@ class Run:
 
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:
-    """Most sequences of one forward pass: 64 K tokens on a GPU as the official script, 8 K on a CPU.
-    On 2 CPU cores 2 K, 4 K and 8 K tokens are equally fast, 16 K a third slower (cpu_micro_batch.json)."""
+    """Most sequences a pass: 64 K tokens on a GPU, as officially; 8 K on a CPU, by cpu_micro_batch.json."""
     tokens = cfg.micro_batch_tokens or (65_536 if device.type == "cuda" else 8_192)
     return max(1, tokens // cfg.train_seq_len)
 
@@ -2091,10 +2061,9 @@ def micro_batches(batch: tuple[Tensor, Tensor], limit: int) -> list[tuple[Tensor
 def gradient(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: int) -> Tensor:
     """Leave this rank's share of the gradient in the buffer; returns its share of the mean nats per token."""
     optimisers.flat.zero_()
-    device = run.runtime.device
-    total, dials = torch.zeros((), device=device), plan.dials(device)
+    total, dials = torch.zeros((), device=run.runtime.device), plan.dials(run.runtime.device)
     for ids, targets in micro_batches(batch, limit):
-        ids, targets = (part.to(device, non_blocking=True) for part in (ids, targets))
+        ids, targets = (part.to(dials.device, non_blocking=True) for part in (ids, targets))
         share = len(ids) / run.cfg.sequences
         objective, nats = run.loss(ids, targets, dials, plan.depth)
         (objective * share).backward()
@@ -2113,8 +2082,7 @@ def train_step(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: i
 
 
 def fit_micro_batch(run: Run, batch) -> int:
-    """Sequences per forward pass that fit the device: halved on out-of-memory, each rank for itself.
-    Raises the device's own error when not even one sequence fits. Leaves gradients behind."""
+    """Sequences a pass that fit the device: halved on out-of-memory, by each rank. Leaves gradients."""
     device, plan, depth = run.runtime.device, plan_step(run.cfg, 0, 0.0, 0.0), phases(run.cfg)[-1][1]
     limit = min(micro_batch_limit(run.cfg, device), max(1, len(batch[0])))
     while True:
@@ -2133,22 +2101,20 @@ def fit_micro_batch(run: Run, batch) -> int:
 def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int, list[float]]:
     """Compile every graph, untimed, then undo it all. (micro-batch limit, seconds of a step in each phase)"""
     cfg, runtime, turns, seconds = run.cfg, run.runtime, phases(run.cfg), []
+    run.settle(lambda: warm_evaluation(run))
     if not cfg.warmup_steps:
-        run.settle(lambda: warm_evaluation(run))
         return micro_batch_limit(cfg, runtime.device), [0.0] * len(turns)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     states, random_state = [o.state_dict() for o in optimisers.all], torch.get_rng_state()  # empty as yet
-    source = batches(cfg, stream, runtime)
+    source, clock = batches(cfg, stream, runtime), Clock(runtime)
     limit = run.settle(lambda: fit_micro_batch(run, next(source)))
-    run.settle(lambda: warm_evaluation(run))
     for _, depth in turns:
         plan, last = replace(plan_step(cfg, 0, 0.0, 0.0), depth=depth), depth == turns[-1][1]
         for step in range(cfg.warmup_steps if last else 2):  # of a shallow depth the second is timed
-            runtime.synchronize()
-            start = time.perf_counter()
+            clock.start()
             train_step(run, optimisers, next(source), plan, limit)
             runtime.synchronize()
-            taken = time.perf_counter() - start
+            taken = clock.seconds()
             if last:
                 run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
         seconds.append(runtime.main_number(taken))
@@ -2167,21 +2133,16 @@ def warm_evaluation(run: Run) -> None:
     early = [(0, depth) for depth in turns[:-1] if cfg.val_loss_every]
     for stride, depth in dict.fromkeys([(0, turns[-1]), (cfg.eval_stride, turns[-1]), *early]):
         batch, length, width = eval_shape(cfg, device, stride)
-        sizes = [length, width, width][: 3 if stride else 2]
-        blank = [torch.zeros(batch, size, dtype=torch.int64, device=device) for size in sizes]
+        blank = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in (length, width, width)]
         with torch.no_grad():
-            run.nats(*blank, depth=depth)
+            run.nats(*blank[: 3 if stride else 2], depth=depth)
         if cfg.ttt_steps and not stride and depth == turns[-1]:
-            run.nats(*blank, depth=depth).sum().backward()
-
-
-def graphs_compiled() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"] if "torch._dynamo" in sys.modules else 0
+            run.nats(*blank[:2], depth=depth).sum().backward()
 
 
 def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: list[float]) -> None:
     """Say before the clock starts what the run will reach, given the seconds of a step in each phase."""
-    cfg, log, cap = run.cfg, run.log, run.cfg.max_wallclock_seconds
+    cfg, log, cap, last = run.cfg, run.log, run.cfg.max_wallclock_seconds, run.cfg.warmdown_iters
     size = predict_size(cfg, run.model) + len(own_source())
     edges = [0.0, *(min(until, 1.0) for until, _ in phases(cfg)[:-1]), 1.0]
     paces = [max(1 / cfg.iterations, s / cap if cap else 0.0) for s in step_seconds]  # progress of a step
@@ -2192,9 +2153,8 @@ def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: list[float
     batch = f"micro_batch_tokens:{limit * cfg.train_seq_len} epochs:{epochs:.2f}"
     log.line(f"forecast: steps:{steps:.0f} {speed} {batch} bytes:{size}")
     log.warn(size > SIZE_LIMIT, f"code and model may pass the limit of {SIZE_LIMIT} bytes")
-    late = cfg.warmdown_iters > steps and schedule_name(cfg) == "warmdown" and not cfg.warmdown_frac
-    peak = f"LR starts at {steps / max(cfg.warmdown_iters, 1):.2f}"
-    log.warn(late, f"WARMDOWN_ITERS={cfg.warmdown_iters} is longer than the run: {peak}")
+    late = last > steps and schedule_name(cfg) == "warmdown" and not cfg.warmdown_frac
+    log.warn(late, f"WARMDOWN_ITERS={last} is longer than the run: LR starts at {steps / max(last, 1):.2f}")
     ends = f"ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} of {cap:.0f} s"
     log.warn(0 < seconds < 0.5 * cap, ends)
     log.warn(epochs > 1, f"{len(stream)} training tokens will be read {epochs:.1f} times; get more shards")
@@ -2226,31 +2186,26 @@ def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> S
     return score
 
 
-def report_step(run: Run, step: int, loss: Tensor, plan: StepPlan, seconds: float) -> None:
-    """Log a finished step, counted from 1; RunError (5) if its loss is not a number."""
-    value, ms = run.runtime.sum(loss).item(), 1000 * seconds
-    head, times = f"step:{step}/{run.cfg.iterations}", f"train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
-    place = f"lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
-    run.log.line(f"{head} train_loss:{value:.4f} {times} {place}")
-    where = dict(lr_scale=plan.lr_scale, progress=plan.progress, tokens=step * run.cfg.train_batch_tokens)
-    shown = value if math.isfinite(value) else None
-    run.log.event("step", step=step, train_loss=shown, **where, train_ms=ms)
-    if shown is None:
-        raise RunError(f"diverged: loss is {value} at step {step}; lower the learning rates", DIVERGED)
-
-
-def report_turns(run: Run, stream: TokenStream, before: StepPlan | None, plan: StepPlan) -> None:
-    """Log what begins with this step: an epoch, a depth."""
+def report_step(run: Run, stream, before: StepPlan | None, plan: StepPlan, loss: Tensor, ms: float) -> None:
+    """Log an epoch or depth that began with this step and, if due, its end: RunError (5) on a loss of nan."""
     cfg, log, step = run.cfg, run.log, plan.step
     if stream.epoch(cfg, step) > stream.epoch(cfg, step - 1):
         log.line(f"epoch:{stream.epoch(cfg, step)} step:{step}")
     if before and before.depth != plan.depth:
-        grown = f"progressive_grow: switched to {plan.depth} layers"
-        turn = (
-            f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats" if cfg.depth_phases else grown
-        )
+        repeats = f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats"
+        turn = repeats if cfg.depth_phases else f"progressive_grow: switched to {plan.depth} layers"
         log.line(f"{turn} at step:{step} frac:{plan.progress:.2f}")
         log.event("phase", step=step, depth=plan.depth, progress=plan.progress)
+    if cfg.train_log_every and (step < 10 or due(step + 1, cfg.train_log_every)):
+        step, value = step + 1, run.runtime.sum(loss).item()
+        head, times = f"step:{step}/{cfg.iterations}", f"train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
+        place = f"lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
+        log.line(f"{head} train_loss:{value:.4f} {times} {place}")
+        where = dict(lr_scale=plan.lr_scale, progress=plan.progress, tokens=step * cfg.train_batch_tokens)
+        shown = value if math.isfinite(value) else None
+        log.event("step", step=step, train_loss=shown, **where, train_ms=ms)
+        if shown is None:
+            raise RunError(f"diverged: loss is {value} at step {step}; lower the learning rates", DIVERGED)
 
 
 def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
@@ -2258,8 +2213,10 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     cfg, result, scales = run.cfg, Trained(), 0.0
     limit, seconds = warm_up(run, optimisers, stream)
     forecast(run, stream, limit, seconds)
-    loader, graphs = prefetch(batches(cfg, stream, run.runtime), run.runtime), graphs_compiled()
+    loader = prefetch(batches(cfg, stream, run.runtime), run.runtime)
+    stats = torch._dynamo.utils.counters["stats"] if "torch._dynamo" in sys.modules else Counter()
     clock, average, plan = Clock(run.runtime, seconds[0]), Average(cfg, run.model), None
+    graphs = stats["unique_graphs"]  # compiled so far
     clock.start()
     for step in itertools.count():
         elapsed, before = clock.tick(), plan
@@ -2270,26 +2227,24 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
                 result.score = validate(run, step, clock.total, None if done else plan.depth)
         if done:
             break
-        report_turns(run, stream, before, plan)
         loss = train_step(run, optimisers, next(loader), plan, limit)
         average.update(plan)
         scales += plan.lr_scale
-        if cfg.train_log_every and (step < 10 or due(step + 1, cfg.train_log_every)):
-            report_step(run, step + 1, loss, plan, clock.seconds())
+        report_step(run, stream, before, plan, loss, 1000 * clock.seconds())
     loader.close()
     result.step, result.seconds, result.progress = step, clock.total, plan.progress
-    result.mean_lr_scale, result.late_graphs = scales / max(step, 1), graphs_compiled() - graphs
+    result.mean_lr_scale, result.late_graphs = scales / max(step, 1), stats["unique_graphs"] - graphs
     report_end(run, average, result)
     return result
 
 
 def report_end(run: Run, average: Average, result: Trained) -> None:
     """Say how training ended. An average is put into the model and scored beside the live weights."""
-    log, late, end = run.log, result.late_graphs, f"step:{result.step}/{run.cfg.iterations}"
+    log, late, p = run.log, result.late_graphs, result.progress
     if result.step < run.cfg.iterations:
-        log.line(f"stopping_early: wallclock_cap train_time:{1000 * result.seconds:.0f}ms {end}")
-    truncated = f"schedule_truncated at progress {result.progress:.3f}: steps too long for the clock"
-    log.warn(result.truncated, truncated)
+        ms, end = 1000 * result.seconds, f"step:{result.step}/{run.cfg.iterations}"
+        log.line(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms {end}")
+    log.warn(result.truncated, f"schedule_truncated at progress {p:.3f}: steps too long for the clock")
     log.warn(late > 0, f"{late} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
     if average.kind:
         average.load(result.step)
@@ -2313,19 +2268,19 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
     name = platform.processor() or platform.machine()
     with suppress(OSError, TypeError):
         name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
-    device = torch.cuda.get_device_name() if runtime.is_cuda else f"{name}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if runtime.is_cuda else f"{name}, {torch.get_num_threads()} threads"
     attention = "sdpa" if runtime.is_cuda else f"blocked to {LONGEST_BLOCKED}, then sdpa"
     dtype = next(name for name, kind in DTYPES.items() if kind == runtime.dtype)
     setting = dict(dtype=dtype, compile=runtime.compiles, attention=attention)
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    return dict(device=device, world_size=runtime.world_size, **setting, **versions)
+    return dict(device=name, world_size=runtime.world_size, **setting, **versions)
 
 
 def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     """The official head of a log: source, versions, setting; and the `config` and `env` events."""
     cfg, log, runtime, data, source = run.cfg, run.log, run.runtime, run.data, own_source()
-    machine, rule, tied = describe_machine(runtime), "=" * 100, cfg.tie_embeddings
-    folder, shards = Path(cfg.data_path), len(stream.paths) if stream else 0
+    machine, rule, sha = describe_machine(runtime), "=" * 100, hashlib.sha256(source).hexdigest()
+    folder, shards, tied = Path(cfg.data_path), len(stream.paths) if stream else 0, cfg.tie_embeddings
     cards = "nvidia-smi: no GPU in use"
     if runtime.is_cuda and shutil.which("nvidia-smi"):
         cards = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
@@ -2351,13 +2306,12 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     for phrase in cfg.inert():
         log.warn(True, phrase)
     log.warn(bool(runtime.uncompiled), f"no torch.compile ({runtime.uncompiled}); running eagerly, slower")
-    sha = hashlib.sha256(source).hexdigest()
     log.event("config", config=asdict(cfg), config_hash=cfg.hash, code_sha256=sha, code_bytes=len(source))
     log.event("env", **machine, val_tokens=data.targets, val_bytes=data.bytes, val_sha256=data.sha256)
 
 
-def save_model(run: Run, out: Path) -> dict[str, object]:
-    """Rank 0 writes both model files, unless a weight is not finite: RunError (5). The `artifact` event."""
+def save_model(run: Run, path: Path) -> int:
+    """Rank 0 writes both model files, or RunError (5) if a weight is not finite. Returns the packed bytes."""
     cfg, log, state = run.cfg, run.log, {n: t.detach().cpu() for n, t in run.model.state_dict().items()}
     bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if bad:
@@ -2366,8 +2320,8 @@ def save_model(run: Run, out: Path) -> dict[str, object]:
     torch.save(state, buffer)
     about = describe_machine(run.runtime) | dict(config_hash=cfg.hash, quant=quant)
     blob = pack(cfg, state, {key: about[key] for key in ("dtype", "compile", "config_hash", "quant")})
-    write_atomic(out / "final_model.pt", buffer.getvalue())
-    write_atomic(out / MODEL_FILE, blob)
+    write_atomic(path.with_name("final_model.pt"), buffer.getvalue())
+    write_atomic(path, blob)
     raw, packed, code, payload = buffer.tell(), len(blob), len(own_source()), payload_bytes(cfg, state)
     label, ratio = f"{quant}+{cfg.codec}", sum(4 * tensor.numel() for tensor in state.values()) / payload
     log.line(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
@@ -2375,7 +2329,7 @@ def save_model(run: Run, out: Path) -> dict[str, object]:
     log.line(f"Serialized model {label}: {packed} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
     log.line(f"Total submission size {label}: {packed + code} bytes")
     report_packing(run, state, blob)
-    return artifact_event(out / MODEL_FILE, quant, cfg.codec, packed)
+    return packed
 
 
 def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
@@ -2392,37 +2346,27 @@ def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
     run.log.event("quantise", quant=quant_name(cfg), clip=cfg.quant_clip, groups=groups, errors=errors)
 
 
-def artifact_event(path: Path, quant: str, codec: str, size: int) -> dict[str, object]:
-    sizes = dict(model_bytes=size, code_bytes=len(own_source()), total_bytes=size + len(own_source()))
-    return dict(path=str(path), quant=quant, codec=codec, **sizes)
-
-
 def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
     """Read the artifact from disk into the model and score it; prints two official final lines a score."""
-    source, cfg, scores = artifact["path"], run.cfg, {}
+    source, cfg, log, data, scores = artifact["path"], run.cfg, run.log, run.data, {}
     state = run.runtime.main_decides(lambda: unpack(read_artifact(source), source)[0])
     load_weights(run.model, state, source)
     if cfg.score_check:
         run.runtime.main_decides(lambda: check_own_scores(run))
     names = dict(sliding="sliding_window", hedge="hedge_mixer", ttt="ttt")
     names["roundtrip"] = f"{artifact['quant']}_{artifact['codec']}_roundtrip"
-    window = f"window:{cfg.eval_length} stride:{cfg.eval_stride} "
+    shape = dict(sliding=f"window:{cfg.eval_length} stride:{cfg.eval_stride} ")
     for name, score in score_all(run):
-        scores[name], ms = (
-            score,
-            f"{window if name == 'sliding' else ''}eval_time:{1000 * score.seconds:.0f}ms",
-        )
+        scores[name], ms = score, f"{shape.get(name, '')}eval_time:{1000 * score.seconds:.0f}ms"
         if score.left:
-            run.log.line(f"partial_{names[name]} {score.text} tokens:{score.tokens}/{run.data.targets} {ms}")
+            log.line(f"partial_{names[name]} {score.text} tokens:{score.tokens}/{data.targets} {ms}")
         else:
-            run.log.line(f"final_{names[name]} {score.text} {ms}")
-            run.log.line(f"final_{names[name]}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+            log.line(f"final_{names[name]} {score.text} {ms}")
+            log.line(f"final_{names[name]}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
-        run.log.event("score", name=name, **values, seconds=score.seconds, left=score.left)
+        log.event("score", name=name, **values, seconds=score.seconds, left=score.left)
     if cfg.score_dump and run.runtime.rank == 0:
-        dump = dict(
-            position=np.arange(run.data.targets), target=run.data.tokens[1:], bytes=run.data.target_bytes
-        )
+        dump = dict(position=np.arange(data.targets), target=data.tokens[1:], bytes=data.target_bytes)
         dump |= {f"{name}_logprob": -score.each.numpy() for name, score in scores.items() if not score.left}
         write_atomic(Path(cfg.score_dump), lambda file: np.savez(file, **dump))
     return scores
@@ -2435,38 +2379,27 @@ def read_artifact(path: str) -> bytes:
         raise RunError(f"cannot read the artifact {path}: {error.strerror}") from None
 
 
-def verdict(
-    cfg: Config, total_bytes: int, eval_seconds: float, late_graphs: int, cut=""
-) -> tuple[str, int, str]:
-    """(status, exit code, message) by the challenge's limits and our own promise about the clock."""
-    size = f"code and model take {total_bytes} bytes, the limit is {SIZE_LIMIT}"
-    clock = f"evaluation took {eval_seconds:.0f} s{cut}, the limit is {cfg.max_eval_seconds:.0f}"
-    graphs = f"{late_graphs} graphs compiled in the training clock despite the warm-up; COMPILE=0 avoids it"
-    broken = (
-        (total_bytes > SIZE_LIMIT, ("over_size", OVER_SIZE, size)),
-        (cut or 0 < cfg.max_eval_seconds < eval_seconds, ("over_eval_time", OVER_EVAL_TIME, clock)),
-        (late_graphs and cfg.warmup_steps, ("recompiled", RECOMPILED, graphs)),
-    )
-    return next((what for is_broken, what in broken if is_broken), ("ok", 0, ""))
-
-
 def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score], run_id: str) -> int:
-    """The `end` event and the RESULT line, the last of stdout; returns the exit code."""
+    """The `end` event and the RESULT line, the last of stdout; returns the exit code, by all limits."""
     cfg, log, score, seconds = run.cfg, run.log, scores["roundtrip"], sum(s.seconds for s in scores.values())
     cut = "".join(f" and {n} is a part, {s.tokens} tokens, only" for n, s in scores.items() if s.left)
-    status, code, message = verdict(cfg, artifact["total_bytes"], seconds, trained.late_graphs, cut)
+    total, late, slow = artifact["total_bytes"], trained.late_graphs, 0 < cfg.max_eval_seconds < seconds
+    size = f"code and model take {total} bytes, the limit is {SIZE_LIMIT}"
+    clock = f"evaluation took {seconds:.0f} s{cut}, the limit is {cfg.max_eval_seconds:.0f}"
+    graphs = f"{late} graphs compiled in the training clock despite the warm-up; COMPILE=0 avoids it"
+    broken = [("over_size", OVER_SIZE, size)] if total > SIZE_LIMIT else []
+    broken += [("over_eval_time", OVER_EVAL_TIME, clock)] if cut or slow else []
+    broken += [("recompiled", RECOMPILED, graphs)] if late and cfg.warmup_steps else []
+    status, code, message = [*broken, ("ok", 0, "")][0]
     log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*run.runtime.peak_memory_mib()))
-    if message:
+    if message and run.runtime.rank == 0:
         log.line(f"error: {message}", echo=False)
-        if run.runtime.rank == 0:
-            print(f"error: {message}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
     how = dict(status=status, exit_code=code, train_seconds=round(trained.seconds, 3))
     how |= dict(progress=trained.progress, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
     log.event("end", step=trained.step, **how)
     named = [(f"{'partial_' * (s.left > 0)}{n}", s) for n, s in scores.items()]
-    numbers = (
-        dict(val_loss=None, val_bpb=None) if score.left else dict(val_loss=score.loss, val_bpb=score.bpb)
-    )
+    numbers = {f"val_{k}": None if score.left else getattr(score, k) for k in ("loss", "bpb")}
     numbers |= {f"{n}_val_{k}": round(getattr(s, k), 8) for n, s in named for k in ("loss", "bpb")}
     before = dict(live=trained.score, prequant=trained.averaged or trained.score)
     numbers |= {f"{name}_val_bpb": round(s.bpb, 8) if s else None for name, s in before.items()}
@@ -2479,16 +2412,14 @@ def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score],
 
 def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Config:
     """The config with the artifact's shape; RunError if the environment asks for another one."""
-    made, source = header.get("model"), f"EVAL_ONLY={cfg.eval_only}"
-    kinds = {name: type(value) for name, value in cfg.shape().items()}
-    known = isinstance(made, dict) and {name: type(value) for name, value in made.items()} == kinds
-    setting = isinstance(header.get("quant"), str) and header.get("codec") in CODECS
-    known = known and setting and header.get("dtype") in DTYPES
+    made, own, source = header.get("model"), cfg.shape(), f"EVAL_ONLY={cfg.eval_only}"
+    known = isinstance(made, dict) and made.keys() == own.keys() and isinstance(header.get("quant"), str)
+    known = known and all(type(made[name]) is type(value) for name, value in own.items())
+    known = known and header.get("codec") in CODECS and header.get("dtype") in DTYPES
     require(known, f"{source} was made by another version of this script")
-    for name, value in made.items():
-        asked = name.upper() in env and getattr(cfg, name) != value
-        clash = f"{name.upper()}={getattr(cfg, name)} but {source} was trained with {value}"
-        require(not asked, f"{clash}; unset it")
+    for name, value in own.items():
+        same = name.upper() not in env or value == made[name]
+        require(same, f"{name.upper()}={value} but {source} was trained with {made[name]}; unset it")
     # Its dtype and whether it was compiled hold too, unless set: either moves the score's fourth digit.
     compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
     dtype = cfg.dtype if "DTYPE" in env else header["dtype"]
@@ -2502,15 +2433,13 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
     if cfg.codec == "zstd" and not header:
         zstandard_module()
     with Runtime.launch(cfg, env) as runtime:
-        held: list = []
-        tokenizer = load_tokenizer(cfg)
+        held, tokenizer = [], load_tokenizer(cfg)
         runtime.main_decides(lambda: held.append(load_validation(cfg, tokenizer)))
         data = held.pop() if held else load_validation(cfg, tokenizer, prove=False)
         stream = None if header or not cfg.iterations else TokenStream(cfg.data_path, "train", cfg.vocab_size)
         if stream:
             stream.windows(cfg.train_seq_len)
-        for seeded in (random.seed, np.random.seed, torch.manual_seed):
-            seeded(cfg.seed)
+        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
         model = GPT(cfg, runtime.dtype)
         if cfg.init_from:
             load_weights(model, load_checkpoint(cfg.init_from), f"INIT_FROM={cfg.init_from}")
@@ -2541,11 +2470,12 @@ def train_and_score(run: Run, stream: TokenStream | None, header: Mapping | None
     else:
         run.settle(lambda: warm_evaluation(run))
         trained = Trained(None if header else validate(run, 0, 0.0))
-    if header:
-        size = Path(cfg.eval_only).stat().st_size
-        artifact = artifact_event(Path(cfg.eval_only), header["quant"], header["codec"], size)
-    else:
-        artifact = run.runtime.main_decides(lambda: save_model(run, Path(cfg.out_dir)))
+    path = Path(cfg.eval_only) if header else Path(cfg.out_dir) / MODEL_FILE
+    size = path.stat().st_size if header else run.runtime.main_decides(lambda: save_model(run, path))
+    quant, codec = (header["quant"], header["codec"]) if header else (quant_name(cfg), cfg.codec)
+    sizes = dict(model_bytes=size, code_bytes=len(own_source()), total_bytes=size + len(own_source()))
+    artifact = dict(path=str(path), quant=quant, codec=codec, **sizes)
+    if not header:
         run.log.event("artifact", **artifact)
     return finish(run, trained, artifact, score_artifact(run, artifact), run_id)
 
@@ -2556,13 +2486,9 @@ def dry_run(cfg: Config) -> str:
         model = GPT(cfg, runtime.dtype).to(runtime.device)
         limit = min(micro_batch_limit(cfg, runtime.device), cfg.sequences)
         ids = torch.zeros(limit, cfg.train_seq_len, dtype=torch.int64, device=runtime.device)
-        loss = training_loss(cfg, model)
-
-        def once() -> None:
-            loss(ids, ids)[0].backward()
-            runtime.synchronize()
-
-        step_seconds = min(timeit.repeat(once, number=1, repeat=3)) * cfg.sequences / limit
+        loss = partial(training_loss(cfg, model), ids, ids)
+        tries = timeit.repeat(lambda: (loss()[0].backward(), runtime.synchronize()), number=1, repeat=3)
+        step_seconds = min(tries) * cfg.sequences / limit
         size, code = predict_size(cfg, model), len(own_source())
         facts = [*(f"{name}={value}" for name, value in cfg.effective().items()), f"config_hash: {cfg.hash}"]
         facts += [f"model_params: {sum(p.numel() for p in model.parameters())}"]
