@@ -440,7 +440,7 @@ class Runtime:
     @classmethod
     @contextmanager
     def launch(cls, cfg: Config, env: Mapping[str, str]) -> Iterator[Runtime]:
-        """One process, or one of torchrun's: nccl between GPUs, gloo between CPUs."""
+        """One process, or one of torchrun's: nccl between GPUs, gloo else, so that no GPU is waited for."""
         there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         kind = cfg.device if cfg.device != "auto" else "cuda" if there["cuda"] else "cpu"
         require(there[kind], f"DEVICE={kind} but torch sees none here; set DEVICE=cpu or DEVICE=auto")
@@ -451,9 +451,11 @@ class Runtime:
         runtime = cls(device, int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)))
         runtime.compiles, runtime.uncompiled = pick_compile(cfg.compile, device)
         runtime.claim_device()
-        keep_freed_memory(device)
+        with suppress(OSError, AttributeError):  # not glibc, where new pages take time (cpu_memory.json)
+            if device.type == "cpu":
+                libc = ctypes.CDLL(None)
+                libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
         if runtime.world_size > 1:
-            # On GPUs both: clocks and verdicts go over gloo, so that no rank waits for its device.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
             runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
@@ -531,23 +533,12 @@ def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
     return wanted == "1" or wanted == "auto" and device.type != "mps", ""
 
 
-def keep_freed_memory(device: torch.device) -> None:
-    """Let glibc reuse the memory of large tensors. Each made of new pages, they took half of the mixer's time
-    and a sixth of a training step's on 2 CPU cores (records/benchmarks/cpu_memory.json)."""
-    with suppress(OSError, AttributeError):  # another C library
-        if device.type == "cpu":
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
-
-
 class RunLog:
     """Rank 0's two logs: logs/RUN_ID.txt in the official line formats, logs/RUN_ID.jsonl as typed events."""
 
     def __init__(self, folder: Path | None, run_id: str):
-        self.text = self.events = None
-        if folder:
-            paths = folder / f"{run_id}.txt", folder / f"{run_id}.jsonl"
-            self.text, self.events = (path.open("x", encoding="utf-8") for path in paths)
+        paths = [folder / f"{run_id}{end}" for end in (".txt", ".jsonl")] if folder else []
+        self.text, self.events = [path.open("x", encoding="utf-8") for path in paths] or [None, None]
 
     def line(self, text: str, echo: bool = True) -> None:
         if self.text:
@@ -600,6 +591,18 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
 
 
 # 3. PROGRESS AND SCHEDULES: pure functions of how far the run is
+SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(  # of the LR; the last if none is on
+    tidal_lr=lambda cfg, p, left: tide(p, cfg.tidal_warmup, cfg.tidal_warmup),
+    cosine_lr=lambda cfg, p, left: cosine(p, 0.382 if cfg.golden_lr else 0.1, cfg.cosine_cycles),
+    breathing_lr=lambda cfg, p, left: tide(p, 4 / 19, 11 / 19),
+    whale_lr=lambda cfg, p, left: whale(p),
+    circadian_lr=lambda cfg, p, left: max(0.1, cosine(p) + 0.15 * (1 - p) * math.sin(16 * math.pi * p)),
+    cosmo_lr=lambda cfg, p, left: 0.05 + 19 * p if p < 0.05 else (1 + 20 * p) ** -0.5,
+    punctuated_lr=lambda cfg, p, left: 0.1 + 0.9 * max(math.exp(-200 * (p - c / 4) ** 2) for c in (1, 2, 3)),
+    root_first=lambda cfg, p, left: cosine(p),
+    coral_lr=lambda cfg, p, left: cosine(p),
+    warmdown=lambda cfg, p, left: warmdown(cfg, p, left),
+)
 
 
 def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
@@ -611,8 +614,7 @@ def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> f
 
 def finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> bool:
     """True when the next step would pass a limit. One step always runs, so that a slow machine trains."""
-    late = 0 < cfg.max_wallclock_seconds < elapsed + step_seconds
-    return step >= cfg.iterations or (late and step > 0)
+    return step >= cfg.iterations or (step > 0 and 0 < cfg.max_wallclock_seconds < elapsed + step_seconds)
 
 
 def warmdown(cfg: Config, p: float, left: float) -> float:
@@ -624,8 +626,7 @@ def warmdown(cfg: Config, p: float, left: float) -> float:
 
 def cosine(p: float, floor: float = 0.1, cycles: float = 1.0) -> float:
     """From 1 down to `floor` in each cycle; the end of the run is the end of a cycle, not a new one."""
-    phase = cycles * p % 1.0 or float(p >= 1.0)
-    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * phase))
+    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * (cycles * p % 1.0 or float(p >= 1.0))))
 
 
 def tide(p: float, rise: float, fall: float) -> float:
@@ -638,21 +639,6 @@ def whale(p: float) -> float:
     u, peak = 3 * p % 1.0, 0.95 * (1 - 0.3 * p)
     dive = 0.05 + (peak * u / 0.1 if u < 0.1 else 0.5 * peak * (1 + math.cos(math.pi * (u - 0.1) / 0.9)))
     return max(0.05, dive * min(1.0, (1 - p) / 0.1))
-
-
-# LR multiplier of (cfg, p, steps left), keyed by the knob that switches each on; the last acts when none is.
-SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(
-    tidal_lr=lambda cfg, p, left: tide(p, cfg.tidal_warmup, cfg.tidal_warmup),
-    cosine_lr=lambda cfg, p, left: cosine(p, 0.382 if cfg.golden_lr else 0.1, cfg.cosine_cycles),
-    breathing_lr=lambda cfg, p, left: tide(p, 4 / 19, 11 / 19),
-    whale_lr=lambda cfg, p, left: whale(p),
-    circadian_lr=lambda cfg, p, left: max(0.1, cosine(p) + 0.15 * (1 - p) * math.sin(16 * math.pi * p)),
-    cosmo_lr=lambda cfg, p, left: 0.05 + 19 * p if p < 0.05 else (1 + 20 * p) ** -0.5,
-    punctuated_lr=lambda cfg, p, left: 0.1 + 0.9 * max(math.exp(-200 * (p - c / 4) ** 2) for c in (1, 2, 3)),
-    root_first=lambda cfg, p, left: cosine(p),
-    coral_lr=lambda cfg, p, left: cosine(p),
-    warmdown=warmdown,
-)
 
 
 def schedule_name(cfg: Config) -> str:
@@ -703,13 +689,11 @@ def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> St
     start, warm_up = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps  # as officially
     momentum = start + (min(1.0, step / warm_up) if warm_up else 1.0) * (cfg.muon_momentum - start)
     depth = next((depth for until, depth in phases(cfg) if p < until), phases(cfg)[-1][1])
-    layers, noise = kept_layers(cfg, step), draw(cfg.seed, "noise", step)
-    return StepPlan(p, scale, momentum, step, depth, layers, noise)
+    return StepPlan(p, scale, momentum, step, depth, kept_layers(cfg, step), draw(cfg.seed, "noise", step))
 
 
 class Clock:
-    """Rank 0's training seconds, the only clock; it stands still while paused. On CUDA `tick` waits for the
-    step before the last: it lags the device by at most two steps and the device never waits for the host."""
+    """Rank 0's training seconds. On CUDA it lags by at most two steps, and the device never waits for it."""
 
     def __init__(self, runtime: Runtime, step_seconds: float = 0.0):
         self.runtime, self.total, self.started, self.last = runtime, 0.0, 0.0, None
@@ -816,8 +800,7 @@ def window_order(cfg: Config, windows: int, step: int) -> np.ndarray:
     epochs, places = np.divmod(np.arange(step * cfg.sequences, (step + 1) * cfg.sequences), windows)
     if not cfg.data_shuffle:
         return places
-    pairs = zip(epochs.tolist(), places.tolist(), strict=True)
-    return np.array([epoch_order(cfg.seed, epoch, windows)[place] for epoch, place in pairs])
+    return np.array([epoch_order(cfg.seed, int(e), windows)[p] for e, p in zip(epochs, places, strict=True)])
 
 
 @lru_cache(maxsize=2)  # 80 shards have 7.8 M windows: 0.8 s to permute, too long for every step
@@ -826,15 +809,13 @@ def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
 
 
 def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's (inputs, targets), each [sequences here, seq_len] int64, of steps 0, 1, ...
-    Windows overlap by one token: each token is a target once an epoch, but the first and an odd tail."""
+    """This rank's (inputs, targets) of steps 0, 1, ..., [sequences here, T] int64; windows share a token."""
     length, windows = cfg.train_seq_len, stream.windows(cfg.train_seq_len)
     for step in itertools.count():
         order = window_order(cfg, windows, step)[list(runtime.share(cfg.sequences))]
         rows = [stream.read(window * length, length + 1) for window in order.tolist()]
         block = torch.from_numpy(np.array(rows, np.int64).reshape(-1, length + 1))
-        pair = block[:, :-1], block[:, 1:]
-        # Only a contiguous pinned tensor is copied to the GPU without waiting.
+        pair = block[:, :-1], block[:, 1:]  # a GPU waits for the copy unless it is contiguous and pinned
         yield tuple(part.contiguous().pin_memory() for part in pair) if runtime.is_cuda else pair
 
 
@@ -869,8 +850,7 @@ class ByteTable:
         """Bytes [N] that each token adds: a space mark counts 1 unless it follows a boundary or the start."""
         begins = np.concatenate(([True], self.boundary[tokens[:-1]]))
         weights = self.own[tokens] + (self.space[tokens] & ~begins).astype(np.int16)
-        # A spelled mark is one space: as three bytes it made scores a fifth too good (parameter-golf #897).
-        if self.spelled and len(tokens) > 2:
+        if self.spelled and len(tokens) > 2:  # one space; as 3 bytes: a fifth too good (parameter-golf #897)
             runs = [tokens[k : len(tokens) - 2 + k] == byte for k, byte in enumerate(self.spelled)]
             at = np.flatnonzero(np.logical_and.reduce(runs))
             weights[at] = weights[at + 1] = 0
@@ -890,8 +870,7 @@ def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
 
 
 def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int, int]:
-    """(documents, bytes) of the text that `tokens` decode to: the oracle. Documents stand between boundary
-    tokens; their leading space mark adds no byte, as in ByteTable. Whether decode drops it is probed."""
+    """(documents, bytes) of the text that `tokens` decode to: the oracle. A leading space adds no byte."""
     keeps_mark = any(tokenizer.decode([i]).startswith(" ") for i in np.flatnonzero(table.space)[:1].tolist())
     edges = np.concatenate(([-1], np.flatnonzero(table.boundary[tokens]), [len(tokens)]))
     spans = [(start + 1, stop) for start, stop in itertools.pairwise(edges.tolist()) if stop > start + 1]
