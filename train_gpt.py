@@ -934,6 +934,26 @@ def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
 
 # 6. MODEL: official names and shapes, so official checkpoints load
 BLOCK, LONGEST_BLOCKED = 128, 512  # queries of a block, and the longest sequence, of attention on a CPU
+# Training only, by the knob that switches it on: changes of the input before and after its norm; loss terms.
+EMBEDDING_TERMS: dict[str, Callable[..., Tensor]] = dict(embed_mixup=lambda *given: embed_mixup(*given))
+INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
+    token_drop=lambda cfg, x, ids, dials: dropout(x, uniform(ids, dials[0], 2, len(ids[0])), cfg.token_drop),
+    metamorphosis=lambda cfg, x, ids, dials: dropout(
+        x, uniform(ids, dials[0], 3, x[0].numel()), cfg.metamorphosis * (1 - 2 * dials[1]).clamp_min(0)
+    ),
+)
+LOSS_TERMS: dict[str, Callable[..., Tensor]] = dict(  # softcapped logits z, targets y, their nats, progress p
+    focal_gamma=lambda cfg, z, y, nats, p, _: (  # (1 - P(y))^gamma nats, less nats (Lin et al. 1708.02002)
+        ((-torch.expm1(-nats)).clamp_min(1e-7) ** (cfg.focal_gamma * (1 - cfg.gamma_anneal * p)) - 1) * nats
+    ).mean(),
+    label_smooth=lambda cfg, z, y, nats, *_: cfg.label_smooth * (z.logsumexp(-1) - z.mean(-1) - nats).mean(),
+    z_loss=lambda cfg, z, *_: cfg.z_loss * z.logsumexp(-1).square().mean(),
+    logit_penalty=lambda cfg, z, *_: cfg.logit_penalty * z.square().mean(),
+    logit_temp=lambda cfg, z, y, nats, *_: (cross_entropy(z / cfg.logit_temp, y) - nats).mean(),
+    entropy_bonus=lambda cfg, z, *_: -cfg.entropy_bonus * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+    multi_token=lambda cfg, z, y, *_: cfg.multi_token * cross_entropy(z[:, :-1], y[:, 1:]).mean(),
+    head_diversity=lambda cfg, z, y, nats, p, model: head_diversity(cfg, model),
+)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -958,15 +978,8 @@ class Linear(nn.Linear):
         return y + F.linear(F.linear(x, self.lora_a[repeat].to(x.dtype)), self.lora_b[repeat].to(x.dtype))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split pairs. x [..., T, D]; cos, sin [T, D/2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-
-
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by blocks of queries, each on the keys up to its end. Compiled, on 2 CPU cores, it
-    takes 0.50 to 0.61 of the time of torch's kernel at lengths 128 to 512 (benchmarks/cpu_attention.json)."""
+    """Causal attention by blocks of queries: half the time of torch's kernel on CPUs (cpu_attention.json)."""
     future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
     q, parts = q * q.size(-1) ** -0.5, []
     for start, part in zip(range(0, q.size(2), BLOCK), q.split(BLOCK, dim=2), strict=True):
@@ -1012,7 +1025,8 @@ class Attention(nn.Module):
         if mix is not None:
             first += [] if first else [v]
             v = mix[0].to(v.dtype) * first[0] + mix[1].to(v.dtype) * v
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        halves = (norm(part).chunk(2, dim=-1) for part in (q, k))  # rotary, by cos and sin [T, D/2]
+        q, k = (torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1) for a, b in halves)
         y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
         y = omit_own(y, v) if exclusive else y
         return self.proj(y.transpose(1, 2).flatten(2), repeat)
@@ -1024,8 +1038,7 @@ class MLP(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         leaky, wide = partial(F.leaky_relu, negative_slope=cfg.leaky_slope), cfg.mlp_mult * cfg.model_dim
-        plain = dict(relu2=F.relu, leaky_relu2=leaky, gelu2=F.gelu, silu2=F.silu)  # relu2: the baseline's
-        self.activation = plain.get(cfg.mlp_act)
+        self.activation = dict(relu2=F.relu, leaky_relu2=leaky, gelu2=F.gelu, silu2=F.silu).get(cfg.mlp_act)
         hidden = int(wide if self.activation else 2 * wide / 3)
         self.gate = None if self.activation else Linear(cfg.model_dim, hidden)
         self.fc = Linear(cfg.model_dim, hidden)
@@ -1038,15 +1051,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x <- m0*x + m1*x0, then attention and MLP residuals, each with a gain per channel.
-    parallel: both read the same x and are added together (PR #1434)."""
+    """x <- m0*x + m1*x0, then attention and MLP (parallel: of the same x, PR #1434), each with its gains."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
-        self.after_attention = norm if cfg.sandwich_norm and not cfg.parallel_block else nn.Identity()
+        self.after = norm if cfg.sandwich_norm and not cfg.parallel_block else nn.Identity()
         self.parallel, self.passes = cfg.parallel_block, 1 + cfg.attn_recycle
 
     def forward(self, x: Tensor, x0: Tensor, repeat: int = 0, **how) -> Tensor:
@@ -1054,27 +1066,15 @@ class Block(nn.Module):
         keep, again = self.resid_mix.to(x.dtype)
         x = entered = keep * x + again * x0
         for _ in range(self.passes):
-            attended = self.after_attention(self.attn(norm(x), repeat=repeat, **how))
-            x = x + self.attn_scale.to(x.dtype) * attended
+            x = x + self.attn_scale.to(x.dtype) * self.after(self.attn(norm(x), repeat=repeat, **how))
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(entered if self.parallel else x), repeat)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One effective layer: the block it runs, and the earlier layer's output (U-Net skip) it adds first."""
-
-    block: int
-    skip: int | None = None  # row of skip_weights
-    source: int | None = None  # effective layer whose output is added
-
-
-def layer_plan(cfg: Config) -> list[Layer]:
-    """With E encoders, layer E + i adds the output of layer E - 1 - i, as popped off a stack, while i < E."""
-    layers, half = [], cfg.encoders
-    for index in range(cfg.depth):
-        skip, source = (index - half, 2 * half - 1 - index) if half <= index < 2 * half else (None, None)
-        layers.append(Layer(index % cfg.num_layers % (cfg.weight_share or cfg.num_layers), skip, source))
-    return layers
+def layer_plan(cfg: Config) -> list[tuple[int, int | None, int | None]]:
+    """(block, row of skip_weights, layer whose output times that is added: U-Net, latest first) of layers."""
+    half, shared = cfg.encoders, cfg.weight_share or cfg.num_layers
+    joins = [(i - half, 2 * half - 1 - i) if half <= i < 2 * half else (None, None) for i in range(cfg.depth)]
+    return [(i % cfg.num_layers % shared, *join) for i, join in enumerate(joins)]
 
 
 class GPT(nn.Module):
@@ -1083,10 +1083,10 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.dtype, self.softcap, self.embed_scale = dtype, cfg.logit_softcap, cfg.embed_scale or 1.0
-        self.layers, width, again = layer_plan(cfg), cfg.model_dim, cfg.num_repeats - 1
+        self.layers, width = layer_plan(cfg), cfg.model_dim
         self.tok_emb = nn.Embedding(cfg.vocab_size, width)
-        self.skip_weights = nn.Parameter(torch.ones(sum(x.skip is not None for x in self.layers), width))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(1 + max(x.block for x in self.layers)))
+        self.skip_weights = nn.Parameter(torch.ones(sum(at is not None for *_, at in self.layers), width))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(1 + max(block for block, *_ in self.layers)))
         self.lm_head = None if cfg.tie_embeddings else Linear(width, cfg.vocab_size, zero=True)
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
@@ -1095,46 +1095,39 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)  # [T, head_dim/2]
         self.register_buffer("sin", angle.sin(), persistent=False)
         self.exclusive, self.period = cfg.depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n, cfg.num_layers
-        embeds = range(cfg.num_value_embeds)
-        self.value_embeds = nn.ModuleList(nn.Embedding(cfg.vocab_size, width) for _ in embeds)
-        self.value_scales = nn.Parameter(torch.zeros(cfg.depth, len(embeds), width)) if embeds else None
+        embeds, again = cfg.num_value_embeds, cfg.num_repeats - 1
+        self.value_embeds = nn.ModuleList(nn.Embedding(cfg.vocab_size, width) for _ in range(embeds))
+        self.value_scales = nn.Parameter(torch.zeros(cfg.depth, embeds, width)) if embeds else None
         self.loop_embed = nn.Parameter(torch.zeros(cfg.depth, width)) if again else None
         scales = torch.zeros(cfg.num_layers, again, width)
         self.cross_repeat_scales = nn.Parameter(scales) if again and cfg.cross_repeat_skip else None
         self.value_mix = nn.Parameter(torch.full((cfg.depth, 2), 0.5)) if cfg.value_residual else None
 
     def forward(self, ids: Tensor, depth: int | None = None, places: Tensor | None = None) -> Tensor:
-        return self.logits(norm(self.embed(ids)), depth=depth, ids=ids, places=places)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.tok_emb(ids) * self.embed_scale
+        return self.logits(norm(self.tok_emb(ids) * self.embed_scale), depth=depth, ids=ids, places=places)
 
     def logits(self, x0: Tensor, keep: Tensor | None = None, depth=None, ids=None, places=None) -> Tensor:
-        """From normed embeddings [B, T, d] and their ids to logits [B, T, V], or [B, S, V] at places [B, S].
-        A layer of keep 0, or from `depth` on, adds but its U-Net skip: so a model that grows goes on."""
+        """From normed embeddings [B, T, d] and ids to logits [B, T, V], or [B, S, V] at places [B, S]."""
         x = x0 = x0.to(self.dtype)
-        depth, outputs, first = len(self.layers) if depth is None else depth, [], []
-        cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
+        depth, outputs = len(self.layers) if depth is None else depth, []
+        how = dict(cos=self.cos[: x.size(1)].to(x.dtype), sin=self.sin[: x.size(1)].to(x.dtype), first=[])
         values = [table(ids).to(x.dtype) for table in self.value_embeds]
-        for index, layer in enumerate(self.layers):
-            repeat, place = divmod(index, self.period)
-            if layer.skip is not None:
-                x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.source]
-            if index < depth:
-                mix = None if self.value_mix is None else self.value_mix[index]
-                how = dict(cos=cos, sin=sin, exclusive=index >= depth - self.exclusive, mix=mix, first=first)
-                y = x if self.loop_embed is None else x + self.loop_embed[index].to(x.dtype)  # as PR #895
-                for scale, value in zip(self.value_scales[index] if values else (), values, strict=True):
+        for i, (block, skip, source) in enumerate(self.layers):
+            repeat, place = divmod(i, self.period)
+            if skip is not None:
+                x = x + self.skip_weights[skip].to(x.dtype) * outputs[source]
+            if i < depth:  # later ones, and those of keep 0, add but their U-Net skip
+                mix = None if self.value_mix is None else self.value_mix[i]
+                y = x if self.loop_embed is None else x + self.loop_embed[i].to(x.dtype)  # as PR #895
+                for scale, value in zip(self.value_scales[i] if values else (), values, strict=True):
                     y = y + scale.to(x.dtype) * value
                 if repeat and self.cross_repeat_scales is not None:  # the output of the block's last run
-                    scale = self.cross_repeat_scales[place, repeat - 1].to(x.dtype)
-                    y = y + scale * outputs[index - self.period]
-                y = self.blocks[layer.block](y, x0, repeat, **how)
-                x = y if keep is None else torch.where(keep[index] > 0, y, x)
+                    y = y + self.cross_repeat_scales[place, repeat - 1].to(x.dtype) * outputs[-self.period]
+                y = self.blocks[block](y, x0, repeat, exclusive=i >= depth - self.exclusive, mix=mix, **how)
+                x = y if keep is None else torch.where(keep[i] > 0, y, x)
             outputs.append(x)
-        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         x = x if places is None else x.take_along_dim(places[..., None], dim=1)
-        z = F.linear(norm(x), head.to(x.dtype)).float()
+        z = F.linear(norm(x), (self.lm_head or self.tok_emb).weight.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
 
 
@@ -1151,8 +1144,7 @@ def scramble(x: Tensor) -> Tensor:
 
 
 def uniform(ids: Tensor, noise: Tensor, salt: int, count: int) -> Tensor:
-    """Draws in [0, 1), float32 [B, count], from each sequence's tokens, the step's seed and the use (salt).
-    So they are the same compiled or not and at any world size, micro-batch and order of sequences."""
+    """Draws in [0, 1), float32 [B, count], of each sequence's tokens, step and salt, however it is run."""
     places = [torch.arange(n, device=ids.device) for n in (ids.size(1), count)]
     content = (ids * (scramble(places[0] + 1) >> 1)).sum(dim=1, keepdim=True)  # below 2^59: no overflow
     sequence = scramble((content + (noise.long() << 8) + salt) & 0xFFFFFFFF)
@@ -1184,30 +1176,6 @@ def head_diversity(cfg: Config, model: GPT) -> Tensor:
     return cfg.head_diversity * total / len(model.blocks)
 
 
-# Training only, keyed by the knob that switches each on: changes of the input before and after its norm; what
-# is added to the mean nats, given softcapped logits z [B, T, V], targets y, their nats [B, T], progress p.
-EMBEDDING_TERMS: dict[str, Callable[..., Tensor]] = dict(embed_mixup=embed_mixup)
-INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
-    token_drop=lambda cfg, x, ids, dials: dropout(x, uniform(ids, dials[0], 2, len(ids[0])), cfg.token_drop),
-    metamorphosis=lambda cfg, x, ids, dials: dropout(
-        x, uniform(ids, dials[0], 3, x[0].numel()), cfg.metamorphosis * (1 - 2 * dials[1]).clamp_min(0)
-    ),
-)
-LOSS_TERMS: dict[str, Callable[..., Tensor]] = dict(
-    focal_gamma=lambda cfg, z, y, nats, p, _: (  # (1 - P(y))^gamma nats, less nats (Lin et al. 1708.02002)
-        ((-torch.expm1(-nats)).clamp_min(1e-7) ** (cfg.focal_gamma * (1 - cfg.gamma_anneal * p)) - 1) * nats
-    ).mean(),
-    # (1-e) nats + e times the mean nats over the vocabulary, less nats
-    label_smooth=lambda cfg, z, y, nats, *_: cfg.label_smooth * (z.logsumexp(-1) - z.mean(-1) - nats).mean(),
-    z_loss=lambda cfg, z, *_: cfg.z_loss * z.logsumexp(-1).square().mean(),
-    logit_penalty=lambda cfg, z, *_: cfg.logit_penalty * z.square().mean(),
-    logit_temp=lambda cfg, z, y, nats, *_: (cross_entropy(z / cfg.logit_temp, y) - nats).mean(),
-    entropy_bonus=lambda cfg, z, *_: -cfg.entropy_bonus * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
-    multi_token=lambda cfg, z, y, *_: cfg.multi_token * cross_entropy(z[:, :-1], y[:, 1:]).mean(),
-    head_diversity=lambda cfg, z, y, nats, p, model: head_diversity(cfg, model),
-)
-
-
 def switched_on(cfg: Config, table: Mapping[str, Callable]) -> list[Callable]:
     """The entries whose knob is not at its default."""
     return [entry for name, entry in table.items() if name in {f.name for f in cfg.changed()}]
@@ -1223,7 +1191,7 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
         if cfg.mirror_train:  # some sequences as a whole: the target is still the token read next
             back = uniform(ids, dials[0], 0, 1) < cfg.mirror_train
             ids, targets = torch.where(back, targets.flip(1), ids), torch.where(back, ids.flip(1), targets)
-        x = model.embed(ids)
+        x = model.tok_emb(ids) * model.embed_scale
         for change in changes:
             x = change(cfg, x, ids, dials)
         logits = model.logits(x, dials[2:] if cfg.layer_drop else None, depth, ids)
@@ -1237,8 +1205,8 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 def step_flops(cfg: Config, model: GPT) -> float:
     """Training FLOPs of a step; a token costs 6 * weights that multiply it + 12 * d * attentions * (T/2)."""
     weights, passes = model.tok_emb.weight.numel(), 1 + cfg.attn_recycle  # the head is as large as the table
-    for block in (model.blocks[layer.block] for layer in model.layers):
-        for part, times in ((block.attn, passes), (block.mlp, 1)):
+    for block, *_ in model.layers:
+        for part, times in ((model.blocks[block].attn, passes), (model.blocks[block].mlp, 1)):
             weights += times * sum(p.numel() for p in part.parameters() if p.ndim == 2)
     attention = 12 * cfg.model_dim * (cfg.train_seq_len / 2) * len(model.layers) * passes
     return cfg.train_batch_tokens * (6.0 * weights + attention)
