@@ -1246,8 +1246,7 @@ def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, then an orthogonalised step (Keller Jordan; the baseline's scaling), all matrices of
-    a shape at once. Each rank does every world_size-th; one flat buffer brings the same updates to all."""
+    """Nesterov momentum, then an orthogonalised step (Keller Jordan) of each rank's share of the matrices."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, runtime: Runtime):
         super().__init__([dict(params=params, base_lr=lr)], dict(lr=lr, momentum=momentum, weight_decay=0.0))
@@ -1293,9 +1292,8 @@ def weights_of(cfg: Config, model: GPT) -> list[Weight]:
     weights, own = [], dict(tok_emb="embed", value_embeds="embed", lm_head="head")
     for name, p in model.named_parameters():
         control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
-        matrix = p.ndim == 2 and name.startswith("blocks.") and not control
-        role = own.get(name.partition(".")[0], "matrix" if matrix else "scalar")
-        weights += [Weight(name, p, role)] if p.numel() else []
+        other = "matrix" if p.ndim == 2 and name.startswith("blocks.") and not control else "scalar"
+        weights += [Weight(name, p, own.get(name.partition(".")[0], other))] if p.numel() else []
     return weights
 
 
@@ -1305,23 +1303,12 @@ def blocks_of(weights: list[Weight]) -> list[dict[str, Weight]]:
     return [{w.name.split(".", 2)[2]: w for w in block} for _, block in blocks]
 
 
-def mycorrhizal(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-    """Blocks three apart exchange a share of their gradients, from the first to the last (so it cascades)."""
-    blocks = blocks_of(weights) if plan.progress >= 0.025 else []
-    for near, far in zip(blocks, blocks[3:], strict=False):
-        for a, b in ((near[name].param.grad, far[name].param.grad) for name in near):
-            old = a.clone()
-            a.add_(b, alpha=cfg.mycorrhizal)
-            b.add_(old, alpha=cfg.mycorrhizal)
-
-
 def shake(amount: Callable[..., float], cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
     """Add amount(cfg, step, p) times a matrix's mean magnitude times N(0, 1), the same on every rank."""
     size = amount(cfg, plan.step + 1, plan.progress)
-    for w in (w for w in weights if w.dense and size > 1e-6):
-        generator = torch.Generator(w.param.device).manual_seed(draw(cfg.seed, plan.step, w.name))
-        normal = torch.randn(w.param.shape, generator=generator, device=w.param.device)
-        w.param.add_(normal * (size * w.param.abs().mean()))
+    for name, p in ((w.name, w.param) for w in weights if w.dense and size > 1e-6):
+        generator = torch.Generator(p.device).manual_seed(draw(cfg.seed, plan.step, name))
+        p.add_(torch.randn(p.shape, generator=generator, device=p.device) * (size * p.abs().mean()))
 
 
 def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool = False) -> None:
@@ -1334,11 +1321,14 @@ def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool =
         (w.param.grad if grads else w.param).unflatten(1, (cfg.num_heads, -1)).mul_(w.memory["kept"][:, None])
 
 
-# Interventions (cfg, weights, plan), keyed by the knob that switches each on: of the gradients, summed over
-# ranks, before the clip and the step (they write nothing else); and of the weights after the step.
+# Interventions by knob: of the summed gradients, before the clip and the step; of the weights after the step.
 GRADIENT_EDITS: dict[str, Callable[..., object]] = dict(
     grad_central=lambda cfg, ws, plan: [w.param.grad.sub_(w.param.grad.mean(1, True)) for w in ws if w.dense],
-    mycorrhizal=mycorrhizal,
+    mycorrhizal=lambda cfg, ws, plan: [  # blocks three apart exchange a share, first to last: so it cascades
+        torch._foreach_add_([a, b], [b.clone(), a.clone()], alpha=cfg.mycorrhizal)
+        for near, far in zip(blocks_of(ws), blocks_of(ws)[3:], strict=False)
+        for a, b in ((near[n].param.grad, far[n].param.grad) for n in near if plan.progress >= 0.025)
+    ],
     thermal_vent=lambda cfg, ws, plan: [
         w.param.grad.mul_(1 + cfg.thermal_vent)
         for block in random.Random(plan.noise).sample(blocks_of(ws), min(2, len(blocks_of(ws))))
@@ -1365,8 +1355,7 @@ LAYER_RATES: dict[str, Callable[[Weight, float, int], float]] = dict(
     root_first=lambda w, p, n: 1.0 if w.role == "embed" else min(1.0, 0.1 + 4.5 * p),
     coral_lr=lambda w, p, n: 1.0 if w.block is None else float(p < (1 + (w.block + 1) / n) / 2),
 )
-# Weight decay at p of the blocks' matrices; their learning rate multiplies it.
-DECAYS: dict[str, Callable[[Config, float], float]] = dict(
+DECAYS: dict[str, Callable[[Config, float], float]] = dict(  # of the blocks' matrices, times their LR
     muon_wd=lambda cfg, p: cfg.muon_wd,
     wd_schedule=lambda cfg, p: cfg.wd_schedule * p,
     predprey_lr=lambda cfg, p: 0.01 - 0.005 * (1 - p) * math.sin(12 * math.pi * p),
@@ -1377,8 +1366,7 @@ class Optimisers:
     """Muon and Adam over one flat gradient buffer, stepped together."""
 
     def __init__(self, cfg: Config, model: GPT, runtime: Runtime):
-        self.cfg, self.runtime, self.blocks = cfg, runtime, len(model.blocks)
-        self.weights = weights_of(cfg, model)
+        self.cfg, self.runtime, self.weights = cfg, runtime, weights_of(cfg, model)
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         rates = dict(embed=embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr)
         roles = {role: [w.param for w in self.weights if w.role == role] for role in [*rates, "matrix"]}
@@ -1416,10 +1404,9 @@ class Optimisers:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
         decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
-        slowed = []  # (parameter, its copy, the share of this step it shall make) where that is not all
-        for w in self.weights if self.rates else []:
-            share = math.prod(rate(w, plan.progress, self.blocks) for rate in self.rates)
-            slowed += [(w.param, w.param.clone(), share)] if share != 1 else []
+        done, n = plan.progress, len(blocks_of(self.weights))
+        shares = [(w.param, math.prod(rate(w, done, n) for rate in self.rates)) for w in self.weights]
+        slowed = [(p, p.clone(), share) for p, share in shares if share != 1]  # share of the step they make
         for optimiser in self.all:
             for group in optimiser.param_groups:
                 group["lr"] = group["base_lr"] * plan.lr_scale
@@ -1465,29 +1452,31 @@ PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}  # kinds o
 MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
 RAW_LIMIT = 1 << 30  # no artifact within the limit unpacks to more; a header that says so is forged
-# Packed / raw bytes of trained int8 rows: 0.9165 in PR #895 (zstd), 0.92 in LowerLR (zlib); untrained, up to
-# 8 % more. Fewer levels take log2 of them less (PR #1453, 63 and 16: predicted 15.52 MB, was 15.28 to 15.40).
-TRAINED_RATIO = 0.92
+TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in LowerLR
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
-# |w| [r, c] -> clips [n, r]; each row keeps the one of least squared error. gptq_lite is PR #895's, nearly
-# the maximum. (torch.quantile refuses more than 16 M numbers, such as 65,536 x 264.)
+# |w| [r, c] -> clips [n, r], a row keeps the best; gptq_lite: PR #895. torch.quantile stops at 16 M numbers.
 CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(
     official=lambda size: np.quantile(size, [0.9999984], axis=1),
     max=lambda size: size.max(axis=1)[None],
     gptq_lite=lambda size: np.quantile(size, (0.9999, 0.99995, 0.99999, 0.999995, 0.999999), axis=1),
     grid=lambda size: np.linspace(1, 0.3, 36)[:, None] * size.max(axis=1),
 )
+CODECS: dict[str, tuple[Callable, Callable]] = {  # (compress(raw, cfg), decompress(body, raw length))
+    "zstd": (
+        lambda raw, cfg: zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw),
+        lambda body, size: zstandard_module().ZstdDecompressor().stream_reader(body).read(size + 1),
+    ),
+    "zlib": (lambda raw, cfg: zlib.compress(raw, 9), lambda b, n: zlib.decompressobj().decompress(b, n + 1)),
+}
 
 
 def quantise_rows(weight: Tensor, floor: float, levels=127, clip="official") -> tuple[Tensor, Tensor]:
-    """Integers [r, c] in -levels..levels, as int8, and float16 steps [r]: weight = integer * step.
-    The official script keeps steps >= 1/127, coarse for rows with no weight above 1; `floor` 0 drops that."""
+    """Integers [r, c] in -levels..levels, as int8, float16 steps [r] >= floor: weight = integer * step."""
     least = max(floor, 2.0**-24)  # the least positive float16
     steps = (torch.from_numpy(CLIPS[clip](weight.abs().numpy())) / levels).clamp_min(least).half()
-    stored = steps.float()[..., None]  # [n, r, 1]
+    stored = steps.float()[..., None]  # [n, r, 1]; a step beyond float16 is inf, its error nan
     errors = [((weight / s).round().clamp(-levels, levels) * s - weight).square().sum(dim=1) for s in stored]
-    best = torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True)  # nan: a step beyond float16
-    step = steps.gather(0, best)[0]
+    step = steps.gather(0, torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True))[0]
     return (weight / step.float()[:, None]).round().clamp(-levels, levels).to(torch.int8), step
 
 
@@ -1544,8 +1533,7 @@ def sealed(codec: bytes, raw_length: int, body: bytes) -> bytes:
 
 def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
     """(float32 state dict, header) of an artifact; RunError on anything damaged. Nothing is executed."""
-    ours = len(blob) >= PREFIX.size and blob.startswith(MAGIC)
-    require(ours, f"{source} is not an artifact of this script")
+    require(len(blob) >= PREFIX.size and blob[:6] == MAGIC, f"{source} is not an artifact of this script")
     _, version, codec, _, raw_length, body_length = PREFIX.unpack_from(blob)
     require(version == FORMAT_VERSION, f"{source} has format version {version}; this reads {FORMAT_VERSION}")
     require(codec.decode("latin1") in CODECS, f"{source} is packed with an unknown codec {codec!r}")
@@ -1583,16 +1571,6 @@ def zstandard_module():
     return zstandard
 
 
-# name -> (compress(raw, cfg), decompress(body, raw length))
-CODECS: dict[str, tuple[Callable, Callable]] = {
-    "zstd": (
-        lambda raw, cfg: zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw),
-        lambda body, size: zstandard_module().ZstdDecompressor().stream_reader(body).read(size + 1),
-    ),
-    "zlib": (lambda raw, cfg: zlib.compress(raw, 9), lambda b, n: zlib.decompressobj().decompress(b, n + 1)),
-}
-
-
 def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
     """Bytes of the planes before compression, from shapes alone."""
     planes = [(kind, t) for name, t in state.items() for kind in plane_kinds(cfg, name, t.shape)]
@@ -1600,7 +1578,7 @@ def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
 
 
 def predict_size(cfg: Config, model: GPT) -> int:
-    """Expected bytes of the packed model after training."""
+    """Expected bytes of the trained, packed model; fewer levels take log2 of them less, as PR #1453's did."""
     state = model.state_dict()
     coded = [(n, t.numel()) for n, t in state.items() if "int8" in plane_kinds(cfg, n, t.shape)]
     fewer = sum(count * math.log(127 / levels_of(cfg, name), 256) for name, count in coded)
