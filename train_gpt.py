@@ -411,7 +411,7 @@ class Runtime:
     @classmethod
     @contextmanager
     def launch(cls, cfg: Config, env: Mapping[str, str]) -> Iterator[Runtime]:
-        """One process, or one of torchrun's: nccl between GPUs, gloo between CPUs."""
+        """One process, or one of torchrun's: nccl between GPUs, gloo else, so that no GPU is waited for."""
         there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         kind = cfg.device if cfg.device != "auto" else "cuda" if there["cuda"] else "cpu"
         require(there[kind], f"DEVICE={kind} but torch sees none here; set DEVICE=cpu or DEVICE=auto")
@@ -422,9 +422,11 @@ class Runtime:
         runtime = cls(device, int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)))
         runtime.compiles, runtime.uncompiled = pick_compile(cfg.compile, device)
         runtime.claim_device()
-        keep_freed_memory(device)
+        with suppress(OSError, AttributeError):  # not glibc, where new pages take time (cpu_memory.json)
+            if device.type == "cpu":
+                libc = ctypes.CDLL(None)
+                libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
         if runtime.world_size > 1:
-            # On GPUs both: clocks and verdicts go over gloo, so that no rank waits for its device.
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
             runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
@@ -502,23 +504,12 @@ def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
     return wanted == "1" or wanted == "auto" and device.type != "mps", ""
 
 
-def keep_freed_memory(device: torch.device) -> None:
-    """Let glibc reuse the memory of large tensors. Each made of new pages, they took half of the mixer's time
-    and a sixth of a training step's on 2 CPU cores (records/benchmarks/cpu_memory.json)."""
-    with suppress(OSError, AttributeError):  # another C library
-        if device.type == "cpu":
-            libc = ctypes.CDLL(None)
-            libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
-
-
 class RunLog:
     """Rank 0's two logs: logs/RUN_ID.txt in the official line formats, logs/RUN_ID.jsonl as typed events."""
 
     def __init__(self, folder: Path | None, run_id: str):
-        self.text = self.events = None
-        if folder:
-            paths = folder / f"{run_id}.txt", folder / f"{run_id}.jsonl"
-            self.text, self.events = (path.open("x", encoding="utf-8") for path in paths)
+        paths = [folder / f"{run_id}{end}" for end in (".txt", ".jsonl")] if folder else []
+        self.text, self.events = [path.open("x", encoding="utf-8") for path in paths] or [None, None]
 
     def line(self, text: str, echo: bool = True) -> None:
         if self.text:
@@ -571,6 +562,18 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
 
 
 # 3. PROGRESS AND SCHEDULES: pure functions of how far the run is
+SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(  # of the LR; the last if none is on
+    tidal_lr=lambda cfg, p, left: tide(p, cfg.tidal_warmup, cfg.tidal_warmup),
+    cosine_lr=lambda cfg, p, left: cosine(p, 0.382 if cfg.golden_lr else 0.1, cfg.cosine_cycles),
+    breathing_lr=lambda cfg, p, left: tide(p, 4 / 19, 11 / 19),
+    whale_lr=lambda cfg, p, left: whale(p),
+    circadian_lr=lambda cfg, p, left: max(0.1, cosine(p) + 0.15 * (1 - p) * math.sin(16 * math.pi * p)),
+    cosmo_lr=lambda cfg, p, left: 0.05 + 19 * p if p < 0.05 else (1 + 20 * p) ** -0.5,
+    punctuated_lr=lambda cfg, p, left: 0.1 + 0.9 * max(math.exp(-200 * (p - c / 4) ** 2) for c in (1, 2, 3)),
+    root_first=lambda cfg, p, left: cosine(p),
+    coral_lr=lambda cfg, p, left: cosine(p),
+    warmdown=lambda cfg, p, left: warmdown(cfg, p, left),
+)
 
 
 def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
@@ -582,8 +585,7 @@ def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> f
 
 def finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> bool:
     """True when the next step would pass a limit. One step always runs, so that a slow machine trains."""
-    late = 0 < cfg.max_wallclock_seconds < elapsed + step_seconds
-    return step >= cfg.iterations or (late and step > 0)
+    return step >= cfg.iterations or (step > 0 and 0 < cfg.max_wallclock_seconds < elapsed + step_seconds)
 
 
 def warmdown(cfg: Config, p: float, left: float) -> float:
@@ -595,8 +597,7 @@ def warmdown(cfg: Config, p: float, left: float) -> float:
 
 def cosine(p: float, floor: float = 0.1, cycles: float = 1.0) -> float:
     """From 1 down to `floor` in each cycle; the end of the run is the end of a cycle, not a new one."""
-    phase = cycles * p % 1.0 or float(p >= 1.0)
-    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * phase))
+    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * (cycles * p % 1.0 or float(p >= 1.0))))
 
 
 def tide(p: float, rise: float, fall: float) -> float:
@@ -609,21 +610,6 @@ def whale(p: float) -> float:
     u, peak = 3 * p % 1.0, 0.95 * (1 - 0.3 * p)
     dive = 0.05 + (peak * u / 0.1 if u < 0.1 else 0.5 * peak * (1 + math.cos(math.pi * (u - 0.1) / 0.9)))
     return max(0.05, dive * min(1.0, (1 - p) / 0.1))
-
-
-# LR multiplier of (cfg, p, steps left), keyed by the knob that switches each on; the last acts when none is.
-SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(
-    tidal_lr=lambda cfg, p, left: tide(p, cfg.tidal_warmup, cfg.tidal_warmup),
-    cosine_lr=lambda cfg, p, left: cosine(p, 0.382 if cfg.golden_lr else 0.1, cfg.cosine_cycles),
-    breathing_lr=lambda cfg, p, left: tide(p, 4 / 19, 11 / 19),
-    whale_lr=lambda cfg, p, left: whale(p),
-    circadian_lr=lambda cfg, p, left: max(0.1, cosine(p) + 0.15 * (1 - p) * math.sin(16 * math.pi * p)),
-    cosmo_lr=lambda cfg, p, left: 0.05 + 19 * p if p < 0.05 else (1 + 20 * p) ** -0.5,
-    punctuated_lr=lambda cfg, p, left: 0.1 + 0.9 * max(math.exp(-200 * (p - c / 4) ** 2) for c in (1, 2, 3)),
-    root_first=lambda cfg, p, left: cosine(p),
-    coral_lr=lambda cfg, p, left: cosine(p),
-    warmdown=warmdown,
-)
 
 
 def schedule_name(cfg: Config) -> str:
@@ -674,13 +660,11 @@ def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> St
     start, warm_up = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps  # as officially
     momentum = start + (min(1.0, step / warm_up) if warm_up else 1.0) * (cfg.muon_momentum - start)
     depth = next((depth for until, depth in phases(cfg) if p < until), phases(cfg)[-1][1])
-    layers, noise = kept_layers(cfg, step), draw(cfg.seed, "noise", step)
-    return StepPlan(p, scale, momentum, step, depth, layers, noise)
+    return StepPlan(p, scale, momentum, step, depth, kept_layers(cfg, step), draw(cfg.seed, "noise", step))
 
 
 class Clock:
-    """Rank 0's training seconds, the only clock; it stands still while paused. On CUDA `tick` waits for the
-    step before the last: it lags the device by at most two steps and the device never waits for the host."""
+    """Rank 0's training seconds. On CUDA it lags by at most two steps, and the device never waits for it."""
 
     def __init__(self, runtime: Runtime, step_seconds: float = 0.0):
         self.runtime, self.total, self.started, self.last = runtime, 0.0, 0.0, None
@@ -787,8 +771,7 @@ def window_order(cfg: Config, windows: int, step: int) -> np.ndarray:
     epochs, places = np.divmod(np.arange(step * cfg.sequences, (step + 1) * cfg.sequences), windows)
     if not cfg.data_shuffle:
         return places
-    pairs = zip(epochs.tolist(), places.tolist(), strict=True)
-    return np.array([epoch_order(cfg.seed, epoch, windows)[place] for epoch, place in pairs])
+    return np.array([epoch_order(cfg.seed, int(e), windows)[p] for e, p in zip(epochs, places, strict=True)])
 
 
 @lru_cache(maxsize=2)  # 80 shards have 7.8 M windows: 0.8 s to permute, too long for every step
@@ -797,15 +780,13 @@ def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
 
 
 def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's (inputs, targets), each [sequences here, seq_len] int64, of steps 0, 1, ...
-    Windows overlap by one token: each token is a target once an epoch, but the first and an odd tail."""
+    """This rank's (inputs, targets) of steps 0, 1, ..., [sequences here, T] int64; windows share a token."""
     length, windows = cfg.train_seq_len, stream.windows(cfg.train_seq_len)
     for step in itertools.count():
         order = window_order(cfg, windows, step)[list(runtime.share(cfg.sequences))]
         rows = [stream.read(window * length, length + 1) for window in order.tolist()]
         block = torch.from_numpy(np.array(rows, np.int64).reshape(-1, length + 1))
-        pair = block[:, :-1], block[:, 1:]
-        # Only a contiguous pinned tensor is copied to the GPU without waiting.
+        pair = block[:, :-1], block[:, 1:]  # a GPU waits for the copy unless it is contiguous and pinned
         yield tuple(part.contiguous().pin_memory() for part in pair) if runtime.is_cuda else pair
 
 
@@ -840,8 +821,7 @@ class ByteTable:
         """Bytes [N] that each token adds: a space mark counts 1 unless it follows a boundary or the start."""
         begins = np.concatenate(([True], self.boundary[tokens[:-1]]))
         weights = self.own[tokens] + (self.space[tokens] & ~begins).astype(np.int16)
-        # A spelled mark is one space: as three bytes it made scores a fifth too good (parameter-golf #897).
-        if self.spelled and len(tokens) > 2:
+        if self.spelled and len(tokens) > 2:  # one space; as 3 bytes: a fifth too good (parameter-golf #897)
             runs = [tokens[k : len(tokens) - 2 + k] == byte for k, byte in enumerate(self.spelled)]
             at = np.flatnonzero(np.logical_and.reduce(runs))
             weights[at] = weights[at + 1] = 0
@@ -861,8 +841,7 @@ def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
 
 
 def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int, int]:
-    """(documents, bytes) of the text that `tokens` decode to: the oracle. Documents stand between boundary
-    tokens; their leading space mark adds no byte, as in ByteTable. Whether decode drops it is probed."""
+    """(documents, bytes) of the text that `tokens` decode to: the oracle. A leading space adds no byte."""
     keeps_mark = any(tokenizer.decode([i]).startswith(" ") for i in np.flatnonzero(table.space)[:1].tolist())
     edges = np.concatenate(([-1], np.flatnonzero(table.boundary[tokens]), [len(tokens)]))
     spans = [(start + 1, stop) for start, stop in itertools.pairwise(edges.tolist()) if stop > start + 1]
@@ -926,6 +905,26 @@ def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
 
 # 6. MODEL: official names and shapes, so official checkpoints load
 BLOCK, LONGEST_BLOCKED = 128, 512  # queries of a block, and the longest sequence, of attention on a CPU
+# Training only, by the knob that switches it on: changes of the input before and after its norm; loss terms.
+EMBEDDING_TERMS: dict[str, Callable[..., Tensor]] = dict(embed_mixup=lambda *given: embed_mixup(*given))
+INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
+    token_drop=lambda cfg, x, ids, dials: dropout(x, uniform(ids, dials[0], 2, len(ids[0])), cfg.token_drop),
+    metamorphosis=lambda cfg, x, ids, dials: dropout(
+        x, uniform(ids, dials[0], 3, x[0].numel()), cfg.metamorphosis * (1 - 2 * dials[1]).clamp_min(0)
+    ),
+)
+LOSS_TERMS: dict[str, Callable[..., Tensor]] = dict(  # softcapped logits z, targets y, their nats, progress p
+    focal_gamma=lambda cfg, z, y, nats, p, _: (  # (1 - P(y))^gamma nats, less nats (Lin et al. 1708.02002)
+        ((-torch.expm1(-nats)).clamp_min(1e-7) ** (cfg.focal_gamma * (1 - cfg.gamma_anneal * p)) - 1) * nats
+    ).mean(),
+    label_smooth=lambda cfg, z, y, nats, *_: cfg.label_smooth * (z.logsumexp(-1) - z.mean(-1) - nats).mean(),
+    z_loss=lambda cfg, z, *_: cfg.z_loss * z.logsumexp(-1).square().mean(),
+    logit_penalty=lambda cfg, z, *_: cfg.logit_penalty * z.square().mean(),
+    logit_temp=lambda cfg, z, y, nats, *_: (cross_entropy(z / cfg.logit_temp, y) - nats).mean(),
+    entropy_bonus=lambda cfg, z, *_: -cfg.entropy_bonus * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
+    multi_token=lambda cfg, z, y, *_: cfg.multi_token * cross_entropy(z[:, :-1], y[:, 1:]).mean(),
+    head_diversity=lambda cfg, z, y, nats, p, model: head_diversity(cfg, model),
+)
 
 
 def norm(x: Tensor) -> Tensor:
@@ -950,15 +949,8 @@ class Linear(nn.Linear):
         return y + F.linear(F.linear(x, self.lora_a[repeat].to(x.dtype)), self.lora_b[repeat].to(x.dtype))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-split pairs. x [..., T, D]; cos, sin [T, D/2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-
-
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by blocks of queries, each on the keys up to its end. Compiled, on 2 CPU cores, it
-    takes 0.50 to 0.61 of the time of torch's kernel at lengths 128 to 512 (benchmarks/cpu_attention.json)."""
+    """Causal attention by blocks of queries: half the time of torch's kernel on CPUs (cpu_attention.json)."""
     future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
     q, parts = q * q.size(-1) ** -0.5, []
     for start, part in zip(range(0, q.size(2), BLOCK), q.split(BLOCK, dim=2), strict=True):
@@ -1004,7 +996,8 @@ class Attention(nn.Module):
         if mix is not None:
             first += [] if first else [v]
             v = mix[0].to(v.dtype) * first[0] + mix[1].to(v.dtype) * v
-        q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        halves = (norm(part).chunk(2, dim=-1) for part in (q, k))  # rotary, by cos and sin [T, D/2]
+        q, k = (torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1) for a, b in halves)
         y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
         y = omit_own(y, v) if exclusive else y
         return self.proj(y.transpose(1, 2).flatten(2), repeat)
@@ -1016,8 +1009,7 @@ class MLP(nn.Module):
     def __init__(self, cfg: Config):
         super().__init__()
         leaky, wide = partial(F.leaky_relu, negative_slope=cfg.leaky_slope), cfg.mlp_mult * cfg.model_dim
-        plain = dict(relu2=F.relu, leaky_relu2=leaky, gelu2=F.gelu, silu2=F.silu)  # relu2: the baseline's
-        self.activation = plain.get(cfg.mlp_act)
+        self.activation = dict(relu2=F.relu, leaky_relu2=leaky, gelu2=F.gelu, silu2=F.silu).get(cfg.mlp_act)
         hidden = int(wide if self.activation else 2 * wide / 3)
         self.gate = None if self.activation else Linear(cfg.model_dim, hidden)
         self.fc = Linear(cfg.model_dim, hidden)
@@ -1030,15 +1022,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x <- m0*x + m1*x0, then attention and MLP residuals, each with a gain per channel.
-    parallel: both read the same x and are added together (PR #1434)."""
+    """x <- m0*x + m1*x0, then attention and MLP (parallel: of the same x, PR #1434), each with its gains."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         self.attn, self.mlp = Attention(cfg), MLP(cfg)
         self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
         self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
-        self.after_attention = norm if cfg.sandwich_norm and not cfg.parallel_block else nn.Identity()
+        self.after = norm if cfg.sandwich_norm and not cfg.parallel_block else nn.Identity()
         self.parallel, self.passes = cfg.parallel_block, 1 + cfg.attn_recycle
 
     def forward(self, x: Tensor, x0: Tensor, repeat: int = 0, **how) -> Tensor:
@@ -1046,27 +1037,15 @@ class Block(nn.Module):
         keep, again = self.resid_mix.to(x.dtype)
         x = entered = keep * x + again * x0
         for _ in range(self.passes):
-            attended = self.after_attention(self.attn(norm(x), repeat=repeat, **how))
-            x = x + self.attn_scale.to(x.dtype) * attended
+            x = x + self.attn_scale.to(x.dtype) * self.after(self.attn(norm(x), repeat=repeat, **how))
         return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(entered if self.parallel else x), repeat)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One effective layer: the block it runs, and the earlier layer's output (U-Net skip) it adds first."""
-
-    block: int
-    skip: int | None = None  # row of skip_weights
-    source: int | None = None  # effective layer whose output is added
-
-
-def layer_plan(cfg: Config) -> list[Layer]:
-    """With E encoders, layer E + i adds the output of layer E - 1 - i, as popped off a stack, while i < E."""
-    layers, half = [], cfg.encoders
-    for index in range(cfg.depth):
-        skip, source = (index - half, 2 * half - 1 - index) if half <= index < 2 * half else (None, None)
-        layers.append(Layer(index % cfg.num_layers % (cfg.weight_share or cfg.num_layers), skip, source))
-    return layers
+def layer_plan(cfg: Config) -> list[tuple[int, int | None, int | None]]:
+    """(block, row of skip_weights, layer whose output times that is added: U-Net, latest first) of layers."""
+    half, shared = cfg.encoders, cfg.weight_share or cfg.num_layers
+    joins = [(i - half, 2 * half - 1 - i) if half <= i < 2 * half else (None, None) for i in range(cfg.depth)]
+    return [(i % cfg.num_layers % shared, *join) for i, join in enumerate(joins)]
 
 
 class GPT(nn.Module):
@@ -1075,10 +1054,10 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.dtype, self.softcap, self.embed_scale = dtype, cfg.logit_softcap, cfg.embed_scale or 1.0
-        self.layers, width, again = layer_plan(cfg), cfg.model_dim, cfg.num_repeats - 1
+        self.layers, width = layer_plan(cfg), cfg.model_dim
         self.tok_emb = nn.Embedding(cfg.vocab_size, width)
-        self.skip_weights = nn.Parameter(torch.ones(sum(x.skip is not None for x in self.layers), width))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(1 + max(x.block for x in self.layers)))
+        self.skip_weights = nn.Parameter(torch.ones(sum(at is not None for *_, at in self.layers), width))
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(1 + max(block for block, *_ in self.layers)))
         self.lm_head = None if cfg.tie_embeddings else Linear(width, cfg.vocab_size, zero=True)
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
@@ -1087,46 +1066,39 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)  # [T, head_dim/2]
         self.register_buffer("sin", angle.sin(), persistent=False)
         self.exclusive, self.period = cfg.depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n, cfg.num_layers
-        embeds = range(cfg.num_value_embeds)
-        self.value_embeds = nn.ModuleList(nn.Embedding(cfg.vocab_size, width) for _ in embeds)
-        self.value_scales = nn.Parameter(torch.zeros(cfg.depth, len(embeds), width)) if embeds else None
+        embeds, again = cfg.num_value_embeds, cfg.num_repeats - 1
+        self.value_embeds = nn.ModuleList(nn.Embedding(cfg.vocab_size, width) for _ in range(embeds))
+        self.value_scales = nn.Parameter(torch.zeros(cfg.depth, embeds, width)) if embeds else None
         self.loop_embed = nn.Parameter(torch.zeros(cfg.depth, width)) if again else None
         scales = torch.zeros(cfg.num_layers, again, width)
         self.cross_repeat_scales = nn.Parameter(scales) if again and cfg.cross_repeat_skip else None
         self.value_mix = nn.Parameter(torch.full((cfg.depth, 2), 0.5)) if cfg.value_residual else None
 
     def forward(self, ids: Tensor, depth: int | None = None, places: Tensor | None = None) -> Tensor:
-        return self.logits(norm(self.embed(ids)), depth=depth, ids=ids, places=places)
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return self.tok_emb(ids) * self.embed_scale
+        return self.logits(norm(self.tok_emb(ids) * self.embed_scale), depth=depth, ids=ids, places=places)
 
     def logits(self, x0: Tensor, keep: Tensor | None = None, depth=None, ids=None, places=None) -> Tensor:
-        """From normed embeddings [B, T, d] and their ids to logits [B, T, V], or [B, S, V] at places [B, S].
-        A layer of keep 0, or from `depth` on, adds but its U-Net skip: so a model that grows goes on."""
+        """From normed embeddings [B, T, d] and ids to logits [B, T, V], or [B, S, V] at places [B, S]."""
         x = x0 = x0.to(self.dtype)
-        depth, outputs, first = len(self.layers) if depth is None else depth, [], []
-        cos, sin = self.cos[: x.size(1)].to(x.dtype), self.sin[: x.size(1)].to(x.dtype)
+        depth, outputs = len(self.layers) if depth is None else depth, []
+        how = dict(cos=self.cos[: x.size(1)].to(x.dtype), sin=self.sin[: x.size(1)].to(x.dtype), first=[])
         values = [table(ids).to(x.dtype) for table in self.value_embeds]
-        for index, layer in enumerate(self.layers):
-            repeat, place = divmod(index, self.period)
-            if layer.skip is not None:
-                x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.source]
-            if index < depth:
-                mix = None if self.value_mix is None else self.value_mix[index]
-                how = dict(cos=cos, sin=sin, exclusive=index >= depth - self.exclusive, mix=mix, first=first)
-                y = x if self.loop_embed is None else x + self.loop_embed[index].to(x.dtype)  # as PR #895
-                for scale, value in zip(self.value_scales[index] if values else (), values, strict=True):
+        for i, (block, skip, source) in enumerate(self.layers):
+            repeat, place = divmod(i, self.period)
+            if skip is not None:
+                x = x + self.skip_weights[skip].to(x.dtype) * outputs[source]
+            if i < depth:  # later ones, and those of keep 0, add but their U-Net skip
+                mix = None if self.value_mix is None else self.value_mix[i]
+                y = x if self.loop_embed is None else x + self.loop_embed[i].to(x.dtype)  # as PR #895
+                for scale, value in zip(self.value_scales[i] if values else (), values, strict=True):
                     y = y + scale.to(x.dtype) * value
                 if repeat and self.cross_repeat_scales is not None:  # the output of the block's last run
-                    scale = self.cross_repeat_scales[place, repeat - 1].to(x.dtype)
-                    y = y + scale * outputs[index - self.period]
-                y = self.blocks[layer.block](y, x0, repeat, **how)
-                x = y if keep is None else torch.where(keep[index] > 0, y, x)
+                    y = y + self.cross_repeat_scales[place, repeat - 1].to(x.dtype) * outputs[-self.period]
+                y = self.blocks[block](y, x0, repeat, exclusive=i >= depth - self.exclusive, mix=mix, **how)
+                x = y if keep is None else torch.where(keep[i] > 0, y, x)
             outputs.append(x)
-        head = self.tok_emb.weight if self.lm_head is None else self.lm_head.weight
         x = x if places is None else x.take_along_dim(places[..., None], dim=1)
-        z = F.linear(norm(x), head.to(x.dtype)).float()
+        z = F.linear(norm(x), (self.lm_head or self.tok_emb).weight.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
 
 
@@ -1143,8 +1115,7 @@ def scramble(x: Tensor) -> Tensor:
 
 
 def uniform(ids: Tensor, noise: Tensor, salt: int, count: int) -> Tensor:
-    """Draws in [0, 1), float32 [B, count], from each sequence's tokens, the step's seed and the use (salt).
-    So they are the same compiled or not and at any world size, micro-batch and order of sequences."""
+    """Draws in [0, 1), float32 [B, count], of each sequence's tokens, step and salt, however it is run."""
     places = [torch.arange(n, device=ids.device) for n in (ids.size(1), count)]
     content = (ids * (scramble(places[0] + 1) >> 1)).sum(dim=1, keepdim=True)  # below 2^59: no overflow
     sequence = scramble((content + (noise.long() << 8) + salt) & 0xFFFFFFFF)
@@ -1176,30 +1147,6 @@ def head_diversity(cfg: Config, model: GPT) -> Tensor:
     return cfg.head_diversity * total / len(model.blocks)
 
 
-# Training only, keyed by the knob that switches each on: changes of the input before and after its norm; what
-# is added to the mean nats, given softcapped logits z [B, T, V], targets y, their nats [B, T], progress p.
-EMBEDDING_TERMS: dict[str, Callable[..., Tensor]] = dict(embed_mixup=embed_mixup)
-INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
-    token_drop=lambda cfg, x, ids, dials: dropout(x, uniform(ids, dials[0], 2, len(ids[0])), cfg.token_drop),
-    metamorphosis=lambda cfg, x, ids, dials: dropout(
-        x, uniform(ids, dials[0], 3, x[0].numel()), cfg.metamorphosis * (1 - 2 * dials[1]).clamp_min(0)
-    ),
-)
-LOSS_TERMS: dict[str, Callable[..., Tensor]] = dict(
-    focal_gamma=lambda cfg, z, y, nats, p, _: (  # (1 - P(y))^gamma nats, less nats (Lin et al. 1708.02002)
-        ((-torch.expm1(-nats)).clamp_min(1e-7) ** (cfg.focal_gamma * (1 - cfg.gamma_anneal * p)) - 1) * nats
-    ).mean(),
-    # (1-e) nats + e times the mean nats over the vocabulary, less nats
-    label_smooth=lambda cfg, z, y, nats, *_: cfg.label_smooth * (z.logsumexp(-1) - z.mean(-1) - nats).mean(),
-    z_loss=lambda cfg, z, *_: cfg.z_loss * z.logsumexp(-1).square().mean(),
-    logit_penalty=lambda cfg, z, *_: cfg.logit_penalty * z.square().mean(),
-    logit_temp=lambda cfg, z, y, nats, *_: (cross_entropy(z / cfg.logit_temp, y) - nats).mean(),
-    entropy_bonus=lambda cfg, z, *_: -cfg.entropy_bonus * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
-    multi_token=lambda cfg, z, y, *_: cfg.multi_token * cross_entropy(z[:, :-1], y[:, 1:]).mean(),
-    head_diversity=lambda cfg, z, y, nats, p, model: head_diversity(cfg, model),
-)
-
-
 def switched_on(cfg: Config, table: Mapping[str, Callable]) -> list[Callable]:
     """The entries whose knob is not at its default."""
     return [entry for name, entry in table.items() if name in {f.name for f in cfg.changed()}]
@@ -1215,7 +1162,7 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
         if cfg.mirror_train:  # some sequences as a whole: the target is still the token read next
             back = uniform(ids, dials[0], 0, 1) < cfg.mirror_train
             ids, targets = torch.where(back, targets.flip(1), ids), torch.where(back, ids.flip(1), targets)
-        x = model.embed(ids)
+        x = model.tok_emb(ids) * model.embed_scale
         for change in changes:
             x = change(cfg, x, ids, dials)
         logits = model.logits(x, dials[2:] if cfg.layer_drop else None, depth, ids)
@@ -1229,8 +1176,8 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 def step_flops(cfg: Config, model: GPT) -> float:
     """Training FLOPs of a step; a token costs 6 * weights that multiply it + 12 * d * attentions * (T/2)."""
     weights, passes = model.tok_emb.weight.numel(), 1 + cfg.attn_recycle  # the head is as large as the table
-    for block in (model.blocks[layer.block] for layer in model.layers):
-        for part, times in ((block.attn, passes), (block.mlp, 1)):
+    for block, *_ in model.layers:
+        for part, times in ((model.blocks[block].attn, passes), (model.blocks[block].mlp, 1)):
             weights += times * sum(p.numel() for p in part.parameters() if p.ndim == 2)
     attention = 12 * cfg.model_dim * (cfg.train_seq_len / 2) * len(model.layers) * passes
     return cfg.train_batch_tokens * (6.0 * weights + attention)
@@ -1270,8 +1217,7 @@ def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, then an orthogonalised step (Keller Jordan; the baseline's scaling), all matrices of
-    a shape at once. Each rank does every world_size-th; one flat buffer brings the same updates to all."""
+    """Nesterov momentum, then an orthogonalised step (Keller Jordan) of each rank's share of the matrices."""
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, runtime: Runtime):
         super().__init__([dict(params=params, base_lr=lr)], dict(lr=lr, momentum=momentum, weight_decay=0.0))
@@ -1317,9 +1263,8 @@ def weights_of(cfg: Config, model: GPT) -> list[Weight]:
     weights, own = [], dict(tok_emb="embed", value_embeds="embed", lm_head="head")
     for name, p in model.named_parameters():
         control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
-        matrix = p.ndim == 2 and name.startswith("blocks.") and not control
-        role = own.get(name.partition(".")[0], "matrix" if matrix else "scalar")
-        weights += [Weight(name, p, role)] if p.numel() else []
+        other = "matrix" if p.ndim == 2 and name.startswith("blocks.") and not control else "scalar"
+        weights += [Weight(name, p, own.get(name.partition(".")[0], other))] if p.numel() else []
     return weights
 
 
@@ -1329,23 +1274,12 @@ def blocks_of(weights: list[Weight]) -> list[dict[str, Weight]]:
     return [{w.name.split(".", 2)[2]: w for w in block} for _, block in blocks]
 
 
-def mycorrhizal(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-    """Blocks three apart exchange a share of their gradients, from the first to the last (so it cascades)."""
-    blocks = blocks_of(weights) if plan.progress >= 0.025 else []
-    for near, far in zip(blocks, blocks[3:], strict=False):
-        for a, b in ((near[name].param.grad, far[name].param.grad) for name in near):
-            old = a.clone()
-            a.add_(b, alpha=cfg.mycorrhizal)
-            b.add_(old, alpha=cfg.mycorrhizal)
-
-
 def shake(amount: Callable[..., float], cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
     """Add amount(cfg, step, p) times a matrix's mean magnitude times N(0, 1), the same on every rank."""
     size = amount(cfg, plan.step + 1, plan.progress)
-    for w in (w for w in weights if w.dense and size > 1e-6):
-        generator = torch.Generator(w.param.device).manual_seed(draw(cfg.seed, plan.step, w.name))
-        normal = torch.randn(w.param.shape, generator=generator, device=w.param.device)
-        w.param.add_(normal * (size * w.param.abs().mean()))
+    for name, p in ((w.name, w.param) for w in weights if w.dense and size > 1e-6):
+        generator = torch.Generator(p.device).manual_seed(draw(cfg.seed, plan.step, name))
+        p.add_(torch.randn(p.shape, generator=generator, device=p.device) * (size * p.abs().mean()))
 
 
 def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool = False) -> None:
@@ -1358,11 +1292,14 @@ def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool =
         (w.param.grad if grads else w.param).unflatten(1, (cfg.num_heads, -1)).mul_(w.memory["kept"][:, None])
 
 
-# Interventions (cfg, weights, plan), keyed by the knob that switches each on: of the gradients, summed over
-# ranks, before the clip and the step (they write nothing else); and of the weights after the step.
+# Interventions by knob: of the summed gradients, before the clip and the step; of the weights after the step.
 GRADIENT_EDITS: dict[str, Callable[..., object]] = dict(
     grad_central=lambda cfg, ws, plan: [w.param.grad.sub_(w.param.grad.mean(1, True)) for w in ws if w.dense],
-    mycorrhizal=mycorrhizal,
+    mycorrhizal=lambda cfg, ws, plan: [  # blocks three apart exchange a share, first to last: so it cascades
+        torch._foreach_add_([a, b], [b.clone(), a.clone()], alpha=cfg.mycorrhizal)
+        for near, far in zip(blocks_of(ws), blocks_of(ws)[3:], strict=False)
+        for a, b in ((near[n].param.grad, far[n].param.grad) for n in near if plan.progress >= 0.025)
+    ],
     thermal_vent=lambda cfg, ws, plan: [
         w.param.grad.mul_(1 + cfg.thermal_vent)
         for block in random.Random(plan.noise).sample(blocks_of(ws), min(2, len(blocks_of(ws))))
@@ -1389,8 +1326,7 @@ LAYER_RATES: dict[str, Callable[[Weight, float, int], float]] = dict(
     root_first=lambda w, p, n: 1.0 if w.role == "embed" else min(1.0, 0.1 + 4.5 * p),
     coral_lr=lambda w, p, n: 1.0 if w.block is None else float(p < (1 + (w.block + 1) / n) / 2),
 )
-# Weight decay at p of the blocks' matrices; their learning rate multiplies it.
-DECAYS: dict[str, Callable[[Config, float], float]] = dict(
+DECAYS: dict[str, Callable[[Config, float], float]] = dict(  # of the blocks' matrices, times their LR
     muon_wd=lambda cfg, p: cfg.muon_wd,
     wd_schedule=lambda cfg, p: cfg.wd_schedule * p,
     predprey_lr=lambda cfg, p: 0.01 - 0.005 * (1 - p) * math.sin(12 * math.pi * p),
@@ -1401,8 +1337,7 @@ class Optimisers:
     """Muon and Adam over one flat gradient buffer, stepped together."""
 
     def __init__(self, cfg: Config, model: GPT, runtime: Runtime):
-        self.cfg, self.runtime, self.blocks = cfg, runtime, len(model.blocks)
-        self.weights = weights_of(cfg, model)
+        self.cfg, self.runtime, self.weights = cfg, runtime, weights_of(cfg, model)
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         rates = dict(embed=embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr)
         roles = {role: [w.param for w in self.weights if w.role == role] for role in [*rates, "matrix"]}
@@ -1440,10 +1375,9 @@ class Optimisers:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
         decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
-        slowed = []  # (parameter, its copy, the share of this step it shall make) where that is not all
-        for w in self.weights if self.rates else []:
-            share = math.prod(rate(w, plan.progress, self.blocks) for rate in self.rates)
-            slowed += [(w.param, w.param.clone(), share)] if share != 1 else []
+        done, n = plan.progress, len(blocks_of(self.weights))
+        shares = [(w.param, math.prod(rate(w, done, n) for rate in self.rates)) for w in self.weights]
+        slowed = [(p, p.clone(), share) for p, share in shares if share != 1]  # share of the step they make
         for optimiser in self.all:
             for group in optimiser.param_groups:
                 group["lr"] = group["base_lr"] * plan.lr_scale
@@ -1489,29 +1423,31 @@ PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}  # kinds o
 MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
 RAW_LIMIT = 1 << 30  # no artifact within the limit unpacks to more; a header that says so is forged
-# Packed / raw bytes of trained int8 rows: 0.9165 in PR #895 (zstd), 0.92 in LowerLR (zlib); untrained, up to
-# 8 % more. Fewer levels take log2 of them less (PR #1453, 63 and 16: predicted 15.52 MB, was 15.28 to 15.40).
-TRAINED_RATIO = 0.92
+TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in LowerLR
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
-# |w| [r, c] -> clips [n, r]; each row keeps the one of least squared error. gptq_lite is PR #895's, nearly
-# the maximum. (torch.quantile refuses more than 16 M numbers, such as 65,536 x 264.)
+# |w| [r, c] -> clips [n, r], a row keeps the best; gptq_lite: PR #895. torch.quantile stops at 16 M numbers.
 CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(
     official=lambda size: np.quantile(size, [0.9999984], axis=1),
     max=lambda size: size.max(axis=1)[None],
     gptq_lite=lambda size: np.quantile(size, (0.9999, 0.99995, 0.99999, 0.999995, 0.999999), axis=1),
     grid=lambda size: np.linspace(1, 0.3, 36)[:, None] * size.max(axis=1),
 )
+CODECS: dict[str, tuple[Callable, Callable]] = {  # (compress(raw, cfg), decompress(body, raw length))
+    "zstd": (
+        lambda raw, cfg: zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw),
+        lambda body, size: zstandard_module().ZstdDecompressor().stream_reader(body).read(size + 1),
+    ),
+    "zlib": (lambda raw, cfg: zlib.compress(raw, 9), lambda b, n: zlib.decompressobj().decompress(b, n + 1)),
+}
 
 
 def quantise_rows(weight: Tensor, floor: float, levels=127, clip="official") -> tuple[Tensor, Tensor]:
-    """Integers [r, c] in -levels..levels, as int8, and float16 steps [r]: weight = integer * step.
-    The official script keeps steps >= 1/127, coarse for rows with no weight above 1; `floor` 0 drops that."""
+    """Integers [r, c] in -levels..levels, as int8, float16 steps [r] >= floor: weight = integer * step."""
     least = max(floor, 2.0**-24)  # the least positive float16
     steps = (torch.from_numpy(CLIPS[clip](weight.abs().numpy())) / levels).clamp_min(least).half()
-    stored = steps.float()[..., None]  # [n, r, 1]
+    stored = steps.float()[..., None]  # [n, r, 1]; a step beyond float16 is inf, its error nan
     errors = [((weight / s).round().clamp(-levels, levels) * s - weight).square().sum(dim=1) for s in stored]
-    best = torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True)  # nan: a step beyond float16
-    step = steps.gather(0, best)[0]
+    step = steps.gather(0, torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True))[0]
     return (weight / step.float()[:, None]).round().clamp(-levels, levels).to(torch.int8), step
 
 
@@ -1568,8 +1504,7 @@ def sealed(codec: bytes, raw_length: int, body: bytes) -> bytes:
 
 def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
     """(float32 state dict, header) of an artifact; RunError on anything damaged. Nothing is executed."""
-    ours = len(blob) >= PREFIX.size and blob.startswith(MAGIC)
-    require(ours, f"{source} is not an artifact of this script")
+    require(len(blob) >= PREFIX.size and blob[:6] == MAGIC, f"{source} is not an artifact of this script")
     _, version, codec, _, raw_length, body_length = PREFIX.unpack_from(blob)
     require(version == FORMAT_VERSION, f"{source} has format version {version}; this reads {FORMAT_VERSION}")
     require(codec.decode("latin1") in CODECS, f"{source} is packed with an unknown codec {codec!r}")
@@ -1607,16 +1542,6 @@ def zstandard_module():
     return zstandard
 
 
-# name -> (compress(raw, cfg), decompress(body, raw length))
-CODECS: dict[str, tuple[Callable, Callable]] = {
-    "zstd": (
-        lambda raw, cfg: zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw),
-        lambda body, size: zstandard_module().ZstdDecompressor().stream_reader(body).read(size + 1),
-    ),
-    "zlib": (lambda raw, cfg: zlib.compress(raw, 9), lambda b, n: zlib.decompressobj().decompress(b, n + 1)),
-}
-
-
 def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
     """Bytes of the planes before compression, from shapes alone."""
     planes = [(kind, t) for name, t in state.items() for kind in plane_kinds(cfg, name, t.shape)]
@@ -1624,7 +1549,7 @@ def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
 
 
 def predict_size(cfg: Config, model: GPT) -> int:
-    """Expected bytes of the packed model after training."""
+    """Expected bytes of the trained, packed model; fewer levels take log2 of them less, as PR #1453's did."""
     state = model.state_dict()
     coded = [(n, t.numel()) for n, t in state.items() if "int8" in plane_kinds(cfg, n, t.shape)]
     fewer = sum(count * math.log(127 / levels_of(cfg, name), 256) for name, count in coded)

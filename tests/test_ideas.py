@@ -347,12 +347,12 @@ def test_dropped_layers_are_blocks_left_out_skips_kept(tiny):
     cfg = config(tiny)
     model, (ids, _) = make(cfg)[0].model, batch_of(cfg)
     keep = torch.tensor([1.0, 0.0, 1.0, 0.0])
-    x0 = train_gpt.norm(model.embed(ids))
+    x0 = train_gpt.norm(model.tok_emb(ids) * model.embed_scale)
     x, outputs, turns = x0, [], dict(cos=model.cos[:32], sin=model.sin[:32])
-    for index, layer in enumerate(model.layers):
-        if layer.skip is not None:
-            x = x + model.skip_weights[layer.skip] * outputs[layer.source]
-        x = model.blocks[layer.block](x, x0, **turns) if keep[index] else x
+    for index, (block, skip, source) in enumerate(model.layers):
+        if skip is not None:
+            x = x + model.skip_weights[skip] * outputs[source]
+        x = model.blocks[block](x, x0, **turns) if keep[index] else x
         outputs.append(x)
     z = torch.nn.functional.linear(train_gpt.norm(x), model.tok_emb.weight)
     torch.testing.assert_close(model.logits(x0, keep), 30 * torch.tanh(z / 30), rtol=1e-5, atol=1e-5)
@@ -373,7 +373,7 @@ def test_a_grown_layer_goes_on_where_the_shallow_model_was(tiny):
     new = GPT(cfg)
     for index in (4, 5):
         model.blocks[index].load_state_dict(new.blocks[index].state_dict())
-    x0 = train_gpt.norm(model.embed(ids))
+    x0 = train_gpt.norm(model.tok_emb(ids) * model.embed_scale)
     torch.testing.assert_close(model.logits(x0, depth=4), model(ids), rtol=1e-5, atol=1e-5)
 
 

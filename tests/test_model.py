@@ -351,20 +351,20 @@ def plan(request, tiny):
 
 
 def test_every_block_runs_once_in_order(plan):
-    assert [layer.block for layer in plan[1]] == list(range(len(plan[1])))
+    assert [block for block, *_ in plan[1]] == list(range(len(plan[1])))
 
 
 def test_there_are_as_many_skips_as_the_smaller_half(plan):
     encoders, layers = plan
-    gates = [layer.skip for layer in layers if layer.skip is not None]
+    gates = [skip for _, skip, _ in layers if skip is not None]
     assert gates == list(range(min(encoders, len(layers) - encoders)))
 
 
 def test_skips_join_encoders_to_decoders_latest_first(plan):
     encoders, layers = plan
-    joined = [(index, layer.source) for index, layer in enumerate(layers) if layer.source is not None]
+    joined = [(index, source) for index, (*_, source) in enumerate(layers) if source is not None]
     assert joined == [(encoders + j, encoders - 1 - j) for j in range(len(joined))]
-    assert [layer.skip is None for layer in layers] == [layer.source is None for layer in layers]
+    assert [skip is None for _, skip, _ in layers] == [source is None for *_, source in layers]
 
 
 @pytest.mark.parametrize("encoders", [0, 4])
