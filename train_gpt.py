@@ -239,9 +239,7 @@ class Config:
     hedge_order: int = pack_knob(6, "longest context of the n-grams", low=0, high=99, **HEDGE)
     hedge_window: int = pack_knob(0, "only a bin's last so many tokens count; 0 = all", low=0, **HEDGE)
     score_dump: str = place_knob("", "write each target's position, bytes and log-probs to this .npz")
-    score_check: bool = place_knob(
-        False, "first try every score against the four conditions; exit 7 if one fails"
-    )
+    score_check: bool = place_knob(False, "first try the scores on the four conditions; exit 7 if one fails")
     # -- reports, place --
     val_loss_every: int = place_knob(1000, "validate every so many steps; 0 = only at the end", low=0)
     train_log_every: int = place_knob(200, "log the first ten steps, then one in so many; 0 = none", low=0)
@@ -291,9 +289,8 @@ class Config:
         require(self.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotation")
         require(self.encoder_layers <= self.num_layers, "ENCODER_LAYERS must not exceed NUM_LAYERS")
         turns, whole, hop, size = self.depth_phases, self.num_repeats, self.eval_stride, self.eval_length
-        require(
-            hop <= size, f"EVAL_STRIDE={hop} is longer than its window of {size} tokens; set EVAL_SEQ_LEN"
-        )
+        window = f"EVAL_STRIDE={hop} is longer than its window of {size} tokens; set EVAL_SEQ_LEN"
+        require(hop <= size, window)
         fits = all(0 < until <= 1 and 0 < repeats <= whole for until, repeats in turns)
         wrong = f"PROG_DEPTH={self.prog_depth} needs progress in (0, 1], repeats of 1 to NUM_REPEATS={whole}"
         require(fits and (not turns or turns[-1][1] == whole), f"{wrong} and these last: they are scored")
@@ -1600,16 +1597,17 @@ def padded(data: Validation, rows: list, shape: tuple[int, int, int], device: to
 
 def passes(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[list]:
     """What is scored in turn: [this rank's windows, None or the (first, stop, reset) to learn from then].
-    Every rank has the same number of turns. Only a learner's end with a chunk, or with a document."""
+    Every rank has the same number of turns. Only a learner's end with a chunk, or with a document.
+    reset: back to the packed weights, after each document or after all."""
     batch, length, width = eval_shape(cfg, runtime.device, stride)
-    edges, turns = [0, *data.starts, data.targets] if learns and cfg.ttt_reset else [0, data.targets], []
-    for begin, end in itertools.pairwise(edges):
+    alone, turns = learns and cfg.ttt_reset, []
+    for begin, end in itertools.pairwise([0, *(data.starts if alone else ()), data.targets]):
         todo = windows(end, length, width, begin)
         size = max(1, cfg.ttt_chunk_tokens // width) if learns else len(todo)
         for part in (todo[at : at + size] for at in range(0, len(todo), size)):
             mine, most = [part[i] for i in runtime.share(len(part))], -(-len(part) // runtime.world_size)
             turns += [[mine[at : at + batch], None] for at in range(0, most, batch)]
-            turns[-1][1] = (part[0][1], part[-1][2], cfg.ttt_reset and part[-1][2] == end) if learns else None
+            turns[-1][1] = (part[0][1], part[-1][2], part[-1][2] == end) if learns else None
     return turns
 
 
@@ -1633,12 +1631,12 @@ def evaluate(cfg, nats_of, data, runtime, stride=0, limit=math.inf, say=None, le
                 nats = nats_of(*given[: 3 if stride else 2])[scored > 0].cpu().double()
             here = slice(rows[0][1], rows[-1][2])
             each[here] = nats.float()
-            totals += torch.tensor((nats.sum(), len(nats), data.target_bytes[here].sum(dtype=np.int64)))
-        if chunk and turn < len(turns) - 1:
+            size = int(data.target_bytes[here].sum(dtype=np.int64))
+            totals += torch.tensor((nats.sum().item(), len(nats), size), dtype=torch.float64)
+        if chunk:
             learn(*chunk)
     nats, tokens, size = runtime.sum(totals).tolist()
-    complete = f"a bug: {tokens:.0f} of {data.targets} targets were scored; no score"
-    require(cut or tokens == data.targets, complete)
+    require(cut or tokens == data.targets, f"a bug: {tokens:.0f} of {data.targets} targets have a score")
     if not math.isfinite(nats):
         raise RunError("diverged: the validation loss is not a number; lower the learning rates", DIVERGED)
     seconds, left = time.perf_counter() - began, data.targets - int(tokens)
@@ -1668,14 +1666,8 @@ class TestTimeTraining:
         trained = [t for pair in self.factors for t in pair] or self.params
         self.optimiser = TTT_KINDS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
 
-    def score(self, *how) -> Score:
-        """Score the split while learning from it; the model is as before afterwards."""
-        score = self.run.score(self.run.cfg.eval_stride, *how, self.learn)
-        self.reset()
-        return score
-
     def learn(self, first: int, stop: int, reset: bool) -> None:
-        """TTT_STEPS steps on the mean nats of targets first .. stop-1, or a reset where a document ends."""
+        """TTT_STEPS steps on the mean nats of targets first .. stop-1, or a reset, as nothing is left."""
         if reset:
             return self.reset()
         cfg, runtime, data = self.run.cfg, self.run.runtime, self.run.data
@@ -1703,7 +1695,7 @@ class TestTimeTraining:
 
 # The Hedge mixer's experts: (1 - a) neural + a n-gram, each a distribution, for these a and for the gate's.
 SHARES = 0.0, 0.05, 0.15, 0.4, 0.7, 0.95
-DISCOUNT = 0.6  # taken off each n-gram count; 0.5 and 0.7 are worse by 0.0007 bpb (experiment_log.md)
+DISCOUNT = 0.6  # taken off each n-gram count; 0.5 and 0.7 are worse (experiment_log.md)
 
 
 def runs(ordered: Tensor) -> tuple[Tensor, Tensor]:
@@ -1860,7 +1852,7 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
     """(name, score) of every score that is switched on, within MAX_EVAL_SECONDS: none after a partial one."""
     cfg, left, score = run.cfg, run.cfg.max_eval_seconds or math.inf, None
     kinds = {"roundtrip": partial(run.score, 0), "sliding": partial(run.score, cfg.eval_stride)}
-    kinds["ttt"] = lambda *how: TestTimeTraining(run).score(*how)
+    kinds["ttt"] = lambda *how: run.score(cfg.eval_stride, *how, TestTimeTraining(run).learn)
     kinds["hedge"] = lambda *how: score_hedge(run, score, *how)
     on = dict(roundtrip=True, sliding=cfg.eval_stride, ttt=cfg.ttt_steps, hedge=cfg.use_hedge)
     for name in filter(on.get, kinds):
@@ -2324,7 +2316,7 @@ def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score],
     how |= dict(progress=trained.progress, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
     log.event("end", step=trained.step, **how)
     named = [(f"{'partial_' * (s.left > 0)}{n}", s) for n, s in scores.items()]
-    numbers = {f"val_{k}": None if score.left else getattr(score, k) for k in ("loss", "bpb")}
+    numbers = {f"val_{k}": None if score.left else round(getattr(score, k), 8) for k in ("loss", "bpb")}
     numbers |= {f"{n}_val_{k}": round(getattr(s, k), 8) for n, s in named for k in ("loss", "bpb")}
     before = dict(live=trained.score, prequant=trained.averaged or trained.score)
     numbers |= {f"{name}_val_bpb": round(s.bpb, 8) if s else None for name, s in before.items()}
