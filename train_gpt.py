@@ -419,7 +419,7 @@ class Runtime:
         runtime = cls(device, int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)))
         runtime.compiles, runtime.uncompiled = pick_compile(cfg.compile, device)
         runtime.claim_device()
-        with suppress(OSError, AttributeError):  # not glibc, where new pages take time (cpu_memory.json)
+        with suppress(OSError, AttributeError):  # glibc alone: new pages take time (cpu_memory.json)
             if device.type == "cpu":
                 libc = ctypes.CDLL(None)
                 libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
