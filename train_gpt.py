@@ -1735,7 +1735,7 @@ def contexts(tokens: Tensor, vocab: int, highest: int) -> Iterator[tuple[Tensor,
 
 def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
     """(P of each of tokens[1:] by counts of what stands before it, float64 [N], and what its contexts are
-    like, uint8 [2, orders, N]: 8 log2(1 + uses) and 8 log2(1 + distinct followers)). Interpolated absolute
+    like, uint8 [2, orders, N]: 11.5 ln(1 + uses) and 11.5 ln(1 + distinct followers)). Interpolated absolute
     discounting: P_k(w) = (max(n(w) - D, 0) + D t P_(k-1)(w)) / n, P_(k-1) where n = 0, 1 / vocab below."""
     p = torch.full((len(tokens),), 1 / vocab, dtype=torch.float64, device=tokens.device)
     codes = torch.zeros(2, highest + 1, len(tokens), dtype=torch.uint8, device=tokens.device)
@@ -1744,14 +1744,14 @@ def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
         at, seen, kinds, followed = (part[known] for part in parts)
         p[at] = ((followed.double() - DISCOUNT).clamp_min_(0) + DISCOUNT * kinds * p[at]) / seen
         for code, count in zip(codes, (seen, kinds), strict=True):
-            code[k, at] = (8 * (count.float() + 1).log2()).round().to(torch.uint8)
+            code[k, at] = (11.5 * (count.float() + 1).log()).round().to(torch.uint8)
     return p[1:], codes[..., 1:]
 
 
 def fixed_point(x: Tensor) -> tuple[Tensor, float]:
     """x, cut to +-128, as integers and their scale. Their sums are exact: later tokens, which move a bin's
     place among the others, cannot change the last digit of an earlier weight."""
-    scale = 2.0 ** (54 - math.ceil(math.log2(len(x) + 1)))
+    scale = 2.0 ** (54 - len(x).bit_length())
     return (x.double().clamp(-128, 128) * scale).round().long(), scale
 
 

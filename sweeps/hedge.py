@@ -100,8 +100,8 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=1024)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    train_gpt.keep_freed_memory(torch.device("cpu"))
-    machine = train_gpt.describe_machine(train_gpt.Runtime())
+    with train_gpt.Runtime.launch(train_gpt.Config(device="cpu", dtype="fp32", compile="0"), {}) as runtime:
+        machine = train_gpt.describe_machine(runtime)
     found = {path.stem: study(path, options.vocab) for path in options.dumps}
     if options.out:
         report = dict(benchmark="hedge_study", commit=commit(), **machine, dumps=found)

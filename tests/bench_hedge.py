@@ -86,7 +86,6 @@ def measure(options: argparse.Namespace, count: int, order: int) -> dict:
     cfg = train_gpt.Config(vocab_size=options.vocab, use_hedge=True, hedge_order=order, **where)
     with train_gpt.Runtime.launch(cfg, {}) as runtime:
         device, seconds = runtime.device, {}
-        train_gpt.keep_freed_memory(device)
         text = make_text(options, count + 1)
         tokens, rng = torch.from_numpy(text).to(device).long(), torch.Generator().manual_seed(0)
         nats = torch.empty(count, dtype=torch.float64).exponential_(0.4, generator=rng).to(device)

@@ -158,12 +158,12 @@ def test_the_ngram_is_interpolated_absolute_discounting(length, highest):
 
 
 @pytest.mark.parametrize("length, highest", CASES)
-def test_codes_are_eight_times_the_log2_of_one_plus_a_count(length, highest):
+def test_codes_are_eleven_and_a_half_times_the_log_of_one_plus_a_count(length, highest):
     tokens = phrases(length)
     _, codes = ngram(torch.tensor(tokens), VOCAB, highest)
     counts = np.array([counts for _, counts in interpolated(tokens, VOCAB, highest)][1:])  # [N, orders, 2]
     assert codes.dtype == torch.uint8 and codes.shape == (2, highest + 1, length - 1)
-    assert (codes.numpy() == np.round(8 * np.log2(1 + counts.transpose(2, 1, 0)))).all()
+    assert (codes.numpy() == np.round(11.5 * np.log(1 + counts.transpose(2, 1, 0)))).all()
 
 
 @pytest.mark.parametrize("highest", [0, 2, 6])
@@ -359,7 +359,7 @@ def gate_inputs(length: int, better: float = 0.0, seed: int = 0) -> tuple[torch.
     rng = np.random.default_rng(seed)
     counts = rng.integers(0, 200, (1, 1, length)) // 3 ** np.arange(7)[None, :, None]
     counts = np.concatenate((counts, np.minimum(counts, rng.integers(1, 9, counts.shape))))
-    codes = np.round(8 * np.log2(1 + counts)).astype(np.uint8)
+    codes = np.round(11.5 * np.log(1 + counts)).astype(np.uint8)
     odds = (better + rng.normal(0, 0.5, length)).astype(np.float32)
     return torch.from_numpy(odds), torch.from_numpy(codes)
 
@@ -454,7 +454,7 @@ def slow_mix(cfg: Config, tokens: list[int], nats: torch.Tensor, share: torch.Te
     bins = []
     for _, counts in other:
         longest = max((order for order, (uses, _) in enumerate(counts) if uses), default=0)
-        seen, kinds = (round(8 * math.log2(1 + count)) // 8 for count in counts[longest])
+        seen, kinds = (round(11.5 * math.log(1 + count)) // 8 for count in counts[longest])
         bins.append((longest, min(seen, 10), min(kinds, 6)))
     p = torch.tensor([p for p, _ in other], dtype=torch.float64)
     return slow_hedge((-nats).exp(), p, [*SHARES, share], bins, cfg.hedge_eta, cfg.hedge_window)
