@@ -82,7 +82,7 @@ def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="
     return field(default=default, metadata=dict(doc=doc, idea="", source="PR #1434") | limits | about)
 
 
-shape_knob, place_knob, pack_knob = (partial(knob, role=role) for role in ("model", "place", "pack"))
+shape_knob, place, pack_knob = (partial(knob, role=role) for role in ("model", "place", "pack"))
 # broken: it did something else than its description, nothing, or crashed; ours does what was described.
 STATES = "works", "rejected", "broken", "not run"
 works, rejected, broken, not_run = (partial(knob, idea=state) for state in STATES)
@@ -106,18 +106,18 @@ class Config:
     """All knobs of a run. Defaults are the official baseline's (openai/parameter-golf train_gpt.py)."""
 
     # -- data --
-    data_path: str = place_knob("./data/datasets/fineweb10B_sp1024", "folder of *_{train,val}_*.bin shards")
-    tokenizer_path: str = place_knob("./data/tokenizers/fineweb_1024_bpe.model", "its SentencePiece model")
+    data_path: str = place("./data/datasets/fineweb10B_sp1024", "folder of *_{train,val}_*.bin shards")
+    tokenizer_path: str = place("./data/tokenizers/fineweb_1024_bpe.model", "its SentencePiece model")
     data_shuffle: bool = knob(False, "visit training windows in an order drawn from SEED; 0 = shard order")
     # -- length --
     iterations: int = knob(20_000, "most optimiser steps; 0 = validate, pack and score only", low=0)
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = none", low=0)
-    max_eval_seconds: float = place_knob(600.0, "clock of the final scores; 0 = none", low=0)
-    warmup_steps: int = place_knob(20, "untimed steps that compile, then are undone", low=0)
+    max_eval_seconds: float = place(600.0, "clock of the final scores; 0 = none", low=0)
+    warmup_steps: int = place(20, "untimed steps that compile, then are undone", low=0)
     train_batch_tokens: int = knob(524_288, "tokens per step over all ranks", low=1)
     train_seq_len: int = shape_knob(1024, "training and validation context", low=2)
-    micro_batch_tokens: int = place_knob(0, "tokens per forward pass and rank; 0 = fit the device", low=0)
-    val_batch_size: int = place_knob(524_288, "validation tokens per pass, over eight devices", low=8)
+    micro_batch_tokens: int = place(0, "tokens per forward pass and rank; 0 = fit the device", low=0)
+    val_batch_size: int = place(524_288, "validation tokens per pass, over eight devices", low=8)
     # -- schedule --
     warmdown_iters: int = linear(1200, "last steps of linear decay", needs=f"WARMDOWN_FRAC=0,{NO_SCHEDULE}")
     warmdown_frac: float = linear(0.0, "the same as a share of the run; 0 = by steps", high=1)
@@ -224,10 +224,10 @@ class Config:
     zstd_level: int = pack_knob(22, "zstd effort", low=1, high=22, needs="CODEC=zstd")
     quant_scale_floor: float = pack_knob(0.0, "least int8 step; official scripts have 1/127 = 0.00787", low=0)
     int8_keep_float_fp32_name_patterns: tuple[str, ...] = pack_knob(CONTROL_NAMES, "names packed as float32")
-    eval_only: str = place_knob("", "score this artifact instead of training")
+    eval_only: str = place("", "score this artifact instead of training")
     eval_stride: int = pack_knob(0, "targets scored by each sliding window; 0 = no such score", low=0)
     eval_seq_len: int = pack_knob(0, "its length; 0 = TRAIN_SEQ_LEN", low=0, needs="EVAL_STRIDE!=0")
-    eval_batch_seqs: int = place_knob(32, "sliding windows per pass and rank", low=1, needs="EVAL_STRIDE!=0")
+    eval_batch_seqs: int = place(32, "sliding windows per pass and rank", low=1, needs="EVAL_STRIDE!=0")
     ttt_steps: int = pack_knob(0, "gradient steps on each chunk of the text once it is scored", low=0)
     ttt_lr: float = pack_knob(1e-4, "their learning rate", low=0, needs="TTT_STEPS!=0")
     ttt_chunk_tokens: int = pack_knob(32_768, "targets of a chunk", low=1, needs="TTT_STEPS!=0")
@@ -238,25 +238,24 @@ class Config:
     hedge_eta: float = pack_knob(0.1, "weight of an expert ~ exp(this * its log-likelihood)", low=0, **HEDGE)
     hedge_order: int = pack_knob(6, "longest context of the n-grams", low=0, high=99, **HEDGE)
     hedge_window: int = pack_knob(0, "only a bin's last so many tokens count; 0 = all", low=0, **HEDGE)
-    score_dump: str = place_knob("", "write each target's position, bytes and log-probs to this .npz")
-    score_check: bool = place_knob(False, "first try the scores on the four conditions; exit 7 if one fails")
+    score_dump: str = place("", "write each target's position, bytes and log-probs to this .npz")
+    score_check: bool = place(False, "first try every score against the four conditions; exit 7 if one fails")
     # -- reports, place --
-    val_loss_every: int = place_knob(1000, "validate every so many steps; 0 = only at the end", low=0)
-    train_log_every: int = place_knob(200, "log the first ten steps, then one in so many; 0 = none", low=0)
-    run_id: str = place_knob("", "names the logs; empty = a new id")
-    out_dir: str = place_knob(".", "holds logs/ and the model files")
-    seed: int = place_knob(1337, "seeds weights and every random choice", low=0, high=2**32 - 1)
-    device: str = place_knob("auto", "where to run; mps is untested", choices=("auto", "cuda", "cpu", "mps"))
+    val_loss_every: int = place(1000, "validate every so many steps; 0 = only at the end", low=0)
+    train_log_every: int = place(200, "log the first ten steps, then one in so many; 0 = none", low=0)
+    run_id: str = place("", "names the logs; empty = a new id")
+    out_dir: str = place(".", "holds logs/ and the model files")
+    seed: int = place(1337, "seeds weights and every random choice", low=0, high=2**32 - 1)
+    device: str = place("auto", "where to run; mps is untested", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = knob("auto", "compute type; auto = bf16 where faster", choices=("auto", "bf16", "fp32"))
-    compile: str = place_knob("auto", "torch.compile; auto = where it works", choices=("auto", "0", "1"))
-    allow_inert: bool = place_knob(False, "a knob without effect is a warning, not an error")
-    allow_env: tuple[str, ...] = place_knob((), "variables that look like knobs but are not ours")
+    compile: str = place("auto", "torch.compile; auto = where it works", choices=("auto", "0", "1"))
+    allow_inert: bool = place(False, "a knob without effect is a warning, not an error")
+    allow_env: tuple[str, ...] = place((), "variables that look like knobs but are not ours")
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:
-        """Read every knob; RunError on a bad value, a misspelt name, a clash or a knob without effect.
-        A misspelt knob would run at its default and say nothing. Refused: a name close to a knob (difflib
-        ratio >= 0.88), or one that starts like two: that catches JEPA_PRETRAIN_FRAC for JEPA_PURE_FRAC."""
+        """Read every knob; RunError on a bad value, a clash, a knob without effect, or a name close to a knob
+        (difflib ratio >= 0.88) or that starts like two: JEPA_PRETRAIN_FRAC, unread, for JEPA_PURE_FRAC."""
         known = {f.name.upper(): f for f in fields(cls)}
         cfg = cls(**{f.name: parse(f, env[name]) for name, f in known.items() if name in env})
         words = Counter(name.partition("_")[0] for name in known if "_" in name)
@@ -288,9 +287,8 @@ class Config:
             require(a % b == 0, f"{whole.upper()}={a} is not a multiple of {part.upper()}={b}")
         require(self.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotation")
         require(self.encoder_layers <= self.num_layers, "ENCODER_LAYERS must not exceed NUM_LAYERS")
-        turns, whole, hop, size = self.depth_phases, self.num_repeats, self.eval_stride, self.eval_length
-        window = f"EVAL_STRIDE={hop} is longer than its window of {size} tokens; set EVAL_SEQ_LEN"
-        require(hop <= size, window)
+        turns, whole, hop, own = self.depth_phases, self.num_repeats, self.eval_stride, self.eval_length
+        require(hop <= own, f"EVAL_STRIDE={hop} is longer than its window of {own} tokens; set EVAL_SEQ_LEN")
         fits = all(0 < until <= 1 and 0 < repeats <= whole for until, repeats in turns)
         wrong = f"PROG_DEPTH={self.prog_depth} needs progress in (0, 1], repeats of 1 to NUM_REPEATS={whole}"
         require(fits and (not turns or turns[-1][1] == whole), f"{wrong} and these last: they are scored")
@@ -364,8 +362,7 @@ def knob_rows() -> Iterator[tuple[str, str, str, str, str, str]]:
         low, high, choices, needs = (f.metadata[key] for key in ("low", "high", "choices", "needs"))
         limits = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
         allowed = " ".join(choices) or " ".join(limits) or ("0 1" if f.type == "bool" else "")
-        default = ",".join(f.default) if isinstance(f.default, tuple) else f.default
-        default = str(int(default) if isinstance(default, bool) else default)
+        default = str({"bool": int, "tuple[str, ...]": ",".join}.get(f.type, str)(f.default))
         doc = f.metadata["doc"] + (f" [needs {needs}]" if needs else "")
         yield f.name.upper(), default, allowed, doc, f.metadata["idea"], f.metadata["source"]
 
@@ -1944,8 +1941,7 @@ class Run:
         self.nats = self.runtime.compile(lambda *given, depth=None: nats(*given, depth=depth))
 
     def settle(self, warm: Callable):
-        """warm(), which compiles. If the compiler fails, once more without it, unless COMPILE=1 insists.
-        It needs a C++ compiler on a CPU; and torch 2.5 writes C++ for bfloat16 that does not build."""
+        """warm() compiled; if that fails (no C++ compiler, torch 2.5's bf16), eager unless COMPILE=1 insists."""
         try:
             return warm()
         except Exception as error:
@@ -2061,10 +2057,9 @@ def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: list[float
     """Say before the clock starts what the run will reach, given the seconds of a step in each phase."""
     cfg, log, cap, last = run.cfg, run.log, run.cfg.max_wallclock_seconds, run.cfg.warmdown_iters
     size = predict_size(cfg, run.model) + len(own_source())
-    edges = [0.0, *(min(until, 1.0) for until, _ in phases(cfg)[:-1]), 1.0]
     paces = [max(1 / cfg.iterations, s / cap if cap else 0.0) for s in step_seconds]  # progress of a step
-    counts = [(b - a) / pace for (a, b), pace in zip(itertools.pairwise(edges), paces, strict=True)]
-    steps, seconds = sum(counts), sum(n * s for n, s in zip(counts, step_seconds, strict=True))
+    counts = np.diff([0.0, *(min(until, 1.0) for until, _ in phases(cfg)[:-1]), 1.0]) / paces
+    steps, seconds = counts.sum(), counts @ step_seconds
     epochs = steps * cfg.train_batch_tokens / len(stream)
     speed = "step_ms:" + ",".join(f"{1000 * s:.0f}" for s in step_seconds)
     batch = f"micro_batch_tokens:{limit * cfg.train_seq_len} epochs:{epochs:.2f}"
@@ -2115,9 +2110,8 @@ def report_step(run: Run, stream, before: StepPlan | None, plan: StepPlan, loss:
         log.event("phase", step=step, depth=plan.depth, progress=plan.progress)
     if cfg.train_log_every and (step < 10 or due(step + 1, cfg.train_log_every)):
         step, value = step + 1, run.runtime.sum(loss).item()
-        head, times = f"step:{step}/{cfg.iterations}", f"train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms"
-        place = f"lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
-        log.line(f"{head} train_loss:{value:.4f} {times} {place}")
+        rest = f"step_avg:{ms / step:.2f}ms lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
+        log.line(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{ms:.0f}ms {rest}")
         where = dict(lr_scale=plan.lr_scale, progress=plan.progress, tokens=step * cfg.train_batch_tokens)
         shown = value if math.isfinite(value) else None
         log.event("step", step=step, train_loss=shown, **where, train_ms=ms)
@@ -2130,10 +2124,9 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     cfg, result, scales = run.cfg, Trained(), 0.0
     limit, seconds = warm_up(run, optimisers, stream)
     forecast(run, stream, limit, seconds)
-    loader = prefetch(batches(cfg, stream, run.runtime), run.runtime)
     stats = torch._dynamo.utils.counters["stats"] if "torch._dynamo" in sys.modules else Counter()
+    loader, graphs = prefetch(batches(cfg, stream, run.runtime), run.runtime), stats["unique_graphs"]
     clock, average, plan = Clock(run.runtime, seconds[0]), Average(cfg, run.model), None
-    graphs = stats["unique_graphs"]  # compiled so far
     clock.start()
     for step in itertools.count():
         elapsed, before = clock.tick(), plan
@@ -2157,10 +2150,9 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
 
 def report_end(run: Run, average: Average, result: Trained) -> None:
     """Say how training ended. An average is put into the model and scored beside the live weights."""
-    log, late, p = run.log, result.late_graphs, result.progress
+    log, late, p, end = run.log, result.late_graphs, result.progress, f"{result.step}/{run.cfg.iterations}"
     if result.step < run.cfg.iterations:
-        ms, end = 1000 * result.seconds, f"step:{result.step}/{run.cfg.iterations}"
-        log.line(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms {end}")
+        log.line(f"stopping_early: wallclock_cap train_time:{1000 * result.seconds:.0f}ms step:{end}")
     log.warn(result.truncated, f"schedule_truncated at progress {p:.3f}: steps too long for the clock")
     log.warn(late > 0, f"{late} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
     if average.kind:
@@ -2344,7 +2336,8 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
 
 
 def execute(cfg: Config, env: Mapping[str, str]) -> int:
-    """One run, whole; returns the exit code. What a user may get wrong is checked before the log opens."""
+    """One run, whole: train, pack, read back from disk, score what was read; or score a given artifact.
+    Returns the exit code. What a user may get wrong is checked before the log opens."""
     header = unpack(read_artifact(cfg.eval_only), cfg.eval_only)[1] if cfg.eval_only else None
     cfg = artifact_config(cfg, env, header) if header else cfg
     if cfg.codec == "zstd" and not header:
@@ -2369,7 +2362,19 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         run = Run(cfg, runtime, log, model.to(runtime.device), data)
         log_header(run, run_id, stream)
         try:
-            return train_and_score(run, stream, header, run_id)
+            if stream:
+                trained = train(run, Optimisers(cfg, run.model, runtime), stream)
+            else:
+                run.settle(lambda: warm_evaluation(run))
+                trained = Trained(None if header else validate(run, 0, 0.0))
+            own, path = len(own_source()), Path(cfg.eval_only) if header else Path(cfg.out_dir) / MODEL_FILE
+            size = path.stat().st_size if header else runtime.main_decides(lambda: save_model(run, path))
+            quant, codec = (header["quant"], header["codec"]) if header else (quant_name(cfg), cfg.codec)
+            artifact = dict(path=str(path), quant=quant, codec=codec, model_bytes=size)
+            artifact |= dict(code_bytes=own, total_bytes=size + own)
+            if not header:
+                log.event("artifact", **artifact)
+            return finish(run, trained, artifact, score_artifact(run, artifact), run_id)
         except RunError as error:
             how = dict(status="diverged" if error.code == DIVERGED else "error", exit_code=error.code)
             log.event("end", step=None, **how)
@@ -2377,24 +2382,6 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
             raise
         finally:
             log.close()
-
-
-def train_and_score(run: Run, stream: TokenStream | None, header: Mapping | None, run_id: str) -> int:
-    """Train, pack, read back from disk, score what was read; or score a given artifact."""
-    cfg = run.cfg
-    if stream:
-        trained = train(run, Optimisers(cfg, run.model, run.runtime), stream)
-    else:
-        run.settle(lambda: warm_evaluation(run))
-        trained = Trained(None if header else validate(run, 0, 0.0))
-    path = Path(cfg.eval_only) if header else Path(cfg.out_dir) / MODEL_FILE
-    size = path.stat().st_size if header else run.runtime.main_decides(lambda: save_model(run, path))
-    quant, codec = (header["quant"], header["codec"]) if header else (quant_name(cfg), cfg.codec)
-    sizes = dict(model_bytes=size, code_bytes=len(own_source()), total_bytes=size + len(own_source()))
-    artifact = dict(path=str(path), quant=quant, codec=codec, **sizes)
-    if not header:
-        run.log.event("artifact", **artifact)
-    return finish(run, trained, artifact, score_artifact(run, artifact), run_id)
 
 
 def dry_run(cfg: Config) -> str:
