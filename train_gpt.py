@@ -539,7 +539,6 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
     out = Path(cfg.out_dir)
     logs = [out / "logs" / f"{run_id}{end}" for end in (".txt", ".jsonl")]
     models = [] if cfg.eval_only else [out / "final_model.pt", out / MODEL_FILE]
-    dumps = [Path(cfg.score_dump)] if cfg.score_dump else []
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
         locks = [path.with_name(f".{path.name}.lock").open("w") for path in logs[:1] + models[:1]]
@@ -549,7 +548,7 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
         raise RunError(f"another run is writing to OUT_DIR={out}; set another OUT_DIR") from None
     except OSError as error:
         raise RunError(f"cannot write to OUT_DIR={out} ({error.strerror}); set another OUT_DIR") from None
-    for path in filter(Path.exists, logs + models + dumps):
+    for path in filter(Path.exists, [*logs, *models, *([Path(cfg.score_dump)] if cfg.score_dump else [])]):
         mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
         raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
     return locks
@@ -611,9 +610,7 @@ def schedule_name(cfg: Config) -> str:
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """Everything that changes from step to step, decided before the step, equal on every rank."""
-
+class StepPlan:  # everything that changes from step to step, decided before it, equal on every rank
     progress: float
     lr_scale: float
     muon_momentum: float
@@ -858,11 +855,9 @@ def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int,
 
 
 @dataclass(frozen=True)
-class Validation:
-    """The held-out split: tokens [N] uint16, bytes of each of the N-1 targets, and what identifies it."""
-
-    tokens: np.ndarray
-    target_bytes: np.ndarray
+class Validation:  # the held-out split
+    tokens: np.ndarray  # [N] uint16
+    target_bytes: np.ndarray  # [N - 1] int16, of tokens[1:]
     documents: int
     sha256: str
     starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # targets that open a document
@@ -1241,9 +1236,7 @@ class Muon(torch.optim.Optimizer):
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A parameter and its place. memory: what an intervention must remember of it."""
-
+class Weight:  # a parameter and its place; memory: what an intervention must remember of it
     name: str
     param: nn.Parameter
     role: str  # "matrix": Muon trains it; "embed", "head", "scalar": Adam
@@ -1593,9 +1586,8 @@ def padded(data: Validation, rows: list, shape: tuple[int, int, int], device: to
 
 
 def passes(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[list]:
-    """What is scored in turn: [this rank's windows, None or the (first, stop, reset) to learn from then].
-    Every rank has the same number of turns. Only a learner's end with a chunk, or with a document.
-    reset: back to the packed weights, after each document or after all."""
+    """What is scored in turn: [this rank's windows, None or the (first, stop, reset) to learn from then]; as
+    many turns on every rank. Only a learner's end with a chunk; reset: where its text, or all text, ends."""
     batch, length, width = eval_shape(cfg, runtime.device, stride)
     alone, turns = learns and cfg.ttt_reset, []
     for begin, end in itertools.pairwise([0, *(data.starts if alone else ()), data.targets]):
@@ -1619,16 +1611,14 @@ def evaluate(cfg, nats_of, data, runtime, stride=0, limit=math.inf, say=None, le
         spent = runtime.main_number(time.perf_counter() - began) if limit < math.inf else 0.0
         if say and turn == max(3, len(turns) // 8):
             say(spent / turn * len(turns))
-        cut = turn > 0 and spent * (turn + 1) / turn > limit
-        if cut:
+        if cut := turn > 0 and spent * (turn + 1) / turn > limit:
             break
         if rows:
             *given, scored = padded(data, rows, shape, runtime.device)
             with torch.no_grad():
                 nats = nats_of(*given[: 3 if stride else 2])[scored > 0].cpu().double()
             here = slice(rows[0][1], rows[-1][2])
-            each[here] = nats.float()
-            size = int(data.target_bytes[here].sum(dtype=np.int64))
+            each[here], size = nats.float(), int(data.target_bytes[here].sum(dtype=np.int64))
             totals += torch.tensor((nats.sum().item(), len(nats), size), dtype=torch.float64)
         if chunk:
             learn(*chunk)
@@ -1636,8 +1626,7 @@ def evaluate(cfg, nats_of, data, runtime, stride=0, limit=math.inf, say=None, le
     require(cut or tokens == data.targets, f"a bug: {tokens:.0f} of {data.targets} targets have a score")
     if not math.isfinite(nats):
         raise RunError("diverged: the validation loss is not a number; lower the learning rates", DIVERGED)
-    seconds, left = time.perf_counter() - began, data.targets - int(tokens)
-    return Score(nats, int(tokens), int(size), seconds, each, left)
+    return Score(nats, int(tokens), int(size), time.perf_counter() - began, each, int(data.targets - tokens))
 
 
 class TestTimeTraining:
@@ -1645,9 +1634,8 @@ class TestTimeTraining:
     weights or on W + B A of the blocks' matrices (LoRA, whose gradients follow from that of W)."""
 
     def __init__(self, run: Run):
-        self.run, rank = run, run.cfg.ttt_lora_rank
-        weights = weights_of(run.cfg, run.model)
-        self.params = [w.param for w in weights if not rank or w.role == "matrix"]
+        self.run, weights = run, weights_of(run.cfg, run.model)
+        self.params = [w.param for w in weights if w.role == "matrix" or not run.cfg.ttt_lora_rank]
         self.start = [p.detach().clone() for p in self.params]
         self.reset()
 
@@ -1655,11 +1643,12 @@ class TestTimeTraining:
     def reset(self) -> None:
         """Back to the weights that were packed, with a new optimiser."""
         cfg, rng = self.run.cfg, torch.Generator().manual_seed(self.run.cfg.seed)
+        rank, lora = cfg.ttt_lora_rank, self.params if cfg.ttt_lora_rank else []
         torch._foreach_copy_(self.params, self.start)
-        self.factors = []
-        for p in self.params if cfg.ttt_lora_rank else []:
-            a = torch.randn(cfg.ttt_lora_rank, p.size(1), generator=rng).to(p.device) / p.size(1) ** 0.5
-            self.factors.append((a, torch.zeros(p.size(0), cfg.ttt_lora_rank, device=p.device)))
+        a = [(torch.randn(rank, p.size(1), generator=rng) / p.size(1) ** 0.5).to(p.device) for p in lora]
+        self.factors = [
+            (x, torch.zeros(p.size(0), rank, device=p.device)) for x, p in zip(a, lora, strict=True)
+        ]
         trained = [t for pair in self.factors for t in pair] or self.params
         self.optimiser = TTT_KINDS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
 
@@ -1677,28 +1666,22 @@ class TestTimeTraining:
             for at in range(0, len(mine), batch):
                 ids, targets, _, scored = padded(data, mine[at : at + batch], shape, runtime.device)
                 (self.run.nats(ids, targets, depth=depth) * scored).sum().div(stop - first).backward()
-            self.step()
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for p in self.params:
-            self.run.runtime.sum(p.grad)
-        for p, (a, b) in zip(self.params, self.factors, strict=False):
-            a.grad, b.grad = b.mT @ p.grad, p.grad @ a.mT
-        self.optimiser.step()
-        for p, start, (a, b) in zip(self.params, self.start, self.factors, strict=False):
-            p.copy_(start + b @ a)
+            for p in self.params:
+                runtime.sum(p.grad)
+            for p, (a, b) in zip(self.params, self.factors, strict=False):
+                a.grad, b.grad = b.mT @ p.grad, p.grad @ a.mT
+            self.optimiser.step()
+            for p, start, (a, b) in zip(self.params, self.start, self.factors, strict=False):
+                p.data.copy_(start + b @ a)
 
 
-# The Hedge mixer's experts: (1 - a) neural + a n-gram, each a distribution, for these a and for the gate's.
-SHARES = 0.0, 0.05, 0.15, 0.4, 0.7, 0.95
+SHARES = 0.0, 0.05, 0.15, 0.4, 0.7, 0.95  # the Hedge experts: (1 - a) neural + a n-gram; then the gate's a
 DISCOUNT = 0.6  # taken off each n-gram count; 0.5 and 0.7 are worse (experiment_log.md)
 
 
 def runs(ordered: Tensor) -> tuple[Tensor, Tensor]:
     """Of sorted keys [N]: whether each place begins a run of equals, and where its run begins."""
-    first = torch.ones_like(ordered, dtype=torch.bool)
-    first[1:] = ordered[1:] != ordered[:-1]
+    first = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)[: len(ordered)]
     place = torch.arange(len(ordered), device=ordered.device)
     return first, place.where(first, 0).cummax(0).values
 
@@ -1710,9 +1693,8 @@ def scatter(index: Tensor, values: Tensor) -> Tensor:
 
 def contexts(tokens: Tensor, vocab: int, highest: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """For each order k: (places i whose k tokens before i can recur, how often they came earlier, how many
-    distinct tokens followed them, how often tokens[i] did), int64. Exact; a place counts earlier ones only.
-    One stable sort an order: a gram's rank among its equals is its count, and the grams of k + 1 tokens that
-    end at i are the contexts of i + 1. Grams that come once are dropped: they never say anything."""
+    distinct tokens followed them, how often tokens[i] did), int64. Exact, by one stable sort an order: a
+    gram's rank among its equals is its count, one that ends at i is the next order's context at i + 1."""
     at = seen = order = torch.arange(len(tokens), device=tokens.device)
     gram = start = torch.zeros_like(at)
     for _ in range(highest + 1):
@@ -1739,9 +1721,9 @@ def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
     for k, parts in enumerate(contexts(tokens, vocab, highest)):
         known = parts[1].nonzero()[:, 0]
         at, seen, kinds, followed = (part[known] for part in parts)
-        p[at] = ((followed.double() - DISCOUNT).clamp_min_(0) + DISCOUNT * kinds * p[at]) / seen
+        p[at] = ((followed.double() - DISCOUNT).clamp_min_(0) + DISCOUNT * kinds.double() * p[at]) / seen
         for code, count in zip(codes, (seen, kinds), strict=True):
-            code[k, at] = (11.5 * (count.float() + 1).log()).round().to(torch.uint8)
+            code[k, at] = (11.5 * count.double().log1p()).round().to(torch.uint8)
     return p[1:], codes[..., 1:]
 
 
@@ -1781,23 +1763,27 @@ def gate(odds: Tensor, codes: Tensor) -> Tensor:
 def hedge(neural: Tensor, other: Tensor, shares: list, bins: Tensor, eta: float, window: int) -> tuple:
     """Hedge over the mixtures (1 - a) neural + a other, for a in shares (numbers, or [N]): the weight of one
     at i is exp(eta * its log-likelihood on the earlier tokens of i's bin), the first one's e^2 times that
-    (the prior of PR #895). Probabilities, float64 [N], in; out: (log of the mixture [N], final weights over
-    all bins [K], the log-likelihood of each expert). window: only a bin's last so many tokens count."""
+    (PR #895's prior). window: only a bin's last so many tokens count. Takes probabilities, float64 [N]; gives
+    (log of the mixture [N], final weights over all bins [K], each expert's log-likelihood [K])."""
     (keys, order), place = torch.sort(bins, stable=True), torch.arange(len(bins), device=bins.device)
     first, start = runs(keys)
-    last = first.roll(-1).nonzero()[:, 0]  # a bin's last token stands before the next one's first
     since = start.maximum(place - window) if window else start
-    p, q, prior = neural[order], other[order], 2.0
-    mixed, norm, final, totals = torch.full_like(p, -torch.inf), torch.full_like(p, -torch.inf), [], []
-    for share in shares:
-        logs = torch.log(p + (share[order] if isinstance(share, Tensor) else share) * (q - p))
+    stop = first.roll(-1).nonzero()[:, 0] + 1  # a bin's last token stands before the next one's first
+    tail = start[stop - 1].maximum(stop - window) if window else start[stop - 1]
+    final, totals, prior = [], [], 2.0
+    mixed = norm = torch.full_like(neural, -torch.inf)
+    for (
+        share
+    ) in shares:  # only integers in the order of the bins: a float's last bit would depend on its place
+        logs = torch.log(neural + share * (other - neural))
         parts, scale = fixed_point(logs)
-        before = parts.cumsum(0) - parts
-        weight = prior + eta / scale * (before - before[since])
-        mixed, norm, prior = torch.logaddexp(mixed, weight + logs), torch.logaddexp(norm, weight), 0.0
-        final, totals = [*final, weight[last] + eta * logs[last]], [*totals, logs.sum().item()]
-    size = (last - start[last] + 1) / len(p)
-    return scatter(order, mixed - norm), (torch.stack(final).softmax(0) * size).sum(1).tolist(), totals
+        sums = F.pad(parts[order].cumsum(0), (1, 0))
+        weight = prior + eta / scale * scatter(order, sums[:-1] - sums[since]).double()
+        mixed, norm = torch.logaddexp(mixed, weight + logs), torch.logaddexp(norm, weight)
+        final.append(prior + eta / scale * (sums[stop] - sums[tail]).double())
+        totals, prior = [*totals, logs.sum().item()], 0.0
+    size = (stop - start[stop - 1]).double() / len(bins)
+    return mixed - norm, (torch.stack(final).softmax(0) * size).sum(1).tolist(), totals
 
 
 def mix(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[Tensor, list[float], list[float]]:
@@ -1814,14 +1800,8 @@ def mix(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[Tensor, list[float],
 def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
     """Mix `base`, whose `each` has all targets, on rank 0. Its time is foretold from a first part; where all
     the tokens would take longer than `limit` seconds, it mixes as many as fit."""
-    cfg, data, whole, began, each = (
-        run.cfg,
-        run.data,
-        run.data.targets,
-        time.perf_counter(),
-        base.each.double(),
-    )
-    device = run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
+    cfg, data, began, each = run.cfg, run.data, time.perf_counter(), base.each.double()
+    whole, device = data.targets, run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
 
     def mixed() -> tuple[float, int, int]:
         tokens, nats = torch.from_numpy(data.tokens.astype(np.int64)).to(device), each.to(device)
@@ -1837,8 +1817,7 @@ def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
         for share, score, weight in zip((*SHARES, "gate"), experts, weights, strict=True):
             saved = f"{score.text} saved:{experts[0].bpb - score.bpb:.4f}"
             run.log.line(f"hedge_expert ngram_share:{share} {saved} weight:{weight:.4f}")
-        bpbs = [score.bpb for score in experts]
-        run.log.event("hedge", shares=[*SHARES, "gate"], val_bpb=bpbs, weights=weights)
+        run.log.event("hedge", shares=[*SHARES, "gate"], val_bpb=[e.bpb for e in experts], weights=weights)
         return each[:count].sum().item(), count, size
 
     nats, count, size = run.runtime.main_decides(mixed)
@@ -1853,8 +1832,8 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
     kinds["hedge"] = lambda *how: score_hedge(run, score, *how)
     on = dict(roundtrip=True, sliding=cfg.eval_stride, ttt=cfg.ttt_steps, hedge=cfg.use_hedge)
     for name in filter(on.get, kinds):
-        text = f"{name}: takes about {{:.0f}} s, {left:.0f} s are left"
-        score = kinds[name](left, lambda seconds, text=text: run.log.line(text.format(seconds)))
+        text = f"{name}: takes about %.0f s, {left:.0f} s are left"
+        score = kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
         if name != "hedge" and (cfg.use_hedge or cfg.score_dump):
             run.runtime.sum(score.each)
         left -= score.seconds
@@ -1866,9 +1845,8 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
 def check_score(score: Callable, tokens: np.ndarray, vocab: int, ends=(56,)) -> dict[str, str]:
     """The four conditions of a score (parameter-golf issue #1017), tried from outside: {condition: breach}.
     score(tokens [N+1]) -> log-probs [N] of tokens[1:], or (positions 0..N-1, log-probs) as they were scored.
-    C1 causal: later tokens change nothing. C2 normalised: over the values of a last token the probabilities
-    sum to 1. C3 score before update: neither fails, as it does where a state has seen what it scores. C4
-    single pass: every position once, and the last token moves no score of the first half."""
+    C1 causal: later tokens change nothing. C2 normalised: the probabilities of all values of a last token add
+    up to 1. C3 score before update: not both fail. C4 single pass: no position twice, none knows the end."""
     broken, rng, count = {}, np.random.default_rng(0), len(tokens) - 1
 
     def logs(given: np.ndarray) -> np.ndarray:
@@ -1885,14 +1863,14 @@ def check_score(score: Callable, tokens: np.ndarray, vocab: int, ends=(56,)) -> 
         moved = np.flatnonzero(logs(other)[: cut - 1] != whole[: cut - 1])
         if len(moved):
             broken["C1"] = f"the score of token {moved[0] + 1} changes with the tokens from {cut} on"
-        if len(moved) and cut == count and moved[0] < count // 2:
+        if cut == count and len(moved) and moved[0] < count // 2:
             broken["C4"] = f"token {moved[0] + 1} is scored after a pass to the last one, {count}"
     for end in ends:
-        variants = [np.concatenate((tokens[:end], [value])).astype(tokens.dtype) for value in range(vocab)]
+        variants = [np.append(tokens[:end], value).astype(tokens.dtype) for value in range(vocab)]
         mass = sum(math.exp(logs(variant)[-1]) for variant in variants)
         if not abs(mass - 1) <= 1e-5:
-            name = "C3" if "C1" in broken else "C2"
-            broken[name] = f"over the {vocab} values of token {end} its probabilities sum to {mass:.6f}"
+            what = f"over the {vocab} values of token {end} its probabilities sum to {mass:.6f}"
+            broken["C3" if "C1" in broken else "C2"] = what
     return broken
 
 
@@ -1908,8 +1886,8 @@ def check_own_scores(run: Run) -> None:
     @cache
     def scores(text: bytes) -> dict[str, np.ndarray]:
         given = np.frombuffer(text, tokens.dtype)
-        starts = data.starts[data.starts < len(given) - 1]
-        part = replace(data, tokens=given, target_bytes=data.target_bytes[: len(given) - 1], starts=starts)
+        count, starts = len(given) - 1, data.starts[data.starts < len(given) - 1]
+        part = Validation(given, data.target_bytes[:count], 1, "", starts)
         small = Run(cfg, runtime, RunLog(None, ""), run.model, part)
         return {name: -score.each.double().numpy() for name, score in score_all(small)}
 
@@ -1925,9 +1903,7 @@ def check_own_scores(run: Run) -> None:
 
 
 @dataclass
-class Run:
-    """What every phase of a run needs."""
-
+class Run:  # what every phase of a run needs
     cfg: Config
     runtime: Runtime
     log: RunLog
@@ -1941,7 +1917,7 @@ class Run:
         self.nats = self.runtime.compile(lambda *given, depth=None: nats(*given, depth=depth))
 
     def settle(self, warm: Callable):
-        """warm() compiled; if that fails (no C++ compiler, torch 2.5's bf16), eager unless COMPILE=1 insists."""
+        """warm() compiled; if that fails (no C++ compiler, torch 2.5's bf16), eager unless COMPILE=1."""
         try:
             return warm()
         except Exception as error:
@@ -2073,9 +2049,7 @@ def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: list[float
 
 
 @dataclass
-class Trained:
-    """How training ended."""
-
+class Trained:  # how training ended
     score: Score | None = None  # of the live weights
     averaged: Score | None = None  # of their average, if that is what is packed
     step: int = 0
@@ -2395,10 +2369,10 @@ def dry_run(cfg: Config) -> str:
         step_seconds = min(tries) * cfg.sequences / limit
         size, code = predict_size(cfg, model), len(own_source())
         facts = [*(f"{name}={value}" for name, value in cfg.effective().items()), f"config_hash: {cfg.hash}"]
-        facts += [f"model_params: {sum(p.numel() for p in model.parameters())}"]
+        count, ms = sum(p.numel() for p in model.parameters()), 1000 * step_seconds
+        facts += [f"model_params: {count}", f"flops_per_step: {step_flops(cfg, model):.4g}"]
         facts += [f"predicted_artifact_bytes: {size} + code {code} = {size + code} of {SIZE_LIMIT}"]
-        steps = f"{steps_left(cfg, 0, 0.0, step_seconds):.0f} at {1000 * step_seconds:.0f} ms"
-        facts += [f"flops_per_step: {step_flops(cfg, model):.4g}", f"predicted_steps: {steps}"]
+        facts += [f"predicted_steps: {steps_left(cfg, 0, 0.0, step_seconds):.0f} at {ms:.0f} ms"]
         facts += [f"predicted_for: one eager process on {describe_machine(runtime)['device']}"]
     return "\n".join(facts)
 
