@@ -1566,11 +1566,12 @@ def windows(targets: int, length: int, stride: int, begin: int = 0) -> list[tupl
     return [(max(begin, first + stride - length), first, stop) for first, stop in chunks]
 
 
-def eval_shape(cfg: Config, device: torch.device, stride: int) -> tuple[int, int, int]:
+def eval_shape(cfg: Config, device: torch.device, stride: int, learns=False) -> tuple[int, int, int]:
     """(windows a pass, their length, targets each scores), the same at any world size; stride 0: official."""
     tokens = min(cfg.val_batch_size // 8, 16_384 if device.type == "cpu" else 65_536)  # a CPU wants its cache
-    plain = max(1, tokens // cfg.train_seq_len), cfg.train_seq_len, cfg.train_seq_len
-    return (cfg.eval_batch_seqs, cfg.eval_length, stride) if stride else plain
+    plain = tokens // cfg.train_seq_len, cfg.train_seq_len, cfg.train_seq_len
+    batch, length, width = (cfg.eval_batch_seqs, cfg.eval_length, stride) if stride else plain
+    return max(1, min(batch, cfg.ttt_chunk_tokens // width) if learns else batch), length, width
 
 
 def padded(data: Validation, rows: list, shape: tuple[int, int, int], device: torch.device) -> list[Tensor]:
@@ -1588,7 +1589,7 @@ def padded(data: Validation, rows: list, shape: tuple[int, int, int], device: to
 def passes(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[list]:
     """What is scored in turn: [this rank's windows, None or the (first, stop, reset) to learn from then]; as
     many turns on every rank. Only a learner's end with a chunk; reset: where its text, or all text, ends."""
-    batch, length, width = eval_shape(cfg, runtime.device, stride)
+    batch, length, width = eval_shape(cfg, runtime.device, stride, learns)
     alone, turns = learns and cfg.ttt_reset, []
     for begin, end in itertools.pairwise([0, *(data.starts if alone else ()), data.targets]):
         todo = windows(end, length, width, begin)
@@ -1604,7 +1605,7 @@ def evaluate(cfg, nats_of, data, runtime, stride=0, limit=math.inf, say=None, le
     """Score the Validation, sharded over ranks: by the official windows, or by ones that slide by `stride`.
     nats_of: as token_nats. learn(first, stop, reset): called once those targets have their scores. limit:
     rank 0's seconds, then the score is a partial one. say(seconds): told early what it will take."""
-    began, shape = time.perf_counter(), eval_shape(cfg, runtime.device, stride)
+    began, shape = time.perf_counter(), eval_shape(cfg, runtime.device, stride, learn is not None)
     totals, each = torch.zeros(3, dtype=torch.float64), torch.zeros(data.targets)  # nats, tokens, bytes
     turns, cut = passes(cfg, data, runtime, stride, learn is not None), False
     for turn, (rows, chunk) in enumerate(turns):
@@ -1646,10 +1647,8 @@ class TestTimeTraining:
         rank, lora = cfg.ttt_lora_rank, self.params if cfg.ttt_lora_rank else []
         torch._foreach_copy_(self.params, self.start)
         a = [(torch.randn(rank, p.size(1), generator=rng) / p.size(1) ** 0.5).to(p.device) for p in lora]
-        self.factors = [
-            (x, torch.zeros(p.size(0), rank, device=p.device)) for x, p in zip(a, lora, strict=True)
-        ]
-        trained = [t for pair in self.factors for t in pair] or self.params
+        self.factors = [(x, torch.zeros(len(p), rank, device=p.device)) for x, p in zip(a, lora, strict=True)]
+        trained = [*itertools.chain(*self.factors)] or self.params
         self.optimiser = TTT_KINDS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
 
     def learn(self, first: int, stop: int, reset: bool) -> None:
@@ -1657,7 +1656,7 @@ class TestTimeTraining:
         if reset:
             return self.reset()
         cfg, runtime, data = self.run.cfg, self.run.runtime, self.run.data
-        batch, length, width = shape = eval_shape(cfg, runtime.device, 0)
+        batch, length, width = shape = eval_shape(cfg, runtime.device, 0, True)
         rows = windows(stop, length, length, first)
         mine, depth = [rows[i] for i in runtime.share(len(rows))], phases(cfg)[-1][1]
         for _ in range(cfg.ttt_steps):
@@ -1728,8 +1727,7 @@ def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
 
 
 def fixed_point(x: Tensor) -> tuple[Tensor, float]:
-    """x, cut to +-128, as integers and their scale. Their sums are exact: later tokens, which move a bin's
-    place among the others, cannot change the last digit of an earlier weight."""
+    """x, cut to +-128, as integers and their scale: the last digit of a sum depends on its terms alone."""
     scale = 2.0 ** (54 - len(x).bit_length())
     return (x.double().clamp(-128, 128) * scale).round().long(), scale
 
@@ -1854,7 +1852,8 @@ def check_score(score: Callable, tokens: np.ndarray, vocab: int, ends=(53,)) -> 
         places, values = found if isinstance(found, tuple) else (np.arange(len(found)), found)
         if not np.array_equal(np.sort(places), np.arange(count)):
             broken["C4"] = f"{count} tokens have {len(places)} scores, not one each"
-        return np.array([dict(zip(places, values, strict=False)).get(i, math.nan) for i in range(count)])
+        found = dict(zip(places, values, strict=False))
+        return np.array([found.get(i, math.nan) for i in range(count)])
 
     whole = logs(tokens)
     for cut in (count // 3, count // 2, count - 1, count):  # the tokens from cut on are changed
@@ -2020,13 +2019,14 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
 def warm_evaluation(run: Run) -> None:
     """Compile the evaluation graphs on blank tokens: each shape, and each depth that will be validated."""
     cfg, device, turns = run.cfg, run.runtime.device, [depth for _, depth in phases(run.cfg)]
-    early = [(0, depth) for depth in turns[:-1] if cfg.val_loss_every]
-    for stride, depth in dict.fromkeys([(0, turns[-1]), (cfg.eval_stride, turns[-1]), *early]):
-        batch, length, width = eval_shape(cfg, device, stride)
+    early = [(0, depth, False) for depth in turns[:-1] if cfg.val_loss_every]
+    late = [(n, turns[-1], learns) for learns in (False, cfg.ttt_steps > 0) for n in (0, cfg.eval_stride)]
+    for stride, depth, learns in dict.fromkeys([*late, *early]):
+        batch, length, width = eval_shape(cfg, device, stride, learns)
         blank = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in (length, width, width)]
         with torch.no_grad():
             run.nats(*blank[: 3 if stride else 2], depth=depth)
-        if cfg.ttt_steps and not stride and depth == turns[-1]:
+        if learns and not stride:
             run.nats(*blank[:2], depth=depth).sum().backward()
 
 

@@ -100,22 +100,16 @@ def neural(cfg, runtime, state, data, source: str, stride: int) -> tuple[np.ndar
     model = ours.GPT(cfg, runtime.dtype).to(runtime.device)
     ours.load_weights(model, state, source)
     nats, entropy = np.zeros(data.targets), np.zeros(data.targets)
-    tokens, length = data.tokens.astype(np.int64), cfg.eval_length
+    length = cfg.eval_length
     size = max(1, min(32, PLACES // (stride * cfg.vocab_size)))
     for rows in batches(ours.windows(data.targets, length, stride), size):
-        ids, targets, places = (np.zeros((len(rows), n), np.int64) for n in (length, stride, stride))
-        scored = np.zeros((len(rows), stride), bool)
-        for row, (start, first, stop) in enumerate(rows):
-            ids[row, : stop - start] = tokens[start:stop]
-            targets[row, : stop - first] = tokens[first + 1 : stop + 1]
-            places[row, : stop - first] = np.arange(first - start, stop - start)
-            scored[row, : stop - first] = True
-        ids, targets, places = (torch.from_numpy(x).to(runtime.device) for x in (ids, targets, places))
+        shape = len(rows), length, stride
+        ids, targets, places, scored = ours.padded(data, rows, shape, runtime.device)
         with torch.no_grad():
             logs = model(ids, None, places).log_softmax(-1)
             own, h = -logs.gather(-1, targets[..., None])[..., 0], -(logs.exp() * logs).sum(-1)
         here = slice(rows[0][1], rows[-1][2])
-        nats[here], entropy[here] = (x.cpu().double().numpy()[scored] for x in (own, h))
+        nats[here], entropy[here] = (x[scored > 0].cpu().double().numpy() for x in (own, h))
     return nats, entropy
 
 
