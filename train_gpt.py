@@ -58,9 +58,7 @@ OVER_SIZE, OVER_EVAL_TIME, DIVERGED, RECOMPILED, ILLEGAL_SCORE = 3, 4, 5, 6, 7
 SIZE_LIMIT = 16_000_000  # decimal bytes of code + packed model, the challenge's rule
 
 
-class RunError(Exception):
-    """Ends the run with one line for the user and an exit code; 2 (bad knob or input) unless said."""
-
+class RunError(Exception):  # ends the run with one line for the user; exit code 2, a bad input, unless said
     def __init__(self, message: str, code: int = 2):
         super().__init__(message)
         self.code = code
@@ -390,9 +388,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass
-class Runtime:
-    """Where the run happens. Every method is a no-op or the identity on one CPU process."""
-
+class Runtime:  # where the run happens; every method is a no-op or the identity on one CPU process
     device: torch.device = torch.device("cpu")
     rank: int = 0
     world_size: int = 1
@@ -466,7 +462,10 @@ class Runtime:
 
     def main_number(self, value: float) -> float:
         """Rank 0's number on every rank, over the host network: no device is waited for."""
-        return self.main_decides(lambda: value)
+        shared = torch.tensor(value, dtype=torch.float64)
+        if self.world_size > 1:
+            dist.broadcast(shared, 0)
+        return shared.item()
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of `count` items."""
@@ -654,9 +653,7 @@ def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> St
     return StepPlan(p, scale, momentum, step, depth, kept_layers(cfg, step), draw(cfg.seed, "noise", step))
 
 
-class Clock:
-    """Rank 0's training seconds. On CUDA it lags by at most two steps, and the device never waits for it."""
-
+class Clock:  # rank 0's training seconds; on CUDA at most two steps late, and the device never waits for it
     def __init__(self, runtime: Runtime, step_seconds: float = 0.0):
         self.runtime, self.total, self.started, self.last = runtime, 0.0, 0.0, None
         self.recent, self.pending = deque([step_seconds] if step_seconds else [], maxlen=15), deque()
@@ -2392,6 +2389,8 @@ def main() -> None:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         code = error.code
+    if "LOCAL_RANK" in os.environ:  # at a plain exit a thread of gloo's aborts some runs after their RESULT
+        sys.stdout.flush(), os._exit(code)
     sys.exit(code)
 
 
