@@ -415,7 +415,7 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
         with suppress(OSError, AttributeError):  # glibc alone: new pages take time (cpu_memory.json)
             if device.type == "cpu":
                 libc = ctypes.CDLL(None)
-                libc.mallopt(-1, 2**31 - 1), libc.mallopt(-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
+                libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**28)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         if runtime.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         try:
@@ -1706,6 +1706,7 @@ def contexts(tokens: Tensor, vocab: int, highest: int) -> Iterator[tuple[Tensor,
         at, seen, gram = at[kept] + 1, followed[kept], scatter(by_gram, number)[kept]
         kept = again[by_gram].nonzero()[:, 0]
         order, start = index[by_gram[kept]], runs(number[kept])[1]
+        del keys, by_gram, first, begin, followed, new, kinds, number, again, kept, index
 
 
 def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
@@ -1715,11 +1716,11 @@ def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
     p = torch.full((len(tokens),), 1 / vocab, dtype=torch.float64, device=tokens.device)
     codes = torch.zeros(2, highest + 1, len(tokens), dtype=torch.uint8, device=tokens.device)
     for k, parts in enumerate(contexts(tokens, vocab, highest)):
-        known = parts[1].nonzero()[:, 0]
-        at, seen, kinds, followed = (part[known] for part in parts)
-        p[at] = ((followed.double() - DISCOUNT).clamp_min_(0) + DISCOUNT * kinds.double() * p[at]) / seen
-        for code, count in zip(codes, (seen, kinds), strict=True):
-            code[k, at] = (11.5 * count.double().log1p()).round().to(torch.uint8)
+        for known in parts[1].nonzero()[:, 0].split(2**22):
+            at, seen, kinds, followed = (part[known] for part in parts)
+            p[at] = ((followed.double() - DISCOUNT).clamp_min_(0) + DISCOUNT * kinds.double() * p[at]) / seen
+            codes[:, k, at] = torch.stack((seen, kinds)).double().log1p().mul(11.5).round().to(torch.uint8)
+        del parts, known, at, seen, kinds, followed  # of 62 M tokens each takes half a GB
     return p[1:], codes[..., 1:]
 
 
