@@ -61,7 +61,7 @@ VARIANTS: dict[str, tuple[dict, dict]] = {
     "one bin": ({}, dict(hedge=one_bin)),
     **{f"order {k}": (dict(hedge_order=k), {}) for k in (0, 1, 2, 3, 4, 5, 8, 12)},
     **{f"eta {eta}": (dict(hedge_eta=eta), {}) for eta in (0.01, 0.03, 0.3, 1.0)},
-    **{f"window {n}": (dict(hedge_window=n), {}) for n in (300, 1000, 3000, 10_000)},
+    **{f"window {n}": (dict(hedge_window=n), {}) for n in (0, 300, 3000, 10_000)},
     **{f"discount {d}": ({}, dict(DISCOUNT=d)) for d in (0.4, 0.5, 0.7, 0.8, 0.9)},
 }
 
