@@ -1359,8 +1359,8 @@ class Optimisers:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
         decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
-        done, n = plan.progress, len(blocks_of(self.weights))
-        shares = [(w.param, math.prod(rate(w, done, n) for rate in self.rates)) for w in self.weights]
+        done, rates, n = plan.progress, self.rates, len(blocks_of(self.weights)) if self.rates else 0
+        shares = [(w.param, math.prod(rate(w, done, n) for rate in rates)) for w in self.weights if rates]
         slowed = [(p, p.clone(), share) for p, share in shares if share != 1]  # share of the step they make
         for optimiser in self.all:
             for group in optimiser.param_groups:
@@ -1653,7 +1653,7 @@ class TestTimeTraining:
         if reset:
             return self.reset()
         cfg, runtime, data = self.run.cfg, self.run.runtime, self.run.data
-        batch, length, width = shape = eval_shape(cfg, runtime.device, 0, True)
+        batch, length, _ = shape = eval_shape(cfg, runtime.device, 0, True)
         rows = windows(stop, length, length, first)
         mine, depth = [rows[i] for i in runtime.share(len(rows))], phases(cfg)[-1][1]
         for _ in range(cfg.ttt_steps):
@@ -1768,9 +1768,8 @@ def hedge(neural: Tensor, other: Tensor, shares: list, bins: Tensor, eta: float,
     tail = start[stop - 1].maximum(stop - window) if window else start[stop - 1]
     final, totals, prior = [], [], 2.0
     mixed = norm = torch.full_like(neural, -torch.inf)
-    for (
-        share
-    ) in shares:  # only integers in the order of the bins: a float's last bit would depend on its place
+    # Only integers go by the order of the bins: a float's last bit would depend on its place there.
+    for share in shares:
         logs = torch.log(neural + share * (other - neural))
         parts, scale = fixed_point(logs)
         sums = F.pad(parts[order].cumsum(0), (1, 0))
@@ -1832,7 +1831,7 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
         score = kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
         if name != "hedge" and (cfg.use_hedge or cfg.score_dump):
             run.runtime.sum(score.each)
-        left -= score.seconds
+        left -= run.runtime.main_number(score.seconds)  # one clock, or the ranks would part
         yield name, score
         if score.left:
             return

@@ -612,6 +612,20 @@ def test_a_mixer_that_would_take_too_long_mixes_a_first_part(monkeypatch):
         assert torch.equal(score.each[:count], 2 * base.each[:count].double())
 
 
+def test_the_time_left_is_counted_by_the_clock_of_the_first_rank():
+    """Ranks that measured their own seconds would stop at different passes, and wait for each other."""
+    run, limits = learner(400, eval_stride=8, ttt_steps=0, max_eval_seconds=60.0), []
+
+    class Second(Runtime):
+        def main_number(self, value):
+            return 7.0  # what rank 0 broadcasts, whatever this rank measured
+
+    run.runtime = Second()
+    run.score = lambda stride, limit, say: limits.append(limit) or Score(1.0, 1, 1, 1000.0)
+    list(score_all(run))
+    assert limits == [60.0, 53.0]
+
+
 def test_a_part_of_a_mixture_is_the_whole_one_there():
     run = learner(400, use_hedge=True, ttt_steps=0)
     tokens, nats = torch.from_numpy(run.data.tokens.astype(np.int64)), each(run)["roundtrip"].double()
