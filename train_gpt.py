@@ -6,10 +6,12 @@
     python train_gpt.py --help                             all knobs: default, range, meaning
     python train_gpt.py --list-ideas                       the published ideas: state, source, formula
     python train_gpt.py --dry-run                          what this run would be; trains nothing
+    python train_gpt.py --doctor                           is all that it needs here?
     EVAL_ONLY=final_model.int8.ptz python train_gpt.py     score a packed model again
 
 Exit codes: 0 ok, 2 bad knob or input, 3 over 16,000,000 bytes, 4 over the evaluation budget, 5 diverged,
-6 a graph was compiled inside the training clock, 7 a score fails SCORE_CHECK.
+6 a graph was compiled inside the training clock, 7 a score fails SCORE_CHECK, 8 another rank was lost,
+75 stopped by SIGTERM or SIGINT, to go on from a checkpoint with RESUME=auto.
 
 Sections: 1 Knobs, 2 Runtime and logs, 3 Progress and schedules, 4 Data, 5 Bytes, 6 Model, 7 Optimisers,
 8 Quantise and pack, 9 Score, 10 Train, 11 Main.
@@ -17,6 +19,7 @@ Sections: 1 Knobs, 2 Runtime and logs, 3 Progress and schedules, 4 Data, 5 Bytes
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import fcntl
 import hashlib
@@ -30,12 +33,16 @@ import random
 import re
 import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import timeit
+import traceback
 import uuid
+import zipfile
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -54,14 +61,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-OVER_SIZE, OVER_EVAL_TIME, DIVERGED, RECOMPILED, ILLEGAL_SCORE = 3, 4, 5, 6, 7
+OVER_SIZE, OVER_EVAL_TIME, DIVERGED, RECOMPILED, ILLEGAL_SCORE, LOST_RANK, PREEMPTED = 3, 4, 5, 6, 7, 8, 75
 SIZE_LIMIT = 16_000_000  # decimal bytes of code + packed model, the challenge's rule
 
 
 class RunError(Exception):  # ends the run with one line for the user; exit code 2, a bad input, unless said
-    def __init__(self, message: str, code: int = 2):
+    def __init__(self, message: str, code: int = 2, alone: bool | None = None):
         super().__init__(message)
-        self.code = code
+        self.code, self.alone = code, alone  # alone: other ranks do not know it
 
 
 def require(condition: bool, message: str) -> None:
@@ -111,6 +118,8 @@ class Config:
     iterations: int = knob(20_000, "most optimiser steps; 0 = validate, pack and score only", low=0)
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = none", low=0)
     max_eval_seconds: float = place(600.0, "clock of the final scores; 0 = none", low=0)
+    checkpoint_seconds: float = place(0.0, "training time between checkpoints; 0 = if stopped only", low=0)
+    resume: str = place("0", "auto = go on from OUT_DIR's newest checkpoint, if any; or a checkpoint's path")
     warmup_steps: int = place(20, "untimed steps that compile, then are undone", low=0)
     train_batch_tokens: int = knob(524_288, "tokens per step over all ranks", low=1)
     train_seq_len: int = shape_knob(1024, "training and validation context", low=2)
@@ -396,6 +405,8 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
     compiles: bool = False
     backend: str | Callable = "inductor"
     uncompiled: str = ""  # why not, if that is news to the user
+    patient: bool = False  # whether a signal waits, as in the training loop
+    stopping: str = ""  # the signal that asked for an end
     is_cuda = property(lambda self: self.device.type == "cuda")
 
     @classmethod
@@ -406,8 +417,9 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
         kind = cfg.device if cfg.device != "auto" else "cuda" if there["cuda"] else "cpu"
         require(there[kind], f"DEVICE={kind} but torch sees none here; set DEVICE=cpu or DEVICE=auto")
         local, count = int(env.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        missing = f"rank {local} has no GPU: torch sees {count}; lower --nproc_per_node"
-        require(kind != "cuda" or local < count, missing)
+        if kind == "cuda" and local >= count:
+            missing = f"rank {local} has no GPU: torch sees {count}; lower --nproc_per_node"
+            raise RunError(missing, alone=True)
         device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
         runtime = cls(device, int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)))
         runtime.compiles, runtime.uncompiled = pick_compile(cfg.compile, device)
@@ -416,14 +428,34 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
             if device.type == "cpu":
                 libc = ctypes.CDLL(None)
                 libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**28)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        if runtime.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        before = {number: signal.signal(number, runtime.stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
+            if runtime.world_size > 1:
+                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
             runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
             yield runtime
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop(self, number: int, _frame) -> None:
+        """Handler of signals: end now or when patience does. One is enough: torchrun doubles Ctrl-C."""
+        known, self.stopping = self.stopping, signal.Signals(number).name
+        if not (known or self.patient):
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Signals wait until its end: all ranks must stop between the same two steps."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+        if self.stopping:
+            raise KeyboardInterrupt
 
     def claim_device(self) -> None:
         """Make this rank's GPU the thread's own; a new thread would open a context on the first one."""
@@ -446,18 +478,29 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, thing) -> list:
+        """Every rank's thing, on every rank."""
+        things = [thing] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(things, thing)
+        return things
+
+    def agree(self, make: Callable):
+        """make() on every rank; a RunError of one is raised on all."""
+        made, error = None, None
+        try:
+            made = make()
+        except RunError as raised:
+            error = str(raised), raised.code
+        for other in filter(None, self.gather(error)):
+            raise RunError(*other, alone=False)
+        return made
+
     def main_decides(self, decide: Callable):
         """Call `decide` on rank 0 and give its result, or its RunError, to every rank."""
-        message: list = [None, None]
-        if self.rank == 0:
-            try:
-                message[0] = decide()
-            except RunError as error:
-                message[1] = (str(error), error.code)
+        message = [self.agree(lambda: decide() if self.rank == 0 else None)]
         if self.world_size > 1:
             dist.broadcast_object_list(message, device=torch.device("cpu"))
-        if message[1]:
-            raise RunError(*message[1])
         return message[0]
 
     def main_number(self, value: float) -> float:
@@ -466,6 +509,14 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
         if self.world_size > 1:
             dist.broadcast(shared, 0)
         return shared.item()
+
+    def random_state(self) -> list[Tensor]:
+        """Of this rank's generators: torch's, and the GPU's if it runs on one."""
+        return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.is_cuda else [])]
+
+    def set_random_state(self, states: list[Tensor]) -> None:
+        for setter, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), states, strict=False):
+            setter(state)
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of `count` items."""
@@ -498,17 +549,24 @@ def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
 
 
 class RunLog:
-    """Rank 0's two logs: logs/RUN_ID.txt in the official line formats, logs/RUN_ID.jsonl as typed events."""
+    """Rank 0's two logs: logs/RUN_ID.txt in the official line formats, logs/RUN_ID.jsonl as typed events.
+    again: go on in those of a run that was cut off, perhaps within a line."""
 
-    def __init__(self, folder: Path | None, run_id: str):
+    def __init__(self, folder: Path | None, run_id: str, again: bool = False):
         paths = [folder / f"{run_id}{end}" for end in (".txt", ".jsonl")] if folder else []
-        self.text, self.events = [path.open("x", encoding="utf-8") for path in paths] or [None, None]
+        for path in filter(Path.exists, paths if again else ()):
+            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+        self.again = again and any(path.exists() for path in paths)
+        files = [path.open("a" if again else "x", encoding="utf-8") for path in paths]
+        self.text, self.events = files or [None, None]
 
     def line(self, text: str, echo: bool = True) -> None:
         if self.text:
             print(text, file=self.text, flush=True)
-            if echo:
-                print(text, flush=True)
+        try:
+            print(text, flush=True) if self.text and echo else None
+        except OSError:  # its reader is gone, as `| head` is after ten lines; the run goes on, in the log
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def warn(self, when: bool, text: str) -> None:
         if when:
@@ -520,36 +578,49 @@ class RunLog:
 
     def close(self) -> None:
         for file in filter(None, (self.text, self.events)):
-            file.close()
+            with suppress(OSError):  # a full disk, which has been said
+                file.close()
 
 
 def write_atomic(path: Path, data: bytes | Callable) -> None:
     """Whole or not at all: temporary file, fsync, rename. data: bytes, or what writes them to a file."""
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    with temporary.open("wb") as file:
-        data(file) if callable(data) else file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with temporary.open("wb") as file:
+            data(file) if callable(data) else file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None  # that of a full disk names no file
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def claim_outputs(cfg: Config, run_id: str) -> list:
-    """Refuse to write where another run has written or is writing. Returns locks: hold them."""
+    """Refuse to write where another run has written or is writing; with RESUME, what an unfinished RUN_ID
+    left is its own. Returns locks, which hold that name until the run is finished: hold them."""
     out = Path(cfg.out_dir)
     logs = [out / "logs" / f"{run_id}{end}" for end in (".txt", ".jsonl")]
     models = [] if cfg.eval_only else [out / "final_model.pt", out / MODEL_FILE]
     try:
         (out / "logs").mkdir(parents=True, exist_ok=True)
-        locks = [path.with_name(f".{path.name}.lock").open("w") for path in logs[:1] + models[:1]]
+        locks = [path.with_name(f".{path.name}.lock").open("a+") for path in logs[:1] + models[:1]]
         for lock in locks:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock.seek(0)
+        own = [cfg.resume != "0" and lock.read() == run_id for lock in locks]
     except BlockingIOError:
         raise RunError(f"another run is writing to OUT_DIR={out}; set another OUT_DIR") from None
     except OSError as error:
         raise RunError(f"cannot write to OUT_DIR={out} ({error.strerror}); set another OUT_DIR") from None
-    for path in filter(Path.exists, [*logs, *models, *([Path(cfg.score_dump)] if cfg.score_dump else [])]):
+    others = [*models, *([Path(cfg.score_dump)] if cfg.score_dump else [])]
+    for path in filter(Path.exists, logs * (not own[0]) + others * (not all(own))):
         mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
         raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
+    for lock in locks:
+        lock.truncate(0)
+        print(run_id, end="", file=lock, flush=True)
     return locks
 
 
@@ -657,6 +728,7 @@ class Clock:  # rank 0's training seconds; on CUDA at most two steps late, and t
     def __init__(self, runtime: Runtime, step_seconds: float = 0.0):
         self.runtime, self.total, self.started, self.last = runtime, 0.0, 0.0, None
         self.recent, self.pending = deque([step_seconds] if step_seconds else [], maxlen=15), deque()
+        self.asked = False  # by a signal, on any rank, to stop
 
     def start(self) -> None:
         self.runtime.synchronize()
@@ -671,14 +743,15 @@ class Clock:  # rank 0's training seconds; on CUDA at most two steps late, and t
         self.start()
 
     def tick(self) -> float:
-        """Seconds trained, the same number on every rank; call once before each step."""
+        """Seconds trained by rank 0's clock, the same on every rank; call once before each step."""
         paced = not self.runtime.is_cuda or len(self.pending) == 2  # a host that runs ahead measures nothing
         if self.runtime.is_cuda:
             self.pending.append(torch.cuda.Event())
             self.pending[-1].record()
         if len(self.pending) > 2:
             self.pending.popleft().synchronize()
-        now = self.runtime.main_number(self.seconds())
+        mine = self.seconds() if self.runtime.rank == 0 else 0.0, bool(self.runtime.stopping)
+        now, self.asked = self.runtime.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         if self.last is not None and paced:
             self.recent.append(now - self.last)
         self.last = now if paced else None
@@ -767,10 +840,10 @@ def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
     return np.random.default_rng((seed, epoch)).permutation(windows)
 
 
-def batches(cfg: Config, stream: TokenStream, runtime: Runtime) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's (inputs, targets) of steps 0, 1, ..., [sequences here, T] int64; windows share a token."""
+def batches(cfg: Config, stream: TokenStream, runtime: Runtime, first=0) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's (inputs, targets) from a step on, [sequences here, T] int64; windows share a token."""
     length, windows = cfg.train_seq_len, stream.windows(cfg.train_seq_len)
-    for step in itertools.count():
+    for step in itertools.count(first):
         order = window_order(cfg, windows, step)[list(runtime.share(cfg.sequences))]
         rows = [stream.read(window * length, length + 1) for window in order.tolist()]
         block = torch.from_numpy(np.array(rows, np.int64).reshape(-1, length + 1))
@@ -1207,7 +1280,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, runtime: Runtime):
         super().__init__([dict(params=params, base_lr=lr)], dict(lr=lr, momentum=momentum, weight_decay=0.0))
-        self.steps, self.runtime = steps, runtime
+        self.steps, self.runtime, self.matrices = steps, runtime, self.param_groups[0]["params"]
+        self.own = slice(runtime.rank, None, runtime.world_size)  # this rank's share of them
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -1215,7 +1289,7 @@ class Muon(torch.optim.Optimizer):
             params, momentum, sizes = group["params"], group["momentum"], [p.numel() for p in group["params"]]
             flat = torch.zeros(sum(sizes), device=params[0].device)
             updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
-            pairs = [*zip(params, updates, strict=True)][self.runtime.rank :: self.runtime.world_size]
+            pairs = [*zip(params, updates, strict=True)][self.own]
             for shape in dict.fromkeys(p.shape for p, _ in pairs):
                 alike, results = zip(*((p, update) for p, update in pairs if p.shape == shape), strict=True)
                 for p in (p for p in alike if not self.state[p]):
@@ -1338,6 +1412,25 @@ class Optimisers:
         tables = GRADIENT_EDITS, WEIGHT_EDITS, LAYER_RATES, DECAYS
         *self.edits, self.rates, self.decays = (switched_on(cfg, table) for table in tables)
 
+    def state(self) -> dict[str, object]:
+        """What it remembers, whole on every rank: Muon's momentum is gathered from the ranks that hold it."""
+        none, muon = torch.zeros(0, device=self.runtime.device), self.muon
+        shares = [muon.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p)) for p in muon.matrices]
+        momentum = self.runtime.sum(torch.cat([none, *(share.flatten() for share in shares)]))
+        memory = {w.name: dict(w.memory) for w in self.weights if w.memory}
+        return dict(adam=self.adam.state_dict(), muon=momentum, memory=memory)
+
+    def load(self, state: Mapping) -> None:
+        """Back to a state, at any world size."""
+        self.adam.load_state_dict(state["adam"])
+        self.muon.state.clear()
+        parts = state["muon"].to(self.runtime.device).split([p.numel() for p in self.muon.matrices])
+        for p, part in [*zip(self.muon.matrices, parts, strict=True)][self.muon.own]:
+            self.muon.state[p]["momentum_buffer"] = part.view_as(p).clone()
+        for w in self.weights:
+            w.memory.clear()
+            w.memory.update({key: t.to(w.param.device) for key, t in state["memory"].get(w.name, {}).items()})
+
     @contextmanager
     @torch.no_grad()  # its own code alone, not what is run inside it
     def uphill(self, rho: float) -> Iterator[None]:
@@ -1355,8 +1448,9 @@ class Optimisers:
         self.runtime.sum(self.flat)
         for edit in self.edits[0]:
             edit(self.cfg, self.weights, plan)
+        self.norm = self.flat.norm()
         if self.cfg.grad_clip_norm:
-            self.flat.mul_((self.cfg.grad_clip_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
+            self.flat.mul_((self.cfg.grad_clip_norm / (self.norm + 1e-6)).clamp(max=1.0))
         decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
         done, rates, n = plan.progress, self.rates, len(blocks_of(self.weights)) if self.rates else 0
@@ -1828,9 +1922,11 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
     on = dict(roundtrip=True, sliding=cfg.eval_stride, ttt=cfg.ttt_steps, hedge=cfg.use_hedge)
     for name in filter(on.get, kinds):
         text = f"{name}: takes about %.0f s, {left:.0f} s are left"
-        score = kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
-        if name != "hedge" and (cfg.use_hedge or cfg.score_dump):
-            run.runtime.sum(score.each)
+        score = run.checkpoints.scores.get(name)
+        if not score:
+            score = kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
+            if name != "hedge" and (cfg.use_hedge or cfg.score_dump):
+                run.runtime.sum(score.each)
         left -= run.runtime.main_number(score.seconds)  # one clock, or the ranks would part
         yield name, score
         if score.left:
@@ -1906,6 +2002,7 @@ class Run:  # what every phase of a run needs
     log: RunLog
     model: GPT
     data: Validation
+    checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints())
 
     def __post_init__(self) -> None:
         """The two functions that run the model, compiled if the runtime compiles."""
@@ -1918,8 +2015,8 @@ class Run:  # what every phase of a run needs
         try:
             return warm()
         except Exception as error:
-            full = isinstance(error, torch.OutOfMemoryError)
-            if full or not self.runtime.compiles or self.cfg.compile == "1":
+            known = isinstance(error, torch.OutOfMemoryError | RunError)
+            if known or not self.runtime.compiles or self.cfg.compile == "1":
                 raise
             self.log.warn(True, f"no torch.compile ({type(error).__name__}); running eagerly, slower")
             self.runtime.compiles = False
@@ -1991,7 +2088,7 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     if not cfg.warmup_steps:
         return micro_batch_limit(cfg, runtime.device), [0.0] * len(turns)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    states, random_state = [o.state_dict() for o in optimisers.all], torch.get_rng_state()  # empty as yet
+    states, random_state = optimisers.state(), runtime.random_state()  # empty as yet
     source, clock = batches(cfg, stream, runtime), Clock(runtime)
     limit = run.settle(lambda: fit_micro_batch(run, next(source)))
     for _, depth in turns:
@@ -2005,11 +2102,8 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
                 run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
         seconds.append(runtime.main_number(taken))
     run.model.load_state_dict(weights)
-    for optimiser, state in zip(optimisers.all, states, strict=True):
-        optimiser.load_state_dict(state)
-    for weight in optimisers.weights:
-        weight.memory.clear()
-    torch.set_rng_state(random_state)
+    optimisers.load(states)
+    runtime.set_random_state(random_state)
     return limit, seconds
 
 
@@ -2058,6 +2152,157 @@ class Trained:  # how training ended
     truncated = property(lambda self: self.step > 0 and self.progress < 0.98)
 
 
+CHECKPOINT = "parameter golf checkpoint 1"
+
+
+@dataclass
+class Checkpoints:
+    """OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk, the last two, until the run has its RESULT."""
+
+    folder: Path | None = None  # none: nothing is written
+    about: dict[str, object] = field(default_factory=dict)  # kind, run_id, same, dtype, resumed: in each file
+    before: dict | None = None  # the one this run goes on from
+    kept: list[Path] = field(default_factory=list)  # whole ones, the newest last
+    state: dict | None = None  # what the next one holds
+    scores: dict[str, Score] = field(default_factory=dict)  # made since the training ended
+
+    def __post_init__(self) -> None:
+        if self.before:
+            self.about["resumed"] = [*self.before["resumed"], self.before["step"]]
+            self.kept.append(Path(self.before["path"]))
+            self.scores = {name: Score(*values) for name, values in self.before["scores"].items()}
+
+    def write(self, log: RunLog | None = None) -> None:
+        """Write the state, if there is one. With a log an OSError becomes a warning."""
+        try:
+            if self.state and self.folder:
+                self.folder.mkdir(exist_ok=True)
+                run_id, buffer = self.about["run_id"], io.BytesIO()
+                path = self.folder / f"{run_id}-{self.state['step']:08d}.pt"
+                scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
+                torch.save(self.about | self.state | dict(scores=scores), buffer)
+                write_atomic(path, buffer.getbuffer())
+                self.kept = [*(p for p in self.kept if p != path), path][-2:]
+                for old in {*checkpoint_files(self.folder, run_id)} - {*self.kept}:
+                    old.unlink()
+        except OSError as error:
+            if not log:
+                raise
+            log.warn(True, f"no checkpoint: cannot write {error.filename}: {error.strerror}")
+
+    def clear(self) -> None:
+        """The run is finished: its checkpoints go, and their folder unless others' are there."""
+        for path in checkpoint_files(self.folder, self.about["run_id"]) if self.folder else ():
+            path.unlink(missing_ok=True)
+        with suppress(OSError, AttributeError):
+            self.folder.rmdir()
+
+
+def checkpoint_files(folder: Path, run_id: str = "") -> list[Path]:
+    """Newest first, of the run named or else of the one that wrote the newest."""
+    names = folder.glob(f"{run_id or '*'}-{'[0-9]' * 8}.pt")
+    files = sorted(names, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    return files if run_id or not files else checkpoint_files(folder, files[0].stem[:-9])
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A whole one, on the CPU; RunError on a damaged or foreign file. Nothing in it is executed."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            whole = not file.testzip()  # torch.load does not look at the checksums
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if whole and state["kind"] == CHECKPOINT:
+            return state
+        raise ValueError
+    except Exception as error:  # torch and zipfile have many kinds for a damaged file
+        raise RunError(f"{path} is no whole checkpoint of this script ({type(error).__name__})") from None
+
+
+def identity(cfg: Config, data: Validation, stream: TokenStream) -> dict[str, object]:
+    """What a run must share with a checkpoint to go on from it, by name."""
+    shards = repr([(path.name, len(shard)) for path, shard in zip(stream.paths, stream.shards, strict=True)])
+    parts = {"the training shards": shards.encode(), "the validation text": data.sha256.encode()}
+    parts["train_gpt.py"] = own_source()
+    hashes = {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
+    return cfg.effective() | dict(SEED=cfg.seed) | hashes
+
+
+def find_checkpoint(cfg: Config, same: Mapping[str, object]) -> dict | None:
+    """The one RESUME asks for, if any, and its `path`: a damaged file is passed over for the one before.
+    RunError if none is whole, or if it was made with another config, seed, data or script than `same`."""
+    auto, folder, errors = cfg.resume == "auto", Path(cfg.out_dir) / "checkpoints", []
+    paths = checkpoint_files(folder, cfg.run_id) if auto else [Path(cfg.resume)] * (cfg.resume != "0")
+    for path in paths:
+        try:
+            state = read_checkpoint(path) | dict(path=str(path))
+        except RunError as error:
+            errors.append(str(error))
+            continue
+        for error in errors:
+            print(f"warning: {error}; going on from {path}", file=sys.stderr)
+        there = state["same"]
+        names = [name for name in there | same if there.get(name) != same.get(name)]
+        differ = [f"{name}={there.get(name)} there, {same.get(name)} here" for name in names]
+        mend = "set back what differs, or start anew with RESUME=0"
+        require(not differ, f"RESUME: {path} was made with {'; '.join(differ)}; {mend}")
+        return state
+    require(not errors, f"RESUME={cfg.resume}: {'; '.join(errors)}; RESUME=0 starts anew")
+    return None
+
+
+class Training:  # all that changes from step to step, and with that what a checkpoint holds
+    def __init__(self, run: Run, optimisers: Optimisers, step_seconds: float):
+        self.run, self.optimisers, self.average = run, optimisers, Average(run.cfg, run.model)
+        self.clock, self.step, self.scales, self.saved = Clock(run.runtime, step_seconds), 0, 0.0, 0.0
+        self.sound = torch.zeros(3, dtype=torch.float64, device=run.runtime.device)  # as `check` reads it
+
+    def stepped(self, plan: StepPlan, loss: Tensor) -> None:
+        """Count a step. Nothing here waits for the device."""
+        self.average.update(plan)
+        new = torch.stack([part.double() for part in (self.sound[0] + 1, loss, self.optimisers.norm)])
+        whole = (self.sound[0] == self.step) & self.optimisers.norm.isfinite()
+        self.sound = torch.where(whole, new, self.sound)
+        self.step, self.scales = self.step + 1, self.scales + plan.lr_scale
+
+    def check(self) -> None:
+        """RunError (5) if a gradient was not finite, as it is on every rank once one rank's loss is not."""
+        steps, loss, norm = self.sound.tolist()
+        if steps < self.step:
+            last = f"loss {self.run.runtime.sum(torch.tensor(loss)).item():.4f}, gradient norm {norm:.4g}"
+            kept = "".join(f"; {path} is from before" for path in self.run.checkpoints.kept[-1:])
+            what = f"loss or gradient is not finite at step {steps + 1:.0f} (the step before: {last})"
+            raise RunError(f"diverged: {what}; lower the learning rates{kept}", DIVERGED)
+
+    def save(self, last: bool) -> None:
+        """Gather the state, on all ranks, the clock paused. Without CHECKPOINT_SECONDS it is written only if
+        the run is then stopped. last: it must outlive what scoring does to the weights."""
+        self.check()
+        run, average, self.saved = self.run, vars(self.average), self.clock.total
+        state = {name: average[name] for name in ("total", "weight", "count", "newest")}
+        state |= dict(step=self.step, scales=self.scales, seconds=self.clock.total)
+        state |= dict(recent=list(self.clock.recent), random=run.runtime.gather(run.runtime.random_state()))
+        state |= dict(model=run.model.state_dict(), optimisers=self.optimisers.state())
+        refuse_infinite(state["model"], "checkpoint")
+        run.checkpoints.state = copy.deepcopy(state) if last else state
+        if run.cfg.checkpoint_seconds:
+            run.checkpoints.write(run.log)
+
+    def resume(self) -> StepPlan | None:
+        """Set to the checkpoint's state, if there is one; returns the plan of the step before it."""
+        run, state, average, clock = self.run, self.run.checkpoints.before, self.average, self.clock
+        if not state:
+            return None
+        run.model.load_state_dict(state["model"])
+        self.optimisers.load(state["optimisers"])
+        average.total = [total.to(run.runtime.device) for total in state["total"]]
+        average.weight, average.count, average.newest = map(state.get, ("weight", "count", "newest"))
+        self.step, self.scales, clock.total = state["step"], state["scales"], state["seconds"]
+        clock.recent, self.saved = deque(state["recent"], maxlen=clock.recent.maxlen), clock.total
+        self.sound[0] = self.step
+        run.runtime.set_random_state(state["random"][run.runtime.rank % len(state["random"])])
+        return plan_step(run.cfg, self.step - 1, clock.total, clock.step_seconds()) if self.step else None
+
+
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -2071,7 +2316,7 @@ def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> S
 
 
 def report_step(run: Run, stream, before: StepPlan | None, plan: StepPlan, loss: Tensor, ms: float) -> None:
-    """Log an epoch or depth that began with this step and, if due, its end: RunError (5) on a loss of nan."""
+    """Log an epoch or depth that began with this step and, if due, its end."""
     cfg, log, step = run.cfg, run.log, plan.step
     if stream.epoch(cfg, step) > stream.epoch(cfg, step - 1):
         log.line(f"epoch:{stream.epoch(cfg, step)} step:{step}")
@@ -2087,36 +2332,42 @@ def report_step(run: Run, stream, before: StepPlan | None, plan: StepPlan, loss:
         where = dict(lr_scale=plan.lr_scale, progress=plan.progress, tokens=step * cfg.train_batch_tokens)
         shown = value if math.isfinite(value) else None
         log.event("step", step=step, train_loss=shown, **where, train_ms=ms)
-        if shown is None:
-            raise RunError(f"diverged: loss is {value} at step {step}; lower the learning rates", DIVERGED)
 
 
 def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
-    """Train until the step limit or the clock; validates at the end whatever the cadence."""
-    cfg, result, scales = run.cfg, Trained(), 0.0
+    """Train until the step limit or the clock; validates at the end whatever the cadence. KeyboardInterrupt
+    after a signal, with the state of that step kept."""
+    cfg, runtime, result = run.cfg, run.runtime, Trained()
     limit, seconds = warm_up(run, optimisers, stream)
     forecast(run, stream, limit, seconds)
     stats = torch._dynamo.utils.counters["stats"] if "torch._dynamo" in sys.modules else Counter()
-    loader, graphs = prefetch(batches(cfg, stream, run.runtime), run.runtime), stats["unique_graphs"]
-    clock, average, plan = Clock(run.runtime, seconds[0]), Average(cfg, run.model), None
+    now, graphs = Training(run, optimisers, seconds[0]), stats["unique_graphs"]
+    clock, plan = now.clock, now.resume()
+    loader = prefetch(batches(cfg, stream, runtime, now.step), runtime)
     clock.start()
-    for step in itertools.count():
-        elapsed, before = clock.tick(), plan
-        plan = plan_step(cfg, step, elapsed, clock.step_seconds())
-        done = finished(cfg, step, elapsed + clock.behind(), clock.step_seconds())
-        if done or due(step, cfg.val_loss_every):
-            with clock.paused():
-                result.score = validate(run, step, clock.total, None if done else plan.depth)
-        if done:
-            break
-        loss = train_step(run, optimisers, next(loader), plan, limit)
-        average.update(plan)
-        scales += plan.lr_scale
-        report_step(run, stream, before, plan, loss, 1000 * clock.seconds())
+    with runtime.patience():
+        for step in itertools.count(now.step):
+            elapsed, before = clock.tick(), plan
+            plan = plan_step(cfg, step, elapsed, clock.step_seconds())
+            done = finished(cfg, step, elapsed + clock.behind(), clock.step_seconds())
+            saves = clock.asked or done or 0 < cfg.checkpoint_seconds <= elapsed - now.saved
+            if saves or due(step, cfg.val_loss_every):
+                with clock.paused():
+                    if saves:
+                        now.save(last=done)
+                    if done or due(step, cfg.val_loss_every) and not clock.asked:
+                        result.score = validate(run, step, clock.total, None if done else plan.depth)
+            if done or clock.asked:
+                break
+            loss = train_step(run, optimisers, next(loader), plan, limit)
+            now.stepped(plan, loss)
+            report_step(run, stream, before, plan, loss, 1000 * clock.seconds())
+            if not runtime.is_cuda or due(step + 1, 50):  # a GPU would wait for it
+                now.check()
     loader.close()
     result.step, result.seconds, result.progress = step, clock.total, plan.progress
-    result.mean_lr_scale, result.late_graphs = scales / max(step, 1), stats["unique_graphs"] - graphs
-    report_end(run, average, result)
+    result.mean_lr_scale, result.late_graphs = now.scales / max(step, 1), stats["unique_graphs"] - graphs
+    report_end(run, now.average, result)
     return result
 
 
@@ -2158,9 +2409,17 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
 
 
 def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
-    """The official head of a log: source, versions, setting; and the `config` and `env` events."""
+    """The official head of a log: source, versions, setting; and the `config` and `env` events. A log that
+    goes on has it, and says from where."""
     cfg, log, runtime, data, source = run.cfg, run.log, run.runtime, run.data, own_source()
     machine, rule, sha = describe_machine(runtime), "=" * 100, hashlib.sha256(source).hexdigest()
+    before = run.checkpoints.before
+    if before or log.again:
+        at, path = (before["step"], before["path"]) if before else (0, "no checkpoint")
+        log.line(f"resumed: step:{at} from {path}")
+        log.event("resumed", step=at, path=path, **machine)
+    if before and log.again:
+        return
     folder, shards, tied = Path(cfg.data_path), len(stream.paths) if stream else 0, cfg.tie_embeddings
     cards = "nvidia-smi: no GPU in use"
     if runtime.is_cuda and shutil.which("nvidia-smi"):
@@ -2191,12 +2450,17 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     log.event("env", **machine, val_tokens=data.targets, val_bytes=data.bytes, val_sha256=data.sha256)
 
 
+def refuse_infinite(state: Mapping[str, Tensor], what: str) -> None:
+    """RunError (5) if a weight is not finite."""
+    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise RunError(f"diverged: {bad[0]} is not finite; no {what} was written", DIVERGED)
+
+
 def save_model(run: Run, path: Path) -> int:
     """Rank 0 writes both model files, or RunError (5) if a weight is not finite. Returns the packed bytes."""
     cfg, log, state = run.cfg, run.log, {n: t.detach().cpu() for n, t in run.model.state_dict().items()}
-    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise RunError(f"diverged: {bad[0]} is not finite; no model was written", DIVERGED)
+    refuse_infinite(state, "model")
     buffer, quant = io.BytesIO(), quant_name(cfg)
     torch.save(state, buffer)
     about = describe_machine(run.runtime) | dict(config_hash=cfg.hash, quant=quant)
@@ -2246,6 +2510,9 @@ def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
             log.line(f"final_{names[name]}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
         log.event("score", name=name, **values, seconds=score.seconds, left=score.left)
+        run.checkpoints.scores[name] = score
+        if cfg.checkpoint_seconds:
+            run.checkpoints.write(log)
     if cfg.score_dump and run.runtime.rank == 0:
         dump = dict(position=np.arange(data.targets), target=data.tokens[1:], bytes=data.target_bytes)
         dump |= {f"{name}_logprob": -score.each.numpy() for name, score in scores.items() if not score.left}
@@ -2287,6 +2554,7 @@ def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score],
     size = dict(steps=trained.step, tokens=trained.step * cfg.train_batch_tokens, **artifact)
     where = dict(**describe_machine(run.runtime), val_sha256=run.data.sha256, overrides=cfg.overrides())
     whole = dict(run_id=run_id, seed=cfg.seed, config_hash=cfg.hash, eval_seconds=round(seconds, 3))
+    whole["resumed"] = run.checkpoints.about.get("resumed", [])
     log.line("RESULT " + json.dumps(numbers | how | size | whole | where))
     return code
 
@@ -2307,53 +2575,110 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
     return replace(cfg, **made, compile=compiled, dtype=dtype, train_batch_tokens=made["train_seq_len"])
 
 
+def explained(error: BaseException) -> RunError | None:
+    """What a user can meet, as one line and its exit code; None for a bug, whose traceback is shown."""
+    if isinstance(error, RunError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return RunError("stopped by a signal", PREEMPTED)
+    if isinstance(error, torch.OutOfMemoryError):
+        return RunError("out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or TTT_CHUNK_TOKENS")
+    if isinstance(error, OSError):
+        return RunError(f"{error.filename or 'log or console'}: {error.strerror}; mend that or set another")
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, RuntimeError) and any("torch/distributed" in file for file in files):
+        return RunError(f"another rank was lost: {str(error).splitlines()[0]}", LOST_RANK)
+    return None
+
+
+@contextmanager
+def recorded(run: Run, run_id: str) -> Iterator[None]:
+    """If it ends before its RESULT, write the newest state to the disk, and to the logs how it ended."""
+    try:
+        yield
+    except BaseException as error:
+        known = explained(error)
+        with suppress(OSError):
+            run.checkpoints.write(run.log)
+            code, message = (known.code, str(known)) if known else (1, f"{type(error).__name__}: {error}")
+            if code == PREEMPTED:
+                where = run.checkpoints.kept[-1] if run.checkpoints.kept else "the start, nothing being kept"
+                message = f"{run.runtime.stopping}: RESUME=auto RUN_ID={run_id} goes on from {where}"
+            names = {DIVERGED: "diverged", PREEMPTED: "preempted", LOST_RANK: "lost_rank", 1: "crashed"}
+            end = dict(status=names.get(code, "error"), exit_code=code)
+            run.log.event("end", step=None, **end)
+            run.log.line("RESULT " + json.dumps(dict(run_id=run_id, **end, message=message)))
+            known = known and RunError(message, code, known.alone if known.alone is not None else code == 2)
+        raise (known or error) from None
+    finally:
+        run.log.close()
+
+
+def load_inputs(cfg: Config, rank: int, scores_only: bool) -> tuple[Validation, TokenStream | None]:
+    """The validation data, its bytes proved on rank 0, and the training shards if it trains."""
+    data = load_validation(cfg, load_tokenizer(cfg), prove=rank == 0)
+    if scores_only or not cfg.iterations:
+        return data, None
+    stream = TokenStream(cfg.data_path, "train", cfg.vocab_size)
+    stream.windows(cfg.train_seq_len)
+    return data, stream
+
+
 def execute(cfg: Config, env: Mapping[str, str]) -> int:
     """One run, whole: train, pack, read back from disk, score what was read; or score a given artifact.
     Returns the exit code. What a user may get wrong is checked before the log opens."""
     header = unpack(read_artifact(cfg.eval_only), cfg.eval_only)[1] if cfg.eval_only else None
     cfg = artifact_config(cfg, env, header) if header else cfg
+    restarted = env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
+    cfg = replace(cfg, resume="auto") if restarted and cfg.resume == "0" else cfg
     if cfg.codec == "zstd" and not header:
         zstandard_module()
     with Runtime.launch(cfg, env) as runtime:
-        held, tokenizer = [], load_tokenizer(cfg)
-        runtime.main_decides(lambda: held.append(load_validation(cfg, tokenizer)))
-        data = held.pop() if held else load_validation(cfg, tokenizer, prove=False)
-        stream = None if header or not cfg.iterations else TokenStream(cfg.data_path, "train", cfg.vocab_size)
-        if stream:
-            stream.windows(cfg.train_seq_len)
+        data, stream = runtime.agree(lambda: load_inputs(cfg, runtime.rank, bool(header)))
+        same = identity(cfg, data, stream) if stream else {}
+        before = runtime.main_decides(lambda: find_checkpoint(cfg, same)) if stream else None
+        runtime.dtype = DTYPES[before["dtype"]] if before else runtime.dtype
         random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
         model = GPT(cfg, runtime.dtype)
         if cfg.init_from:
-            load_weights(model, load_checkpoint(cfg.init_from), f"INIT_FROM={cfg.init_from}")
+            given = runtime.agree(lambda: load_checkpoint(cfg.init_from))
+            load_weights(model, given, f"INIT_FROM={cfg.init_from}")
         size = predict_size(cfg, model) + len(own_source())
         if size > SIZE_SLACK * SIZE_LIMIT and not header:
             raise RunError(f"code and model need about {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
-        run_id = cfg.run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        runtime.main_decides(lambda: held.extend(claim_outputs(cfg, run_id)))  # locks, held until the end
-        log = RunLog(Path(cfg.out_dir) / "logs" if runtime.rank == 0 else None, run_id)
-        run = Run(cfg, runtime, log, model.to(runtime.device), data)
-        log_header(run, run_id, stream)
-        try:
-            if stream:
-                trained = train(run, Optimisers(cfg, run.model, runtime), stream)
-            else:
-                run.settle(lambda: warm_evaluation(run))
-                trained = Trained(None if header else validate(run, 0, 0.0))
-            own, path = len(own_source()), Path(cfg.eval_only) if header else Path(cfg.out_dir) / MODEL_FILE
-            size = path.stat().st_size if header else runtime.main_decides(lambda: save_model(run, path))
-            quant, codec = (header["quant"], header["codec"]) if header else (quant_name(cfg), cfg.codec)
-            artifact = dict(path=str(path), quant=quant, codec=codec, model_bytes=size)
-            artifact |= dict(code_bytes=own, total_bytes=size + own)
-            if not header:
-                log.event("artifact", **artifact)
-            return finish(run, trained, artifact, score_artifact(run, artifact), run_id)
-        except RunError as error:
-            how = dict(status="diverged" if error.code == DIVERGED else "error", exit_code=error.code)
-            log.event("end", step=None, **how)
-            log.line("RESULT " + json.dumps(dict(run_id=run_id, **how, message=str(error))))
-            raise
-        finally:
-            log.close()
+        new = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        run_id, out, locks = cfg.run_id or (before or {}).get("run_id", new), Path(cfg.out_dir), []
+        runtime.main_decides(lambda: locks.extend(claim_outputs(cfg, run_id)))
+        log = RunLog(out / "logs" if runtime.rank == 0 else None, run_id, cfg.resume != "0")
+        dtype = next(name for name, kind in DTYPES.items() if kind == runtime.dtype)
+        about = dict(kind=CHECKPOINT, run_id=run_id, same=same, dtype=dtype, resumed=[])
+        kept = Checkpoints(out / "checkpoints" if stream and runtime.rank == 0 else None, about, before)
+        run = Run(cfg, runtime, log, model.to(runtime.device), data, kept)
+        with recorded(run, run_id):
+            log_header(run, run_id, stream)
+            code = complete(run, stream, header, run_id)
+        kept.clear()
+        for lock in locks:
+            lock.truncate(0)
+        return code
+
+
+def complete(run: Run, stream: TokenStream | None, header: Mapping | None, run_id: str) -> int:
+    """Train, pack and score, or what of it is asked for. Returns the exit code."""
+    cfg, runtime = run.cfg, run.runtime
+    if stream:
+        trained = train(run, Optimisers(cfg, run.model, runtime), stream)
+    else:
+        run.settle(lambda: warm_evaluation(run))
+        trained = Trained(None if header else validate(run, 0, 0.0))
+    own, path = len(own_source()), Path(cfg.eval_only) if header else Path(cfg.out_dir) / MODEL_FILE
+    size = path.stat().st_size if header else runtime.main_decides(lambda: save_model(run, path))
+    quant, codec = (header["quant"], header["codec"]) if header else (quant_name(cfg), cfg.codec)
+    artifact = dict(path=str(path), quant=quant, codec=codec, model_bytes=size)
+    artifact |= dict(code_bytes=own, total_bytes=size + own)
+    if not header:
+        run.log.event("artifact", **artifact)
+    return finish(run, trained, artifact, score_artifact(run, artifact), run_id)
 
 
 def dry_run(cfg: Config) -> str:
@@ -2375,6 +2700,55 @@ def dry_run(cfg: Config) -> str:
     return "\n".join(facts)
 
 
+def examine(cfg: Config, runtime: Runtime) -> Iterator[tuple[str, bool, Callable[[], str]]]:
+    """(what a run needs, whether it cannot do without, function that says what is here or raises)."""
+
+    def ask(good: bool, found: object, mend: str) -> str:
+        require(good, f"{found}; {mend}")
+        return str(found)
+
+    def attention() -> str:
+        heads, like = (cfg.num_heads, cfg.num_kv_heads), dict(device=runtime.device, dtype=runtime.dtype)
+        q, k = (torch.randn(2, count, 256, cfg.head_dim, **like) for count in heads)
+        off = (attend(q, k, k).cpu().double() - attend(*(x.cpu().double() for x in (q, k, k)))).abs().max()
+        return ask(off < 0.05, f"{machine['attention']}, off by {off:.0e}", "update torch or the driver")
+
+    def folder() -> str:
+        out = Path(cfg.out_dir).absolute()
+        there = next(path for path in (out, *out.parents) if path.exists())
+        need, free = 60 * sum(p.numel() for p in GPT(cfg).parameters()), shutil.disk_usage(there).free
+        with tempfile.TemporaryFile(dir=there):
+            return ask(free > need, f"{free / 1e9:.1f} GB free at {there}", f"a run takes {need / 1e9:.1f}")
+
+    machine, version, inputs = describe_machine(runtime), torch.__version__, []
+    gpu, backends = runtime.is_cuda, [name for name in ("gloo", "nccl") if dist.is_backend_available(name)]
+    compiler = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")), "no C++ compiler")
+    yield "python", True, lambda: ask(sys.version_info >= (3, 10), machine["python"], "needs 3.10 or newer")
+    yield "torch", False, lambda: ask((2, 5) <= version < (2, 14), version, "written for 2.5 to 2.13")
+    yield "device", False, lambda: ask(gpu, machine["device"], "a GPU is far faster")
+    yield "compute", False, lambda: ask(machine["dtype"] == "bf16", machine["dtype"], "bf16 is faster")
+    yield "attention", True, attention
+    yield "compile", False, lambda: ask(gpu or compiler[:3] != "no ", compiler, "runs are eager, slower")
+    yield "codec", True, lambda: CODECS[cfg.codec][1](CODECS[cfg.codec][0](b"works", cfg), 5).decode()
+    yield "data", True, lambda: inputs.extend(load_inputs(cfg, 0, False)) or f"{inputs[0].targets} targets"
+    yield "disk", True, folder
+    yield "ranks", gpu, lambda: ask("nccl" in backends or not gpu, " ".join(backends), "no nccl: one GPU")
+
+
+def doctor(cfg: Config) -> int:
+    """Print what a run needs and what is here: ok, warn, or fail, with the mend. Returns the exit code."""
+    worst = 0
+    with Runtime.launch(replace(cfg, compile="0"), {}) as runtime:
+        for what, needed, look in examine(cfg, runtime):
+            try:
+                verdict, found = "ok", look()
+            except Exception as error:  # whatever breaks is what it looks for
+                verdict, found = "fail" if needed else "warn", str(error) or type(error).__name__
+            worst = max(worst, 2 * (verdict == "fail"))
+            print(f"{verdict:5}{what:10}{found}")
+    return worst
+
+
 def main() -> None:
     arguments, code = sys.argv[1:], 0
     pages = {"--help": help_text, "-h": help_text, "--knob-table": knob_table, "--list-ideas": idea_list}
@@ -2382,13 +2756,18 @@ def main() -> None:
     try:
         if len(arguments) == 1 and arguments[0] in pages:
             print(pages[arguments[0]]())
+        elif arguments == ["--doctor"]:
+            code = doctor(Config.from_env(os.environ))
         else:
             require(not arguments, f"unknown argument {arguments}: knobs are environment variables; --help")
             code = execute(Config.from_env(os.environ), os.environ)
-    except RunError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        code = error.code
+    except (Exception, KeyboardInterrupt) as error:
+        known = explained(error)
+        if not known:
+            raise
+        if known.alone or os.environ.get("RANK", "0") == "0":
+            print(f"error: {known}", file=sys.stderr)
+        code = known.code
     if "LOCAL_RANK" in os.environ:  # at a plain exit a thread of gloo's aborts some runs after their RESULT
         sys.stdout.flush(), os._exit(code)
     sys.exit(code)
