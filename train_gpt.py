@@ -785,9 +785,8 @@ class ByteTable:  # by token id: bytes of its own, whether a space mark starts i
         kinds = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
         self.boundary = np.array([any(kind(i) for kind in kinds) for i in ids])
         pieces = ["" if self.boundary[i] else "?" if is_byte(i) else tokenizer.id_to_piece(i) for i in ids]
-        self.space = np.array([piece.startswith(MARK) for piece in pieces])
-        texts = [piece.removeprefix(MARK).replace(MARK, " ") for piece in pieces]  # inside they are spaces
-        self.own = np.array([len(text.encode()) for text in texts], np.int16)
+        self.space = np.array([p.startswith(MARK) for p in pieces])  # marks inside a piece are plain spaces
+        self.own = np.array([len(p.removeprefix(MARK).replace(MARK, " ").encode()) for p in pieces], np.int16)
         self.mark_bytes = [i for b in MARK.encode() if is_byte(i := tokenizer.piece_to_id(f"<0x{b:02X}>"))]
 
     def weigh(self, tokens: np.ndarray) -> np.ndarray:
