@@ -706,7 +706,7 @@ def open_shard(path: Path) -> np.ndarray:
     expected = SHARD_HEADER_BYTES + 2 * int(count)
     require(size == expected, f"{path} is damaged: {size} bytes, its header says {expected}; fetch it again")
     require(count > 0, f"{path} holds no tokens")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES))  # slices faster
 
 
 class TokenStream:  # the shards of one split as one sequence of tokens
