@@ -77,6 +77,18 @@ def require(condition: bool, message: str) -> None:
 
 
 # 1. KNOBS: everything a run can be told, declared once
+# The official control tensors, then those of PR #895: they too are float32 wherever they are kept.
+OFFICIAL = "attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_mixes q_gain skip_weight skip_weights"
+CONTROL_NAMES = (*OFFICIAL.split(), "loop_embed", "value_scales", "cross_repeat_scales", "value_mix")
+MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
+CLIP_CHOICES = ("official", "max", "gptq_lite", "grid")
+CURVES = "TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST CORAL_LR"
+NO_SCHEDULE = ",".join(f"{name}=0" for name in CURVES.split())
+TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Adam)
+NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"  # published switches that are not here: refused unless off
+COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}  # others' too, as in MAX_JOBS
+# broken: it did something else than its description, nothing, or crashed; ours does what was described.
+STATES = "works", "rejected", "broken", "not run"
 
 
 def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="train", **about):
@@ -88,33 +100,20 @@ def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="
 
 
 shape_knob, place, pack_knob = (partial(knob, role=role) for role in ("model", "place", "pack"))
-# broken: it did something else than its description, nothing, or crashed; ours does what was described.
-STATES = "works", "rejected", "broken", "not run"
 works, rejected, broken, not_run = (partial(knob, idea=state) for state in STATES)
 SHARE, TTT, HEDGE = dict(low=0, high=0.999), dict(needs="TTT_STEPS!=0"), dict(needs="USE_HEDGE=1")
 FLAT, FLAT_WON = dict(needs="NUM_REPEATS=1"), dict(needs="NUM_REPEATS=1", idea="works")
-# The official control tensors, then those of PR #895: they too are float32 wherever they are kept.
-OFFICIAL = "attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_mixes q_gain skip_weight skip_weights"
-CONTROL_NAMES = (*OFFICIAL.split(), "loop_embed", "value_scales", "cross_repeat_scales", "value_mix")
-MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
-CLIP_CHOICES = ("official", "max", "gptq_lite", "grid")
-CURVES = "TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST CORAL_LR"
-NO_SCHEDULE = ",".join(f"{name}=0" for name in CURVES.split())
-TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Adam)
 linear, REPEATS = partial(knob, low=0, needs=NO_SCHEDULE), "NUM_REPEATS!=1"
-NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"  # published switches that are not here: refused unless off
-COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}  # others' too, as in MAX_JOBS
 
 
 @dataclass(frozen=True)
 class Config:
     """All knobs of a run. Defaults are the official baseline's (openai/parameter-golf train_gpt.py)."""
 
-    # -- data --
+    # -- data and length --
     data_path: str = place("./data/datasets/fineweb10B_sp1024", "folder of *_{train,val}_*.bin shards")
     tokenizer_path: str = place("./data/tokenizers/fineweb_1024_bpe.model", "its SentencePiece model")
     data_shuffle: bool = knob(False, "visit training windows in an order drawn from SEED; 0 = shard order")
-    # -- length --
     iterations: int = knob(20_000, "most optimiser steps; 0 = validate, pack and score only", low=0)
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = none", low=0)
     max_eval_seconds: float = place(600.0, "clock of the final scores; 0 = none", low=0)
@@ -302,11 +301,14 @@ class Config:
         named = bool(re.fullmatch(r"[\w.+-]*", self.run_id))
         require(named, f"RUN_ID={self.run_id!r} may hold only letters, digits and . _ + -")
 
+    schedule = property(lambda self: next((n for n in SCHEDULES if getattr(self, n, False)), "warmdown"))
+    cap = property(lambda self: self.max_wallclock_seconds or math.inf)  # of the training clock
     head_dim = property(lambda self: self.model_dim // self.num_heads)
     depth = property(lambda self: self.num_layers * self.num_repeats)  # effective layers
     half = property(lambda self: self.num_layers // 2 if self.encoder_layers < 0 else self.encoder_layers)
     encoders = property(lambda self: self.half if self.num_repeats == 1 else 0)
     eval_length = property(lambda self: self.eval_seq_len or self.train_seq_len)
+    changed = property(lambda self: [f for f in fields(self) if getattr(self, f.name) != f.default])
     sequences = property(lambda self: self.train_batch_tokens // self.train_seq_len)  # of a step, all ranks
 
     @property
@@ -317,25 +319,21 @@ class Config:
             return sorted((float(until), int(n)) for until, _, n in (part.partition(":") for part in parts))
         raise RunError(f"PROG_DEPTH={self.prog_depth!r} is not like 0.4:2,0.65:3,1.0:4 (progress:repeats)")
 
-    def changed(self) -> list[Field]:
-        return [f for f in fields(self) if getattr(self, f.name) != f.default]
-
     def overrides(self) -> dict[str, object]:
         """The knobs that differ from their defaults, by environment name."""
-        return {f.name.upper(): getattr(self, f.name) for f in self.changed()}
+        return {f.name.upper(): getattr(self, f.name) for f in self.changed}
 
     def unmet(self, f: Field) -> str:
-        """The first condition in the knob's `needs` that does not hold, or ''."""
+        """Says which condition in the knob's `needs` does not hold, the first, or ''."""
         known, needs = self.__dataclass_fields__, f.metadata["needs"]
         for need, name, differs, value in re.findall(r"((\w+)(!?)=([^,]*))", needs):
             if (getattr(self, name.lower()) == parse(known[name.lower()], value)) == bool(differs):
-                return need
+                return f"{f.name.upper()} has no effect without {need}"
         return ""
 
     def inert(self) -> list[str]:
         """One phrase for each changed knob that cannot have an effect."""
-        unmet = [(f.name.upper(), self.unmet(f)) for f in self.changed()]
-        return [f"{name} has no effect without {need}" for name, need in unmet if need]
+        return list(filter(None, map(self.unmet, self.changed)))
 
     def effective(self) -> dict[str, object]:
         """What shapes the result: knobs that act, without seed, paths and other `place` knobs."""
@@ -641,14 +639,13 @@ SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(  # of the 
 
 def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
     """Steps until the step limit or, at `step_seconds` a step, until the clock; at least 0."""
-    timed = cfg.max_wallclock_seconds and step_seconds > 0
-    by_clock = (cfg.max_wallclock_seconds - elapsed) / step_seconds if timed else math.inf
+    by_clock = (cfg.cap - elapsed) / step_seconds if step_seconds > 0 else math.inf
     return max(0.0, min(cfg.iterations - step, by_clock))
 
 
 def finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> bool:
     """True when the next step would pass a limit. One step always runs, so that a slow machine trains."""
-    return step >= cfg.iterations or (step > 0 and 0 < cfg.max_wallclock_seconds < elapsed + step_seconds)
+    return step >= cfg.iterations or (step > 0 and cfg.cap < elapsed + step_seconds)
 
 
 def warmdown(cfg: Config, p: float, left: float) -> float:
@@ -673,10 +670,6 @@ def whale(p: float) -> float:
     u, peak = 3 * p % 1.0, 0.95 * (1 - 0.3 * p)
     dive = 0.05 + (peak * u / 0.1 if u < 0.1 else 0.5 * peak * (1 + math.cos(math.pi * (u - 0.1) / 0.9)))
     return max(0.05, dive * min(1.0, (1 - p) / 0.1))
-
-
-def schedule_name(cfg: Config) -> str:
-    return next((name for name in SCHEDULES if getattr(cfg, name, False)), "warmdown")
 
 
 @dataclass(frozen=True)
@@ -715,9 +708,8 @@ def kept_layers(cfg: Config, step: int) -> tuple[bool, ...]:
 
 def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> StepPlan:
     """elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown."""
-    by_time = elapsed / cfg.max_wallclock_seconds if cfg.max_wallclock_seconds else 0.0
-    p = min(1.0, max(step / max(cfg.iterations, 1), by_time))  # the further of both (PR #1434 review, R1)
-    scale = SCHEDULES[schedule_name(cfg)](cfg, p, steps_left(cfg, step, elapsed, step_seconds))
+    p = min(1.0, max(step / max(cfg.iterations, 1), elapsed / cfg.cap))  # the further (PR #1434 review, R1)
+    scale = SCHEDULES[cfg.schedule](cfg, p, steps_left(cfg, step, elapsed, step_seconds))
     start, warm_up = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps  # as officially
     momentum = start + (min(1.0, step / warm_up) if warm_up else 1.0) * (cfg.muon_momentum - start)
     depth = next((depth for until, depth in phases(cfg) if p < until), phases(cfg)[-1][1])
@@ -787,12 +779,10 @@ def open_shard(path: Path) -> np.ndarray:
     expected = SHARD_HEADER_BYTES + 2 * int(count)
     require(size == expected, f"{path} is damaged: {size} bytes, its header says {expected}; fetch it again")
     require(count > 0, f"{path} holds no tokens")
-    return np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES))  # slices faster
 
 
-class TokenStream:
-    """The shards of one split as one sequence of tokens."""
-
+class TokenStream:  # the shards of one split as one sequence of tokens
     def __init__(self, folder: str, split: str, vocab_size: int):
         self.paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
         make = "make some with `python data/pydocs.py` or `python data/fineweb.py`, or set DATA_PATH"
@@ -807,14 +797,12 @@ class TokenStream:
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens [start, start + count), uint16; RunError if one is outside the vocabulary."""
-        parts, at = [], start
-        while at < start + count:
-            index = int(np.searchsorted(self.bounds, at, side="right")) - 1
-            part = self.shards[index][at - self.bounds[index] : start + count - self.bounds[index]]
-            wrong = f"{self.paths[index]} holds token {part.max()}, beyond VOCAB_SIZE={self.vocab_size}"
-            require(int(part.max()) < self.vocab_size, f"{wrong}: made with another tokenizer?")
-            parts.append(part)
-            at += len(part)
+        first, stop = np.searchsorted(self.bounds, (start, start + count - 1), side="right") - (1, 0)
+        parts, here = [], slice(first, stop)
+        for path, shard, begin in zip(self.paths[here], self.shards[here], self.bounds[here], strict=True):
+            parts.append(shard[max(0, start - begin) : start + count - begin])
+            wrong = f"{path} holds token {parts[-1].max()}, beyond VOCAB_SIZE={self.vocab_size}"
+            require(int(parts[-1].max()) < self.vocab_size, f"{wrong}: made with another tokenizer?")
         return np.concatenate(parts)
 
     def windows(self, length: int) -> int:
@@ -864,28 +852,24 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
 MARK = "\u2581"  # SentencePiece's space
 
 
-class ByteTable:
-    """Per token id: bytes of its own, whether it starts with a space mark, whether it is a boundary."""
-
+class ByteTable:  # by token id: bytes of its own, whether a space mark starts it, whether it is a boundary
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
         ids, is_byte = range(tokenizer.vocab_size()), tokenizer.is_byte
         kinds = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
         self.boundary = np.array([any(kind(i) for kind in kinds) for i in ids])
         pieces = ["" if self.boundary[i] else "?" if is_byte(i) else tokenizer.id_to_piece(i) for i in ids]
-        self.space = np.array([piece.startswith(MARK) for piece in pieces])
-        texts = [piece.removeprefix(MARK).replace(MARK, " ") for piece in pieces]  # inside they are spaces
-        self.own = np.array([len(text.encode()) for text in texts], np.int16)
-        spelled = [tokenizer.piece_to_id(f"<0x{byte:02X}>") for byte in MARK.encode()]  # a mark's bytes
-        self.spelled = spelled if all(map(is_byte, spelled)) else []
+        self.space = np.array([p.startswith(MARK) for p in pieces])  # marks inside a piece are plain spaces
+        self.own = np.array([len(p.removeprefix(MARK).replace(MARK, " ").encode()) for p in pieces], np.int16)
+        self.mark_bytes = [i for b in MARK.encode() if is_byte(i := tokenizer.piece_to_id(f"<0x{b:02X}>"))]
 
     def weigh(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes [N] that each token adds: a space mark counts 1 unless it follows a boundary or the start."""
         begins = np.concatenate(([True], self.boundary[tokens[:-1]]))
         weights = self.own[tokens] + (self.space[tokens] & ~begins).astype(np.int16)
-        if self.spelled and len(tokens) > 2:  # one space; as 3 bytes: a fifth too good (parameter-golf #897)
-            runs = [tokens[k : len(tokens) - 2 + k] == byte for k, byte in enumerate(self.spelled)]
+        if len(self.mark_bytes) == 3 and len(tokens) > 2:
+            runs = [tokens[k : len(tokens) - 2 + k] == byte for k, byte in enumerate(self.mark_bytes)]
             at = np.flatnonzero(np.logical_and.reduce(runs))
-            weights[at] = weights[at + 1] = 0
+            weights[at] = weights[at + 1] = 0  # one space; as 3 bytes: a fifth too good (parameter-golf #897)
         return weights
 
 
@@ -906,6 +890,7 @@ def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int,
     keeps_mark = any(tokenizer.decode([i]).startswith(" ") for i in np.flatnonzero(table.space)[:1].tolist())
     edges = np.concatenate(([-1], np.flatnonzero(table.boundary[tokens]), [len(tokens)]))
     spans = [(start + 1, stop) for start, stop in itertools.pairwise(edges.tolist()) if stop > start + 1]
+    bytes_of = {tokenizer.piece_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
     anchor, total = tokenizer.piece_to_id("<0x61>"), 0  # an 'a' in front keeps decode from dropping a space
     for at in range(0, len(spans), 1000):
         documents = [tokens[start:stop].tolist() for start, stop in spans[at : at + 1000]]
@@ -913,12 +898,7 @@ def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int,
             # A U+FFFD may be three bytes of the source or one broken byte token: decode byte tokens apart.
             broken, raw = "\ufffd" in text and any(map(tokenizer.is_byte, ids)), text.encode()
             if broken:
-                raw = b""
-                for is_byte, run in itertools.groupby(ids, tokenizer.is_byte):
-                    if is_byte:
-                        raw += bytes(int(tokenizer.id_to_piece(i)[3:5], 16) for i in run)
-                    else:
-                        raw += tokenizer.decode([anchor, *run]).encode()[1:]
+                raw = b"".join(bytes_of.get(i) or tokenizer.decode([anchor, i]).encode()[1:] for i in ids)
             total += len(raw.replace(MARK.encode(), b" "))
             total -= bool(table.space[ids[0]]) and (broken or keeps_mark)
     return len(spans), total
@@ -1208,7 +1188,7 @@ def head_diversity(cfg: Config, model: GPT) -> Tensor:
 
 def switched_on(cfg: Config, table: Mapping[str, Callable]) -> list[Callable]:
     """The entries whose knob is not at its default."""
-    return [entry for name, entry in table.items() if name in {f.name for f in cfg.changed()}]
+    return [entry for name, entry in table.items() if name in {f.name for f in cfg.changed}]
 
 
 def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -2133,7 +2113,7 @@ def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: list[float
     batch = f"micro_batch_tokens:{limit * cfg.train_seq_len} epochs:{epochs:.2f}"
     log.line(f"forecast: steps:{steps:.0f} {speed} {batch} bytes:{size}")
     log.warn(size > SIZE_LIMIT, f"code and model may pass the limit of {SIZE_LIMIT} bytes")
-    late = last > steps and schedule_name(cfg) == "warmdown" and not cfg.warmdown_frac
+    late = last > steps and cfg.schedule == "warmdown" and not cfg.warmdown_frac
     log.warn(late, f"WARMDOWN_ITERS={last} is longer than the run: LR starts at {steps / max(last, 1):.2f}")
     ends = f"ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} of {cap:.0f} s"
     log.warn(0 < seconds < 0.5 * cap, ends)
