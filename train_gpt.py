@@ -937,14 +937,12 @@ class Linear(nn.Linear):
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by blocks of queries: half the time of torch's kernel on CPUs (cpu_attention.json)."""
-    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
+    future = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
     q, parts = q * q.size(-1) ** -0.5, []
     for start, part in zip(range(0, q.size(2), BLOCK), q.split(BLOCK, dim=2), strict=True):
-        rows, stop = part.size(2), start + part.size(2)
-        scores = part @ k[:, :, :stop].mT
-        diagonal = scores[..., start:].masked_fill(future[:rows, :rows], -torch.inf)
-        weights = torch.cat((scores[..., :start], diagonal), dim=-1).float().softmax(dim=-1)
-        parts.append(weights.to(v.dtype) @ v[:, :, :stop])
+        stop = start + part.size(2)
+        scores = (part @ k[:, :, :stop].mT).masked_fill(future[start:stop, :stop], -torch.inf)
+        parts.append(scores.float().softmax(dim=-1).to(v.dtype) @ v[:, :, :stop])
     return torch.cat(parts, dim=2)
 
 
@@ -969,7 +967,6 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.head_dim = cfg.head_dim
         self.c_q = Linear(cfg.model_dim, cfg.model_dim)
         self.c_k, self.c_v = (Linear(cfg.model_dim, cfg.num_kv_heads * cfg.head_dim) for _ in range(2))
         self.proj = Linear(cfg.model_dim, cfg.model_dim, True, cfg.num_repeats, cfg.repeat_lora_rank)
@@ -977,12 +974,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, repeat=0, exclusive=False, mix=None, first=()):
         """[B, T, d] -> same. mix (a, b), first [the first layer's values]: attend to a * first + b * own."""
-        parts = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.c_q, self.c_k, self.c_v))
-        q, k, v = (part.transpose(1, 2) for part in parts)  # [B, heads, T, D]
+        shape = (*x.shape[:2], -1, 2 * cos.size(1))  # to [B, heads, T, D]; rotary cos and sin are [T, D/2]
+        q, k, v = (part(x).view(shape).transpose(1, 2) for part in (self.c_q, self.c_k, self.c_v))
         if mix is not None:
             first += [] if first else [v]
             v = mix[0].to(v.dtype) * first[0] + mix[1].to(v.dtype) * v
-        halves = (norm(part).chunk(2, dim=-1) for part in (q, k))  # rotary, by cos and sin [T, D/2]
+        halves = (norm(part).chunk(2, dim=-1) for part in (q, k))
         q, k = (torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1) for a, b in halves)
         y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
         y = omit_own(y, v) if exclusive else y
@@ -1002,8 +999,7 @@ class MLP(nn.Module):
         self.proj = Linear(hidden, cfg.model_dim, True, cfg.num_repeats, cfg.repeat_lora_rank)
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        hidden = self.fc(x)
-        hidden = F.silu(self.gate(x)) * hidden if self.gate else self.activation(hidden).square()
+        hidden = F.silu(self.gate(x)) * self.fc(x) if self.gate else self.activation(self.fc(x)).square()
         return self.proj(hidden, repeat)
 
 
@@ -1161,10 +1157,9 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 
 def step_flops(cfg: Config, model: GPT) -> float:
     """Training FLOPs of a step; a token costs 6 * weights that multiply it + 12 * d * attentions * (T/2)."""
-    weights, passes = model.tok_emb.weight.numel(), 1 + cfg.attn_recycle  # the head is as large as the table
-    for block, *_ in model.layers:
-        for part, times in ((model.blocks[block].attn, passes), (model.blocks[block].mlp, 1)):
-            weights += times * sum(p.numel() for p in part.parameters() if p.ndim == 2)
+    passes, blocks = 1 + cfg.attn_recycle, [model.blocks[block] for block, *_ in model.layers]
+    parts = [model.tok_emb, *(b.mlp for b in blocks), *(b.attn for b in passes * blocks)]  # table = head
+    weights = sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
     attention = 12 * cfg.model_dim * (cfg.train_seq_len / 2) * len(model.layers) * passes
     return cfg.train_batch_tokens * (6.0 * weights + attention)
 
