@@ -1264,11 +1264,10 @@ def shake(amount: Callable[..., float], cfg: Config, weights: list[Weight], plan
 def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool = False) -> None:
     """Zero the heads whose input columns of proj have the least norm, chosen once, and keep them so."""
     for w in (b["attn.proj.weight"] for b in blocks_of(weights) if plan.progress >= cfg.head_prune_at):
-        if "kept" not in w.memory:
-            size = w.param.unflatten(1, (cfg.num_heads, -1)).norm(dim=(0, 2))
-            least = size.topk(int(cfg.head_prune * cfg.num_heads), largest=False).indices
-            w.memory["kept"] = torch.ones_like(size).index_fill_(0, least, 0)
-        (w.param.grad if grads else w.param).unflatten(1, (cfg.num_heads, -1)).mul_(w.memory["kept"][:, None])
+        size = w.param.unflatten(1, (cfg.num_heads, -1)).norm(dim=(0, 2))
+        least = size.topk(int(cfg.head_prune * cfg.num_heads), largest=False).indices
+        kept = w.memory.setdefault("kept", torch.ones_like(size).index_fill_(0, least, 0))
+        (w.param.grad if grads else w.param).unflatten(1, (cfg.num_heads, -1)).mul_(kept[:, None])
 
 
 # Interventions by knob: of the summed gradients, before the clip and the step; of the weights after the step.
@@ -1316,7 +1315,8 @@ class Optimisers:
     """Muon and Adam over one flat gradient buffer, stepped together."""
 
     def __init__(self, cfg: Config, model: GPT, runtime: Runtime):
-        self.cfg, self.runtime, self.weights = cfg, runtime, weights_of(cfg, model)
+        self.cfg, self.runtime, self.blocks = cfg, runtime, len(model.blocks)
+        self.weights = weights_of(cfg, model)
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         rates = dict(embed=embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr)
         roles = {role: [w.param for w in self.weights if w.role == role] for role in [*rates, "matrix"]}
@@ -1326,7 +1326,6 @@ class Optimisers:
         self.muon = Muon(roles["matrix"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime)
         self.all = self.adam, self.muon
         held = [p for optimiser in self.all for group in optimiser.param_groups for p in group["params"]]
-        assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.numel())
         self.flat = torch.zeros(sum(sizes := [p.numel() for p in held]), device=runtime.device)
         for p, part in zip(held, self.flat.split(sizes), strict=True):
             p.grad = part.view_as(p)  # backward adds into the buffer: one all-reduce, no copies
@@ -1354,15 +1353,14 @@ class Optimisers:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.flat.norm() + 1e-6)).clamp(max=1.0))
         decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
-        done, rates, n = plan.progress, self.rates, len(blocks_of(self.weights)) if self.rates else 0
-        shares = [(w.param, math.prod(rate(w, done, n) for rate in rates)) for w in self.weights if rates]
-        slowed = [(p, p.clone(), share) for p, share in shares if share != 1]  # share of the step they make
+        shares = [math.prod(rate(w, plan.progress, self.blocks) for rate in self.rates) for w in self.weights]
+        slowed = [(w.param, w.param.clone(), s) for w, s in zip(self.weights, shares, strict=True) if s != 1]
         for optimiser in self.all:
             for group in optimiser.param_groups:
                 group["lr"] = group["base_lr"] * plan.lr_scale
             optimiser.step()
         for p, before, share in slowed:
-            p.lerp_(before, 1 - share)
+            p.lerp_(before, 1 - share)  # the share of the step it makes
         for edit in self.edits[1]:
             edit(self.cfg, self.weights, plan)
 
@@ -1391,7 +1389,7 @@ class Average:
 
     def load(self, step: int) -> None:
         """Put the average into the model. SWA counts the final weights once (PR #895: at times twice)."""
-        if self.kind == "swa" and self.newest != step:
+        if self.newest != step:  # never so of EMA
             self.add(step)
         torch._foreach_copy_(self.live, torch._foreach_div(self.total, self.weight))
 
