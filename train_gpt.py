@@ -990,14 +990,12 @@ class Linear(nn.Linear):
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention by blocks of queries: half the time of torch's kernel on CPUs (cpu_attention.json)."""
-    future = torch.ones(BLOCK, BLOCK, dtype=torch.bool, device=q.device).triu(1)
+    future = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
     q, parts = q * q.size(-1) ** -0.5, []
     for start, part in zip(range(0, q.size(2), BLOCK), q.split(BLOCK, dim=2), strict=True):
-        rows, stop = part.size(2), start + part.size(2)
-        scores = part @ k[:, :, :stop].mT
-        diagonal = scores[..., start:].masked_fill(future[:rows, :rows], -torch.inf)
-        weights = torch.cat((scores[..., :start], diagonal), dim=-1).float().softmax(dim=-1)
-        parts.append(weights.to(v.dtype) @ v[:, :, :stop])
+        stop = start + part.size(2)
+        scores = (part @ k[:, :, :stop].mT).masked_fill(future[start:stop, :stop], -torch.inf)
+        parts.append(scores.float().softmax(dim=-1).to(v.dtype) @ v[:, :, :stop])
     return torch.cat(parts, dim=2)
 
 
@@ -1022,7 +1020,6 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.head_dim = cfg.head_dim
         self.c_q = Linear(cfg.model_dim, cfg.model_dim)
         self.c_k, self.c_v = (Linear(cfg.model_dim, cfg.num_kv_heads * cfg.head_dim) for _ in range(2))
         self.proj = Linear(cfg.model_dim, cfg.model_dim, True, cfg.num_repeats, cfg.repeat_lora_rank)
@@ -1030,12 +1027,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, repeat=0, exclusive=False, mix=None, first=()):
         """[B, T, d] -> same. mix (a, b), first [the first layer's values]: attend to a * first + b * own."""
-        parts = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.c_q, self.c_k, self.c_v))
-        q, k, v = (part.transpose(1, 2) for part in parts)  # [B, heads, T, D]
+        shape = (*x.shape[:2], -1, 2 * cos.size(1))  # to [B, heads, T, D]; rotary cos and sin are [T, D/2]
+        q, k, v = (part(x).view(shape).transpose(1, 2) for part in (self.c_q, self.c_k, self.c_v))
         if mix is not None:
             first += [] if first else [v]
             v = mix[0].to(v.dtype) * first[0] + mix[1].to(v.dtype) * v
-        halves = (norm(part).chunk(2, dim=-1) for part in (q, k))  # rotary, by cos and sin [T, D/2]
+        halves = (norm(part).chunk(2, dim=-1) for part in (q, k))
         q, k = (torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1) for a, b in halves)
         y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
         y = omit_own(y, v) if exclusive else y
@@ -1055,8 +1052,7 @@ class MLP(nn.Module):
         self.proj = Linear(hidden, cfg.model_dim, True, cfg.num_repeats, cfg.repeat_lora_rank)
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        hidden = self.fc(x)
-        hidden = F.silu(self.gate(x)) * hidden if self.gate else self.activation(hidden).square()
+        hidden = F.silu(self.gate(x)) * self.fc(x) if self.gate else self.activation(self.fc(x)).square()
         return self.proj(hidden, repeat)
 
 
@@ -1214,10 +1210,9 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 
 def step_flops(cfg: Config, model: GPT) -> float:
     """Training FLOPs of a step; a token costs 6 * weights that multiply it + 12 * d * attentions * (T/2)."""
-    weights, passes = model.tok_emb.weight.numel(), 1 + cfg.attn_recycle  # the head is as large as the table
-    for block, *_ in model.layers:
-        for part, times in ((model.blocks[block].attn, passes), (model.blocks[block].mlp, 1)):
-            weights += times * sum(p.numel() for p in part.parameters() if p.ndim == 2)
+    passes, blocks = 1 + cfg.attn_recycle, [model.blocks[block] for block, *_ in model.layers]
+    parts = [model.tok_emb, *(b.mlp for b in blocks), *(b.attn for b in passes * blocks)]  # table = head
+    weights = sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
     attention = 12 * cfg.model_dim * (cfg.train_seq_len / 2) * len(model.layers) * passes
     return cfg.train_batch_tokens * (6.0 * weights + attention)
 
@@ -1323,11 +1318,10 @@ def shake(amount: Callable[..., float], cfg: Config, weights: list[Weight], plan
 def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool = False) -> None:
     """Zero the heads whose input columns of proj have the least norm, chosen once, and keep them so."""
     for w in (b["attn.proj.weight"] for b in blocks_of(weights) if plan.progress >= cfg.head_prune_at):
-        if "kept" not in w.memory:
-            size = w.param.unflatten(1, (cfg.num_heads, -1)).norm(dim=(0, 2))
-            least = size.topk(int(cfg.head_prune * cfg.num_heads), largest=False).indices
-            w.memory["kept"] = torch.ones_like(size).index_fill_(0, least, 0)
-        (w.param.grad if grads else w.param).unflatten(1, (cfg.num_heads, -1)).mul_(w.memory["kept"][:, None])
+        size = w.param.unflatten(1, (cfg.num_heads, -1)).norm(dim=(0, 2))
+        least = size.topk(int(cfg.head_prune * cfg.num_heads), largest=False).indices
+        kept = w.memory.setdefault("kept", torch.ones_like(size).index_fill_(0, least, 0))
+        (w.param.grad if grads else w.param).unflatten(1, (cfg.num_heads, -1)).mul_(kept[:, None])
 
 
 # Interventions by knob: of the summed gradients, before the clip and the step; of the weights after the step.
@@ -1375,7 +1369,8 @@ class Optimisers:
     """Muon and Adam over one flat gradient buffer, stepped together."""
 
     def __init__(self, cfg: Config, model: GPT, runtime: Runtime):
-        self.cfg, self.runtime, self.weights = cfg, runtime, weights_of(cfg, model)
+        self.cfg, self.runtime, self.blocks = cfg, runtime, len(model.blocks)
+        self.weights = weights_of(cfg, model)
         embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
         rates = dict(embed=embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr)
         roles = {role: [w.param for w in self.weights if w.role == role] for role in [*rates, "matrix"]}
@@ -1385,7 +1380,6 @@ class Optimisers:
         self.muon = Muon(roles["matrix"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime)
         self.all = self.adam, self.muon
         held = [p for optimiser in self.all for group in optimiser.param_groups for p in group["params"]]
-        assert sorted(map(id, held)) == sorted(id(p) for p in model.parameters() if p.numel())
         self.flat = torch.zeros(sum(sizes := [p.numel() for p in held]), device=runtime.device)
         for p, part in zip(held, self.flat.split(sizes), strict=True):
             p.grad = part.view_as(p)  # backward adds into the buffer: one all-reduce, no copies
@@ -1433,15 +1427,14 @@ class Optimisers:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.norm + 1e-6)).clamp(max=1.0))
         decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
-        done, rates, n = plan.progress, self.rates, len(blocks_of(self.weights)) if self.rates else 0
-        shares = [(w.param, math.prod(rate(w, done, n) for rate in rates)) for w in self.weights if rates]
-        slowed = [(p, p.clone(), share) for p, share in shares if share != 1]  # share of the step they make
+        shares = [math.prod(rate(w, plan.progress, self.blocks) for rate in self.rates) for w in self.weights]
+        slowed = [(w.param, w.param.clone(), s) for w, s in zip(self.weights, shares, strict=True) if s != 1]
         for optimiser in self.all:
             for group in optimiser.param_groups:
                 group["lr"] = group["base_lr"] * plan.lr_scale
             optimiser.step()
         for p, before, share in slowed:
-            p.lerp_(before, 1 - share)
+            p.lerp_(before, 1 - share)  # the share of the step it makes
         for edit in self.edits[1]:
             edit(self.cfg, self.weights, plan)
 
@@ -1470,7 +1463,7 @@ class Average:
 
     def load(self, step: int) -> None:
         """Put the average into the model. SWA counts the final weights once (PR #895: at times twice)."""
-        if self.kind == "swa" and self.newest != step:
+        if self.newest != step:  # never so of EMA
             self.add(step)
         torch._foreach_copy_(self.live, torch._foreach_div(self.total, self.weight))
 
