@@ -20,7 +20,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -1489,29 +1488,26 @@ def sealed(codec: bytes, raw_length: int, body: bytes) -> bytes:
 def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
     """(float32 state dict, header) of an artifact; RunError on anything damaged. Nothing is executed."""
     require(len(blob) >= PREFIX.size and blob[:6] == MAGIC, f"{source} is not an artifact of this script")
-    _, version, codec, _, raw_length, body_length = PREFIX.unpack_from(blob)
+    _, version, codec, _, raw_length, _ = PREFIX.unpack_from(blob)
     require(version == FORMAT_VERSION, f"{source} has format version {version}; this reads {FORMAT_VERSION}")
     require(codec.decode("latin1") in CODECS, f"{source} is packed with an unknown codec {codec!r}")
     body = blob[PREFIX.size :]
-    whole = len(body) == body_length and sealed(codec, raw_length, body) == blob and raw_length <= RAW_LIMIT
+    whole = sealed(codec, raw_length, body) == blob and raw_length <= RAW_LIMIT
     require(whole, f"{source} is damaged: its checksum or length is wrong; copy it again")
     try:
         raw = CODECS[codec.decode()][1](body, raw_length)
-        if len(raw) != raw_length:
-            raise ValueError("another length than it says")
+        require(len(raw) == raw_length, "another length than it says")
         at = 4 + struct.unpack_from("<I", raw)[0]
         header, state = json.loads(raw[4:at]), {}
         table = header["tensors"]
-        if any(type(size) is not int or size < 0 for _, shape, _ in table for size in shape):
-            raise ValueError("a shape that is none")
+        require(all(type(n) is int and n >= 0 for row in table for n in row[1]), "a shape that is none")
         for kind, code in PLANES.items():
             for name, shape, _ in (row for row in table if kind in row[2]):
                 shape = [shape[0], 1] if kind == "step" else shape
                 values = np.frombuffer(raw, code, math.prod(shape), at)
                 plane = torch.from_numpy(values.astype(np.float32).reshape(shape))
                 state[name], at = state[name] * plane if kind == "step" else plane, at + values.nbytes
-        if at != len(raw):
-            raise ValueError("planes that do not fill it")
+        require(at == len(raw), "planes that do not fill it")
         return {name: state[name] for name, *_ in table}, header
     except Exception as error:  # a forged body: whatever breaks, the file is to blame
         raise RunError(f"{source} cannot be unpacked ({type(error).__name__}: {error})") from None
@@ -1541,6 +1537,8 @@ def predict_size(cfg: Config, model: GPT) -> int:
 
 
 # 9. SCORE: nats of every validation token, once, divided by the bytes of its text
+SHARES = 0.0, 0.05, 0.15, 0.4, 0.7, 0.95  # the Hedge experts: (1 - a) neural + a n-gram; then the gate's a
+DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (experiment_log.md)
 
 
 @dataclass(frozen=True)
@@ -1671,15 +1669,10 @@ class TestTimeTraining:
                 p.data.copy_(start + b @ a)
 
 
-SHARES = 0.0, 0.05, 0.15, 0.4, 0.7, 0.95  # the Hedge experts: (1 - a) neural + a n-gram; then the gate's a
-DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (experiment_log.md)
-
-
-def runs(ordered: Tensor) -> tuple[Tensor, Tensor]:
-    """Of sorted keys [N]: whether each place begins a run of equals, and where its run begins."""
-    first = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)[: len(ordered)]
-    place = torch.arange(len(ordered), device=ordered.device)
-    return first, place.where(first, 0).cummax(0).values
+def runs(ordered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sorted keys [N]: the number of each one's run of equals, all runs' lengths, where its own begins."""
+    _, number, count = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    return number, count, (count.cumsum(0) - count)[number]
 
 
 def scatter(index: Tensor, values: Tensor) -> Tensor:
@@ -1695,18 +1688,17 @@ def contexts(tokens: Tensor, vocab: int, highest: int) -> Iterator[tuple[Tensor,
     gram = start = torch.zeros_like(at)
     for _ in range(highest + 1):
         keys, by_gram = torch.sort(gram * vocab + tokens[at], stable=True)  # below 2^43: 100 M grams x 65,536
-        first, begin = runs(keys)
+        number, count, begin = runs(keys)
         followed = scatter(by_gram, torch.arange(len(at), device=at.device) - begin)
         new = (followed == 0)[order].long()
         kinds = new.cumsum(0) - new
         yield at, seen, scatter(order, kinds - kinds[start]), followed
-        number = first.cumsum(0) - 1
-        again = scatter(by_gram, (torch.bincount(number) > 1)[number]) & (at + 1 < len(tokens))
+        again = scatter(by_gram, (count > 1)[number]) & (at + 1 < len(tokens))
         kept, index = again.nonzero()[:, 0], again.cumsum(0) - 1
         at, seen, gram = at[kept] + 1, followed[kept], scatter(by_gram, number)[kept]
         kept = again[by_gram].nonzero()[:, 0]
-        order, start = index[by_gram[kept]], runs(number[kept])[1]
-        del keys, by_gram, first, begin, followed, new, kinds, number, again, kept, index
+        order, start = index[by_gram[kept]], runs(number[kept])[2]
+        del keys, by_gram, number, count, begin, followed, new, kinds, again, kept, index
 
 
 def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
@@ -1724,19 +1716,19 @@ def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
     return p[1:], codes[..., 1:]
 
 
-def fixed_point(x: Tensor) -> tuple[Tensor, float]:
-    """x, cut to +-128, as integers and their scale: the last digit of a sum depends on its terms alone."""
+def fixed_sums(x: Tensor) -> tuple[Tensor, float]:
+    """Sums of the first 0 .. N of x [N], cut to +-128, as integers and their scale: no order of summing
+    changes a last digit, so a sum depends on its terms alone."""
     scale = 2.0 ** (54 - len(x).bit_length())
-    return (x.double().clamp(-128, 128) * scale).round().long(), scale
+    return F.pad((x.double().clamp(-128, 128) * scale).round().long().cumsum(0), (1, 0)), scale
 
 
 def gate(odds: Tensor, codes: Tensor) -> Tensor:
     """The n-gram's share of each mixture, float32 [N], from a network of 32 hidden units on what is known
     before the token: the counts of its contexts, and how the n-gram fared of late. It learns from each block
     once that has its shares. odds: log P(n-gram) - log P(neural) [N] float32; codes: as ngram gives them."""
-    place, (parts, scale) = torch.arange(len(odds), device=odds.device), fixed_point(odds.clamp(-5, 5))
-    sums, back = F.pad(parts.cumsum(0), (1, 0)), [(place - width).clamp_min(0) for width in (16, 256)]
-    recent = torch.stack([(sums[:-1] - sums[b]) / scale / (place - b).clamp_min(1) for b in back]).float()
+    i, (sums, scale) = torch.arange(len(odds), device=odds.device), fixed_sums(odds.clamp(-5, 5))
+    recent = torch.stack([(sums[:-1] - sums[(i - n).clamp(0)]) / scale / i.clamp(1, n) for n in (16, 256)])
     facts, rng = 4 * codes.size(1) + 2, torch.Generator().manual_seed(0)
     hidden = torch.randn(32, facts, generator=rng) / facts**0.5
     params = [hidden, torch.zeros(32), torch.zeros(1, 32), torch.full((1,), -2.0), torch.zeros(1, facts)]
@@ -1762,23 +1754,20 @@ def hedge(neural: Tensor, other: Tensor, shares: list, bins: Tensor, eta: float,
     (PR #895's prior). window: only a bin's last so many tokens count. Takes probabilities, float64 [N]; gives
     (log of the mixture [N], final weights over all bins [K], each expert's log-likelihood [K])."""
     (keys, order), place = torch.sort(bins, stable=True), torch.arange(len(bins), device=bins.device)
-    first, start = runs(keys)
-    since = start.maximum(place - window) if window else start
-    stop = first.roll(-1).nonzero()[:, 0] + 1  # a bin's last token stands before the next one's first
-    tail = start[stop - 1].maximum(stop - window) if window else start[stop - 1]
+    (_, count, start), window = runs(keys), window or len(bins)
+    since, stop = start.maximum(place - window), count.cumsum(0)
     final, totals, prior = [], [], 2.0
     mixed = norm = torch.full_like(neural, -torch.inf)
-    # Only integers go by the order of the bins: a float's last bit would depend on its place there.
+    # Only exact steps go by the order of the bins: the last bit of a log would depend on its place there.
     for share in shares:
         logs = torch.log(neural + share * (other - neural))
-        parts, scale = fixed_point(logs)
-        sums = F.pad(parts[order].cumsum(0), (1, 0))
+        sums, scale = fixed_sums(logs[order])
         weight = prior + eta / scale * scatter(order, sums[:-1] - sums[since]).double()
         mixed, norm = torch.logaddexp(mixed, weight + logs), torch.logaddexp(norm, weight)
-        final.append(prior + eta / scale * (sums[stop] - sums[tail]).double())
+        final.append(prior + eta / scale * (sums[stop] - sums[stop - count.clamp_max(window)]).double())
         totals, prior = [*totals, logs.sum().item()], 0.0
-    size = (stop - start[stop - 1]).double() / len(bins)
-    return mixed - norm, (torch.stack(final).softmax(0) * size).sum(1).tolist(), totals
+    weights = torch.stack(final).softmax(0) * (count.double() / len(bins))
+    return mixed - norm, weights.sum(1).tolist(), totals
 
 
 def mix(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[Tensor, list[float], list[float]]:
@@ -1798,7 +1787,7 @@ def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
     cfg, data, began, each = run.cfg, run.data, time.perf_counter(), base.each.double()
     whole, device = data.targets, run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
 
-    def mixed() -> tuple[float, int, int]:
+    def mixed() -> Score:
         tokens, nats = torch.from_numpy(data.tokens.astype(np.int64)).to(device), each.to(device)
         sample, count = 100_000, whole
         if limit < math.inf and sample < whole:
@@ -1813,10 +1802,9 @@ def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
             saved = f"{score.text} saved:{experts[0].bpb - score.bpb:.4f}"
             run.log.line(f"hedge_expert ngram_share:{share} {saved} weight:{weight:.4f}")
         run.log.event("hedge", shares=[*SHARES, "gate"], val_bpb=[e.bpb for e in experts], weights=weights)
-        return each[:count].sum().item(), count, size
+        return Score(each[:count].sum().item(), count, size, time.perf_counter() - began, left=whole - count)
 
-    nats, count, size = run.runtime.main_decides(mixed)
-    return Score(nats, count, size, time.perf_counter() - began, each, whole - count)
+    return replace(run.runtime.main_decides(mixed), each=each)
 
 
 def score_all(run: Run) -> Iterator[tuple[str, Score]]:
@@ -1844,7 +1832,9 @@ def check_score(score: Callable, tokens: np.ndarray, vocab: int, ends=(53,)) -> 
     up to 1. C3 score before update: not both fail. C4 single pass: no position twice, none knows the end."""
     broken, rng, count = {}, np.random.default_rng(0), len(tokens) - 1
 
-    def logs(given: np.ndarray) -> np.ndarray:
+    def logs(place: int | slice, values) -> np.ndarray:
+        given = tokens.copy()
+        given[place] = values
         found = score(given)
         places, values = found if isinstance(found, tuple) else (np.arange(len(found)), found)
         if not np.array_equal(np.sort(places), np.arange(count)):
@@ -1852,20 +1842,16 @@ def check_score(score: Callable, tokens: np.ndarray, vocab: int, ends=(53,)) -> 
         found = dict(zip(places, values, strict=False))
         return np.array([found.get(i, math.nan) for i in range(count)])
 
-    whole = logs(tokens)
+    whole = logs(slice(None), tokens)
     for cut in (count // 3, count // 2, count - 1, count):  # the tokens from cut on are changed
-        other = tokens.copy()
-        other[cut:] = (tokens[cut:] + rng.integers(1, vocab, count + 1 - cut)) % vocab
-        moved = np.flatnonzero(~np.isclose(logs(other), whole, 0, 0, equal_nan=True)[: cut - 1])
+        other = logs(slice(cut, None), (tokens[cut:] + rng.integers(1, vocab, count + 1 - cut)) % vocab)
+        moved = np.flatnonzero(~np.isclose(other, whole, 0, 0, equal_nan=True)[: cut - 1])
         if len(moved):
             broken["C1"] = f"the score of token {moved[0] + 1} changes with the tokens from {cut} on"
         if cut == count and len(moved) and moved[0] < count // 2:
             broken["C4"] = f"token {moved[0] + 1} is scored after a pass to the last one, {count}"
     for end in {min(end, count) for end in ends}:
-        variants = [
-            np.where(np.arange(count + 1) == end, v, tokens).astype(tokens.dtype) for v in range(vocab)
-        ]
-        mass = sum(math.exp(logs(variant)[end - 1]) for variant in variants)
+        mass = sum(math.exp(logs(end, value)[end - 1]) for value in range(vocab))
         if not abs(mass - 1) <= 1e-5:
             what = f"over the {vocab} values of token {end} its probabilities sum to {mass:.6f}"
             broken["C3" if "C1" in broken else "C2"] = what
@@ -1879,20 +1865,19 @@ def check_own_scores(run: Run) -> None:
     sizes |= dict(ttt_chunk_tokens=length // 2, eval_batch_seqs=4, max_eval_seconds=0.0)
     cfg = replace(run.cfg, **sizes, eval_stride=min(run.cfg.eval_stride, length // 2))
     tokens, runtime = data.tokens[:97], replace(run.runtime, rank=0, world_size=1, compiles=False)
+    count = len(tokens) - 1
+    part = Validation(tokens, data.target_bytes[:count], 1, "", data.starts[data.starts < count])
 
     @cache
     def scores(text: bytes) -> dict[str, np.ndarray]:
-        given = np.frombuffer(text, tokens.dtype)
-        count, starts = len(given) - 1, data.starts[data.starts < len(given) - 1]
-        part = Validation(given, data.target_bytes[:count], 1, "", starts)
-        small = Run(cfg, runtime, RunLog(None, ""), run.model, part)
+        given = replace(part, tokens=np.frombuffer(text, tokens.dtype))
+        small = Run(cfg, runtime, RunLog(None, ""), run.model, given)
         return {name: -score.each.double().numpy() for name, score in score_all(small)}
 
     for name in scores(tokens.tobytes()):
-        broken = check_score(lambda given, name=name: scores(given.tobytes())[name], tokens, cfg.vocab_size)
-        if broken:
-            what = "; ".join(map(": ".join, broken.items()))
-            raise RunError(f"SCORE_CHECK: {name} breaks {what}", ILLEGAL_SCORE)
+        found = check_score(lambda given, name=name: scores(given.tobytes())[name], tokens, cfg.vocab_size)
+        if broken := "; ".join(map(": ".join, found.items())):
+            raise RunError(f"SCORE_CHECK: {name} breaks {broken}", ILLEGAL_SCORE)
         log.line(f"score_check: {name} is causal, normalised, scored before it learns, in one pass")
 
 
@@ -2197,20 +2182,19 @@ def save_model(run: Run, path: Path) -> int:
     bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
     if bad:
         raise RunError(f"diverged: {bad[0]} is not finite; no model was written", DIVERGED)
-    buffer, quant = io.BytesIO(), quant_name(cfg)
-    torch.save(state, buffer)
+    quant, official = quant_name(cfg), path.with_name("final_model.pt")
     about = describe_machine(run.runtime) | dict(config_hash=cfg.hash, quant=quant)
     blob = pack(cfg, state, {key: about[key] for key in ("dtype", "compile", "config_hash", "quant")})
-    write_atomic(path.with_name("final_model.pt"), buffer.getvalue())
+    write_atomic(official, partial(torch.save, state))
     write_atomic(path, blob)
-    raw, packed, code, payload = buffer.tell(), len(blob), len(own_source()), payload_bytes(cfg, state)
+    raw, code, payload = official.stat().st_size, len(own_source()), payload_bytes(cfg, state)
     label, ratio = f"{quant}+{cfg.codec}", sum(4 * tensor.numel() for tensor in state.values()) / payload
     log.line(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
     log.line(f"Total submission size: {raw + code} bytes")
-    log.line(f"Serialized model {label}: {packed} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
-    log.line(f"Total submission size {label}: {packed + code} bytes")
+    log.line(f"Serialized model {label}: {len(blob)} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
+    log.line(f"Total submission size {label}: {len(blob) + code} bytes")
     report_packing(run, state, blob)
-    return packed
+    return len(blob)
 
 
 def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
