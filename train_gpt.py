@@ -1460,7 +1460,7 @@ def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
-    """The artifact: a checked prefix and a body. Same input, same bytes. RunError (5) beyond float16."""
+    """The artifact: a checked prefix and a body. Same input, same bytes. RunError (5): inf or nan in it."""
     table = [[name, list(t.shape), plane_kinds(cfg, name, t.shape)] for name, t in sorted(state.items())]
     planes: dict[str, list[bytes]] = {kind: [] for kind in PLANES}  # one kind together compresses better
     for name, _, kinds in table:
@@ -1468,8 +1468,8 @@ def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) 
         arrays = (weight.half() if "fp16" in kinds else weight,)
         if "int8" in kinds:
             arrays = quantise_rows(weight, cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip)
-        if not all(torch.isfinite(array).all() for array in arrays):
-            raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
+        if not all(torch.isfinite(array).all() for array in (weight, *arrays)):
+            raise RunError(f"diverged: {name} is not finite, or too large for the artifact", DIVERGED)
         for kind, array in zip(kinds, arrays, strict=True):
             planes[kind].append(array.numpy().astype(PLANES[kind]).tobytes())
     header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
@@ -1717,8 +1717,7 @@ def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
 
 
 def fixed_sums(x: Tensor) -> tuple[Tensor, float]:
-    """Sums of the first 0 .. N of x [N], cut to +-128, as integers and their scale: no order of summing
-    changes a last digit, so a sum depends on its terms alone."""
+    """Sums [N + 1] of the first 0 .. N of x, cut to +-128, and their scale: integers, exact in any order."""
     scale = 2.0 ** (54 - len(x).bit_length())
     return F.pad((x.double().clamp(-128, 128) * scale).round().long().cumsum(0), (1, 0)), scale
 
@@ -1809,12 +1808,11 @@ def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
 
 def score_all(run: Run) -> Iterator[tuple[str, Score]]:
     """(name, score) of every score that is switched on, within MAX_EVAL_SECONDS: none after a partial one."""
-    cfg, left, score = run.cfg, run.cfg.max_eval_seconds or math.inf, None
-    kinds = {"roundtrip": partial(run.score, 0), "sliding": partial(run.score, cfg.eval_stride)}
-    kinds["ttt"] = lambda *how: run.score(cfg.eval_stride, *how, TestTimeTraining(run).learn)
-    kinds["hedge"] = lambda *how: score_hedge(run, score, *how)
-    on = dict(roundtrip=True, sliding=cfg.eval_stride, ttt=cfg.ttt_steps, hedge=cfg.use_hedge)
-    for name in filter(on.get, kinds):
+    cfg, stride, left = run.cfg, run.cfg.eval_stride, run.cfg.max_eval_seconds or math.inf
+    kinds = dict(roundtrip=partial(run.score, 0), sliding=stride and partial(run.score, stride))
+    kinds["ttt"] = cfg.ttt_steps and (lambda *how: run.score(stride, *how, TestTimeTraining(run).learn))
+    kinds["hedge"] = cfg.use_hedge and (lambda *how: score_hedge(run, score, *how))
+    for name in filter(kinds.get, kinds):
         text = f"{name}: takes about %.0f s, {left:.0f} s are left"
         score = kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
         if name != "hedge" and (cfg.use_hedge or cfg.score_dump):
@@ -1865,8 +1863,7 @@ def check_own_scores(run: Run) -> None:
     sizes |= dict(ttt_chunk_tokens=length // 2, eval_batch_seqs=4, max_eval_seconds=0.0)
     cfg = replace(run.cfg, **sizes, eval_stride=min(run.cfg.eval_stride, length // 2))
     tokens, runtime = data.tokens[:97], replace(run.runtime, rank=0, world_size=1, compiles=False)
-    count = len(tokens) - 1
-    part = Validation(tokens, data.target_bytes[:count], 1, "", data.starts[data.starts < count])
+    part = Validation(tokens, data.target_bytes[:96], 1, "", data.starts[data.starts < 96])
 
     @cache
     def scores(text: bytes) -> dict[str, np.ndarray]:
@@ -2177,11 +2174,8 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
 
 
 def save_model(run: Run, path: Path) -> int:
-    """Rank 0 writes both model files, or RunError (5) if a weight is not finite. Returns the packed bytes."""
+    """Rank 0 writes both model files, or neither: RunError (5), as `pack`'s. Returns the packed bytes."""
     cfg, log, state = run.cfg, run.log, {n: t.detach().cpu() for n, t in run.model.state_dict().items()}
-    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise RunError(f"diverged: {bad[0]} is not finite; no model was written", DIVERGED)
     quant, official = quant_name(cfg), path.with_name("final_model.pt")
     about = describe_machine(run.runtime) | dict(config_hash=cfg.hash, quant=quant)
     blob = pack(cfg, state, {key: about[key] for key in ("dtype", "compile", "config_hash", "quant")})
