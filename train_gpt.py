@@ -19,11 +19,9 @@ Sections: 1 Knobs, 2 Runtime and logs, 3 Progress and schedules, 4 Data, 5 Bytes
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import fcntl
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -32,12 +30,12 @@ import platform
 import random
 import re
 import resource
+import runpy
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 import timeit
 import traceback
@@ -50,7 +48,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median, median_low
 
@@ -377,19 +375,6 @@ def help_text() -> str:
     return "\n".join([__doc__, *(f"{n:36} {d:42} {doc} {a}" for n, d, doc, a in rows)])
 
 
-def idea_list() -> str:
-    """Every published idea: how it fared at its source, and what it does here."""
-    head = "p: progress 0..1, LR: multiplier of all learning rates, g: gradient, w: weight, z: logit.\n"
-    rows = [("idea", "", "", "here", "there", "source"), *(row for row in knob_rows() if row[4])]
-    return "\n".join([head, *(f"{n:17} {there:9} {source:9} {doc}" for n, _, _, doc, there, source in rows)])
-
-
-def knob_table() -> str:
-    """The README's table, in Markdown."""
-    rows = [f"| {n} | {f'`{d}`' if d else ''} | {a} | {doc} |" for n, d, a, doc, *_ in knob_rows()]
-    return "\n".join(["| knob | default | allowed | meaning |", "|---|---|---|---|", *rows])
-
-
 # 2. RUNTIME AND LOGS: the only code that knows about devices, ranks and files
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -403,7 +388,7 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
     compiles: bool = False
     backend: str | Callable = "inductor"
     uncompiled: str = ""  # why not, if that is news to the user
-    patient: bool = False  # whether a signal waits, as in the training loop
+    patient: bool = False  # a signal waits, so that all ranks stop between the same two steps
     stopping: str = ""  # the signal that asked for an end
     is_cuda = property(lambda self: self.device.type == "cuda")
 
@@ -439,20 +424,9 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
                 signal.signal(number, handler)
 
     def stop(self, number: int, _frame) -> None:
-        """Handler of signals: end now or when patience does. One is enough: torchrun doubles Ctrl-C."""
+        """Handler of signals: end now, or where patience ends. One is enough: torchrun doubles Ctrl-C."""
         known, self.stopping = self.stopping, signal.Signals(number).name
         if not (known or self.patient):
-            raise KeyboardInterrupt
-
-    @contextmanager
-    def patience(self) -> Iterator[None]:
-        """Signals wait until its end: all ranks must stop between the same two steps."""
-        self.patient = True
-        try:
-            yield
-        finally:
-            self.patient = False
-        if self.stopping:
             raise KeyboardInterrupt
 
     def claim_device(self) -> None:
@@ -507,14 +481,6 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
         if self.world_size > 1:
             dist.broadcast(shared, 0)
         return shared.item()
-
-    def random_state(self) -> list[Tensor]:
-        """Of this rank's generators: torch's, and the GPU's if it runs on one."""
-        return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if self.is_cuda else [])]
-
-    def set_random_state(self, states: list[Tensor]) -> None:
-        for setter, state in zip((torch.set_rng_state, torch.cuda.set_rng_state), states, strict=False):
-            setter(state)
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of `count` items."""
@@ -589,8 +555,9 @@ def write_atomic(path: Path, data: bytes | Callable) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None  # that of a full disk names no file
+    except (OSError, RuntimeError) as error:  # a full disk's names no file; torch.save's is a RuntimeError
+        why = getattr(error, "strerror", None) or "it could not be written whole; is the disk full?"
+        raise OSError(getattr(error, "errno", None) or 5, why, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -1528,7 +1495,7 @@ def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
 
 
 def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
-    """The artifact: a checked prefix and a body. Same input, same bytes. RunError (5) beyond float16."""
+    """The artifact: a checked prefix and a body. Same input, same bytes. RunError (5): inf or nan in it."""
     table = [[name, list(t.shape), plane_kinds(cfg, name, t.shape)] for name, t in sorted(state.items())]
     planes: dict[str, list[bytes]] = {kind: [] for kind in PLANES}  # one kind together compresses better
     for name, _, kinds in table:
@@ -1536,8 +1503,8 @@ def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) 
         arrays = (weight.half() if "fp16" in kinds else weight,)
         if "int8" in kinds:
             arrays = quantise_rows(weight, cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip)
-        if not all(torch.isfinite(array).all() for array in arrays):
-            raise RunError(f"diverged: {name} holds values too large for the artifact", DIVERGED)
+        if not all(torch.isfinite(array).all() for array in (weight, *arrays)):
+            raise RunError(f"diverged: {name} is not finite, or too large for the artifact", DIVERGED)
         for kind, array in zip(kinds, arrays, strict=True):
             planes[kind].append(array.numpy().astype(PLANES[kind]).tobytes())
     header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
@@ -1556,29 +1523,26 @@ def sealed(codec: bytes, raw_length: int, body: bytes) -> bytes:
 def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
     """(float32 state dict, header) of an artifact; RunError on anything damaged. Nothing is executed."""
     require(len(blob) >= PREFIX.size and blob[:6] == MAGIC, f"{source} is not an artifact of this script")
-    _, version, codec, _, raw_length, body_length = PREFIX.unpack_from(blob)
+    _, version, codec, _, raw_length, _ = PREFIX.unpack_from(blob)
     require(version == FORMAT_VERSION, f"{source} has format version {version}; this reads {FORMAT_VERSION}")
     require(codec.decode("latin1") in CODECS, f"{source} is packed with an unknown codec {codec!r}")
     body = blob[PREFIX.size :]
-    whole = len(body) == body_length and sealed(codec, raw_length, body) == blob and raw_length <= RAW_LIMIT
+    whole = sealed(codec, raw_length, body) == blob and raw_length <= RAW_LIMIT
     require(whole, f"{source} is damaged: its checksum or length is wrong; copy it again")
     try:
         raw = CODECS[codec.decode()][1](body, raw_length)
-        if len(raw) != raw_length:
-            raise ValueError("another length than it says")
+        require(len(raw) == raw_length, "another length than it says")
         at = 4 + struct.unpack_from("<I", raw)[0]
         header, state = json.loads(raw[4:at]), {}
         table = header["tensors"]
-        if any(type(size) is not int or size < 0 for _, shape, _ in table for size in shape):
-            raise ValueError("a shape that is none")
+        require(all(type(n) is int and n >= 0 for row in table for n in row[1]), "a shape that is none")
         for kind, code in PLANES.items():
             for name, shape, _ in (row for row in table if kind in row[2]):
                 shape = [shape[0], 1] if kind == "step" else shape
                 values = np.frombuffer(raw, code, math.prod(shape), at)
                 plane = torch.from_numpy(values.astype(np.float32).reshape(shape))
                 state[name], at = state[name] * plane if kind == "step" else plane, at + values.nbytes
-        if at != len(raw):
-            raise ValueError("planes that do not fill it")
+        require(at == len(raw), "planes that do not fill it")
         return {name: state[name] for name, *_ in table}, header
     except Exception as error:  # a forged body: whatever breaks, the file is to blame
         raise RunError(f"{source} cannot be unpacked ({type(error).__name__}: {error})") from None
@@ -1608,6 +1572,8 @@ def predict_size(cfg: Config, model: GPT) -> int:
 
 
 # 9. SCORE: nats of every validation token, once, divided by the bytes of its text
+SHARES = 0.0, 0.05, 0.15, 0.4, 0.7, 0.95  # the Hedge experts: (1 - a) neural + a n-gram; then the gate's a
+DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (experiment_log.md)
 
 
 @dataclass(frozen=True)
@@ -1738,15 +1704,10 @@ class TestTimeTraining:
                 p.data.copy_(start + b @ a)
 
 
-SHARES = 0.0, 0.05, 0.15, 0.4, 0.7, 0.95  # the Hedge experts: (1 - a) neural + a n-gram; then the gate's a
-DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (experiment_log.md)
-
-
-def runs(ordered: Tensor) -> tuple[Tensor, Tensor]:
-    """Of sorted keys [N]: whether each place begins a run of equals, and where its run begins."""
-    first = F.pad(ordered[1:] != ordered[:-1], (1, 0), value=True)[: len(ordered)]
-    place = torch.arange(len(ordered), device=ordered.device)
-    return first, place.where(first, 0).cummax(0).values
+def runs(ordered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of sorted keys [N]: the number of each one's run of equals, all runs' lengths, where its own begins."""
+    _, number, count = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    return number, count, (count.cumsum(0) - count)[number]
 
 
 def scatter(index: Tensor, values: Tensor) -> Tensor:
@@ -1762,18 +1723,17 @@ def contexts(tokens: Tensor, vocab: int, highest: int) -> Iterator[tuple[Tensor,
     gram = start = torch.zeros_like(at)
     for _ in range(highest + 1):
         keys, by_gram = torch.sort(gram * vocab + tokens[at], stable=True)  # below 2^43: 100 M grams x 65,536
-        first, begin = runs(keys)
+        number, count, begin = runs(keys)
         followed = scatter(by_gram, torch.arange(len(at), device=at.device) - begin)
         new = (followed == 0)[order].long()
         kinds = new.cumsum(0) - new
         yield at, seen, scatter(order, kinds - kinds[start]), followed
-        number = first.cumsum(0) - 1
-        again = scatter(by_gram, (torch.bincount(number) > 1)[number]) & (at + 1 < len(tokens))
+        again = scatter(by_gram, (count > 1)[number]) & (at + 1 < len(tokens))
         kept, index = again.nonzero()[:, 0], again.cumsum(0) - 1
         at, seen, gram = at[kept] + 1, followed[kept], scatter(by_gram, number)[kept]
         kept = again[by_gram].nonzero()[:, 0]
-        order, start = index[by_gram[kept]], runs(number[kept])[1]
-        del keys, by_gram, first, begin, followed, new, kinds, number, again, kept, index
+        order, start = index[by_gram[kept]], runs(number[kept])[2]
+        del keys, by_gram, number, count, begin, followed, new, kinds, again, kept, index
 
 
 def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
@@ -1791,19 +1751,18 @@ def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
     return p[1:], codes[..., 1:]
 
 
-def fixed_point(x: Tensor) -> tuple[Tensor, float]:
-    """x, cut to +-128, as integers and their scale: the last digit of a sum depends on its terms alone."""
+def fixed_sums(x: Tensor) -> tuple[Tensor, float]:
+    """Sums [N + 1] of the first 0 .. N of x, cut to +-128, and their scale: integers, exact in any order."""
     scale = 2.0 ** (54 - len(x).bit_length())
-    return (x.double().clamp(-128, 128) * scale).round().long(), scale
+    return F.pad((x.double().clamp(-128, 128) * scale).round().long().cumsum(0), (1, 0)), scale
 
 
 def gate(odds: Tensor, codes: Tensor) -> Tensor:
     """The n-gram's share of each mixture, float32 [N], from a network of 32 hidden units on what is known
     before the token: the counts of its contexts, and how the n-gram fared of late. It learns from each block
     once that has its shares. odds: log P(n-gram) - log P(neural) [N] float32; codes: as ngram gives them."""
-    place, (parts, scale) = torch.arange(len(odds), device=odds.device), fixed_point(odds.clamp(-5, 5))
-    sums, back = F.pad(parts.cumsum(0), (1, 0)), [(place - width).clamp_min(0) for width in (16, 256)]
-    recent = torch.stack([(sums[:-1] - sums[b]) / scale / (place - b).clamp_min(1) for b in back]).float()
+    i, (sums, scale) = torch.arange(len(odds), device=odds.device), fixed_sums(odds.clamp(-5, 5))
+    recent = torch.stack([(sums[:-1] - sums[(i - n).clamp(0)]) / scale / i.clamp(1, n) for n in (16, 256)])
     facts, rng = 4 * codes.size(1) + 2, torch.Generator().manual_seed(0)
     hidden = torch.randn(32, facts, generator=rng) / facts**0.5
     params = [hidden, torch.zeros(32), torch.zeros(1, 32), torch.full((1,), -2.0), torch.zeros(1, facts)]
@@ -1829,23 +1788,20 @@ def hedge(neural: Tensor, other: Tensor, shares: list, bins: Tensor, eta: float,
     (PR #895's prior). window: only a bin's last so many tokens count. Takes probabilities, float64 [N]; gives
     (log of the mixture [N], final weights over all bins [K], each expert's log-likelihood [K])."""
     (keys, order), place = torch.sort(bins, stable=True), torch.arange(len(bins), device=bins.device)
-    first, start = runs(keys)
-    since = start.maximum(place - window) if window else start
-    stop = first.roll(-1).nonzero()[:, 0] + 1  # a bin's last token stands before the next one's first
-    tail = start[stop - 1].maximum(stop - window) if window else start[stop - 1]
+    (_, count, start), window = runs(keys), window or len(bins)
+    since, stop = start.maximum(place - window), count.cumsum(0)
     final, totals, prior = [], [], 2.0
     mixed = norm = torch.full_like(neural, -torch.inf)
-    # Only integers go by the order of the bins: a float's last bit would depend on its place there.
+    # Only exact steps go by the order of the bins: the last bit of a log would depend on its place there.
     for share in shares:
         logs = torch.log(neural + share * (other - neural))
-        parts, scale = fixed_point(logs)
-        sums = F.pad(parts[order].cumsum(0), (1, 0))
+        sums, scale = fixed_sums(logs[order])
         weight = prior + eta / scale * scatter(order, sums[:-1] - sums[since]).double()
         mixed, norm = torch.logaddexp(mixed, weight + logs), torch.logaddexp(norm, weight)
-        final.append(prior + eta / scale * (sums[stop] - sums[tail]).double())
+        final.append(prior + eta / scale * (sums[stop] - sums[stop - count.clamp_max(window)]).double())
         totals, prior = [*totals, logs.sum().item()], 0.0
-    size = (stop - start[stop - 1]).double() / len(bins)
-    return mixed - norm, (torch.stack(final).softmax(0) * size).sum(1).tolist(), totals
+    weights = torch.stack(final).softmax(0) * (count.double() / len(bins))
+    return mixed - norm, weights.sum(1).tolist(), totals
 
 
 def mix(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[Tensor, list[float], list[float]]:
@@ -1865,7 +1821,7 @@ def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
     cfg, data, began, each = run.cfg, run.data, time.perf_counter(), base.each.double()
     whole, device = data.targets, run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
 
-    def mixed() -> tuple[float, int, int]:
+    def mixed() -> Score:
         tokens, nats = torch.from_numpy(data.tokens.astype(np.int64)).to(device), each.to(device)
         sample, count = 100_000, whole
         if limit < math.inf and sample < whole:
@@ -1880,20 +1836,18 @@ def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
             saved = f"{score.text} saved:{experts[0].bpb - score.bpb:.4f}"
             run.log.line(f"hedge_expert ngram_share:{share} {saved} weight:{weight:.4f}")
         run.log.event("hedge", shares=[*SHARES, "gate"], val_bpb=[e.bpb for e in experts], weights=weights)
-        return each[:count].sum().item(), count, size
+        return Score(each[:count].sum().item(), count, size, time.perf_counter() - began, left=whole - count)
 
-    nats, count, size = run.runtime.main_decides(mixed)
-    return Score(nats, count, size, time.perf_counter() - began, each, whole - count)
+    return replace(run.runtime.main_decides(mixed), each=each)
 
 
 def score_all(run: Run) -> Iterator[tuple[str, Score]]:
     """(name, score) of every score that is switched on, within MAX_EVAL_SECONDS: none after a partial one."""
-    cfg, left, score = run.cfg, run.cfg.max_eval_seconds or math.inf, None
-    kinds = {"roundtrip": partial(run.score, 0), "sliding": partial(run.score, cfg.eval_stride)}
-    kinds["ttt"] = lambda *how: run.score(cfg.eval_stride, *how, TestTimeTraining(run).learn)
-    kinds["hedge"] = lambda *how: score_hedge(run, score, *how)
-    on = dict(roundtrip=True, sliding=cfg.eval_stride, ttt=cfg.ttt_steps, hedge=cfg.use_hedge)
-    for name in filter(on.get, kinds):
+    cfg, stride, left = run.cfg, run.cfg.eval_stride, run.cfg.max_eval_seconds or math.inf
+    kinds = dict(roundtrip=partial(run.score, 0), sliding=stride and partial(run.score, stride))
+    kinds["ttt"] = cfg.ttt_steps and (lambda *how: run.score(stride, *how, TestTimeTraining(run).learn))
+    kinds["hedge"] = cfg.use_hedge and (lambda *how: score_hedge(run, score, *how))
+    for name in filter(kinds.get, kinds):
         text = f"{name}: takes about %.0f s, {left:.0f} s are left"
         score = run.checkpoints.scores.get(name)
         if not score:
@@ -1904,65 +1858,6 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
         yield name, score
         if score.left:
             return
-
-
-def check_score(score: Callable, tokens: np.ndarray, vocab: int, ends=(53,)) -> dict[str, str]:
-    """The four conditions of a score (parameter-golf issue #1017), tried from outside: {condition: breach}.
-    score(tokens [N+1]) -> log-probs [N] of tokens[1:], or (positions 0..N-1, log-probs) as they were scored.
-    C1 causal: later tokens change nothing. C2 normalised: the probabilities of all values of token `end` add
-    up to 1. C3 score before update: not both fail. C4 single pass: no position twice, none knows the end."""
-    broken, rng, count = {}, np.random.default_rng(0), len(tokens) - 1
-
-    def logs(given: np.ndarray) -> np.ndarray:
-        found = score(given)
-        places, values = found if isinstance(found, tuple) else (np.arange(len(found)), found)
-        if not np.array_equal(np.sort(places), np.arange(count)):
-            broken["C4"] = f"{count} tokens have {len(places)} scores, not one each"
-        found = dict(zip(places, values, strict=False))
-        return np.array([found.get(i, math.nan) for i in range(count)])
-
-    whole = logs(tokens)
-    for cut in (count // 3, count // 2, count - 1, count):  # the tokens from cut on are changed
-        other = tokens.copy()
-        other[cut:] = (tokens[cut:] + rng.integers(1, vocab, count + 1 - cut)) % vocab
-        moved = np.flatnonzero(~np.isclose(logs(other), whole, 0, 0, equal_nan=True)[: cut - 1])
-        if len(moved):
-            broken["C1"] = f"the score of token {moved[0] + 1} changes with the tokens from {cut} on"
-        if cut == count and len(moved) and moved[0] < count // 2:
-            broken["C4"] = f"token {moved[0] + 1} is scored after a pass to the last one, {count}"
-    for end in {min(end, count) for end in ends}:
-        variants = [
-            np.where(np.arange(count + 1) == end, v, tokens).astype(tokens.dtype) for v in range(vocab)
-        ]
-        mass = sum(math.exp(logs(variant)[end - 1]) for variant in variants)
-        if not abs(mass - 1) <= 1e-5:
-            what = f"over the {vocab} values of token {end} its probabilities sum to {mass:.6f}"
-            broken["C3" if "C1" in broken else "C2"] = what
-    return broken
-
-
-def check_own_scores(run: Run) -> None:
-    """SCORE_CHECK: check_score of every score, on 97 tokens, uncompiled, one rank; RunError (7) if broken."""
-    length, data, log = min(32, run.cfg.train_seq_len), run.data, run.log
-    sizes = dict(train_seq_len=length, train_batch_tokens=length, eval_seq_len=length, val_batch_size=8)
-    sizes |= dict(ttt_chunk_tokens=length // 2, eval_batch_seqs=4, max_eval_seconds=0.0)
-    cfg = replace(run.cfg, **sizes, eval_stride=min(run.cfg.eval_stride, length // 2))
-    tokens, runtime = data.tokens[:97], replace(run.runtime, rank=0, world_size=1, compiles=False)
-
-    @cache
-    def scores(text: bytes) -> dict[str, np.ndarray]:
-        given = np.frombuffer(text, tokens.dtype)
-        count, starts = len(given) - 1, data.starts[data.starts < len(given) - 1]
-        part = Validation(given, data.target_bytes[:count], 1, "", starts)
-        small = Run(cfg, runtime, RunLog(None, ""), run.model, part)
-        return {name: -score.each.double().numpy() for name, score in score_all(small)}
-
-    for name in scores(tokens.tobytes()):
-        broken = check_score(lambda given, name=name: scores(given.tobytes())[name], tokens, cfg.vocab_size)
-        if broken:
-            what = "; ".join(map(": ".join, broken.items()))
-            raise RunError(f"SCORE_CHECK: {name} breaks {what}", ILLEGAL_SCORE)
-        log.line(f"score_check: {name} is causal, normalised, scored before it learns, in one pass")
 
 
 # 10. TRAIN
@@ -2061,7 +1956,7 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     if not cfg.warmup_steps:
         return micro_batch_limit(cfg, runtime.device), [0.0] * len(turns)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    states, random_state = optimisers.state(), runtime.random_state()  # empty as yet
+    states, random_state = optimisers.state(), torch.get_rng_state()  # empty as yet
     source, clock = batches(cfg, stream, runtime), Clock(runtime)
     limit = run.settle(lambda: fit_micro_batch(run, next(source)))
     for _, depth in turns:
@@ -2076,7 +1971,7 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
         seconds.append(runtime.main_number(taken))
     run.model.load_state_dict(weights)
     optimisers.load(states)
-    runtime.set_random_state(random_state)
+    torch.set_rng_state(random_state)
     return limit, seconds
 
 
@@ -2129,14 +2024,11 @@ CHECKPOINT = "parameter golf checkpoint 1"
 
 
 @dataclass
-class Checkpoints:
-    """OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk, the last two, until the run has its RESULT."""
-
+class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the last two, until the RESULT
     folder: Path | None = None  # none: nothing is written
-    about: dict[str, object] = field(default_factory=dict)  # kind, run_id, same, dtype, resumed: in each file
+    about: dict[str, object] = field(default_factory=dict)  # kind, run_id, same, dtype, resumed
     before: dict | None = None  # the one this run goes on from
     kept: list[Path] = field(default_factory=list)  # whole ones, the newest last
-    state: dict | None = None  # what the next one holds
     scores: dict[str, Score] = field(default_factory=dict)  # made since the training ended
 
     def __post_init__(self) -> None:
@@ -2145,28 +2037,29 @@ class Checkpoints:
             self.kept.append(Path(self.before["path"]))
             self.scores = {name: Score(*values) for name, values in self.before["scores"].items()}
 
-    def write(self, log: RunLog | None = None) -> None:
-        """Write the state, if there is one. With a log an OSError becomes a warning."""
+    def write(self, state: Mapping, log: RunLog) -> None:
+        """Add a checkpoint, or warn that it cannot be written: the earlier ones stay, the run goes on."""
+        path = self.folder / f"{self.about['run_id']}-{state['step']:08d}.pt"
         try:
-            if self.state and self.folder:
-                self.folder.mkdir(exist_ok=True)
-                run_id, buffer = self.about["run_id"], io.BytesIO()
-                path = self.folder / f"{run_id}-{self.state['step']:08d}.pt"
-                scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
-                torch.save(self.about | self.state | dict(scores=scores), buffer)
-                write_atomic(path, buffer.getbuffer())
-                self.kept = [*(p for p in self.kept if p != path), path][-2:]
-                for old in {*checkpoint_files(self.folder, run_id)} - {*self.kept}:
-                    old.unlink()
+            self.folder.mkdir(exist_ok=True)
+            write_atomic(path, partial(torch.save, self.about | state))
+            self.kept = [*(other for other in self.kept if other != path), path][-2:]
+            for old in {*checkpoint_files(self.folder, self.about["run_id"])} - {*self.kept}:
+                old.unlink()
         except OSError as error:
-            if not log:
-                raise
-            log.warn(True, f"no checkpoint: cannot write {error.filename}: {error.strerror}")
+            log.warn(True, f"no checkpoint: {error.filename}: {error.strerror}")
+
+    def add_score(self, name: str, score: Score, log: RunLog) -> None:
+        """So that a score is not made twice; the state is that of the end of the training."""
+        self.scores[name] = score
+        if self.folder and self.kept:
+            scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
+            self.write(read_checkpoint(self.kept[-1]) | dict(scores=scores), log)
 
     def clear(self) -> None:
         """The run is finished: its checkpoints go, and their folder unless others' are there."""
         for path in checkpoint_files(self.folder, self.about["run_id"]) if self.folder else ():
-            path.unlink(missing_ok=True)
+            path.unlink()
         with suppress(OSError, AttributeError):
             self.folder.rmdir()
 
@@ -2182,42 +2075,31 @@ def read_checkpoint(path: Path) -> dict:
     """A whole one, on the CPU; RunError on a damaged or foreign file. Nothing in it is executed."""
     try:
         with zipfile.ZipFile(path) as file:
-            whole = not file.testzip()  # torch.load does not look at the checksums
+            require(not file.testzip(), "damaged")  # torch.load does not look at the checksums
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if whole and state["kind"] == CHECKPOINT:
-            return state
-        raise ValueError
+        require(state["kind"] == CHECKPOINT, "foreign")
+        return state
     except Exception as error:  # torch and zipfile have many kinds for a damaged file
         raise RunError(f"{path} is no whole checkpoint of this script ({type(error).__name__})") from None
-
-
-def identity(cfg: Config, data: Validation, stream: TokenStream) -> dict[str, object]:
-    """What a run must share with a checkpoint to go on from it, by name."""
-    shards = repr([(path.name, len(shard)) for path, shard in zip(stream.paths, stream.shards, strict=True)])
-    parts = {"the training shards": shards.encode(), "the validation text": data.sha256.encode()}
-    parts["train_gpt.py"] = own_source()
-    hashes = {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
-    return cfg.effective() | dict(SEED=cfg.seed) | hashes
 
 
 def find_checkpoint(cfg: Config, same: Mapping[str, object]) -> dict | None:
     """The one RESUME asks for, if any, and its `path`: a damaged file is passed over for the one before.
     RunError if none is whole, or if it was made with another config, seed, data or script than `same`."""
-    auto, folder, errors = cfg.resume == "auto", Path(cfg.out_dir) / "checkpoints", []
-    paths = checkpoint_files(folder, cfg.run_id) if auto else [Path(cfg.resume)] * (cfg.resume != "0")
+    files = checkpoint_files(Path(cfg.out_dir) / "checkpoints", cfg.run_id)
+    errors, paths = [], files if cfg.resume == "auto" else [Path(cfg.resume)] if cfg.resume != "0" else []
     for path in paths:
         try:
             state = read_checkpoint(path) | dict(path=str(path))
         except RunError as error:
             errors.append(str(error))
             continue
-        for error in errors:
-            print(f"warning: {error}; going on from {path}", file=sys.stderr)
+        if errors:
+            print(f"warning: {'; '.join(errors)}; going on from {path}", file=sys.stderr)
         there = state["same"]
         names = [name for name in there | same if there.get(name) != same.get(name)]
-        differ = [f"{name}={there.get(name)} there, {same.get(name)} here" for name in names]
-        mend = "set back what differs, or start anew with RESUME=0"
-        require(not differ, f"RESUME: {path} was made with {'; '.join(differ)}; {mend}")
+        differ = "; ".join(f"{name}={there.get(name)} there, {same.get(name)} here" for name in names)
+        require(not names, f"{path} was made with {differ}; set that back, or start anew with RESUME=0")
         return state
     require(not errors, f"RESUME={cfg.resume}: {'; '.join(errors)}; RESUME=0 starts anew")
     return None
@@ -2237,28 +2119,28 @@ class Training:  # all that changes from step to step, and with that what a chec
         self.sound = torch.where(whole, new, self.sound)
         self.step, self.scales = self.step + 1, self.scales + plan.lr_scale
 
-    def check(self) -> None:
-        """RunError (5) if a gradient was not finite, as it is on every rank once one rank's loss is not."""
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """RunError (5) if a weight, or a gradient so far, is not finite; no gradient is after such a loss."""
         steps, loss, norm = self.sound.tolist()
-        if steps < self.step:
+        bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), "")
+        if steps < self.step or bad:
             last = f"loss {self.run.runtime.sum(torch.tensor(loss)).item():.4f}, gradient norm {norm:.4g}"
             kept = "".join(f"; {path} is from before" for path in self.run.checkpoints.kept[-1:])
-            what = f"loss or gradient is not finite at step {steps + 1:.0f} (the step before: {last})"
+            what = (
+                f"{bad or 'loss or gradient'} is not finite at step {steps + 1:.0f} (the step before: {last})"
+            )
             raise RunError(f"diverged: {what}; lower the learning rates{kept}", DIVERGED)
 
-    def save(self, last: bool) -> None:
-        """Gather the state, on all ranks, the clock paused. Without CHECKPOINT_SECONDS it is written only if
-        the run is then stopped. last: it must outlive what scoring does to the weights."""
-        self.check()
-        run, average, self.saved = self.run, vars(self.average), self.clock.total
+    def save(self) -> None:
+        """Write the state; all ranks call it, the clock paused, and each brings what it alone holds."""
+        run, average, clock, weights = self.run, vars(self.average), self.clock, self.run.model.state_dict()
+        self.check(weights)
         state = {name: average[name] for name in ("total", "weight", "count", "newest")}
-        state |= dict(step=self.step, scales=self.scales, seconds=self.clock.total)
-        state |= dict(recent=list(self.clock.recent), random=run.runtime.gather(run.runtime.random_state()))
-        state |= dict(model=run.model.state_dict(), optimisers=self.optimisers.state())
-        refuse_infinite(state["model"], "checkpoint")
-        run.checkpoints.state = copy.deepcopy(state) if last else state
-        if run.cfg.checkpoint_seconds:
-            run.checkpoints.write(run.log)
+        state |= dict(step=self.step, scales=self.scales, seconds=clock.total, recent=list(clock.recent))
+        state |= dict(random=run.runtime.gather(torch.get_rng_state()), optimisers=self.optimisers.state())
+        if run.checkpoints.folder:
+            run.checkpoints.write(state | dict(model=weights, scores={}), run.log)
+        self.saved = clock.total
 
     def resume(self) -> StepPlan | None:
         """Set to the checkpoint's state, if there is one; returns the plan of the step before it."""
@@ -2272,7 +2154,7 @@ class Training:  # all that changes from step to step, and with that what a chec
         self.step, self.scales, clock.total = state["step"], state["scales"], state["seconds"]
         clock.recent, self.saved = deque(state["recent"], maxlen=clock.recent.maxlen), clock.total
         self.sound[0] = self.step
-        run.runtime.set_random_state(state["random"][run.runtime.rank % len(state["random"])])
+        torch.set_rng_state(state["random"][run.runtime.rank % len(state["random"])])
         return plan_step(run.cfg, self.step - 1, clock.total, clock.step_seconds()) if self.step else None
 
 
@@ -2308,36 +2190,40 @@ def report_step(run: Run, stream, before: StepPlan | None, plan: StepPlan, loss:
 
 
 def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
-    """Train until the step limit or the clock; validates at the end whatever the cadence. KeyboardInterrupt
-    after a signal, with the state of that step kept."""
+    """Train until the step limit or the clock; validates at the end whatever the cadence. After a signal it
+    saves the state between two steps and raises KeyboardInterrupt."""
     cfg, runtime, result = run.cfg, run.runtime, Trained()
     limit, seconds = warm_up(run, optimisers, stream)
     forecast(run, stream, limit, seconds)
     stats = torch._dynamo.utils.counters["stats"] if "torch._dynamo" in sys.modules else Counter()
     now, graphs = Training(run, optimisers, seconds[0]), stats["unique_graphs"]
-    clock, plan = now.clock, now.resume()
+    clock, plan, runtime.patient = now.clock, now.resume(), True
     loader = prefetch(batches(cfg, stream, runtime, now.step), runtime)
     clock.start()
-    with runtime.patience():
-        for step in itertools.count(now.step):
-            elapsed, before = clock.tick(), plan
-            plan = plan_step(cfg, step, elapsed, clock.step_seconds())
-            done = finished(cfg, step, elapsed + clock.behind(), clock.step_seconds())
-            saves = clock.asked or done or 0 < cfg.checkpoint_seconds <= elapsed - now.saved
-            if saves or due(step, cfg.val_loss_every):
-                with clock.paused():
-                    if saves:
-                        now.save(last=done)
-                    if done or due(step, cfg.val_loss_every) and not clock.asked:
-                        result.score = validate(run, step, clock.total, None if done else plan.depth)
-            if done or clock.asked:
-                break
-            loss = train_step(run, optimisers, next(loader), plan, limit)
-            now.stepped(plan, loss)
-            report_step(run, stream, before, plan, loss, 1000 * clock.seconds())
-            if not runtime.is_cuda or due(step + 1, 50):  # a GPU would wait for it
-                now.check()
+    for step in itertools.count(now.step):
+        elapsed, before = clock.tick(), plan
+        plan = plan_step(cfg, step, elapsed, clock.step_seconds())
+        done = finished(cfg, step, elapsed + clock.behind(), clock.step_seconds())
+        saves = clock.asked or done or 0 < cfg.checkpoint_seconds <= elapsed - now.saved
+        if saves or due(step, cfg.val_loss_every):
+            with clock.paused():
+                if saves:
+                    now.save()
+                if clock.asked:
+                    raise KeyboardInterrupt
+                if done or due(step, cfg.val_loss_every):
+                    result.score = validate(run, step, clock.total, None if done else plan.depth)
+        if done:
+            break
+        loss = train_step(run, optimisers, next(loader), plan, limit)
+        now.stepped(plan, loss)
+        report_step(run, stream, before, plan, loss, 1000 * clock.seconds())
+        if not runtime.is_cuda or due(step + 1, 50):  # a GPU would be waited for
+            now.check({})
     loader.close()
+    runtime.patient = False
+    if runtime.stopping:  # during the validation: the state is saved
+        raise KeyboardInterrupt
     result.step, result.seconds, result.progress = step, clock.total, plan.progress
     result.mean_lr_scale, result.late_graphs = now.scales / max(step, 1), stats["unique_graphs"] - graphs
     report_end(run, now.average, result)
@@ -2368,6 +2254,10 @@ def own_source() -> bytes:
     return Path(__file__).read_bytes()
 
 
+def dtype_name(runtime: Runtime) -> str:
+    return next(name for name, kind in DTYPES.items() if kind == runtime.dtype)
+
+
 def describe_machine(runtime: Runtime) -> dict[str, object]:
     """The `env` event: device and versions. A CPU has its name where Linux tells it, and its threads."""
     name = platform.processor() or platform.machine()
@@ -2375,8 +2265,7 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
         name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
     name = torch.cuda.get_device_name() if runtime.is_cuda else f"{name}, {torch.get_num_threads()} threads"
     attention = "sdpa" if runtime.is_cuda else f"blocked to {LONGEST_BLOCKED}, then sdpa"
-    dtype = next(name for name, kind in DTYPES.items() if kind == runtime.dtype)
-    setting = dict(dtype=dtype, compile=runtime.compiles, attention=attention)
+    setting = dict(dtype=dtype_name(runtime), compile=runtime.compiles, attention=attention)
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     return dict(device=name, world_size=runtime.world_size, **setting, **versions)
 
@@ -2423,31 +2312,22 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     log.event("env", **machine, val_tokens=data.targets, val_bytes=data.bytes, val_sha256=data.sha256)
 
 
-def refuse_infinite(state: Mapping[str, Tensor], what: str) -> None:
-    """RunError (5) if a weight is not finite."""
-    bad = [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if bad:
-        raise RunError(f"diverged: {bad[0]} is not finite; no {what} was written", DIVERGED)
-
-
 def save_model(run: Run, path: Path) -> int:
-    """Rank 0 writes both model files, or RunError (5) if a weight is not finite. Returns the packed bytes."""
+    """Rank 0 writes both model files, or neither: RunError (5), as `pack`'s. Returns the packed bytes."""
     cfg, log, state = run.cfg, run.log, {n: t.detach().cpu() for n, t in run.model.state_dict().items()}
-    refuse_infinite(state, "model")
-    buffer, quant = io.BytesIO(), quant_name(cfg)
-    torch.save(state, buffer)
+    quant, official = quant_name(cfg), path.with_name("final_model.pt")
     about = describe_machine(run.runtime) | dict(config_hash=cfg.hash, quant=quant)
     blob = pack(cfg, state, {key: about[key] for key in ("dtype", "compile", "config_hash", "quant")})
-    write_atomic(path.with_name("final_model.pt"), buffer.getvalue())
+    write_atomic(official, partial(torch.save, state))
     write_atomic(path, blob)
-    raw, packed, code, payload = buffer.tell(), len(blob), len(own_source()), payload_bytes(cfg, state)
+    raw, code, payload = official.stat().st_size, len(own_source()), payload_bytes(cfg, state)
     label, ratio = f"{quant}+{cfg.codec}", sum(4 * tensor.numel() for tensor in state.values()) / payload
     log.line(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
     log.line(f"Total submission size: {raw + code} bytes")
-    log.line(f"Serialized model {label}: {packed} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
-    log.line(f"Total submission size {label}: {packed + code} bytes")
+    log.line(f"Serialized model {label}: {len(blob)} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
+    log.line(f"Total submission size {label}: {len(blob) + code} bytes")
     report_packing(run, state, blob)
-    return packed
+    return len(blob)
 
 
 def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
@@ -2467,10 +2347,10 @@ def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
 def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
     """Read the artifact from disk into the model and score it; prints two official final lines a score."""
     source, cfg, log, data, scores = artifact["path"], run.cfg, run.log, run.data, {}
-    state = run.runtime.main_decides(lambda: unpack(read_artifact(source), source)[0])
+    state = run.runtime.main_decides(lambda: unpack(Path(source).read_bytes(), source)[0])
     load_weights(run.model, state, source)
     if cfg.score_check:
-        run.runtime.main_decides(lambda: check_own_scores(run))
+        run.runtime.main_decides(lambda: tool("records/legality.py")["check_own_scores"](run))
     names = dict(sliding="sliding_window", hedge="hedge_mixer", ttt="ttt")
     names["roundtrip"] = f"{artifact['quant']}_{artifact['codec']}_roundtrip"
     shape = dict(sliding=f"window:{cfg.eval_length} stride:{cfg.eval_stride} ")
@@ -2483,21 +2363,12 @@ def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
             log.line(f"final_{names[name]}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
         log.event("score", name=name, **values, seconds=score.seconds, left=score.left)
-        run.checkpoints.scores[name] = score
-        if cfg.checkpoint_seconds:
-            run.checkpoints.write(log)
+        run.checkpoints.add_score(name, score, log)
     if cfg.score_dump and run.runtime.rank == 0:
         dump = dict(position=np.arange(data.targets), target=data.tokens[1:], bytes=data.target_bytes)
         dump |= {f"{name}_logprob": -score.each.numpy() for name, score in scores.items() if not score.left}
         write_atomic(Path(cfg.score_dump), lambda file: np.savez(file, **dump))
     return scores
-
-
-def read_artifact(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise RunError(f"cannot read the artifact {path}: {error.strerror}") from None
 
 
 def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score], run_id: str) -> int:
@@ -2550,66 +2421,54 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
 
 def explained(error: BaseException) -> RunError | None:
     """What a user can meet, as one line and its exit code; None for a bug, whose traceback is shown."""
-    if isinstance(error, RunError):
-        return error
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, KeyboardInterrupt):
-        return RunError("stopped by a signal", PREEMPTED)
+        return RunError("stopped by a signal before there was anything to save", PREEMPTED)
     if isinstance(error, torch.OutOfMemoryError):
         return RunError("out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or TTT_CHUNK_TOKENS")
     if isinstance(error, OSError):
         return RunError(f"{error.filename or 'log or console'}: {error.strerror}; mend that or set another")
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, RuntimeError) and any("torch/distributed" in file for file in files):
         return RunError(f"another rank was lost: {str(error).splitlines()[0]}", LOST_RANK)
-    return None
+    return error if isinstance(error, RunError) else None
 
 
 @contextmanager
 def recorded(run: Run, run_id: str) -> Iterator[None]:
-    """If it ends before its RESULT, write the newest state to the disk, and to the logs how it ended."""
+    """Write to the logs how it ended, if that is before its RESULT."""
+    names = {DIVERGED: "diverged", PREEMPTED: "preempted", LOST_RANK: "lost_rank"}
     try:
         yield
     except BaseException as error:
-        known = explained(error)
-        with suppress(OSError):
-            run.checkpoints.write(run.log)
-            code, message = (known.code, str(known)) if known else (1, f"{type(error).__name__}: {error}")
-            if code == PREEMPTED:
-                where = run.checkpoints.kept[-1] if run.checkpoints.kept else "the start, nothing being kept"
-                message = f"{run.runtime.stopping}: RESUME=auto RUN_ID={run_id} goes on from {where}"
-            names = {DIVERGED: "diverged", PREEMPTED: "preempted", LOST_RANK: "lost_rank", 1: "crashed"}
-            end = dict(status=names.get(code, "error"), exit_code=code)
+        known, kept = explained(error), run.checkpoints.kept
+        if known and known.code == PREEMPTED and kept:
+            how = f"RESUME=auto RUN_ID={run_id} OUT_DIR={run.cfg.out_dir} goes on from {kept[-1]}"
+            known = RunError(f"stopped by {run.runtime.stopping}; {how}", PREEMPTED)
+        code = known.code if known else 1
+        end = dict(status=names.get(code, "error" if known else "crashed"), exit_code=code)
+        with suppress(OSError):  # a full disk may be what ended it
             run.log.event("end", step=None, **end)
-            run.log.line("RESULT " + json.dumps(dict(run_id=run_id, **end, message=message)))
-            known = known and RunError(message, code, known.alone if known.alone is not None else code == 2)
-        raise (known or error) from None
+            run.log.line("RESULT " + json.dumps(dict(run_id=run_id, **end, message=str(known or error))))
+        if known and known.alone is None:
+            known.alone = code == 2
+        raise known or error from None
     finally:
         run.log.close()
-
-
-def load_inputs(cfg: Config, rank: int, scores_only: bool) -> tuple[Validation, TokenStream | None]:
-    """The validation data, its bytes proved on rank 0, and the training shards if it trains."""
-    data = load_validation(cfg, load_tokenizer(cfg), prove=rank == 0)
-    if scores_only or not cfg.iterations:
-        return data, None
-    stream = TokenStream(cfg.data_path, "train", cfg.vocab_size)
-    stream.windows(cfg.train_seq_len)
-    return data, stream
 
 
 def execute(cfg: Config, env: Mapping[str, str]) -> int:
     """One run, whole: train, pack, read back from disk, score what was read; or score a given artifact.
     Returns the exit code. What a user may get wrong is checked before the log opens."""
-    header = unpack(read_artifact(cfg.eval_only), cfg.eval_only)[1] if cfg.eval_only else None
+    header = unpack(Path(cfg.eval_only).read_bytes(), cfg.eval_only)[1] if cfg.eval_only else None
     cfg = artifact_config(cfg, env, header) if header else cfg
-    restarted = env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
-    cfg = replace(cfg, resume="auto") if restarted and cfg.resume == "0" else cfg
+    restarted = cfg.resume == "0" and env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # --max-restarts
+    cfg = replace(cfg, resume="auto") if restarted else cfg
     if cfg.codec == "zstd" and not header:
         zstandard_module()
     with Runtime.launch(cfg, env) as runtime:
-        data, stream = runtime.agree(lambda: load_inputs(cfg, runtime.rank, bool(header)))
-        same = identity(cfg, data, stream) if stream else {}
-        before = runtime.main_decides(lambda: find_checkpoint(cfg, same)) if stream else None
+        trains = not header and cfg.iterations > 0
+        data, stream, same = runtime.agree(lambda: load_inputs(cfg, runtime.rank, trains))
+        before = runtime.main_decides(lambda: find_checkpoint(cfg, same)) if trains else None
         runtime.dtype = DTYPES[before["dtype"]] if before else runtime.dtype
         random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
         model = GPT(cfg, runtime.dtype)
@@ -2623,9 +2482,8 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         run_id, out, locks = cfg.run_id or (before or {}).get("run_id", new), Path(cfg.out_dir), []
         runtime.main_decides(lambda: locks.extend(claim_outputs(cfg, run_id)))
         log = RunLog(out / "logs" if runtime.rank == 0 else None, run_id, cfg.resume != "0")
-        dtype = next(name for name, kind in DTYPES.items() if kind == runtime.dtype)
-        about = dict(kind=CHECKPOINT, run_id=run_id, same=same, dtype=dtype, resumed=[])
-        kept = Checkpoints(out / "checkpoints" if stream and runtime.rank == 0 else None, about, before)
+        about = dict(kind=CHECKPOINT, run_id=run_id, same=same, dtype=dtype_name(runtime), resumed=[])
+        kept = Checkpoints(out / "checkpoints" if trains and runtime.rank == 0 else None, about, before)
         run = Run(cfg, runtime, log, model.to(runtime.device), data, kept)
         with recorded(run, run_id):
             log_header(run, run_id, stream)
@@ -2636,6 +2494,18 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         return code
 
 
+def load_inputs(cfg: Config, rank: int, trains: bool) -> tuple:
+    """(Validation, its bytes proved on rank 0; training shards, or None; what is the same after a resume)."""
+    data, stream = load_validation(cfg, load_tokenizer(cfg), prove=rank == 0), None
+    parts = {"validation text": data.sha256.encode(), "train_gpt.py": own_source()}
+    if trains:
+        stream = TokenStream(cfg.data_path, "train", cfg.vocab_size)
+        stream.windows(cfg.train_seq_len)
+        parts["training shards"] = repr([p.name for p in stream.paths] + stream.bounds.tolist()).encode()
+    hashes = {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
+    return data, stream, cfg.effective() | dict(SEED=cfg.seed) | hashes
+
+
 def complete(run: Run, stream: TokenStream | None, header: Mapping | None, run_id: str) -> int:
     """Train, pack and score, or what of it is asked for. Returns the exit code."""
     cfg, runtime = run.cfg, run.runtime
@@ -2644,7 +2514,7 @@ def complete(run: Run, stream: TokenStream | None, header: Mapping | None, run_i
     else:
         run.settle(lambda: warm_evaluation(run))
         trained = Trained(None if header else validate(run, 0, 0.0))
-    own, path = len(own_source()), Path(cfg.eval_only) if header else Path(cfg.out_dir) / MODEL_FILE
+    own, path = len(own_source()), Path(cfg.eval_only or f"{cfg.out_dir}/{MODEL_FILE}")
     size = path.stat().st_size if header else runtime.main_decides(lambda: save_model(run, path))
     quant, codec = (header["quant"], header["codec"]) if header else (quant_name(cfg), cfg.codec)
     artifact = dict(path=str(path), quant=quant, codec=codec, model_bytes=size)
@@ -2673,64 +2543,23 @@ def dry_run(cfg: Config) -> str:
     return "\n".join(facts)
 
 
-def examine(cfg: Config, runtime: Runtime) -> Iterator[tuple[str, bool, Callable[[], str]]]:
-    """(what a run needs, whether it cannot do without, function that says what is here or raises)."""
-
-    def ask(good: bool, found: object, mend: str) -> str:
-        require(good, f"{found}; {mend}")
-        return str(found)
-
-    def attention() -> str:
-        heads, like = (cfg.num_heads, cfg.num_kv_heads), dict(device=runtime.device, dtype=runtime.dtype)
-        q, k = (torch.randn(2, count, 256, cfg.head_dim, **like) for count in heads)
-        off = (attend(q, k, k).cpu().double() - attend(*(x.cpu().double() for x in (q, k, k)))).abs().max()
-        return ask(off < 0.05, f"{machine['attention']}, off by {off:.0e}", "update torch or the driver")
-
-    def folder() -> str:
-        out = Path(cfg.out_dir).absolute()
-        there = next(path for path in (out, *out.parents) if path.exists())
-        need, free = 60 * sum(p.numel() for p in GPT(cfg).parameters()), shutil.disk_usage(there).free
-        with tempfile.TemporaryFile(dir=there):
-            return ask(free > need, f"{free / 1e9:.1f} GB free at {there}", f"a run takes {need / 1e9:.1f}")
-
-    machine, version, inputs = describe_machine(runtime), torch.__version__, []
-    gpu, backends = runtime.is_cuda, [name for name in ("gloo", "nccl") if dist.is_backend_available(name)]
-    compiler = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")), "no C++ compiler")
-    yield "python", True, lambda: ask(sys.version_info >= (3, 10), machine["python"], "needs 3.10 or newer")
-    yield "torch", False, lambda: ask((2, 5) <= version < (2, 14), version, "written for 2.5 to 2.13")
-    yield "device", False, lambda: ask(gpu, machine["device"], "a GPU is far faster")
-    yield "compute", False, lambda: ask(machine["dtype"] == "bf16", machine["dtype"], "bf16 is faster")
-    yield "attention", True, attention
-    yield "compile", False, lambda: ask(gpu or compiler[:3] != "no ", compiler, "runs are eager, slower")
-    yield "codec", True, lambda: CODECS[cfg.codec][1](CODECS[cfg.codec][0](b"works", cfg), 5).decode()
-    yield "data", True, lambda: inputs.extend(load_inputs(cfg, 0, False)) or f"{inputs[0].targets} targets"
-    yield "disk", True, folder
-    yield "ranks", gpu, lambda: ask("nccl" in backends or not gpu, " ".join(backends), "no nccl: one GPU")
-
-
-def doctor(cfg: Config) -> int:
-    """Print what a run needs and what is here: ok, warn, or fail, with the mend. Returns the exit code."""
-    worst = 0
-    with Runtime.launch(replace(cfg, compile="0"), {}) as runtime:
-        for what, needed, look in examine(cfg, runtime):
-            try:
-                verdict, found = "ok", look()
-            except Exception as error:  # whatever breaks is what it looks for
-                verdict, found = "fail" if needed else "warn", str(error) or type(error).__name__
-            worst = max(worst, 2 * (verdict == "fail"))
-            print(f"{verdict:5}{what:10}{found}")
-    return worst
+def tool(path: str) -> dict:
+    """Names of a file of the repository that no record needs: `sweeps/doctor.py`, for one."""
+    where = Path(__file__).with_name(path)
+    require(where.is_file(), f"{path} is not beside this script; use the one in the repository")
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what it imports is this very program
+    return runpy.run_path(str(where))
 
 
 def main() -> None:
-    arguments, code = sys.argv[1:], 0
-    pages = {"--help": help_text, "-h": help_text, "--knob-table": knob_table, "--list-ideas": idea_list}
-    pages["--dry-run"] = lambda: dry_run(Config.from_env(os.environ))
+    arguments, code, about = sys.argv[1:], 0, partial(tool, "sweeps/knobs.py")
+    pages = {"--help": help_text, "-h": help_text, "--dry-run": lambda: dry_run(Config.from_env(os.environ))}
+    pages |= {"--list-ideas": lambda: about()["idea_list"](), "--knob-table": lambda: about()["knob_table"]()}
     try:
         if len(arguments) == 1 and arguments[0] in pages:
             print(pages[arguments[0]]())
         elif arguments == ["--doctor"]:
-            code = doctor(Config.from_env(os.environ))
+            code = tool("sweeps/doctor.py")["doctor"](Config.from_env(os.environ))
         else:
             require(not arguments, f"unknown argument {arguments}: knobs are environment variables; --help")
             code = execute(Config.from_env(os.environ), os.environ)

@@ -1,7 +1,7 @@
 """Runs of train_gpt.py without its three seconds of imports: this process has them, and each rank is a fork.
 
 Reads one JSON object a line: cwd, env, ranks, patch (Python source run in each rank before main; it sees
-`train_gpt`, `rank`, and `die(signal)`), kill ([seconds, signal, rank] or null). Answers with the ranks' exit codes.
+`train_gpt`, `rank`, and `die(signal)`), kill ([seconds, signal, rank] or null). Answers with the exit codes.
 """
 
 import contextlib
