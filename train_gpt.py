@@ -115,7 +115,7 @@ class Config:
     iterations: int = knob(20_000, "most optimiser steps; 0 = validate, pack and score only", low=0)
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = none", low=0)
     max_eval_seconds: float = place(600.0, "clock of the final scores; 0 = none", low=0)
-    checkpoint_seconds: float = place(0.0, "training time between checkpoints; 0 = if stopped only", low=0)
+    checkpoint_seconds: float = place(0.0, "training seconds between checkpoints; 0 = at its end", low=0)
     resume: str = place("0", "auto = go on from OUT_DIR's newest checkpoint, if any; or a checkpoint's path")
     warmup_steps: int = place(20, "untimed steps that compile, then are undone", low=0)
     train_batch_tokens: int = knob(524_288, "tokens per step over all ranks", low=1)
@@ -391,6 +391,7 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
     patient: bool = False  # a signal waits, so that all ranks stop between the same two steps
     stopping: str = ""  # the signal that asked for an end
     is_cuda = property(lambda self: self.device.type == "cuda")
+    dtype_name = property(lambda self: next(name for name, dtype in DTYPES.items() if dtype == self.dtype))
 
     @classmethod
     @contextmanager
@@ -477,10 +478,7 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
 
     def main_number(self, value: float) -> float:
         """Rank 0's number on every rank, over the host network: no device is waited for."""
-        shared = torch.tensor(value, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.broadcast(shared, 0)
-        return shared.item()
+        return self.sum(torch.tensor(value if self.rank == 0 else 0.0, dtype=torch.float64)).item()
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of `count` items."""
@@ -1175,22 +1173,24 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
     return loss
 
 
-def step_flops(cfg: Config, model: GPT) -> float:
-    """Training FLOPs of a step; a token costs 6 * weights that multiply it + 12 * d * attentions * (T/2)."""
-    passes, blocks = 1 + cfg.attn_recycle, [model.blocks[block] for block, *_ in model.layers]
-    parts = [model.tok_emb, *(b.mlp for b in blocks), *(b.attn for b in passes * blocks)]  # table = head
-    weights = sum(p.numel() for part in parts for p in part.parameters() if p.ndim == 2)
-    attention = 12 * cfg.model_dim * (cfg.train_seq_len / 2) * len(model.layers) * passes
-    return cfg.train_batch_tokens * (6.0 * weights + attention)
-
-
 def load_checkpoint(path: str) -> dict[str, Tensor]:
-    """A state dict saved by torch.save, as float32; nothing in the file is executed (weights_only)."""
-    require(Path(path).is_file(), f"no checkpoint at INIT_FROM={path}")
+    """A state dict saved by torch.save, as float32."""
     try:
-        return {n: t.float() for n, t in torch.load(path, map_location="cpu", weights_only=True).items()}
-    except Exception as error:  # torch raises many kinds on a foreign file
-        raise RunError(f"INIT_FROM={path} is not a state dict of tensors ({type(error).__name__})") from None
+        return {name: tensor.float() for name, tensor in read_saved(path).items()}
+    except AttributeError:  # of what has no items, or items that are no tensors
+        raise RunError(f"INIT_FROM={path} is not a state dict of tensors") from None
+
+
+def read_saved(path: Path | str):
+    """What torch.save wrote, whole and on the CPU, or RunError. Nothing in the file is executed."""
+    require(Path(path).is_file(), f"no checkpoint at {path}")
+    try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at its checksums
+            with zipfile.ZipFile(path) as file:
+                require(not file.testzip(), "damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and zipfile have many kinds for a damaged or foreign file
+        raise RunError(f"{path} is no whole checkpoint ({type(error).__name__})") from None
 
 
 def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
@@ -1861,6 +1861,7 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
 
 
 # 10. TRAIN
+CHECKPOINT = "parameter golf checkpoint 1"
 
 
 @dataclass
@@ -2020,9 +2021,6 @@ class Trained:  # how training ended
     truncated = property(lambda self: self.step > 0 and self.progress < 0.98)
 
 
-CHECKPOINT = "parameter golf checkpoint 1"
-
-
 @dataclass
 class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the last two, until the RESULT
     folder: Path | None = None  # none: nothing is written
@@ -2072,15 +2070,11 @@ def checkpoint_files(folder: Path, run_id: str = "") -> list[Path]:
 
 
 def read_checkpoint(path: Path) -> dict:
-    """A whole one, on the CPU; RunError on a damaged or foreign file. Nothing in it is executed."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            require(not file.testzip(), "damaged")  # torch.load does not look at the checksums
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        require(state["kind"] == CHECKPOINT, "foreign")
-        return state
-    except Exception as error:  # torch and zipfile have many kinds for a damaged file
-        raise RunError(f"{path} is no whole checkpoint of this script ({type(error).__name__})") from None
+    """The state in a whole one; RunError on any other file."""
+    state = read_saved(path)
+    own = isinstance(state, dict) and state.get("kind") == CHECKPOINT
+    require(own, f"{path} is no checkpoint of this version of the script")
+    return state
 
 
 def find_checkpoint(cfg: Config, same: Mapping[str, object]) -> dict | None:
@@ -2247,15 +2241,7 @@ def report_end(run: Run, average: Average, result: Trained) -> None:
 
 
 # 11. MAIN
-
-
-def own_source() -> bytes:
-    """This file, as it ships and counts."""
-    return Path(__file__).read_bytes()
-
-
-def dtype_name(runtime: Runtime) -> str:
-    return next(name for name, kind in DTYPES.items() if kind == runtime.dtype)
+own_source = Path(__file__).read_bytes  # this file, as it ships and counts
 
 
 def describe_machine(runtime: Runtime) -> dict[str, object]:
@@ -2265,7 +2251,7 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
         name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
     name = torch.cuda.get_device_name() if runtime.is_cuda else f"{name}, {torch.get_num_threads()} threads"
     attention = "sdpa" if runtime.is_cuda else f"blocked to {LONGEST_BLOCKED}, then sdpa"
-    setting = dict(dtype=dtype_name(runtime), compile=runtime.compiles, attention=attention)
+    setting = dict(dtype=runtime.dtype_name, compile=runtime.compiles, attention=attention)
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     return dict(device=name, world_size=runtime.world_size, **setting, **versions)
 
@@ -2482,7 +2468,7 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         run_id, out, locks = cfg.run_id or (before or {}).get("run_id", new), Path(cfg.out_dir), []
         runtime.main_decides(lambda: locks.extend(claim_outputs(cfg, run_id)))
         log = RunLog(out / "logs" if runtime.rank == 0 else None, run_id, cfg.resume != "0")
-        about = dict(kind=CHECKPOINT, run_id=run_id, same=same, dtype=dtype_name(runtime), resumed=[])
+        about = dict(kind=CHECKPOINT, run_id=run_id, same=same, dtype=runtime.dtype_name, resumed=[])
         kept = Checkpoints(out / "checkpoints" if trains and runtime.rank == 0 else None, about, before)
         run = Run(cfg, runtime, log, model.to(runtime.device), data, kept)
         with recorded(run, run_id):
@@ -2524,42 +2510,22 @@ def complete(run: Run, stream: TokenStream | None, header: Mapping | None, run_i
     return finish(run, trained, artifact, score_artifact(run, artifact), run_id)
 
 
-def dry_run(cfg: Config) -> str:
-    """What the run would be. Only a backward pass on blank tokens is timed; nothing is written."""
-    with Runtime.launch(replace(cfg, compile="0"), {}) as runtime:
-        model = GPT(cfg, runtime.dtype).to(runtime.device)
-        limit = min(micro_batch_limit(cfg, runtime.device), cfg.sequences)
-        ids = torch.zeros(limit, cfg.train_seq_len, dtype=torch.int64, device=runtime.device)
-        loss = partial(training_loss(cfg, model), ids, ids)
-        tries = timeit.repeat(lambda: (loss()[0].backward(), runtime.synchronize()), number=1, repeat=3)
-        step_seconds = min(tries) * cfg.sequences / limit
-        size, code = predict_size(cfg, model), len(own_source())
-        facts = [*(f"{name}={value}" for name, value in cfg.effective().items()), f"config_hash: {cfg.hash}"]
-        count, ms = sum(p.numel() for p in model.parameters()), 1000 * step_seconds
-        facts += [f"model_params: {count}", f"flops_per_step: {step_flops(cfg, model):.4g}"]
-        facts += [f"predicted_artifact_bytes: {size} + code {code} = {size + code} of {SIZE_LIMIT}"]
-        facts += [f"predicted_steps: {steps_left(cfg, 0, 0.0, step_seconds):.0f} at {ms:.0f} ms"]
-        facts += [f"predicted_for: one eager process on {describe_machine(runtime)['device']}"]
-    return "\n".join(facts)
-
-
 def tool(path: str) -> dict:
-    """Names of a file of the repository that no record needs: `sweeps/doctor.py`, for one."""
-    where = Path(__file__).with_name(path)
+    """The names in a file of the repository that no record needs."""
+    where = Path(__file__).resolve().parent / path
     require(where.is_file(), f"{path} is not beside this script; use the one in the repository")
     sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what it imports is this very program
     return runpy.run_path(str(where))
 
 
 def main() -> None:
-    arguments, code, about = sys.argv[1:], 0, partial(tool, "sweeps/knobs.py")
-    pages = {"--help": help_text, "-h": help_text, "--dry-run": lambda: dry_run(Config.from_env(os.environ))}
-    pages |= {"--list-ideas": lambda: about()["idea_list"](), "--knob-table": lambda: about()["knob_table"]()}
+    arguments, code = sys.argv[1:], 0
+    shows = arguments in (["--dry-run"], ["--doctor"], ["--list-ideas"], ["--knob-table"])
     try:
-        if len(arguments) == 1 and arguments[0] in pages:
-            print(pages[arguments[0]]())
-        elif arguments == ["--doctor"]:
-            code = tool("sweeps/doctor.py")["doctor"](Config.from_env(os.environ))
+        if arguments in (["--help"], ["-h"]):
+            print(help_text())
+        elif shows:
+            code = tool("sweeps/show.py")[arguments[0][2:].replace("-", "_")](os.environ)
         else:
             require(not arguments, f"unknown argument {arguments}: knobs are environment variables; --help")
             code = execute(Config.from_env(os.environ), os.environ)

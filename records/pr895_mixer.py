@@ -114,7 +114,7 @@ def neural(cfg, runtime, state, data, source: str, stride: int) -> tuple[np.ndar
 
 
 def compare(artifact: str, folder: str, tokenizer_path: str, stride: int) -> dict:
-    state, header = ours.unpack(ours.read_artifact(artifact), artifact)
+    state, header = ours.unpack(Path(artifact).read_bytes(), artifact)
     asked = replace(ours.Config(), data_path=folder, tokenizer_path=tokenizer_path, eval_only=artifact)
     cfg = replace(ours.artifact_config(asked, {}, header), compile="0")
     ours.require(1 <= stride <= cfg.eval_length, f"--stride {stride} is not in 1 .. {cfg.eval_length}")

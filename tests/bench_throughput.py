@@ -27,6 +27,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
+from sweeps.show import step_flops  # noqa: E402
 
 PLAN = train_gpt.StepPlan(progress=0.0, lr_scale=1.0, muon_momentum=0.95)
 
@@ -83,7 +84,7 @@ class Variant:
 
     def report(self, peak: float) -> dict[str, object]:
         """The JSON row."""
-        seconds, flops = median(self.times), train_gpt.step_flops(self.cfg, self.run.model)
+        seconds, flops = median(self.times), step_flops(self.cfg, self.run.model)
         return dict(
             knobs=self.knobs,
             **train_gpt.describe_machine(self.runtime),

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def write_shard(path: Path, tokens, magic=SHARD_MAGIC, version=SHARD_VERSION, co
 
 def encode_documents(tokenizer, texts: Iterable[str]) -> list[int]:
     return [token for text in texts for token in [BOS, *tokenizer.encode(text)]]
+
+
+def show(page: str) -> str:
+    """What `train_gpt.py PAGE` prints of the knobs."""
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        assert train_gpt.tool("sweeps/show.py")[page[2:].replace("-", "_")]({}) == 0
+    return printed.getvalue().strip()
 
 
 @pytest.fixture(scope="session")  # so that hypothesis can use it

@@ -4,7 +4,7 @@ import re
 from dataclasses import fields, replace
 
 import pytest
-from conftest import ROOT, as_text
+from conftest import ROOT, as_text, show
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -424,6 +424,6 @@ def test_help_has_every_knob_with_its_default_and_a_meaning():
 
 
 def test_the_knob_table_is_one_markdown_row_a_knob():
-    rows = train_gpt.knob_table().splitlines()
+    rows = show("--knob-table").splitlines()
     assert [row.split(" | ")[0].strip("| ") for row in rows[2:]] == NAMES
     assert all(len(re.split(r"(?<!\\)\|", row)) == 6 for row in rows)

@@ -30,13 +30,13 @@ def words_of_code(text: str) -> list[str]:
 
 def test_the_knob_table_is_the_programs_own():
     table = re.search(r"<!-- knobs -->\n(.*?)\n?<!-- /knobs -->", README, re.S)[1]
-    assert table.strip() == train_gpt.knob_table()
+    assert table.strip() == show("--knob-table")
 
 
 def test_the_printed_knob_table_is_the_one_of_the_readme(tmp_path):
     script = [sys.executable, str(ROOT / "train_gpt.py"), "--knob-table"]
     run = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert run.stdout.strip() == train_gpt.knob_table() and not list(tmp_path.iterdir())
+    assert run.stdout.strip() == show("--knob-table") and not list(tmp_path.iterdir())
 
 
 BY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

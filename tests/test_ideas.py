@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import Traced, env_of, launch
+from conftest import Traced, env_of, launch, show
 
 import train_gpt
 from train_gpt import (
@@ -757,7 +757,7 @@ def test_the_transforms_no_optimiser_feels_are_named(optimiser):
 
 
 def test_the_list_names_every_idea_with_its_state_and_source():
-    rows = {line.split()[0]: line for line in train_gpt.idea_list().splitlines()[3:]}
+    rows = {line.split()[0]: line for line in show("--list-ideas").splitlines()[3:]}
     ideas = {f.name.upper(): f.metadata for f in fields(Config) if f.metadata["idea"]}
     assert set(rows) == set(ideas)
     for name, about in ideas.items():

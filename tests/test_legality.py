@@ -24,8 +24,6 @@ from train_gpt import (
     Runtime,
     Score,
     Validation,
-    check_own_scores,
-    check_score,
     evaluate,
     execute,
     mix,
@@ -36,6 +34,7 @@ from train_gpt import (
 
 sys.path.insert(0, str(ROOT / "records"))
 import pr895_mixer  # noqa: E402
+from legality import check_own_scores, check_score  # noqa: E402
 
 # --- check_score on scorers of all kinds ---
 
