@@ -163,7 +163,7 @@ def test_bad_input_is_one_line(trained, dataset, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     cases = {
         (): "arguments are required",
-        (tmp_path / "none", *where): "cannot read the artifact",
+        (tmp_path / "none", *where): "No such file",
         (tmp_path / "torn", *where): "is damaged",
         (artifact, "--data", tmp_path / "empty", "--tokenizer", tokenizer, "--stride", 8): "no *_val_*.bin",
         (artifact, "--data", dataset, "--tokenizer", tmp_path / "none", "--stride", 8): "no tokenizer",
