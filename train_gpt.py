@@ -2499,7 +2499,7 @@ def complete(run: Run, stream: TokenStream | None, header: Mapping | None, run_i
     else:
         run.settle(lambda: warm_evaluation(run))
         trained = Trained(None if header else validate(run, 0, 0.0))
-    own, path = len(own_source()), Path(cfg.eval_only or f"{cfg.out_dir}/{MODEL_FILE}")
+    own, path = len(own_source()), Path(cfg.eval_only or Path(cfg.out_dir, MODEL_FILE))
     size = path.stat().st_size if header else runtime.main_decides(lambda: save_model(run, path))
     quant, codec = (header["quant"], header["codec"]) if header else (quant_name(cfg), cfg.codec)
     artifact = dict(path=str(path), quant=quant, codec=codec, model_bytes=size)
