@@ -400,12 +400,18 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
         there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
         kind = cfg.device if cfg.device != "auto" else "cuda" if there["cuda"] else "cpu"
         require(there[kind], f"DEVICE={kind} but torch sees none here; set DEVICE=cpu or DEVICE=auto")
-        local, count = int(env.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        place = env.get("LOCAL_RANK", "0"), env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
+        local, rank, size = (int(n) if n.isdecimal() else -1 for n in place)
+        found = size == 1 or env.get("MASTER_ADDR") and env.get("MASTER_PORT", "").isdecimal()
+        if not (local >= 0 <= rank < size and found):
+            wrong = f"LOCAL_RANK, RANK, WORLD_SIZE={','.join(place)} or MASTER_ADDR, MASTER_PORT are unsound"
+            raise RunError(f"{wrong}; unset them all, or let torchrun set them", alone=True)
+        count = torch.cuda.device_count()
         if kind == "cuda" and local >= count:
             missing = f"rank {local} has no GPU: torch sees {count}; lower --nproc_per_node"
             raise RunError(missing, alone=True)
         device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
-        runtime = cls(device, int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)))
+        runtime = cls(device, rank, size)
         runtime.compiles, runtime.uncompiled = pick_compile(cfg.compile, device)
         runtime.claim_device()
         with suppress(OSError, AttributeError):  # glibc alone: new pages take time (cpu_memory.json)
