@@ -85,6 +85,9 @@ NO_SCHEDULE = ",".join(f"{name}=0" for name in CURVES.split())
 TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Adam)
 NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"  # published switches that are not here: refused unless off
 COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}  # others' too, as in MAX_JOBS
+# Far beyond any use: a typo, or a forged artifact, cannot ask for endless layers or overflow in torch.
+MOST = dict.fromkeys(("num_layers", "num_repeats", "num_value_embeds", "mlp_mult", "muon_backend_steps"), 999)
+MOST |= dict(model_dim=2**16, train_seq_len=2**20, eval_seq_len=2**20, int=2**32, float=2.0**100)
 # broken: it did something else than its description, nothing, or crashed; ours does what was described.
 STATES = "works", "rejected", "broken", "not run"
 
@@ -280,6 +283,10 @@ class Config:
         for f in fields(self):
             name, value = f.name.upper(), getattr(self, f.name)
             low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
+            most = MOST.get(f.name) or MOST.get(f.type)
+            require(
+                not most or abs(value) <= most, f"{name}={value} is beyond {most}, the most that makes sense"
+            )
             require(low is None or value >= low, f"{name}={value} is below {low}")
             require(high is None or value <= high, f"{name}={value} is above {high}")
             require(not choices or value in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
