@@ -86,8 +86,9 @@ TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Ad
 NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"  # published switches that are not here: refused unless off
 COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}  # others' too, as in MAX_JOBS
 # Far beyond any use: a typo, or a forged artifact, cannot ask for endless layers or overflow in torch.
-MOST = dict.fromkeys(("num_layers", "num_repeats", "num_value_embeds", "mlp_mult", "muon_backend_steps"), 999)
-MOST |= dict(model_dim=2**16, train_seq_len=2**20, eval_seq_len=2**20, int=2**32, float=2.0**100)
+MOST = dict(model_dim=2**16, train_seq_len=2**20, eval_seq_len=2**20, int=2**32, float=2.0**100) | (
+    dict.fromkeys(["num_layers", "num_repeats", "num_value_embeds", "mlp_mult", "muon_backend_steps"], 999)
+)
 # broken: it did something else than its description, nothing, or crashed; ours does what was described.
 STATES = "works", "rejected", "broken", "not run"
 
@@ -2422,8 +2423,8 @@ def explained(error: BaseException) -> RunError | None:
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, KeyboardInterrupt):
         return RunError("stopped by a signal before there was anything to save", PREEMPTED)
-    if isinstance(error, torch.OutOfMemoryError):
-        return RunError("out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or TTT_CHUNK_TOKENS")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "t allocate memory" in str(error):
+        return RunError("out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or other sizes of a batch")
     if isinstance(error, OSError):
         return RunError(f"{error.filename or 'log or console'}: {error.strerror}; mend that or set another")
     if isinstance(error, RuntimeError) and any("torch/distributed" in file for file in files):
@@ -2469,13 +2470,17 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         before = runtime.main_decides(lambda: find_checkpoint(cfg, same)) if trains else None
         runtime.dtype = DTYPES[before["dtype"]] if before else runtime.dtype
         random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
+        with torch.device("meta"):  # takes no memory: knobs, or a forged header, may ask for any amount
+            size = predict_size(cfg, blank := GPT(cfg)) + len(own_source())
+            stored = {name: torch.empty(shape) for name, shape, _ in header["tensors"]} if header else {}
+        if header:
+            load_weights(blank, stored, cfg.eval_only)
+        if size > SIZE_SLACK * SIZE_LIMIT and not header:
+            raise RunError(f"code and model need about {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
         model = GPT(cfg, runtime.dtype)
         if cfg.init_from:
             given = runtime.agree(lambda: load_checkpoint(cfg.init_from))
             load_weights(model, given, f"INIT_FROM={cfg.init_from}")
-        size = predict_size(cfg, model) + len(own_source())
-        if size > SIZE_SLACK * SIZE_LIMIT and not header:
-            raise RunError(f"code and model need about {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
         new = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         run_id, out, locks = cfg.run_id or (before or {}).get("run_id", new), Path(cfg.out_dir), []
         runtime.main_decides(lambda: locks.extend(claim_outputs(cfg, run_id)))
