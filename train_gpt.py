@@ -1454,7 +1454,7 @@ MODEL_FILE = "final_model.int8.ptz"  # the official name; its integers may have 
 PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}  # kinds of array in the file
 MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
-RAW_LIMIT = 1 << 30  # no artifact within the limit unpacks to more; a header that says so is forged
+RAW_LIMIT = 1 << 29  # no artifact within the limit unpacks to more; a header that says so is forged
 TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in LowerLR
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
 # |w| [r, c] -> clips [n, r], a row keeps the best; gptq_lite: PR #895. torch.quantile stops at 16 M numbers.
@@ -1547,15 +1547,17 @@ def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
         raw = CODECS[codec.decode()][1](body, raw_length)
         require(len(raw) == raw_length, "another length than it says")
         at = 4 + struct.unpack_from("<I", raw)[0]
+        require(at < 2**22, "a longer header than any")  # 100 bytes a tensor
         header, state = json.loads(raw[4:at]), {}
         table = header["tensors"]
-        require(all(type(n) is int and n >= 0 for row in table for n in row[1]), "a shape that is none")
+        shaped = all(len(s) < 9 and all(type(n) is int and n >= 0 for n in s) for _, s, _ in table)
+        require(shaped, "a shape that is none")
         for kind, code in PLANES.items():
             for name, shape, _ in (row for row in table if kind in row[2]):
                 shape = [shape[0], 1] if kind == "step" else shape
                 values = np.frombuffer(raw, code, math.prod(shape), at)
                 plane = torch.from_numpy(values.astype(np.float32).reshape(shape))
-                state[name], at = state[name] * plane if kind == "step" else plane, at + values.nbytes
+                state[name], at = state[name].mul_(plane) if kind == "step" else plane, at + values.nbytes
         require(at == len(raw), "planes that do not fill it")
         return {name: state[name] for name, *_ in table}, header
     except Exception as error:  # a forged body: whatever breaks, the file is to blame
