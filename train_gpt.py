@@ -1188,20 +1188,25 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 
 
 def load_checkpoint(path: str) -> dict[str, Tensor]:
-    """A state dict saved by torch.save, as float32."""
+    """A state dict saved by torch.save, as float32. A tensor may not be larger than what is stored of it."""
+    state = read_saved(path, "INIT_FROM=")
     try:
-        return {name: tensor.float() for name, tensor in read_saved(path, "INIT_FROM=").items()}
-    except AttributeError:  # of what has no items, or items that are no tensors
-        raise RunError(f"INIT_FROM={path} is not a state dict of tensors") from None
+        plain = all(t.is_cpu and t.is_floating_point() for t in state.values())
+        whole = plain and all(t.nbytes <= t.untyped_storage().nbytes() for t in state.values())
+    except (AttributeError, RuntimeError):  # of what has no values, or values that are no plain tensors
+        whole = False
+    require(whole, f"INIT_FROM={path} is not a state dict of tensors")
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def read_saved(path: Path | str, knob_name=""):
     """What torch.save wrote, whole and on the CPU, or RunError. Nothing in the file is executed."""
     require(Path(path).is_file(), f"no checkpoint at {knob_name}{path}")
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at its checksums
+        if zipfile.is_zipfile(path):  # torch.load does not look at its checksums, and would unpack a bomb
             with zipfile.ZipFile(path) as file:
-                require(not file.testzip(), "damaged")
+                packed = sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size
+                require(not packed and not file.testzip(), "damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile have many kinds for a damaged or foreign file
         raise RunError(f"{knob_name}{path} is no whole checkpoint ({type(error).__name__})") from None
