@@ -591,6 +591,8 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
         raise RunError(f"another run is writing to OUT_DIR={out}; set another OUT_DIR") from None
     except OSError as error:
         raise RunError(f"cannot write to OUT_DIR={out} ({error.strerror}); set another OUT_DIR") from None
+    reached = not cfg.score_dump or os.access(Path(cfg.score_dump).parent, os.W_OK)
+    require(reached, f"cannot write SCORE_DUMP={cfg.score_dump}: no such folder, or no right to; set another")
     others = [*models, *([Path(cfg.score_dump)] if cfg.score_dump else [])]
     for path in filter(Path.exists, logs * (not own[0]) + others * (not all(own))):
         mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
@@ -1882,6 +1884,9 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
 
 # 10. TRAIN
 CHECKPOINT = "parameter golf checkpoint 1"
+CHECKPOINT_PARTS = dict.fromkeys(["same", "optimisers", "model", "scores"], dict) | dict(
+    dict.fromkeys(["resumed", "total", "recent", "random"], list), step=int, scales=float, seconds=float
+)
 
 
 @dataclass
@@ -2092,7 +2097,8 @@ def checkpoint_files(folder: Path, run_id: str = "") -> list[Path]:
 def read_checkpoint(path: Path) -> dict:
     """The state in a whole one; RunError on any other file."""
     state = read_saved(path)
-    own = isinstance(state, dict) and state.get("kind") == CHECKPOINT
+    own = isinstance(state, dict) and state.get("kind") == CHECKPOINT and state.get("dtype") in DTYPES
+    own = own and all(isinstance(state.get(name), kind) for name, kind in CHECKPOINT_PARTS.items())
     require(own, f"{path} is no checkpoint of this version of the script")
     return state
 
@@ -2161,7 +2167,7 @@ class Training:  # all that changes from step to step, and with that what a chec
         run, state, average, clock = self.run, self.run.checkpoints.before, self.average, self.clock
         if not state:
             return None
-        run.model.load_state_dict(state["model"])
+        load_weights(run.model, state["model"], state["path"])
         self.optimisers.load(state["optimisers"])
         average.total = [total.to(run.runtime.device) for total in state["total"]]
         average.weight, average.count, average.newest = map(state.get, ("weight", "count", "newest"))
@@ -2558,7 +2564,7 @@ def main() -> None:
         if not known:
             raise
         if known.alone or os.environ.get("RANK", "0") == "0":
-            print(f"error: {known}", file=sys.stderr)
+            print("error:", " ".join(str(known).splitlines()), file=sys.stderr)
         code = known.code
     if "LOCAL_RANK" in os.environ:  # at a plain exit a thread of gloo's aborts some runs after their RESULT
         sys.stdout.flush(), os._exit(code)
