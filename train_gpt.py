@@ -1205,10 +1205,9 @@ def read_saved(path: Path | str, knob_name=""):
     """What torch.save wrote, whole and on the CPU, or RunError. Nothing in the file is executed."""
     require(Path(path).is_file(), f"no checkpoint at {knob_name}{path}")
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not look at its checksums, and would unpack a bomb
-            with zipfile.ZipFile(path) as file:
-                packed = sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size
-                require(not packed and not file.testzip(), "damaged")
+        with zipfile.ZipFile(path) as file:  # torch.load ignores its checksums, and would unpack a bomb
+            packed = sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size
+            require(not packed and not file.testzip(), "damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile have many kinds for a damaged or foreign file
         raise RunError(f"{knob_name}{path} is no whole checkpoint ({type(error).__name__})") from None

@@ -99,6 +99,7 @@ def main() -> None:
 
     import train_gpt  # noqa: F401
 
+    torch.arange(3.0, device="meta")  # a second of imports that every run would make
     torch.set_num_threads(1)
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
