@@ -285,9 +285,7 @@ class Config:
             name, value = f.name.upper(), getattr(self, f.name)
             low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
             most = MOST.get(f.name) or MOST.get(f.type)
-            require(
-                not most or abs(value) <= most, f"{name}={value} is beyond {most}, the most that makes sense"
-            )
+            require(not most or abs(value) <= most, f"{name}={value} is beyond any use; {most} is the most")
             require(low is None or value >= low, f"{name}={value} is below {low}")
             require(high is None or value <= high, f"{name}={value} is above {high}")
             require(not choices or value in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
@@ -1883,9 +1881,7 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
 
 # 10. TRAIN
 CHECKPOINT = "parameter golf checkpoint 1"
-CHECKPOINT_PARTS = dict.fromkeys(["same", "optimisers", "model", "scores"], dict) | dict(
-    dict.fromkeys(["resumed", "total", "recent", "random"], list), step=int, scales=float, seconds=float
-)
+PARTS = {dict: "same model optimisers scores", list: "resumed total recent random", float: "scales seconds"}
 
 
 @dataclass
@@ -2097,7 +2093,8 @@ def read_checkpoint(path: Path) -> dict:
     """The state in a whole one; RunError on any other file."""
     state = read_saved(path)
     own = isinstance(state, dict) and state.get("kind") == CHECKPOINT and state.get("dtype") in DTYPES
-    own = own and all(isinstance(state.get(name), kind) for name, kind in CHECKPOINT_PARTS.items())
+    own = own and isinstance(state.get("step"), int)
+    own = own and all(isinstance(state.get(n), kind) for kind, names in PARTS.items() for n in names.split())
     require(own, f"{path} is no checkpoint of this version of the script")
     return state
 
@@ -2481,14 +2478,14 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         data, stream, same = runtime.agree(lambda: load_inputs(cfg, runtime.rank, trains))
         before = runtime.main_decides(lambda: find_checkpoint(cfg, same)) if trains else None
         runtime.dtype = DTYPES[before["dtype"]] if before else runtime.dtype
-        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
         with torch.device("meta"):  # takes no memory: knobs, or a forged header, may ask for any amount
             size = predict_size(cfg, blank := GPT(cfg)) + len(own_source())
-            stored = {name: torch.empty(shape) for name, shape, _ in header["tensors"]} if header else {}
-        if header:
-            load_weights(blank, stored, cfg.eval_only)
+            if header:
+                stored = {name: torch.empty(shape) for name, shape, _ in header["tensors"]}
+                load_weights(blank, stored, cfg.eval_only)
         if size > SIZE_SLACK * SIZE_LIMIT and not header:
             raise RunError(f"code and model need about {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
+        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
         model = GPT(cfg, runtime.dtype)
         if cfg.init_from:
             given = runtime.agree(lambda: load_checkpoint(cfg.init_from))
