@@ -765,6 +765,9 @@ def test_a_rank_without_its_gpu(made, tmp_path):
 # --- no code from data ---
 
 
+UNPICKLERS = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+
+
 def calls(tree: ast.AST):
     """(dotted name, call) of every call."""
     for node in ast.walk(tree):
@@ -783,25 +786,22 @@ def unsafe(path: Path) -> list[str]:
             found.append(f"{name} without weights_only=True")
         if loads and given.get("allow_pickle", "False") != "False" or name in ("eval", "exec"):
             found.append(name)
-        if re.fullmatch(r"(pickle|marshal|shelve|dill|joblib)\.(loads?|Unpickler|open)", name):
-            found.append(name)
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        found += [f"import {name}" for name in names if name.split(".")[0] in UNPICKLERS]
     return found
 
 
 def test_no_code_from_data():
-    """Reading never executes: no pickle, and no eval or exec but of a test's own patch."""
+    """No pickle but to make the traps here, and no eval or exec but of a test's own patch."""
     paths = [path for path in ROOT.rglob("*.py") if not {".venv", "venv"} & {*path.parts}]
     found = {path.name: unsafe(path) for path in paths}
-    assert {name: places for name, places in found.items() if places} == {"forkserver.py": ["exec"]}
+    assert {name: places for name, places in found.items() if places} == {
+        "forkserver.py": ["exec"],
+        "test_bad_input.py": ["import pickle"],
+    }
     assert len(paths) > 30 and "train_gpt.py" in found
-
-
-def test_the_script_imports_nothing_that_unpickles():
-    tree = ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))
-    imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
-    names = {alias.name for node in imports for alias in node.names}
-    names |= {node.module for node in imports if isinstance(node, ast.ImportFrom)}
-    assert names & {"pickle", "marshal", "shelve", "dill", "joblib"} == set() and "zipfile" in names
 
 
 def test_the_check_for_code_from_data_can_fail(tmp_path):
@@ -811,8 +811,8 @@ def test_the_check_for_code_from_data_can_fail(tmp_path):
         "np.load(p, allow_pickle=True)",
         "eval(text)",
         "exec(text)",
-        "pickle.loads(b)",
-        "shelve.open(p)",
+        "import os, pickle",
+        "from shelve import open",
     ]
     for line in lines:
         (tmp_path / "x.py").write_text(line)
