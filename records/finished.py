@@ -103,7 +103,9 @@ def read_log(path: Path) -> Log:
     require(path.is_file(), f"{path} is missing; copy it from where the run was made")
     data = path.read_bytes()
     found = re.findall(rb"^RESULT (.*)$", data.partition(b"\n" + RULE + b"\n")[2], re.M)
-    require(found, f"{path} has no RESULT line: the run did not finish; go on with RESUME=auto or run it again")
+    require(
+        found, f"{path} has no RESULT line: the run did not finish; go on with RESUME=auto or run it again"
+    )
     try:
         return Log(path, data, json.loads(found[-1]))
     except ValueError:
@@ -168,7 +170,7 @@ def check_agreement(path: Path, log: Log, events: list[dict]) -> None:
     for name, value in told.items():
         other = f"{name} is {value} in {path.name}, {result.get(name)} in the RESULT of {log.path.name}"
         require(result.get(name) == value, f"{other}: {mend}")
-    lines = {float(value) for value in re.findall(r"^final_\w+_exact .*val_bpb:(\S+)$", log.tail, re.M)}
+    lines = {float(value) for value in re.findall(r"^final_\S+_exact .*val_bpb:(\S+)$", log.tail, re.M)}
     for name in scores(events):
         value = told[f"{name}_val_bpb"]
         require(value in lines, f"{log.path} has no final line with {name}'s {value:.8f}: {mend}")
