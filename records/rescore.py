@@ -167,15 +167,16 @@ def number(claim: Mapping[str, object], key: str, where: Path) -> float | None:
 def scores_in(numbers: Mapping[str, object]) -> list[str]:
     """Names of the scores of a packed model among a record's or RESULT's keys."""
     names = [key.removesuffix("_val_bpb") for key, value in numbers.items() if key.endswith("_val_bpb")]
-    return [name for name in names if name not in ("live", "prequant", "pre_quant", "val_bpb")]
+    return [name for name in names if name not in ("live", "prequant", "pre_quant")]
 
 
 def rows_of(record: Record, seed: int, again: dict, tolerance: float) -> Iterator[Row]:
     """Every score of the log or the claim. The tolerance is of bpb; a loss gets as much in proportion."""
     claim, result = record.of(seed), record.logs[seed].result
-    scores, told = scores_in(again), f"{record.where} or {record.logs[seed].path.name} has a score"
-    gone = {*scores_in(claim), *scores_in(result)} - {*scores}
-    require(not gone, f"{told} {' and '.join(sorted(gone))} that the run's settings do not make; see the log")
+    scores = scores_in(again)
+    gone = " and ".join(sorted({*scores_in(claim), *scores_in(result)} - {*scores}))
+    both = f"{record.where} or {record.logs[seed].path.name}"
+    require(not gone, f"{both} has a score {gone} that the run's settings do not make; make the record anew")
     main = record.claim.get("score", "roundtrip")
     require(main in scores, f"{record.where}: score={main!r} is none of {', '.join(scores)}")
     for shown, name in [("", main), *((f"{name}_", name) for name in scores)]:
@@ -187,7 +188,7 @@ def rows_of(record: Record, seed: int, again: dict, tolerance: float) -> Iterato
             yield Row(f"{shown}{kind}", told, result.get(f"{name}_{kind}"), value, scale)
 
 
-def means_of(record: Record, rows: dict[int, list[Row]], tolerance: float) -> Iterator[Row]:
+def means_of(record: Record, rows: dict[int, list[Row]]) -> Iterator[Row]:
     """The claimed means of several seeds, where all were scored again."""
     if len(record.logs) == len(rows) > 1:
         for seeds in zip(*rows.values(), strict=True):
@@ -243,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
         again = score_again(record, seed, artifact, options)
         rows[seed] = list(rows_of(record, seed, again, options.tolerance))
         show(f"seed {seed}: {artifact}", rows[seed])
-    means = list(means_of(record, rows, options.tolerance))
+    means = list(means_of(record, rows))
     if means:
         show(f"mean of {len(rows)} seeds", means)
     for seed in record.logs.keys() - rows.keys():
