@@ -1176,21 +1176,21 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 def load_checkpoint(path: str) -> dict[str, Tensor]:
     """A state dict saved by torch.save, as float32."""
     try:
-        return {name: tensor.float() for name, tensor in read_saved(path).items()}
+        return {name: tensor.float() for name, tensor in read_saved(path, "INIT_FROM=").items()}
     except AttributeError:  # of what has no items, or items that are no tensors
         raise RunError(f"INIT_FROM={path} is not a state dict of tensors") from None
 
 
-def read_saved(path: Path | str):
+def read_saved(path: Path | str, knob_name=""):
     """What torch.save wrote, whole and on the CPU, or RunError. Nothing in the file is executed."""
-    require(Path(path).is_file(), f"no checkpoint at {path}")
+    require(Path(path).is_file(), f"no checkpoint at {knob_name}{path}")
     try:
         if zipfile.is_zipfile(path):  # torch.load does not look at its checksums
             with zipfile.ZipFile(path) as file:
                 require(not file.testzip(), "damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile have many kinds for a damaged or foreign file
-        raise RunError(f"{path} is no whole checkpoint ({type(error).__name__})") from None
+        raise RunError(f"{knob_name}{path} is no whole checkpoint ({type(error).__name__})") from None
 
 
 def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
@@ -1849,11 +1849,10 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
     kinds["hedge"] = cfg.use_hedge and (lambda *how: score_hedge(run, score, *how))
     for name in filter(kinds.get, kinds):
         text = f"{name}: takes about %.0f s, {left:.0f} s are left"
-        score = run.checkpoints.scores.get(name)
-        if not score:
-            score = kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
-            if name != "hedge" and (cfg.use_hedge or cfg.score_dump):
-                run.runtime.sum(score.each)
+        before = run.checkpoints.scores.get(name)
+        score = before or kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
+        if name != "hedge" and (cfg.use_hedge or cfg.score_dump) and not before:
+            run.runtime.sum(score.each)
         left -= run.runtime.main_number(score.seconds)  # one clock, or the ranks would part
         yield name, score
         if score.left:

@@ -40,7 +40,11 @@ def run_main(monkeypatch, capfd, tmp_path, dataset):
 
     def call(*arguments, data=dataset, **knobs):
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", *arguments])
-        monkeypatch.setattr(os, "environ", env_of(data, **knobs))
+        env = env_of(data, **knobs)
+        for name in os.environ.keys() - env.keys():
+            monkeypatch.delenv(name)
+        for name, value in env.items():  # in the real environment: compiled code reads it by getenv
+            monkeypatch.setenv(name, value)
         capfd.readouterr()
         code = None
         try:

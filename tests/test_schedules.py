@@ -55,6 +55,19 @@ class SimulatedEvent:
         self.machine.wait(self.at)
 
 
+class Counted(train_gpt.Training):
+    """Counts steps and reads the clock; there is no state to save or to check."""
+
+    def __init__(self, run, _, step_seconds: float):
+        self.clock, self.average = Clock(run.runtime, step_seconds), mock.Mock()
+        self.step, self.scales, self.saved = 0, 0.0, 0.0
+
+    def stepped(self, plan: StepPlan, loss) -> None:
+        self.step, self.scales = self.step + 1, self.scales + plan.lr_scale
+
+    check = save = resume = lambda *_: None
+
+
 @dataclass
 class Trace:
     """What the loop decided."""
@@ -94,7 +107,7 @@ def simulate(
     stubs = dict(
         warm_up=lambda *_: (1, [measured]), forecast=mock.Mock(), report_step=mock.Mock(), validate=validate,
         batches=lambda *_: itertools.repeat(None), prefetch=lambda items, _: (item for item in items),
-        train_step=step, report_end=mock.Mock(), Average=mock.Mock(),
+        train_step=step, report_end=mock.Mock(), Training=Counted,
         time=SimpleNamespace(perf_counter=lambda: machine.host),
     )  # fmt: skip
     run = SimpleNamespace(cfg=cfg, runtime=runtime, log=mock.Mock(), model=None)
@@ -395,12 +408,12 @@ def test_median_step_ignores_one_slow_step(steps, slow, data):
 
 
 class OtherRank(Runtime):
-    """A rank that hears rank 0 say a number."""
+    """A rank that hears rank 0 say a number, and no signal."""
 
     heard = 0.0
 
-    def main_number(self, value: float) -> float:
-        return self.heard
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor + torch.tensor([self.heard, 0.0])
 
 
 @pytest.mark.parametrize("knobs", [{}, dict(tidal_lr=True), dict(cosine_lr=True)])
