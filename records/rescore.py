@@ -137,22 +137,34 @@ def score_again(record: Record, seed: int, artifact: Path, options: argparse.Nam
     """The RESULT of the record's script on the artifact; its refusal is ours."""
     log = record.logs[seed]
     with tempfile.TemporaryDirectory(prefix="rescore-") as name:
-        script, out = Path(name) / "train_gpt.py", Path(name) / "out"
-        script.write_bytes(record.script)
+        folder = Path(name)
+        (folder / "train_gpt.py").write_bytes(record.script)
         ranks = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={options.ranks}"]
-        command = [sys.executable, *(ranks if options.ranks > 1 else []), str(script)]
-        env = environment(log, artifact, options, out)
-        run = subprocess.run(command, cwd=name, env=env, capture_output=True, text=True, check=False)
-        found = re.findall(r"^RESULT (.*)$", run.stdout, re.M)
-    result = json.loads(found[-1]) if found else {}
-    if "val_bpb" not in result:
-        said = [line for line in run.stderr.splitlines() if line.startswith("error: ")] or [
-            "error: no RESULT"
-        ]
-        raise Refused(f"{artifact} cannot be scored by the record's script: {said[-1][7:]}")
-    text, own = result["val_sha256"], log.result["val_sha256"]
-    other = f"the validation text in {options.data} has sha256 {text[:12]}, the record's has {own[:12]}"
-    require(text == own, f"{other}; name the data the record was made with")
+        command = [sys.executable, *(ranks if options.ranks > 1 else []), "train_gpt.py"]
+        where = dict(cwd=folder, env=environment(log, artifact, options, folder / "out"))
+        with (
+            (folder / "stderr").open("w+") as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, **where) as run,
+        ):
+            result = read_result(run, log, options.data)
+            errors.seek(0)
+            lines = errors.read().strip().splitlines() or [f"exit code {run.wait()}"]
+    said = next((line[7:] for line in lines if line.startswith("error: ")), lines[-1])
+    require("val_bpb" in result, f"{artifact} cannot be scored by the record's script: {said}")
+    return result
+
+
+def read_result(run: subprocess.Popen, log: Log, data: Path) -> dict:
+    """The RESULT a scoring process prints, {} if none; it is stopped where it names another text."""
+    result = {}
+    for line in run.stdout:
+        text = re.match(r"val: .* sha256:(\w+)$", line)
+        if text and text[1] != log.result["val_sha256"]:
+            run.terminate()
+            both = f"{text[1][:12]}, the record's has {log.result['val_sha256'][:12]}"
+            raise Refused(f"the validation text in {data} has sha256 {both}; name the data it was made with")
+        if line.startswith("RESULT "):
+            result = json.loads(line[7:])
     return result
 
 
@@ -253,9 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"changed: {line}")
     verdicts = {row.verdict for row in [*sum(rows.values(), []), *means]} | {DIFFERS for _ in changed}
     worst = next(verdict for verdict in (DIFFERS, WITHIN, EQUAL) if verdict in verdicts)
-    print(
-        f"verdict: {worst}" + (f" (1e-4 is rounding; tolerance {options.tolerance:g} bpb)") * (worst != EQUAL)
-    )
+    print(f"verdict: {worst} (tolerance {options.tolerance:g} bpb)")
     return int(worst == DIFFERS)
 
 

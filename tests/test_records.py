@@ -8,8 +8,10 @@ import statistics
 import subprocess
 import sys
 
+import numpy as np
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, env_of, write_shard
+from forkserver import ForkServer
 
 from records import finished, make, rescore
 
@@ -18,13 +20,36 @@ ABOUT = "--name", "A toy", "--author", "A. Person", "--github-id", "aperson", "-
 NUMBER = r"-?\d+\.\d{8}"
 
 
+STOP = """
+real = train_gpt.report_step
+def report(run, stream, before, plan, *rest):
+    real(run, stream, before, plan, *rest)
+    if plan.step == 3:
+        die(15)
+train_gpt.report_step = report
+"""
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory, dataset):
+def train(dataset):
+    """train(folder, seed, ...) -> exit code of a run toy-SEED in the folder's runs/toy-SEED."""
+    server = ForkServer()
+
+    def run(folder, seed, patch="", **knobs):
+        place = dict(seed=seed, run_id=f"toy-{seed}", out_dir=folder / f"runs/toy-{seed}")
+        scores = dict(eval_stride=16, use_hedge=True, iterations=6, swa_enabled=True, swa_every=1)
+        (folder / "scratch").mkdir(exist_ok=True)
+        return server.run(folder / "scratch", env_of(dataset, **place, **scores, **knobs), patch=patch)[0]
+
+    yield run
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, train):
     """A folder with runs/toy-1, runs/toy-2, runs/toy-3: three seeds of one experiment."""
     folder = tmp_path_factory.mktemp("runs")
-    for seed in SEEDS:
-        knobs = dict(seed=seed, run_id=f"toy-{seed}", out_dir=f"runs/toy-{seed}", eval_stride=16)
-        launch(folder, dataset, iterations=6, swa_enabled=True, swa_every=1, use_hedge=True, **knobs)
+    assert [train(folder, seed) for seed in SEEDS] == [0, 0, 0]
     return folder
 
 
@@ -197,11 +222,15 @@ def test_without_scipy_a_bar_is_refused(own, capsys, monkeypatch):
     assert "requirements-lab.txt" in said and not (own / "x").exists()
 
 
-def test_a_resumed_run_is_said_to_be_one(own):
-    edit(own, 1, result=lambda result: result.update(resumed=[2, 4]))
-    assert make.main(["toy-1", *ABOUT, "--out", "x"]) == 0
-    assert "cut off and went on from step 2, 4" in (own / "x" / "README.md").read_text()
-    assert claim_of(own / "x")["resumed"] == [2, 4]
+def test_a_resumed_run_is_said_to_be_one(own, train, capsys):
+    assert train(own, 4, STOP) == 75
+    command = "toy-4", *ABOUT, "--out", "x"
+    assert "ended as preempted" in refusal(capsys, make, *command)
+    assert train(own, 4, resume="auto") == 0
+    assert make.main(command) == 0
+    page, claim = (own / "x" / "README.md").read_text(), claim_of(own / "x")
+    assert "seed 4 was cut off and went on from step 4." in page and claim["resumed"] == [4]
+    assert claim["step_stop"] == 6 and "RESUME" not in page.partition("## Command")[2].partition("##")[0]
 
 
 def test_a_log_that_went_on_elsewhere(own):
@@ -216,7 +245,7 @@ def test_a_log_that_went_on_elsewhere(own):
 
 
 def edit(own, seed, event=None, change=None, result=None, text=None):
-    """Change the events of a kind, the RESULT or the .txt log of a run; change() returns False to drop one."""
+    """Change the events of a kind, the RESULT or the .txt log of a run; False of change() drops one."""
     log = own / f"runs/toy-{seed}/logs/toy-{seed}.txt"
     if event:
         events = events_of(own, seed)
@@ -466,6 +495,7 @@ def test_bad_input_to_rescoring_is_refused(record, dataset, tmp_path, capsys):
 
 def test_another_validation_text_is_refused(record, dataset, tmp_path, capsys):
     other = shutil.copytree(dataset, tmp_path / "other")
-    shutil.copy(other / "toy_train_000000.bin", other / "toy_val_000000.bin")
+    shard = other / "toy_val_000000.bin"
+    write_shard(shard, np.fromfile(shard, dtype="<u2")[512:1512])
     said = refusal(capsys, rescore, *again(other, record(0)))
-    assert "validation text" in said and "record was made with" in said
+    assert "validation text" in said and "it was made with" in said
