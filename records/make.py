@@ -143,6 +143,7 @@ def contents(runs: list[Finished], options: argparse.Namespace) -> dict[str, byt
     """Every file of the folder, by name."""
     runs = sorted(runs, key=lambda run: run.seed)
     first, several = runs[0], len(runs) > 1
+    options.score = options.score or first.scores[-1]
     there = f"{first.run_id} has the scores {', '.join(first.scores)}"
     require(options.score in first.scores, f"no {options.score} score: {there}; choose one with --score")
     require(several or options.bar is None, "--bar needs several seeds; name more runs or leave it out")
@@ -193,7 +194,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{option}", required=True, help=what)
     parser.add_argument("--blurb", default="", help="one or two sentences; default: the score and the steps")
-    parser.add_argument("--score", default="roundtrip", choices=SCORES, help="the one that is val_bpb")
+    parser.add_argument("--score", choices=SCORES, help="the one that is val_bpb; default: the log's last")
     parser.add_argument("--out", type=Path, help="folder to make; default records/DATE_NAME")
     parser.add_argument("--runs", nargs="+", type=Path, help="OUT_DIRs of the runs; default . and runs/*")
     parser.add_argument("--bar", type=float, help="bpb to be below: one-sided t-test of the seeds")

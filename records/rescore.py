@@ -189,7 +189,7 @@ def rows_of(record: Record, seed: int, again: dict, tolerance: float) -> Iterato
     gone = " and ".join(sorted({*scores_in(claim), *scores_in(result)} - {*scores}))
     both = f"{record.where} or {record.logs[seed].path.name}"
     require(not gone, f"{both} has a score {gone} that the run's settings do not make; make the record anew")
-    main = record.claim.get("score", "roundtrip")
+    main = record.claim.get("score", scores[-1])
     require(main in scores, f"{record.where}: score={main!r} is none of {', '.join(scores)}")
     for shown, name in [("", main), *((f"{name}_", name) for name in scores)]:
         for kind in ("val_bpb", "val_loss"):
