@@ -17,6 +17,19 @@ from sweeps.summary import last, read_events, scores  # noqa: E402
 
 RULE = b"=" * 100  # the official log's line after the source
 CLAIMS = "val_loss", "val_bpb"
+NEEDED = {
+    "run_id",
+    "seed",
+    "config_hash",
+    "val_sha256",
+    "overrides",
+    "device",
+    "world_size",
+    "python",
+    "torch",
+}
+NEEDED |= {"model_bytes", "code_bytes", "total_bytes", "steps", "tokens", "train_seconds", "eval_seconds"}
+NEEDED |= {"quant", "codec", "dtype"}
 
 
 class Refused(Exception):
@@ -99,7 +112,7 @@ def embedded_source(path: Path, data: bytes) -> bytes:
 
 
 def read_log(path: Path) -> Log:
-    """A whole log with a RESULT line."""
+    """The whole log of a run that ended ok."""
     require(path.is_file(), f"{path} is missing; copy it from where the run was made")
     data = path.read_bytes()
     found = re.findall(rb"^RESULT (.*)$", data.partition(b"\n" + RULE + b"\n")[2], re.M)
@@ -107,9 +120,14 @@ def read_log(path: Path) -> Log:
         found, f"{path} has no RESULT line: the run did not finish; go on with RESUME=auto or run it again"
     )
     try:
-        return Log(path, data, json.loads(found[-1]))
+        result = json.loads(found[-1])
     except ValueError:
         raise Refused(f"{path}: its RESULT line is not JSON; it was cut off or edited") from None
+    status = result.get("status")
+    require(status == "ok", f"{path}: its RESULT says {status}; a record needs a run that ended ok")
+    missing = ", ".join(sorted(NEEDED - result.keys()))
+    require(not missing, f"{path}: its RESULT has no {missing}; run it again with this version")
+    return Log(path, data, result)
 
 
 def find_run(run_id: str, folders: Iterable[Path]) -> Path:
@@ -126,6 +144,14 @@ def find_run(run_id: str, folders: Iterable[Path]) -> Path:
 
 def read_run(path: Path) -> Finished:
     """The run behind an event log, if it is finished, whole, and its two logs agree."""
+    try:
+        return checked_run(path)
+    except KeyError as error:
+        raise Refused(f"{path}: an event has no {error}; run it again with this version") from None
+
+
+def checked_run(path: Path) -> Finished:
+    """As read_run; KeyError where an event lacks a value."""
     events, unreadable = read_events(path)
     require(not unreadable, f"{path} has {unreadable} unreadable line(s): it was cut off or edited")
     check_end(path, events)

@@ -3,6 +3,7 @@
 import re
 import shlex
 import statistics
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -53,6 +54,7 @@ def knobs_of(script: ModuleType, config: Mapping[str, object]) -> list[Knob]:
     cfg, knobs = script.Config(**given), []
     for f in cfg.changed:
         value, shapes = as_text(getattr(cfg, f.name)), f.metadata["role"] != "place"
+        value = value.rpartition("/")[2] if f.name == "init_from" else value  # the rest is this machine's
         knobs.append(Knob(f.name.upper(), value, as_text(f.default), shapes, cfg.unmet(f)))
     return [knob for knob in knobs if knob.name not in LOCAL]
 
@@ -165,7 +167,8 @@ class Page:
         runner = f"torchrun --standalone --nproc_per_node={ranks}" if ranks > 1 else "python"
         seeds, indent = " ".join(str(run.seed) for run in self.runs), "  " if self.several else ""
         words.insert(0, "SEED=$seed OUT_DIR=runs/$seed" if self.several else f"SEED={seeds}")
-        lines = [*(f"{indent}{word} \\" for word in words), f"{indent}{runner} train_gpt.py"]
+        rows = textwrap.wrap(" ".join(words), 100, break_long_words=False, break_on_hyphens=False)
+        lines = [*(f"{indent}{row} \\" for row in rows), f"{indent}{runner} train_gpt.py"]
         if self.several:
             lines = [f"for seed in {seeds}; do", *lines, "done"]
         return "\n".join(["```bash", *lines, "```"])
@@ -224,8 +227,7 @@ class Page:
         versions = ", ".join(f"{name} {self.first.result[name]}" for name in ("python", "torch"))
         lines = [f"{self.cards}; {versions}; compute type {self.first.result['dtype']}."]
         if self.on_cpu:
-            why = "The model, its batch and its clock are sized for a CPU"
-            lines.append(f"{why}: compare its numbers only with runs of the same size and text.")
+            lines.append("Run on a CPU: compare its numbers only with runs of the same size, clock and text.")
         elif not self.on_track:
             why = f"eight H100, {CLOCK} s of training and {CLOCK} s of evaluation"
             lines.append(

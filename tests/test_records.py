@@ -234,6 +234,20 @@ def test_a_resumed_run_is_said_to_be_one(own, train, capsys):
     assert claim["step_stop"] == 6 and "RESUME" not in page.partition("## Command")[2].partition("##")[0]
 
 
+CARDS = [("H100", 599.9, True), ("A100", 599.9, False), ("H100", 900.0, False)]
+
+
+@pytest.mark.parametrize("card, seconds, claims", CARDS)
+def test_the_page_of_a_run_on_gpus(own, card, seconds, claims):
+    gpus = dict(world_size=8, device=f"NVIDIA {card} 80GB HBM3", train_seconds=seconds)
+    edit(own, 1, result=lambda result: result.update(gpus))
+    assert make.main(["toy-1", *ABOUT, "--out", "x"]) == 0
+    page = (own / "x" / "README.md").read_text()
+    assert "CPU" not in page and f"8x NVIDIA {card} 80GB HBM3;" in page
+    assert ("no claim is made on that track" not in page) == claims
+    assert "torchrun --standalone --nproc_per_node=8 train_gpt.py" in page
+
+
 def test_a_log_that_went_on_elsewhere(own):
     """A run that goes on under another RUN_ID says so before the source."""
     path = own / "runs/toy-1/logs/toy-1.txt"
@@ -277,6 +291,8 @@ SPOILED = {
     "other run": (dict(result=lambda r: r.update(run_id="toy-9")), "the log of toy-9"),
     "no RESULT": (dict(text=lambda log: log.replace(b"\nRESULT", b"\nR")), "no RESULT line"),
     "cut RESULT": (dict(text=lambda log: log[:-20]), "not JSON"),
+    "no seed": (dict(result=lambda r: r.pop("seed")), "RESULT has no seed"),
+    "no bpb": (dict(event="score", change=lambda e: e.pop("val_bpb")), "an event has no 'val_bpb'"),
     "no source": (dict(text=lambda log: b"hello\n"), "no RESULT line"),
 }  # fmt: skip
 
