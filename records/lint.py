@@ -45,7 +45,7 @@ RULE = re.compile(rf"^{'=' * 100}[ \t]*$", re.M)  # between the parts of an offi
 OFFICIAL = dict(author=str, github_id=str, name=str, blurb=str, date=str) | dict.fromkeys(
     ("val_loss", "val_bpb", "bytes_total", "bytes_code"), Decimal
 )
-NEEDED = "author", "name", "date", "val_bpb", "bytes_total"  # without these it is no submission
+NEEDED = "name", "github_id", "val_bpb"  # those the README asks for
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 ARTIFACT = re.compile(r"final_model\.(?!pt$).+|.+\.(?:ptz|zst|br|lzma)")  # a packed model by its name
 ORDER = "error", "warn", "info"
@@ -192,6 +192,11 @@ class Log:
     result: dict = field(default_factory=dict)  # a RESULT line
 
     @property
+    def script_bytes(self) -> int | None:
+        """Of the script as it ran, before any compression."""
+        return self.plain_bytes or self.code_bytes
+
+    @property
     def final(self) -> Score | None:
         """The last exact line; where none is marked so, the last with all decimals, or the last."""
         exact = [score for score in self.finals if "exact" in score.label]
@@ -257,18 +262,18 @@ def read_line(log: Log, line: str) -> None:
 
 
 def read_size(log: Log, what: str, label: str, value: int) -> None:
-    """The raw model's lines, without a label, come before those of the packed one and are no result."""
+    """The raw model's lines, which have no label, come before those of the packed one and count nothing."""
     if what == "Code size":
         log.plain_bytes = value if "uncompressed" in label else log.plain_bytes
         log.code_bytes = log.code_bytes if "uncompressed" in label else value
     elif label and what == "Serialized model":
         log.model_bytes = value
-    elif label:
+    elif what == "Total submission size" and (label or log.model_bytes):
         log.total_bytes = value
 
 
 def find_logs(folder: Folder) -> list[Log]:
-    """The runs' logs: those that give a score, each once; of the topmost folder that has any."""
+    """The runs' logs: those that give a score, each once."""
     logs, seen = [], {}
     for name in folder.sizes:
         plain = re.sub(r"\.(gz|bz2|xz)$", "", name.lower())
@@ -283,11 +288,27 @@ def find_logs(folder: Folder) -> list[Log]:
             continue
         seen[key] = name
         logs.append(read_log(name, text))
+    return logs
+
+
+def topmost(folder: Folder, logs: list[Log]) -> list[Log]:
+    """Those of the topmost folder that has any; others are of side experiments."""
     depth = min((log.name.count(os.sep) for log in logs), default=0)
-    below = [log.name for log in logs if log.name.count(os.sep) > depth]
-    if below:
-        folder.add("info", "logs_below", f"{len(below)} logs in folders below the others are not checked")
-    return [log for log in logs if log.name not in below]
+    chosen = [log for log in logs if log.name.count(os.sep) == depth]
+    if len(chosen) < len(logs):
+        more = len(logs) - len(chosen)
+        folder.add(
+            "info", "logs_below", f"{more} logs in folders below the others are only searched for scores"
+        )
+    return chosen
+
+
+def claimed_logs(record: dict, logs: list[Log]) -> list[Log]:
+    """Those with a score that submission.json gives, else all: a study has logs of other things."""
+    values = [record.get("val_bpb"), *(values.get("val_bpb") for values in seed_results(record).values())]
+    values = [value for value in map(number, values) if value is not None]
+    chosen = [log for log in logs if any(agrees(v, score.bpb) for v in values for score in log.finals)]
+    return chosen or logs
 
 
 # submission.json
@@ -418,24 +439,36 @@ def source_of(head: str) -> str:
     return head[start.start() :].strip() if start else ""
 
 
+def compare_source(folder: Folder, log: Log, scripts: dict[str, str]) -> None:
+    """The source in a log against its own count of bytes, and against the shipped scripts."""
+    source, main = source_of(log.head), next(iter(scripts), None)
+    shown = len(source.encode())  # without blank ends
+    if log.runs == 1 and log.script_bytes and not 0 <= log.script_bytes - shown <= 8:
+        text = f"{log.name} shows a script of {shown} bytes, but counts {log.script_bytes}"
+        folder.add("error", "log_source_size", text)
+    same = [name for name, text in scripts.items() if ends_in(log.head, text)]
+    if scripts and not same:
+        lines = Counter(source.splitlines())
+        off = {n: (lines - (c := Counter(t.splitlines())), c - lines) for n, t in scripts.items()}
+        name = min(off, key=lambda name: sum(part.total() for part in off[name]))
+        more, less = (part.total() for part in off[name])
+        text = f"{more} lines only in the log, {less} only in {name}"
+        folder.add("error", "source_differs", f"{log.name} shows a script that is not here: {text}")
+    elif scripts and main not in same:
+        folder.add("warn", "other_script", f"{log.name} shows {same[0]}, not {main}")
+
+
 def check_source(folder: Folder, logs: list[Log], scripts: dict[str, str]) -> None:
     """Each log's source is a shipped script, and all logs' is one."""
-    main = next(iter(scripts), None)
     for log in logs:
         if log.runs > 1:
             folder.add("info", "several_runs", f"{log.name} holds {log.runs} runs; the last one counts")
         if not log.head:
             folder.add("info", "no_source", f"{log.name} does not show the script that ran")
-        elif scripts:
-            same = [name for name, text in scripts.items() if ends_in(log.head, text)]
-            own, theirs = (Counter(text.splitlines()) for text in (source_of(log.head), scripts[main]))
-            off = f"{(own - theirs).total()} lines are only in the log, {(theirs - own).total()} only in the script"
-            if not same:
-                folder.add("error", "source_differs", f"{log.name} shows another script than {main}: {off}")
-            elif main not in same:
-                folder.add("warn", "other_script", f"{log.name} shows {same[0]}, not {main}")
+        else:
+            compare_source(folder, log, scripts)
     sources = {hashlib.sha256(source_of(log.head).encode()).digest() for log in logs if log.head}
-    sizes = {log.plain_bytes or log.code_bytes for log in logs} - {None}
+    sizes = {log.script_bytes for log in logs if log.script_bytes}
     if len(sources) > 1 or len(sizes) > 1:
         said = f", code sizes {', '.join(map(str, sorted(sizes)))}" if len(sizes) > 1 else ""
         folder.add("error", "code_varies", f"the logs come from different versions of the code{said}")
@@ -449,7 +482,8 @@ def check_bytes(folder: Folder, record: dict, logs: list[Log], scripts: dict[str
     """One size in the log, in submission.json and on the disk, and under the cap."""
     shipped = {name: folder.sizes[name] for name in scripts}
     for log in logs:
-        check_log_bytes(folder, log, shipped)
+        check_log_bytes(folder, log)
+    check_shipped(folder, logs, shipped)
     total, code = (number(record.get(key)) for key in ("bytes_total", "bytes_code"))
     totals = [log.total_bytes for log in logs if log.total_bytes]
     if total is not None and total > CAP:
@@ -480,30 +514,39 @@ def check_bytes(folder: Folder, record: dict, logs: list[Log], scripts: dict[str
             folder.add("error", "over_cap", f"{name} and the script have {size + main} bytes, over {CAP}")
 
 
-def check_log_bytes(folder: Folder, log: Log, shipped: dict[str, int]) -> None:
-    """A log's sizes add up, are the files' and under the cap."""
-    plain, main = log.plain_bytes or log.code_bytes, next(iter(shipped), None)
+def check_log_bytes(folder: Folder, log: Log) -> None:
+    """A log's sizes add up and are under the cap."""
     if log.total_bytes is not None and log.total_bytes > CAP:
         folder.add("error", "over_cap", f"{log.name} says {log.total_bytes} bytes, over {CAP}")
-    if None not in (log.model_bytes, log.code_bytes, log.total_bytes):
+    if log.total_bytes and log.model_bytes and log.code_bytes:
         whole = log.model_bytes + log.code_bytes
         if whole != log.total_bytes:
-            folder.add(
-                "error", "sum_wrong", f"{log.name}: model and code are {whole}, its total {log.total_bytes}"
-            )
-        real = log.model_bytes + shipped.get(main, 0)
-        if real > CAP >= log.total_bytes:
-            said = f"{log.name}: with {main} as it is here ({shipped[main]} bytes) the total is {real}"
-            kind = ("warn", "over_cap_unpacked") if log.plain_bytes else ("error", "over_cap_shipped")
-            folder.add(*kind, f"{said}, over {CAP}")
-    if plain and shipped and plain not in shipped.values():
-        folder.add(
-            "error", "code_size", f"{log.name} counts {plain} bytes of code, {main} has {shipped[main]}"
-        )
+            text = f"{log.name}: model and code are {whole} bytes, its total {log.total_bytes}"
+            folder.add("error", "sum_wrong", text)
 
 
-def check_clocks(folder: Folder, logs: list[Log]) -> None:
+def check_shipped(folder: Folder, logs: list[Log], shipped: dict[str, int]) -> None:
+    """The code that the logs count is the script that is here; with it, too, the total is under the cap."""
+    main = next(iter(shipped), None)
+    for size in sorted({log.script_bytes for log in logs if log.script_bytes} - {*shipped.values()}):
+        names = [log.name for log in logs if log.script_bytes == size]
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        if main:
+            text = f"{names[0]}{more}: {size} bytes of code, {main} has {shipped[main]}"
+            folder.add("error", "code_size", text)
+    under = [log for log in logs if log.model_bytes and (log.total_bytes or 0) <= CAP]
+    largest = max(under, key=lambda log: log.model_bytes, default=None)
+    if main and largest and (real := largest.model_bytes + shipped[main]) > CAP:
+        text = f"{largest.name}: the model with {main} as it is here ({shipped[main]} bytes) takes {real}"
+        kind = ("warn", "over_cap_unpacked") if largest.plain_bytes else ("error", "over_cap_shipped")
+        folder.add(*kind, f"{text}, over {CAP}")
+
+
+def check_clocks(folder: Folder, record: dict, logs: list[Log]) -> None:
     """600 s of training and 600 s of evaluation."""
+    for key, code in (("wallclock_seconds", "train_time"), ("eval_time_seconds", "eval_time")):
+        if (value := number(record.get(key))) is not None and value > CLOCK + OVERSHOOT:
+            folder.add("error", code, f"{key} {value}, over 600")
     for log in logs:
         over = log.train_seconds - CLOCK
         if over > OVERSHOOT:
@@ -519,82 +562,106 @@ def check_clocks(folder: Folder, logs: list[Log]) -> None:
             folder.add("warn", "eval_time_sum", f"{log.name}: evaluations of {log.eval_seconds:.0f} s in all")
 
 
-def check_runs(folder: Folder, record: dict, logs: list[Log], timed: bool) -> None:
-    """What the logs say of themselves: a score at all, a status, seeds; and the seeds claimed."""
+def check_runs(folder: Folder, logs: list[Log]) -> None:
+    """What each log says of itself: a score, a status, the seed of its name."""
     for log in logs:
         status = log.result.get("status", "ok") if isinstance(log.result, dict) else "ok"
         if not log.final:
-            folder.add("error", "no_score", f"{log.name} gives no score of the packed model")
+            severity = "warn" if any(other.final for other in logs) else "error"
+            folder.add(severity, "no_score", f"{log.name} gives no score of the packed model")
         if status != "ok":
             folder.add("error", "run_failed", f"{log.name}: its RESULT says {status}")
-    known = [log.seed for log in logs if log.seed is not None]
-    named = {int(found[1]): log for log in logs if (found := SEEDED.search(Path(log.name).name))}
-    for seed, log in named.items():
-        if log.seed != seed:
+        named = SEEDED.search(Path(log.name).name)
+        if named and log.seed != int(named[1]):
             folder.add("error", "seed_name", f"{log.name} is a run with seed {log.seed}")
-    twice = sorted(seed for seed, count in Counter(known).items() if count > 1)
-    if twice:
-        severity = "error" if len(set(known)) == 1 and timed else "warn"
-        folder.add(severity, "seed_twice", f"several logs have seed {', '.join(map(str, twice))}")
-    missing = sorted(claimed_seeds(record) - set(known))
+
+
+def check_seeds(folder: Folder, record: dict, logs: list[Log], timed: bool) -> None:
+    """A log for each seed claimed; of a record, different ones."""
+    known = Counter(log.seed for log in logs if log.seed is not None)
+    missing = sorted(claimed_seeds(record) - {*known})
     if missing and known:
         folder.add("error", "seed_without_log", f"no log of seed {', '.join(map(str, missing))}")
-    if timed and 0 < len(set(known)) < 3:
-        folder.add("warn", "few_seeds", f"{len(set(known))} of the three seeds a record needs in practice")
+    twice = sorted(seed for seed, count in known.items() if count > 1)
+    if twice and timed:
+        severity = "error" if len(known) == 1 else "warn"
+        folder.add(severity, "seed_twice", f"several logs have seed {', '.join(map(str, twice))}")
+    if timed and 0 < len(known) < 3:
+        folder.add("warn", "few_seeds", f"{len(known)} of the three seeds that a record has in practice")
 
 
-def check_score(folder: Folder, record: dict, logs: list[Log], key: str) -> None:
-    """val_bpb or val_loss is a log's last exact line, or the mean of several."""
+def score_means(logs: list[Log], key: str) -> dict[str, float]:
+    """Mean over logs of each kind of score that several have, by its label."""
+    kinds = {}
+    for log in logs:
+        for label, score in {score.label: score for score in log.finals}.items():
+            kinds.setdefault((os.path.dirname(log.name), label), []).append(getattr(score, key))
+    return {f"the mean '{label}' of {len(v)} logs": mean(v) for (_, label), v in kinds.items() if len(v) > 1}
+
+
+def check_score(folder: Folder, record: dict, logs: list[Log], every: list[Log], key: str) -> None:
+    """val_bpb or val_loss is a log's last exact line, or the mean of several; `every`: with logs below."""
     value, name = number(record.get(key)), key.removeprefix("val_")
-    finals = [log for log in logs if log.final]
+    finals = [getattr(log.final, name) for log in logs if log.final]
     if value is None or not finals:
         return
-    claimed = [log for log in finals if log.seed in claimed_seeds(record)]
-    groups = [[getattr(log.final, name) for log in group] for group in (finals, claimed) if group]
-    rest = [(log, score) for log in logs for score in log.finals + log.others]
-    others = [(log.name, score.label) for log, score in rest if agrees(value, getattr(score, name))]
-    means = [mean(group) for group in groups]
-    last = [score for score in groups[0] if agrees(value, score)]
-    if any(agrees(value, middle) for middle in means):
-        return
-    if last:
-        if len(finals) > 1 and last[0] == min(groups[0]):
-            folder.add(
-                "warn", "best_seed", f"{key} {value} is the best of {len(finals)} logs, mean {means[0]:.8f}"
-            )
+    entries = [number(values.get(key)) for values in seed_results(record).values()]
+    claimed = [getattr(log.final, name) for log in logs if log.final and log.seed in claimed_seeds(record)]
+    groups = [finals, claimed, [entry for entry in entries if entry is not None]]
+    means = [mean(group) for group in groups if group]
+    single = [(score.label, log.name, score) for log in every for score in log.finals + log.others]
+    others = [f"'{label}' of {log}" for label, log, score in single if agrees(value, getattr(score, name))]
+    others += [text for text, middle in score_means(every, name).items() if agrees(value, middle, 1)]
+    last = [score for score in finals if agrees(value, score)]
+    if any(agrees(value, middle) for middle in means) or last:
+        if digits(value) < 7 and digits(finals[0]) >= 8:
+            folder.add("info", "score_rounded", f"{key} {value} is rounded; the logs have eight decimals")
+        best = len(finals) > 1 and key == "val_bpb" and last and last[0] == min(finals)
+        if best and not any(agrees(value, middle) for middle in means):
+            text = f"{key} {value} is the best of {len(finals)} logs, whose mean is {means[0]:.8f}"
+            folder.add("warn", "best_seed", text)
     elif any(agrees(value, middle, 2) for middle in means):
-        folder.add("warn", "mean_rounded", f"{key} {value}, the logs' mean is {means[0]:.8f}")
+        folder.add("info", "mean_rounded", f"{key} {value}, the logs' mean is {means[0]:.8f}")
     elif others:
-        where = "; ".join(f"'{label}' of {log}" for log, label in others[:1])
-        folder.add("warn", "other_score", f"{key} {value} is {where}, not its last exact line")
+        folder.add("warn", "other_score", f"{key} {value} is {others[0]}, not of the last exact line")
     else:
-        said = ", ".join(str(score) for score in groups[0][:5])
-        folder.add(
-            "error", "score_differs", f"{key} {value}, but the logs end with {said}; mean {means[0]:.8f}"
-        )
+        said = ", ".join(map(str, finals[:5]))
+        text = f"{key} {value}, but the logs end with {said}; mean {means[0]:.8f}"
+        folder.add("error", "score_differs", text)
 
 
 def check_seed_results(folder: Folder, record: dict, logs: list[Log]) -> None:
-    """Each entry of seed_results is what a log of that seed says."""
+    """Each entry of seed_results is what a log of that seed says; so is the spread."""
     for seed, values in seed_results(record).items():
         own = [log for log in logs if log.seed is not None and str(log.seed) == seed]
-        for key in ("loss", "bpb") if own else ():
-            value = number(values.get(f"val_{key}"))
-            said = [getattr(log.final, key) for log in own if log.final]
-            if value is not None and said and not any(agrees(value, score, 1) for score in said):
-                text = f"seed {seed}: val_{key} {value}, but its log says {', '.join(map(str, said))}"
-                folder.add("error", "seed_result", text)
-        size = number(values.get("artifact_bytes"))
-        sizes = [log.total_bytes for log in own if log.total_bytes]
-        if size is not None and sizes and size not in sizes:
-            whole = any(size == log.model_bytes for log in own)
-            text = f"seed {seed}: artifact_bytes {size}, but its log says {', '.join(map(str, sizes))}"
-            folder.add("error", "seed_bytes", text + (", with the code" if whole else ""))
+        if own:
+            check_seed_entry(folder, seed, values, own)
     if (value := number(record.get("val_bpb_std"))) is not None:
-        scores = [log.final.bpb for log in logs if log.final]
+        entries = [number(values.get("val_bpb")) for values in seed_results(record).values()]
+        scores = [entry for entry in entries if entry is not None] or [
+            log.final.bpb for log in logs if log.final
+        ]
         spreads = [stdev(scores), pstdev(scores)] if len(scores) > 1 else []
-        if spreads and not any(agrees(value, spread, 1) for spread in spreads):
-            folder.add("warn", "std", f"val_bpb_std {value}, the logs' is {spreads[0]:.8f} (n - 1)")
+        if spreads and not any(agrees(value, spread, 2) for spread in spreads):
+            folder.add("warn", "std", f"val_bpb_std {value}, that of the seeds is {spreads[0]:.8f} (n - 1)")
+
+
+def check_seed_entry(folder: Folder, seed: str, values: dict, logs: list[Log]) -> None:
+    for key in ("bpb", "loss"):
+        value = number(values.get(f"val_{key}"))
+        last = [getattr(log.final, key) for log in logs if log.final]
+        others = [(score.label, getattr(score, key)) for log in logs for score in log.finals]
+        labels = [label for label, score in others if agrees(value, score, 1)] if value is not None else []
+        if value is None or not last or any(agrees(value, score, 1) for score in last):
+            continue
+        text = f"seed {seed}: val_{key} {value}, but its log ends with {', '.join(map(str, last))}"
+        kind = ("warn", "other_score") if labels else ("error", "seed_result")
+        folder.add(*kind, text + (f"; it is '{labels[0]}'" if labels else ""))
+    size, sizes = number(values.get("artifact_bytes")), [log.total_bytes for log in logs if log.total_bytes]
+    if size is not None and sizes and size not in sizes:
+        bare = ", with the code" if any(size == log.model_bytes for log in logs) else ""
+        text = f"seed {seed}: artifact_bytes {size}, but its log says {', '.join(map(str, sizes))}{bare}"
+        folder.add("error", "seed_bytes", text)
 
 
 def claimed_bar(folder: Folder, record: dict) -> tuple[float, str]:
@@ -609,7 +676,14 @@ def claimed_bar(folder: Folder, record: dict) -> tuple[float, str]:
 
 def check_gain(folder: Folder, record: dict, logs: list[Log], bar: float, timed: bool) -> None:
     """Mean and spread of the seeds; if there is a bar, one-sided t-test of a gain over 0.005 nats."""
-    runs = list({log.seed: log.final for log in logs if log.final}.values())
+    scored = list({log.seed: log for log in logs if log.final}.values())
+    kinds = [{score.label: score for score in log.finals} for log in scored]
+    label = (
+        next((label for label in reversed([*kinds[0]]) if all(label in k for k in kinds)), "")
+        if kinds
+        else ""
+    )
+    runs = [kind[label] for kind in kinds] if label else [log.final for log in scored]
     source = "--bar"
     if not bar and timed:
         bar, source = claimed_bar(folder, record)
@@ -641,20 +715,22 @@ def check_readme(folder: Folder, record: dict) -> None:
 def check_folder(path: Path, bar: float = 0.0) -> list[Finding]:
     """All that is found, worst first."""
     folder = Folder(path)
-    record, scripts, logs = find_record(folder), find_scripts(folder), find_logs(folder)
-    timed = track_of(folder, record) == "10min"
+    record, scripts, every = find_record(folder), find_scripts(folder), find_logs(folder)
+    timed, logs = track_of(folder, record) == "10min", topmost(folder, every)
     check_readme(folder, record)
     if not logs:
         folder.add("error", "no_log", "no log with a val_bpb")
-    check_source(folder, logs, scripts)
-    check_bytes(folder, record, logs, scripts)
-    check_runs(folder, record, logs, timed)
+    check_runs(folder, logs)
+    chosen = logs if timed else claimed_logs(record, logs)
+    check_source(folder, chosen, scripts)
+    check_bytes(folder, record, chosen, scripts)
+    check_seeds(folder, record, chosen, timed)
     for key in ("val_bpb", "val_loss"):
-        check_score(folder, record, logs, key)
-    check_seed_results(folder, record, logs)
+        check_score(folder, record, chosen, every, key)
+    check_seed_results(folder, record, [*chosen, *(log for log in every if log not in logs)])
     if timed:
-        check_clocks(folder, logs)
-    check_gain(folder, record, logs, bar, timed)
+        check_clocks(folder, record, logs)
+    check_gain(folder, record, chosen, bar, timed)
     return sorted(folder.findings, key=lambda finding: ORDER.index(finding.severity))
 
 
