@@ -5,7 +5,7 @@
     python records/lint.py --json FOLDER ...
 
 For any folder of records/track_.../, ours or another's. Nothing in it is executed or imported, links in it
-are not followed, and of one file at most 32 MiB are read. A finding is an error (a rule broken, or two of
+are not followed, and of one file at most 16 MiB are read. A finding is an error (a rule broken, or two of
 the folder's own numbers that contradict each other), a warning (it cannot be checked, or misleads) or an
 info. Exit code: 0 no error, 1 an error, 2 wrong usage.
 
@@ -27,6 +27,7 @@ import re
 import stat
 import sys
 import warnings
+import zlib
 from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -40,7 +41,8 @@ import numpy as np
 CAP = 16_000_000  # decimal bytes of code and model
 CLOCK, OVERSHOOT = 600.0, 1.0  # seconds; the official script ends after the step that crosses the limit
 GAIN, LEVEL = 0.005, 0.01  # nats a record must gain, at this p
-READ_LIMIT, FILE_LIMIT, LINE_LIMIT = 32 * 2**20, 2000, 600  # what is looked at
+READ_LIMIT, WHOLE_LIMIT, SCRIPT_LIMIT = 2**24, 2**28, 2**21  # bytes read of a file, of all, of a script
+FILE_LIMIT, DEPTH_LIMIT, LINE_LIMIT = 1000, 20, 600
 RULE = re.compile(rf"^{'=' * 100}[ \t]*$", re.M)  # between the parts of an official log's head
 OFFICIAL = dict(author=str, github_id=str, name=str, blurb=str, date=str) | dict.fromkeys(
     ("val_loss", "val_bpb", "bytes_total", "bytes_code"), Decimal
@@ -69,7 +71,7 @@ class Folder:
     """The regular files below a folder, by their path in it, and what has been found so far."""
 
     def __init__(self, path: Path):
-        self.path, self.sizes, self.findings = path, {}, []
+        self.path, self.sizes, self.findings, self.left = path, {}, [], WHOLE_LIMIT
         self.walk()
 
     def add(self, severity: str, code: str, text: str) -> None:
@@ -80,6 +82,9 @@ class Folder:
         for root, folders, files in os.walk(self.path, onerror=unread.append):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+            if len(Path(root).relative_to(self.path).parts) >= DEPTH_LIMIT and folders:
+                self.add("warn", "too_deep", f"folders below {DEPTH_LIMIT} others are not looked at")
+                folders.clear()
             for name in sorted(files) + links:
                 self.take(Path(root, name))
             if len(self.sizes) > FILE_LIMIT:
@@ -106,16 +111,18 @@ class Folder:
 
     def read(self, name: str) -> bytes:
         """The file's bytes, unpacked; of a longer one the start, which is said."""
+        limit = min(READ_LIMIT, self.left)
         try:
             opener = OPENERS.get(Path(name).suffix, open)
             with opener(self.path / name, "rb") as file:
-                data = file.read(READ_LIMIT + 1)
-        except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
+                data = file.read(limit + 1)
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
             self.add("warn", "unreadable", f"{name}: {type(error).__name__}")
             return b""
-        if len(data) > READ_LIMIT:
-            self.add("warn", "too_long", f"only the first {READ_LIMIT} bytes of {name} are looked at")
-        return data[:READ_LIMIT]
+        if len(data) > limit:
+            self.add("warn", "too_long", f"only the first {limit} bytes of {name} are looked at")
+        self.left -= len(data[:limit])
+        return data[:limit]
 
     def text(self, name: str) -> str:
         return decode(self.read(name))
@@ -140,13 +147,13 @@ def number(value) -> Decimal | None:
 
 
 def digits(value: Decimal) -> int:
-    """Decimals given, at most the eight of an exact line."""
-    return min(8, max(0, -value.as_tuple().exponent))
+    """Decimals that a score is right to: at most the eight of an exact line, and, as a JSON writer drops
+    zeros at the end, four at least."""
+    return min(8, max(4, -value.as_tuple().exponent))
 
 
 def agrees(value: Decimal, truth: Decimal | float, units: float = 0.5) -> bool:
-    """value is truth, rounded to the decimals of value. A JSON writer drops zeros at the end, which does
-    no harm: what is left is still right to its own last decimal."""
+    """value is truth, rounded to the decimals of value."""
     off = abs(Decimal(value) - Decimal(truth))
     return off <= Decimal(units) * Decimal(10) ** -digits(value) + Decimal("1e-12")
 
@@ -406,23 +413,26 @@ def find_scripts(folder: Folder) -> dict[str, str]:
     if "train_gpt.py" not in names:
         kind = ("warn", "script_name") if names else ("error", "no_script")
         folder.add(*kind, f"no train_gpt.py{', but ' + ', '.join(names) if names else ''}")
-    scripts = {name: folder.text(name) for name in names}
-    for name, text in scripts.items():
-        if not text.strip():
+    scripts = {name: folder.read(name) for name in names}
+    for name, data in scripts.items():
+        if not data.strip():
             folder.add("error", "script_empty", f"{name} is empty")
-        elif wrong := syntax_error(text):
+        elif len(data) > SCRIPT_LIMIT:
+            folder.add("warn", "too_long", f"{name} is not compiled: {len(data)} bytes")
+        elif wrong := syntax_error(data):
             folder.add("error", "script_syntax", f"{name} does not compile: {wrong}")
-    return {name: text for name, text in scripts.items() if text.strip()}
+    return {name: decode(data) for name, data in scripts.items() if data.strip()}
 
 
-def syntax_error(source: str) -> str:
+def syntax_error(source: bytes) -> str:
     """Why the source is no Python; it is parsed and compiled, never run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             compile(source, "script", "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
-        return f"{error} (Python {sys.version_info.major}.{sys.version_info.minor})"
+        why = str(error) or type(error).__name__
+        return f"{why} (Python {sys.version_info.major}.{sys.version_info.minor})"
     return ""
 
 
@@ -606,27 +616,29 @@ def check_score(folder: Folder, record: dict, logs: list[Log], every: list[Log],
     if value is None or not finals:
         return
     entries = [number(values.get(key)) for values in seed_results(record).values()]
+    proved = {*seed_results(record)} <= {str(log.seed) for log in every}  # by check_seed_results
     claimed = [getattr(log.final, name) for log in logs if log.final and log.seed in claimed_seeds(record)]
-    groups = [finals, claimed, [entry for entry in entries if entry is not None]]
-    means = [mean(group) for group in groups if group]
+    groups = [finals, claimed, [entry for entry in entries * proved if entry is not None]]
+    means = [mean(group) for group in groups if len(group) > 1]
     single = [(score.label, log.name, score) for log in every for score in log.finals + log.others]
     others = [f"'{label}' of {log}" for label, log, score in single if agrees(value, getattr(score, name))]
     others += [text for text, middle in score_means(every, name).items() if agrees(value, middle, 1)]
     last = [score for score in finals if agrees(value, score)]
-    if any(agrees(value, middle) for middle in means) or last:
-        if digits(value) < 7 and digits(finals[0]) >= 8:
-            folder.add("info", "score_rounded", f"{key} {value} is rounded; the logs have eight decimals")
-        best = len(finals) > 1 and key == "val_bpb" and last and last[0] == min(finals)
-        if best and not any(agrees(value, middle) for middle in means):
+    middle = [middle for middle in means if agrees(value, middle)]
+    if middle or last:
+        if not any(abs(value - Decimal(truth)) < Decimal("6e-9") for truth in middle + last):
+            folder.add("info", "score_rounded", f"{key} {value} is rounded; the logs have more decimals")
+        if key == "val_bpb" and len(finals) > 1 and not middle and last[0] == min(finals):
             text = f"{key} {value} is the best of {len(finals)} logs, whose mean is {means[0]:.8f}"
             folder.add("warn", "best_seed", text)
-    elif any(agrees(value, middle, 2) for middle in means):
+    elif digits(value) < 7 and any(agrees(value, middle, 2) for middle in means):
         folder.add("info", "mean_rounded", f"{key} {value}, the logs' mean is {means[0]:.8f}")
     elif others:
         folder.add("warn", "other_score", f"{key} {value} is {others[0]}, not of the last exact line")
     else:
         said = ", ".join(map(str, finals[:5]))
-        text = f"{key} {value}, but the logs end with {said}; mean {means[0]:.8f}"
+        text = f"{key} {value}, but the logs end with {said}"
+        text += f"; mean {means[0]:.8f}" if len(finals) > 1 else ""
         folder.add("error", "score_differs", text)
 
 
@@ -708,7 +720,7 @@ def check_readme(folder: Folder, record: dict) -> None:
     value = number(record.get("val_bpb"))
     if not text.strip():
         folder.add("error", "no_readme", "README.md is empty" if names else "no README.md")
-    elif value is not None and not any(f"{value:.{n}f}" in text for n in range(3, 9)):
+    elif value is not None and not any(f"{value:.{n}f}" in text for n in range(4, 9)):
         folder.add("warn", "readme_score", f"README does not give the val_bpb {value}")
 
 
