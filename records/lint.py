@@ -704,7 +704,7 @@ def check_gain(folder: Folder, record: dict, logs: list[Log], bar: float, timed:
     bpb, loss = ([float(getattr(run, key)) for run in runs] for key in ("bpb", "loss"))
     text = f"{len(runs)} seeds: val_bpb {mean(bpb):.8f}, sd {stdev(bpb):.8f}; sd {stdev(loss):.8f} nats"
     folder.add("info", "spread", text)
-    if not bar:
+    if not (bar and mean(bpb)):
         return
     nats = mean(loss) / mean(bpb)  # of 1 bpb on this text
     gain, error = (bar - mean(bpb)) * nats, stdev(loss) / math.sqrt(len(runs))

@@ -380,7 +380,7 @@ def logs_of_one_seed(folder):
         path.rename(path.with_name(f"run{path.stem[-1]}.log"))
 
 
-@defect("error seed_without_log", "warn few_seeds")
+@defect("error seed_without_log", "warn few_seeds", *["error score_differs"] * 2)
 def a_seed_without_a_log(folder):
     each_log(folder)[2].unlink()
 
@@ -666,6 +666,24 @@ def test_no_script_makes_it_crash(source, folder):
 def test_no_json_makes_it_crash(text, folder):
     (folder / "submission.json").write_bytes(text.encode("utf-8", "surrogatepass"))
     assert {"json_invalid", "key_missing"} & {code for _, code in codes(folder)}
+
+
+def test_scores_of_zero_do_not_make_it_crash(folder):
+    for path in each_log(folder):
+        edit(path, f"val_bpb:{bpb(LOSSES[int(path.stem[-1])])}\n", "val_bpb:0.00000000\n")
+    assert ("error", "seed_result") in codes(folder, bar=1.2)
+
+
+def test_the_published_counts_are_those_of_the_list():
+    published = json.loads((ROOT / "records" / "benchmarks" / "lint_public.json").read_text())
+    listed = [found for folder in published["findings"].values() for found in folder]
+    counts = published["findings_by_code"].values()
+    assert len(listed) == sum(c["findings"] for c in counts if c["severity"] != "info")
+    assert published["checked"]["folders"] == len(published["findings"])
+    broken = [
+        folder for folder in published["findings"].values() if any(f.startswith("error") for f in folder)
+    ]
+    assert published["folders_with_errors"] == len(broken)
 
 
 def test_what_cannot_be_read_is_said(folder, monkeypatch):
