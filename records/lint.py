@@ -586,10 +586,11 @@ def check_runs(folder: Folder, logs: list[Log]) -> None:
             folder.add("error", "seed_name", f"{log.name} is a run with seed {log.seed}")
 
 
-def check_seeds(folder: Folder, record: dict, logs: list[Log], timed: bool) -> None:
-    """A log for each seed claimed; of a record, different ones."""
+def check_seeds(folder: Folder, record: dict, logs: list[Log], every: list[Log], timed: bool) -> None:
+    """A log for each seed claimed, one that gives its score; for a record, different seeds."""
     known = Counter(log.seed for log in logs if log.seed is not None)
-    missing = sorted(claimed_seeds(record) - {*known})
+    scored = {int(seed) for seed in seed_results(record) if re.fullmatch(r"\d{1,18}", seed)}
+    missing = sorted((claimed_seeds(record) - {log.seed for log in every}) | (scored - {*known}))
     if missing and known:
         folder.add("error", "seed_without_log", f"no log of seed {', '.join(map(str, missing))}")
     twice = sorted(seed for seed, count in known.items() if count > 1)
@@ -736,7 +737,7 @@ def check_folder(path: Path, bar: float = 0.0) -> list[Finding]:
     chosen = logs if timed else claimed_logs(record, logs)
     check_source(folder, chosen, scripts)
     check_bytes(folder, record, chosen, scripts)
-    check_seeds(folder, record, chosen, timed)
+    check_seeds(folder, record, chosen, every, timed)
     for key in ("val_bpb", "val_loss"):
         check_score(folder, record, chosen, every, key)
     check_seed_results(folder, record, [*chosen, *(log for log in every if log not in logs)])

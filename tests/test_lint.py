@@ -518,6 +518,9 @@ def test_a_study_is_judged_by_the_logs_of_its_score(folder):
     path = free / folder.name / "variant.log"
     path.write_text(log_text(1, SCRIPT.replace("ran me", "RAN ME"), loss="2.5"))
     assert codes(free / folder.name) == [("info", "spread")]
+    exact = dict(val_loss=float(LOSSES[1]), val_bpb=float(bpb(LOSSES[1])), seed_results=None)
+    rewrite(free / folder.name, **exact)  # one of the seeds claimed
+    assert codes(free / folder.name) == [("warn", "readme_score")]
 
 
 def test_a_mean_of_several_lines_is_found(folder):
