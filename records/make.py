@@ -56,15 +56,16 @@ def import_script(source: bytes, path: Path) -> ModuleType:
             del sys.modules[spec.name]
 
 
-def one_sided(values: list[float], bar: float) -> Bar:
-    """How sure it is that the seeds' mean is below the bar."""
+def tested(bar: float, runs: list[Finished], kind: str) -> Bar:
+    """How sure it is that the seeds' mean is below the bar, and below it by what a record must gain."""
     try:
-        from scipy.stats import ttest_1samp
+        from records.significance import GAIN, against_bar
     except ImportError:
         raise Refused("--bar needs scipy; pip install -r requirements-lab.txt") from None
-    require(len(set(values)) > 1, "--bar: all seeds have one score, so there is no spread to test")
-    test = ttest_1samp(values, bar, alternative="less")
-    return Bar(bar, float(test.statistic), float(test.pvalue))
+    loss, bpb = ([run.result[f"{kind}_{key}"] for run in runs] for key in CLAIMS)
+    require(len(set(bpb)) > 1, "--bar: all seeds have one score, so there is no spread to test")
+    gain = GAIN * statistics.mean(bpb) / statistics.mean(loss)  # in bpb
+    return Bar(bar, GAIN, against_bar(bpb, bar), against_bar(bpb, bar, gain))
 
 
 def artifact_of(run: Finished, script: ModuleType) -> bytes:
@@ -151,7 +152,7 @@ def contents(runs: list[Finished], options: argparse.Namespace) -> dict[str, byt
     blobs = {run.seed: artifact_of(run, script) for run in runs} if options.artifact else {}
     claim, bar = submission(runs, options, blobs), None
     if options.bar is not None:
-        bar = one_sided([run.result[f"{options.score}_val_bpb"] for run in runs], options.bar)
+        bar = tested(options.bar, runs, options.score)
     files = {"train_gpt.py": first.source}
     for run in runs:
         files[f"train_seed{run.seed}.log" if several else "train.log"] = run.log.data
