@@ -66,6 +66,15 @@ choose_data() {
   fi
 }
 
+# The preset's newest run under runs/ that left checkpoints, if there is one.
+unfinished_run() {
+  local folder newest=''
+  for folder in "runs/$preset"-*/checkpoints; do
+    [[ ! -d $folder || $newest -nt $folder ]] || newest=$folder
+  done
+  [[ -z $newest ]] || basename "${newest%/checkpoints}"
+}
+
 # Runs a command and leaves its exit code in `status`. SIGTERM goes on to it, so that it can save its state;
 # Ctrl-C reaches it by itself.
 supervise() {
@@ -118,6 +127,7 @@ fi
 apply "sweeps/presets/$preset.env"
 say "preset $preset: ${applied:-(nothing to set)}"
 choose_data
+if [[ ${RESUME:-} == auto && -z ${RUN_ID-}${OUT_DIR-} ]]; then RUN_ID=$(unfinished_run); fi
 export RUN_ID=${RUN_ID:-$preset-$(date -u +%Y%m%d-%H%M%S)}
 export OUT_DIR=${OUT_DIR:-runs/$RUN_ID}
 

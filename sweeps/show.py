@@ -101,7 +101,11 @@ def examine(cfg: Config, runtime: Runtime) -> Iterator[tuple[str, bool, Callable
         with tempfile.TemporaryFile(dir=there):
             return ask(free > need, f"{free / 1e9:.1f} GB free at {there}", f"a run takes {need / 1e9:.1f}")
 
-    machine, version, inputs = describe_machine(runtime), torch.__version__, []
+    def data() -> str:
+        val, train, _ = load_inputs(cfg, 0, trains=not cfg.eval_only)
+        return f"{len(train) if train else 0} training tokens, {val.targets} scored ones of {val.bytes} bytes"
+
+    machine, version = describe_machine(runtime), torch.__version__
     gpu, backends = runtime.is_cuda, [name for name in ("gloo", "nccl") if dist.is_backend_available(name)]
     compiler = next(filter(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")), "no C++ compiler")
     yield "python", True, lambda: ask(sys.version_info >= (3, 10), machine["python"], "needs 3.10 or newer")
@@ -111,11 +115,7 @@ def examine(cfg: Config, runtime: Runtime) -> Iterator[tuple[str, bool, Callable
     yield "attention", True, attention
     yield "compile", False, lambda: ask(gpu or compiler[:3] != "no ", compiler, "runs are eager, slower")
     yield "codec", True, lambda: CODECS[cfg.codec][1](CODECS[cfg.codec][0](b"works", cfg), 5).decode()
-    yield (
-        "data",
-        True,
-        lambda: inputs.extend(load_inputs(cfg, 0, False)) or f"{inputs[0].targets} targets",
-    )
+    yield "data", True, data
     yield "disk", True, folder
     yield "ranks", gpu, lambda: ask("nccl" in backends or not gpu, " ".join(backends), "no nccl: one GPU")
 

@@ -1,5 +1,6 @@
 """A tiny run for every test: knobs, a learnable dataset with its tokenizer, and the script as a process."""
 
+import gc
 import io
 import json
 import os
@@ -157,6 +158,31 @@ def env_of(dataset: Path, **knobs) -> dict[str, str]:
     chosen = {name.upper(): value for name, value in {**TINY, **knobs}.items()}
     env |= {name: as_text(value) for name, value in chosen.items()}
     return {name: value for name, value in env.items() if chosen.get(name, "") is not None}
+
+
+@pytest.fixture
+def run_main(monkeypatch, capfd, tmp_path, dataset):
+    """run_main(*arguments, knob=value, ...) -> (exit code, stdout, stderr) of main() in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)  # as env_of gives to a process: sums in the same order
+
+    def call(*arguments, data=dataset, **knobs):
+        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *arguments])
+        env = env_of(data, **knobs)
+        for name in os.environ.keys() - env.keys():
+            monkeypatch.delenv(name)
+        for name, value in env.items():  # in the real environment: compiled code reads it by getenv
+            monkeypatch.setenv(name, value)
+        capfd.readouterr()
+        code = None
+        try:
+            train_gpt.main()
+        except SystemExit as end:
+            code = end.code
+        gc.collect()  # the exception's frames hold the run's locks
+        return code, *capfd.readouterr()
+
+    return call
 
 
 @dataclass

@@ -1,6 +1,5 @@
 """The real script, end to end: as a process where a fresh one matters, else through main() in this one."""
 
-import gc
 import json
 import math
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import zstandard
-from conftest import ROOT, TINY, env_of, launch, write_shard
+from conftest import ROOT, TINY, launch, write_shard
 
 import train_gpt
 from train_gpt import PREFIX, Config, claim_outputs
@@ -30,27 +29,6 @@ def files(folder: Path) -> dict[str, bytes]:
     """Every file under a folder with its contents; the locks, which are empty, do not count."""
     paths = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
-
-
-@pytest.fixture
-def run_main(monkeypatch, capfd, tmp_path, dataset):
-    """run_main(*arguments, knob=value, ...) -> (exit code, stdout, stderr) of main() in tmp_path."""
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)  # as env_of gives to a process: sums in the same order
-
-    def call(*arguments, data=dataset, **knobs):
-        monkeypatch.setattr(sys, "argv", ["train_gpt.py", *arguments])
-        monkeypatch.setattr(os, "environ", env_of(data, **knobs))
-        capfd.readouterr()
-        code = None
-        try:
-            train_gpt.main()
-        except SystemExit as end:
-            code = end.code
-        gc.collect()  # the exception's frames hold the run's locks
-        return code, *capfd.readouterr()
-
-    return call
 
 
 def strict(text: str):

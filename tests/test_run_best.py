@@ -188,6 +188,7 @@ def test_presets_hold_the_published_lines_verbatim():
     assert assignments("baseline") == []
     assert FOUR_HOURS in lines["progressive_depth_4h"]
     both = [dict(word.split("=") for word in assignments(f"progressive_depth{end}")) for end in ("", "_4h")]
+    assert float(both[1].pop("CHECKPOINT_SECONDS")) > 0, "four hours are worth a checkpoint"
     assert {k: v for k, v in both[0].items() if k not in FOUR_HOURS} == {
         k: v for k, v in both[1].items() if k not in FOUR_HOURS
     }, "the 4-hour run sets its line over the defaults of the other"
@@ -402,6 +403,18 @@ def test_a_run_that_left_no_log_keeps_its_exit_code(project: Project):
     for gpus, code in (("1", 5), ("2", 1)):
         run = project.run("baseline", STUB_GPUS=gpus, RUN_ID="gone")
         assert run.code == code and "cannot read runs/gone/logs/gone.jsonl" in run.err
+
+
+def test_resume_without_a_name_is_the_presets_newest_unfinished_run(project: Project):
+    for age, name in enumerate(["best-1", "best-2", "best-3", "lower_lr-9"]):
+        (project.root / "runs" / name).mkdir(parents=True)
+        if name != "best-3":  # that one is finished
+            (project.root / "runs" / name / "checkpoints").mkdir()
+            os.utime(project.root / "runs" / name / "checkpoints", (1e9 + age, 1e9 + age))
+    assert project.run("RESUME=auto").knobs("RUN_ID OUT_DIR") == "RUN_ID=best-2 OUT_DIR=runs/best-2"
+    assert project.run("RESUME=auto", "RUN_ID=mine").knobs("OUT_DIR") == "OUT_DIR=runs/mine"
+    fresh = project.run("baseline", "RESUME=auto")
+    assert re.fullmatch(r"RUN_ID=baseline-\d+-\d+", fresh.knobs("RUN_ID"))
 
 
 def test_sigterm_is_handed_to_training_which_saves(project: Project):
