@@ -1849,11 +1849,10 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
     kinds["hedge"] = cfg.use_hedge and (lambda *how: score_hedge(run, score, *how))
     for name in filter(kinds.get, kinds):
         text = f"{name}: takes about %.0f s, {left:.0f} s are left"
-        score = run.checkpoints.scores.get(name)
-        if not score:
-            score = kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
-            if name != "hedge" and (cfg.use_hedge or cfg.score_dump):
-                run.runtime.sum(score.each)
+        made = run.checkpoints.scores.get(name)
+        score = made or kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
+        if not made and name != "hedge" and (cfg.use_hedge or cfg.score_dump):
+            run.runtime.sum(score.each)
         left -= run.runtime.main_number(score.seconds)  # one clock, or the ranks would part
         yield name, score
         if score.left:

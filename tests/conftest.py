@@ -92,10 +92,8 @@ def tiny():
     return lambda **knobs: replace(Config(), **{**TINY, **knobs})
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> Path:
-    """Folder with toy_train_000000.bin, toy_train_000001.bin, toy_val_000000.bin and tokenizer.model."""
-    folder = tmp_path_factory.mktemp("dataset")
+def make_dataset(folder: Path) -> Path:
+    """Into it: toy_train_000000.bin, toy_train_000001.bin, toy_val_000000.bin and tokenizer.model."""
     train, val = make_texts(400, seed=1), make_texts(40, seed=2)
     (folder / "tokenizer.model").write_bytes(train_tokenizer(train))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -104,6 +102,11 @@ def dataset(tmp_path_factory) -> Path:
     write_shard(folder / "toy_train_000001.bin", encode_documents(tokenizer, train[250:]))
     write_shard(folder / "toy_val_000000.bin", encode_documents(tokenizer, val))
     return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
 
 
 @pytest.fixture(scope="session")
