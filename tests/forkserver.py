@@ -96,6 +96,7 @@ def serve(order: dict) -> list[int]:
 def main() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
+    import torch._dynamo  # which the first optimiser imports, for a second
 
     import train_gpt  # noqa: F401
 
