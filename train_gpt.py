@@ -2124,7 +2124,7 @@ class Training:  # all that changes from step to step, and with that what a chec
             )
             raise RunError(f"diverged: {what}; lower the learning rates{kept}", DIVERGED)
 
-    def save(self) -> None:
+    def save(self, elapsed: float) -> None:
         """Write the state; all ranks call it, the clock paused, and each brings what it alone holds."""
         run, average, clock, weights = self.run, vars(self.average), self.clock, self.run.model.state_dict()
         self.check(weights)
@@ -2133,7 +2133,7 @@ class Training:  # all that changes from step to step, and with that what a chec
         state |= dict(random=run.runtime.gather(torch.get_rng_state()), optimisers=self.optimisers.state())
         if run.checkpoints.folder:
             run.checkpoints.write(state | dict(model=weights, scores={}), run.log)
-        self.saved = clock.total
+        self.saved = elapsed  # rank 0's, or the ranks would differ in when the next is due
 
     def resume(self) -> StepPlan | None:
         """Set to the checkpoint's state, if there is one; returns the plan of the step before it."""
@@ -2201,7 +2201,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         if saves or due(step, cfg.val_loss_every):
             with clock.paused():
                 if saves:
-                    now.save()
+                    now.save(elapsed)
                 if clock.asked:
                     raise KeyboardInterrupt
                 if done or due(step, cfg.val_loss_every):
