@@ -2037,9 +2037,10 @@ class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the l
     def write(self, state: Mapping, log: RunLog) -> None:
         """Add a checkpoint, or warn that it cannot be written: the earlier ones stay, the run goes on."""
         path = self.folder / f"{self.about['run_id']}-{state['step']:08d}.pt"
+        scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
         try:
             self.folder.mkdir(exist_ok=True)
-            write_atomic(path, partial(torch.save, self.about | state))
+            write_atomic(path, partial(torch.save, self.about | state | dict(scores=scores)))
             self.kept = [*(other for other in self.kept if other != path), path][-2:]
             for old in {*checkpoint_files(self.folder, self.about["run_id"])} - {*self.kept}:
                 old.unlink()
@@ -2050,8 +2051,7 @@ class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the l
         """So that a score is not made twice; the state is that of the end of the training."""
         self.scores[name] = score
         if self.folder and self.kept:
-            scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
-            self.write(read_checkpoint(self.kept[-1]) | dict(scores=scores), log)
+            self.write(read_checkpoint(self.kept[-1]), log)
 
     def clear(self) -> None:
         """The run is finished: its checkpoints go, and their folder unless others' are there."""
@@ -2132,7 +2132,7 @@ class Training:  # all that changes from step to step, and with that what a chec
         state |= dict(step=self.step, scales=self.scales, seconds=clock.total, recent=list(clock.recent))
         state |= dict(random=run.runtime.gather(torch.get_rng_state()), optimisers=self.optimisers.state())
         if run.checkpoints.folder:
-            run.checkpoints.write(state | dict(model=weights, scores={}), run.log)
+            run.checkpoints.write(state | dict(model=weights), run.log)
         self.saved = elapsed  # rank 0's, or the ranks would differ in when the next is due
 
     def resume(self) -> StepPlan | None:
