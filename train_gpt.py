@@ -581,6 +581,8 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
     for path in filter(Path.exists, logs * (not own[0]) + others * (not all(own))):
         mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
         raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
+    for part in [*out.glob("final_model.*.tmp-*"), *out.glob("checkpoints/*.tmp-*")] if models else ():
+        part.unlink()  # of a run that was killed as it wrote
     for lock in locks:
         lock.truncate(0)
         print(run_id, end="", file=lock, flush=True)
