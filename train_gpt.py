@@ -2066,7 +2066,7 @@ class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the l
 def checkpoint_files(folder: Path, run_id: str = "") -> list[Path]:
     """Newest first, of the run named or else of the one that wrote the newest."""
     names = folder.glob(f"{run_id or '*'}-{'[0-9]' * 8}.pt")
-    files = sorted(names, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    files = sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
     return files if run_id or not files else checkpoint_files(folder, files[0].stem[:-9])
 
 
