@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -107,6 +108,35 @@ def make_dataset(folder: Path) -> Path:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> Path:
     return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="session")
+def short_dataset(dataset, tmp_path_factory) -> Path:
+    """The same with a short validation text."""
+    folder = shutil.copytree(dataset, tmp_path_factory.mktemp("short") / "data")
+    (path,) = folder.glob("*_val_*")
+    write_shard(path, train_gpt.open_shard(path)[:800])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    from forkserver import ForkServer
+
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def new(fork_server, short_dataset, tmp_path_factory):
+    """new(knobs, ranks) -> an empty Folder to start runs in."""
+    from stops import Folder
+
+    def make(knobs: dict, ranks: int = 1) -> Folder:
+        return Folder(tmp_path_factory.mktemp("run"), fork_server, short_dataset, knobs, ranks)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LONGEST = 60.0  # seconds of a run, then it is killed
+LONGEST, PATIENCE = 90.0, 10.0  # seconds of a run, and of what is left of it without one rank: then -9
 MODELS = "final_model.pt", "final_model.int8.ptz"
 
 
@@ -112,12 +112,14 @@ def serve(order: dict) -> list[int]:
             os.kill(child, number)  # it is not waited for yet, so it is there, at least as a zombie
     codes, late = {}, time.monotonic() + LONGEST
     while len(codes) < len(children):
-        for child in children if time.monotonic() > late else ():  # -9 in the answer
-            os.kill(child, signal.SIGKILL)
         for rank, child in enumerate(children):
             if rank not in codes:
+                if time.monotonic() > late:
+                    os.kill(child, signal.SIGKILL)
                 done, status = os.waitpid(child, os.WNOHANG)
                 codes |= {rank: os.waitstatus_to_exitcode(status)} if done else {}
+        if any(codes.values()):  # before they have met, one waits for another in vain; torchrun would end it
+            late = min(late, time.monotonic() + PATIENCE)
         time.sleep(0.005)
     return [codes[rank] for rank in range(len(children))]
 

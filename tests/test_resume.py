@@ -14,17 +14,12 @@ from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
 import torch
-from conftest import env_of, write_shard
-from forkserver import ForkServer, left_behind
+from forkserver import left_behind
+from stops import COUNTS, STEPS, Folder, dies, in_step
 
 import train_gpt
 from train_gpt import Config, Run, RunLog, Runtime
 
-STEPS = 8
-BASE = dict(
-    iterations=STEPS, train_log_every=1, warmdown_iters=3, run_id="r", num_layers=1, train_batch_tokens=256,
-    val_batch_size=4096,
-)  # fmt: skip
 EACH_STEP = dict(checkpoint_seconds=1e-9)
 DEPTH = dict(num_repeats=3, prog_depth="0.35:2,1.0:3")
 SWA = dict(swa_enabled=1, swa_every=2, swa_start_frac=2.0)
@@ -33,150 +28,21 @@ MANY = DEPTH | SWA | SCORES | dict(data_shuffle=1)
 MEMORY = dict(ema_decay=0.8, head_prune=0.5, head_prune_at=0.3, synaptic_scale=1)
 STOPPED, LOST = train_gpt.PREEMPTED, train_gpt.LOST_RANK
 
-# Sends a signal before or after the CALL-th call of one of the script's functions.
-DIES = """
-def arm(path, number, call, after, only):
-    *owners, name = path.split(".")
-    owner, calls = train_gpt, [0]
-    for step in owners:
-        owner = getattr(owner, step)
-    inside = getattr(owner, name)
-    def armed(*given, **named):
-        calls[0] += 1
-        if calls[0] == call and not after:
-            die(number)
-        made = inside(*given, **named)
-        if calls[0] == call and after:
-            die(number)
-        return made
-    if only is None or rank == only:
-        setattr(owner, name, armed)
-arm({path!r}, {number}, {call}, {after}, {only})
-"""
-
-# The same in the step that follows on STEP others; those of the warm-up do not count.
-DIES_IN_STEP = """
-def arm(step, number, only):
-    inside = train_gpt.train_step
-    def armed(run, optimisers, batch, plan, limit):
-        if run.runtime.patient and plan.step == step:
-            die(number)
-        return inside(run, optimisers, batch, plan, limit)
-    if only is None or rank == only:
-        train_gpt.train_step = armed
-arm({step}, {number}, {only})
-"""
-
-# Appends a line to the file `calls` for each call of a function by rank 0.
-COUNTS = """
-def count(name):
-    inside = getattr(train_gpt, name)
-    def counted(*given, **named):
-        with open("calls", "a") as file:
-            print(name, file=file)
-        return inside(*given, **named)
-    if rank == 0:
-        setattr(train_gpt, name, counted)
-for name in {names!r}.split():
-    count(name)
-"""
-
-
-def dies(path: str, number: int = SIGKILL, call: int = 1, after: bool = False, only=None) -> str:
-    return DIES.format(path=path, number=int(number), call=call, after=after, only=only)
-
-
-def in_step(step: int, number: int, only=None) -> str:
-    return DIES_IN_STEP.format(step=step, number=int(number), only=only)
-
 
 @pytest.fixture(scope="module")
-def dataset(dataset, tmp_path_factory) -> Path:
-    """The toy data set with a short validation text."""
-    folder = shutil.copytree(dataset, tmp_path_factory.mktemp("short") / "data")
-    (path,) = folder.glob("*_val_*")
-    write_shard(path, train_gpt.open_shard(path)[:800])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = ForkServer()
-    yield server
-    server.close()
-
-
-class Folder:
-    """Where one run is started again and again."""
-
-    def __init__(self, path: Path, server: ForkServer, dataset: Path, knobs: dict, ranks: int = 1):
-        self.path, self.server, self.dataset, self.ranks = path, server, dataset, ranks
-        self.knobs = BASE | knobs
-        path.mkdir(exist_ok=True)
-
-    def start(self, patch: str = "", ranks=None, data=None, kill=None, **knobs) -> list[int]:
-        """Exit codes of one start, by rank."""
-        env = env_of(data or self.dataset, **self.knobs | knobs)
-        return self.server.run(self.path, env, ranks or self.ranks, patch, kill)
-
-    def resume(self, patch: str = "", **how) -> list[int]:
-        return self.start(patch, resume="auto", **how)
-
-    def text(self, name: str) -> str:
-        return (self.path / name).read_text()
-
-    def error(self, rank: int = 0) -> str:
-        """The one line of a rank's stderr."""
-        text = self.text(f"{rank}.err")
-        assert text.startswith("error: ") and text.count("\n") == 1, text
-        return text
-
-    def events(self, kind: str) -> list[dict]:
-        events = map(json.loads, self.text("logs/r.jsonl").splitlines())
-        return [event for event in events if event["event"] == kind]
-
-    def steps(self) -> list[int]:
-        return [event["step"] for event in self.events("step")]
-
-    def checkpoints(self) -> list[str]:
-        return sorted(path.name for path in self.path.glob("checkpoints/*"))
-
-    def result(self) -> dict:
-        return json.loads(self.text("logs/r.txt").splitlines()[-1].removeprefix("RESULT "))
-
-    def left(self) -> dict:
-        return left_behind(self.path, "r")
-
-
-@pytest.fixture(scope="module")
-def folder_of(server, dataset, tmp_path_factory):
-    """folder_of(knobs, ranks) -> an empty Folder."""
-
-    def make(knobs: dict, ranks: int = 1) -> Folder:
-        return Folder(tmp_path_factory.mktemp("run"), server, dataset, knobs, ranks)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def whole(folder_of):
+def whole(new):
     """whole(knobs, ranks) -> what an uninterrupted run leaves; made once."""
     made = {}
 
     def get(knobs: dict, ranks: int = 1) -> dict:
         key = json.dumps(knobs), ranks
         if key not in made:
-            folder = folder_of(knobs, ranks)
+            folder = new(knobs, ranks)
             assert folder.start() == [0] * ranks, folder.text("0.err")
             made[key] = folder.left()
         return made[key]
 
     return get
-
-
-@pytest.fixture
-def new(folder_of):
-    return folder_of
 
 
 def same(found: dict, expected: dict) -> None:
@@ -373,9 +239,9 @@ def empty(path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def stopped(folder_of):
+def stopped(new):
     """A run stopped after six steps, with two checkpoints; copied by who changes it."""
-    folder = folder_of(EACH_STEP)
+    folder = new(EACH_STEP)
     assert folder.start(in_step(5, SIGTERM)) == [STOPPED]
     return folder
 
@@ -428,11 +294,11 @@ def test_other_knobs_are_refused_and_named(copy, knobs, named):
     assert all(name in copy.error() for name in named) and copy.error().count(" there, ") == len(named)
 
 
-def test_other_data_is_refused_and_named(copy, dataset, tmp_path):
-    data = shutil.copytree(dataset, tmp_path / "data")
+def test_other_data_is_refused_and_named(copy, short_dataset, tmp_path):
+    data = shutil.copytree(short_dataset, tmp_path / "data")
     (data / "toy_train_000001.bin").unlink()
     assert copy.resume(data=data) == [2] and "training shards=" in copy.error()
-    shutil.copy(dataset / "toy_train_000000.bin", data / "toy_val_000000.bin")
+    shutil.copy(short_dataset / "toy_train_000000.bin", data / "toy_val_000000.bin")
     assert copy.resume(data=data) == [2] and "validation text=" in copy.error()
 
 
@@ -441,8 +307,8 @@ def test_another_script_is_refused_and_named(copy):
     assert copy.resume(patch) == [2] and "train_gpt.py=" in copy.error() and "there, " in copy.error()
 
 
-def test_the_place_may_change(copy, whole, dataset, tmp_path):
-    data = shutil.copytree(dataset, tmp_path / "moved")
+def test_the_place_may_change(copy, whole, short_dataset, tmp_path):
+    data = shutil.copytree(short_dataset, tmp_path / "moved")
     assert copy.resume(data=data, val_loss_every=3, checkpoint_seconds=0) == [0]
     found, expected = copy.left(), whole({})
     same(found, expected)
