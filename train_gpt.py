@@ -414,8 +414,11 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
                 libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**28)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         before = {number: signal.signal(number, runtime.stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            if runtime.world_size > 1:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            if runtime.world_size > 1:  # torchrun's store still has the addresses of ranks before a restart
+                turn = env.get("TORCHELASTIC_RESTART_COUNT", "") if env.get("GROUP_WORLD_SIZE") == "1" else ""
+                store = dist.PrefixStore(turn, next(dist.rendezvous("env://"))[0])  # "": nodes count apart
+                where = dict(store=store, rank=runtime.rank, world_size=runtime.world_size)
+                dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **where)
             runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
             yield runtime
         finally:

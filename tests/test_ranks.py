@@ -157,7 +157,7 @@ def test_an_error_before_training_is_every_ranks_and_said_once(new):
 
 # --- torchrun itself ---
 
-# The script with a patch in its first start; in a restart rank 0 is late, so that rank 1 could meet its ghost.
+# The script with a patch in its first start. In a restart rank 0 is late: rank 1 could meet its old address.
 WRAPPER = """
 import os, signal, sys, time
 sys.path.insert(0, {root!r})
