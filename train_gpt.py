@@ -2430,8 +2430,9 @@ def recorded(run: Run, run_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        run.runtime.patient = True  # torchrun signals what is left of a run that lost a rank
         known, kept = explained(error), run.checkpoints.kept
-        if known and known.code == PREEMPTED and kept:
+        if known and known.code in (PREEMPTED, LOST_RANK) and run.runtime.stopping and kept:
             how = f"RESUME=auto RUN_ID={run_id} OUT_DIR={run.cfg.out_dir} goes on from {kept[-1]}"
             known = RunError(f"stopped by {run.runtime.stopping}; {how}", PREEMPTED)
         code = known.code if known else 1
