@@ -2363,6 +2363,7 @@ def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
 
 def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score], run_id: str) -> int:
     """The `end` event and the RESULT line, the last of stdout; returns the exit code, by all limits."""
+    run.runtime.patient = True  # it is over: from here a signal changes nothing
     cfg, log, score, seconds = run.cfg, run.log, scores["roundtrip"], sum(s.seconds for s in scores.values())
     cut = "".join(f" and {n} is a part, {s.tokens} tokens, only" for n, s in scores.items() if s.left)
     total, late, slow = artifact["total_bytes"], trained.late_graphs, 0 < cfg.max_eval_seconds < seconds
