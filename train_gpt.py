@@ -2116,6 +2116,7 @@ class Training:  # all that changes from step to step, and with that what a chec
         whole = (self.sound[0] == self.step) & self.optimisers.norm.isfinite()
         self.sound = torch.where(whole, new, self.sound)
         self.step, self.scales = self.step + 1, self.scales + plan.lr_scale
+        self.run.checkpoints.scores.clear()  # if a disk was full they may stand beside earlier weights
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """RunError (5) if a weight, or a gradient so far, is not finite; no gradient is after such a loss."""
