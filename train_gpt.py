@@ -2055,7 +2055,7 @@ class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the l
     def add_score(self, name: str, score: Score, log: RunLog) -> None:
         """So that a score is not made twice; the state is that of the end of the training."""
         self.scores[name] = score
-        if self.folder and self.kept:
+        if self.folder and self.kept and self.kept[-1].exists():
             self.write(read_checkpoint(self.kept[-1]), log)
 
     def clear(self) -> None:
