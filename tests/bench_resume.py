@@ -89,7 +89,8 @@ class Kills:
         self.random, self.server = random.Random(seed), ForkServer()
         self.data = make_dataset(Path(tempfile.mkdtemp()))
         self.signals, self.phases, self.codes = Counter(), Counter(), Counter()
-        self.compared, self.resumed, self.mismatches, self.whole = Counter(), 0, [], {}
+        self.compared, self.resumed, self.finished = Counter(), 0, 0
+        self.mismatches, self.whole = [], {}
 
     def once(self, folder: Path, ranks: int, kill=None, **knobs) -> list[int]:
         for name in ("phase", "killed"):
@@ -134,7 +135,9 @@ class Kills:
             stops += [self.kill(folder, ranks, seconds, knobs)] if stops[-1] else []
         if stops[-1]:
             codes = self.once(folder, ranks, **knobs)
-            if codes != [0] * ranks:
+            if codes == [2] * ranks and '"status": "ok"' in (folder / "logs/r.txt").read_text():
+                self.finished += 1  # killed after its RESULT: there was nothing left to do
+            elif codes != [0] * ranks:
                 error = (folder / "0.err").read_text()[-1500:]
                 return self.mismatches.append(dict(config=name, ranks=ranks, codes=codes, error=error))
         found = left_behind(folder, "r")
@@ -167,6 +170,7 @@ def kills(count: int) -> dict[str, object]:
         runs_compared=kills.compared.total(),
         by_config=dict(kills.compared),
         of_them_resumed_from_a_checkpoint=kills.resumed,
+        of_them_killed_after_their_result=kills.finished,
         compared=[*next(iter(kills.whole.values()))[0]],
         mismatches=kills.mismatches,
         uninterrupted_seconds={f"{n} at {r} ranks": round(s, 2) for (n, r), (_, s) in kills.whole.items()},

@@ -433,3 +433,56 @@ def test_exit_codes_are_those_of_the_head():
     text = re.search(r"Exit codes: (.*?)\n\n", train_gpt.__doc__, re.S)[1]
     assert f"{STOPPED} stopped by SIGTERM or SIGINT" in text and f"{LOST} another rank was lost" in text
     assert Config().resume == "0" and signal.Signals(SIGTERM).name in text
+
+
+# --- what is left of an unlucky end ---
+
+FULL_FOR_ONE = """
+import errno, os
+inside, full = os.fsync, [True]
+def fsync(file):
+    if full[0] and "/r-00000008.pt" in os.readlink(f"/proc/self/fd/{file}"):
+        full[0] = False
+        raise OSError(errno.ENOSPC, "No space left on device")
+    return inside(file)
+os.fsync = fsync
+"""
+
+
+def test_scores_do_not_outlive_the_weights_they_are_of(new, whole):
+    """The last checkpoint finds the disk full, so the scores that follow stand in the one before."""
+    folder = new(MANY | EACH_STEP)
+    assert folder.start(FULL_FOR_ONE + dies("ngram", SIGKILL)) == [-SIGKILL]
+    assert folder.checkpoints()[-1] == "r-00000007.pt"
+    assert folder.resume(COUNTS.format(names="evaluate score_hedge")) == [0]
+    assert folder.text("calls").split() == ["evaluate"] * 4 + ["score_hedge"]
+    same(folder.left(), whole(MANY))
+
+
+def test_checkpoints_deleted_during_the_run_do_not_end_it(new, whole):
+    folder = new(MANY)
+    assert folder.start("import shutil\nmake = train_gpt.pack\ndef pack(*given):\n"
+                        "    shutil.rmtree('checkpoints', ignore_errors=True)\n    return make(*given)\n"
+                        "train_gpt.pack = pack") == [0]  # fmt: skip
+    same(folder.left(), whole(MANY))
+
+
+@pytest.mark.parametrize(
+    "place", [dies("Checkpoints.clear", SIGTERM), dies("describe_machine", SIGTERM, call=3)]
+)
+def test_a_signal_after_the_end_changes_nothing(new, whole, place):
+    folder = new({})
+    assert folder.start(place) == [0] and folder.text("0.err") == ""
+    same(folder.left(), whole({}))
+    assert folder.text("logs/r.txt").count("\nRESULT ") == 1
+
+
+def test_a_signal_to_what_is_left_of_a_run_that_lost_a_rank(new, whole):
+    """As torchrun sends it. The line still says how to go on."""
+    folder = new(MANY, 2)
+    patch = dies("evaluate", SIGKILL, call=4, only=1) + dies("explained", SIGTERM, only=0)
+    assert folder.start(patch) == [STOPPED, -SIGKILL]
+    assert "stopped by SIGTERM; RESUME=auto" in folder.error() and "r-00000008.pt" in folder.error()
+    assert folder.result()["status"] == folder.events("end")[0]["status"] == "preempted"
+    assert folder.resume() == [0, 0]
+    same(folder.left(), whole(MANY, 2))
