@@ -6,7 +6,8 @@
 
 kills: tiny runs are stopped at random moments, go on with RESUME=auto until they finish, and everything
 they leave is compared with an uninterrupted run's. cost: milliseconds of a checkpoint. exits: exit codes of
-runs of two ranks that end as the script ends, and by a plain sys.exit. Not a test: pytest does not collect
+runs of two ranks that end as the script ends, and by a plain sys.exit, as forks or (fresh_exits) as new
+interpreters. Not a test: pytest does not collect
 this file.
 """
 
@@ -18,11 +19,13 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -225,13 +228,16 @@ def cost(count: int) -> dict[str, object]:
     return dict(checkpoints=count, threads=torch.get_num_threads(), note=note, rows=rows)
 
 
-def start_ranks(folder: Path, env: dict[str, str], plain: bool) -> list[int]:
-    """Two forks that become ranks of a run. Each leaves through the whole stack of this file, as SystemExit:
-    what a plain exit ends with is the interpreter's own finalisation."""
+def meeting() -> dict[str, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]), WORLD_SIZE="2")
-    children = []
+        return dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]), WORLD_SIZE="2")
+
+
+def forked(folder: Path, env: dict[str, str], plain: bool) -> list[int]:
+    """Exit codes of two forks that become ranks of a run. Each leaves through the whole stack of this file,
+    as SystemExit: what a plain exit ends with is the interpreter's own finalisation."""
+    children, env = [], env | meeting()
     for rank in range(2):
         sys.stdout.flush()
         children.append(os.fork())
@@ -240,23 +246,36 @@ def start_ranks(folder: Path, env: dict[str, str], plain: bool) -> list[int]:
             for name, number in (("out", 1), ("err", 2)):
                 os.dup2(os.open(f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
             os.environ.clear()
-            os.environ.update(env | where, RANK=str(rank), LOCAL_RANK=str(rank))
+            os.environ.update(env, RANK=str(rank), LOCAL_RANK=str(rank))
             sys.argv = ["train_gpt.py"]
             if plain:
                 os._exit = sys.exit
             train_gpt.main()
-    return children
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def exits(count: int) -> dict[str, object]:
+def fresh(folder: Path, env: dict[str, str], plain: bool) -> list[int]:
+    """The same of two new interpreters."""
+    swap = "os._exit = sys.exit" if plain else ""
+    code = f"import os, sys\n{swap}\nsys.argv = ['train_gpt.py']\nimport train_gpt\ntrain_gpt.main()"
+    env, ranks = env | meeting() | dict(PYTHONPATH=str(Path(train_gpt.__file__).parent)), []
+    for rank in range(2):
+        with (folder / f"{rank}.out").open("w") as out, (folder / f"{rank}.err").open("w") as err:
+            where = dict(RANK=str(rank), LOCAL_RANK=str(rank))
+            command = [sys.executable, "-c", code]
+            ranks.append(subprocess.Popen(command, cwd=folder, env=env | where, stdout=out, stderr=err))
+    return [rank.wait() for rank in ranks]
+
+
+def exits(count: int, start: Callable = forked) -> dict[str, object]:
     torch.set_num_threads(1)
     data, rows = make_dataset(Path(tempfile.mkdtemp())), {}
+    knobs = dict(iterations=2, warmdown_iters=0, run_id="r")
     for plain in (False, True):
         codes, results, began = Counter(), 0, time.perf_counter()
         for number in range(count):
             folder = Path(tempfile.mkdtemp())
-            children = start_ranks(folder, env_of(data, iterations=2, warmdown_iters=0, run_id="r"), plain)
-            ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            ends = start(folder, env_of(data, **knobs), plain)
             codes[str(ends)] += 1
             results += "\nRESULT " in (folder / "0.out").read_text()
             if number % 10 == 9:
@@ -264,7 +283,7 @@ def exits(count: int) -> dict[str, object]:
         name = "plain sys.exit" if plain else "as the script does: flush, os._exit"
         aborted = sum(n for ends, n in codes.items() if "-6" in ends)
         rows[name] = dict(runs=count, with_a_result=results, aborted=aborted, by_exit_codes=dict(codes))
-    return dict(ranks=2, backend="gloo", rows=rows)
+    return dict(ranks=2, backend="gloo", processes=start.__name__, config=knobs, rows=rows)
 
 
 def main() -> None:
@@ -272,6 +291,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parts: dict[str, Callable] = dict(kills=kills, cost=cost, exits=exits)
+    parts["fresh_exits"] = partial(exits, start=fresh)
     parser.add_argument("part", choices=parts)
     parser.add_argument("--count", type=int, default=10, help="kills, checkpoints or runs of each kind")
     parser.add_argument("--out", type=Path)
