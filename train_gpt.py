@@ -426,8 +426,11 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
                 libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**28)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         before = {number: signal.signal(number, runtime.stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            if runtime.world_size > 1:
-                dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            if runtime.world_size > 1:  # torchrun's store still has the addresses of ranks before a restart
+                turn = env.get("TORCHELASTIC_RESTART_COUNT", "") if env.get("GROUP_WORLD_SIZE") == "1" else ""
+                store = dist.PrefixStore(turn, next(dist.rendezvous("env://"))[0])  # "": nodes count apart
+                where = dict(store=store, rank=runtime.rank, world_size=runtime.world_size)
+                dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **where)
             runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
             yield runtime
         finally:
@@ -595,6 +598,8 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
     for path in filter(Path.exists, logs * (not own[0]) + others * (not all(own))):
         mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
         raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
+    for part in [*out.glob("final_model.*.tmp-*"), *out.glob("checkpoints/*.tmp-*")] if models else ():
+        part.unlink()  # of a run that was killed as it wrote
     for lock in locks:
         lock.truncate(0)
         print(run_id, end="", file=lock, flush=True)
@@ -1869,9 +1874,9 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
     kinds["hedge"] = cfg.use_hedge and (lambda *how: score_hedge(run, score, *how))
     for name in filter(kinds.get, kinds):
         text = f"{name}: takes about %.0f s, {left:.0f} s are left"
-        before = run.checkpoints.scores.get(name)
-        score = before or kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
-        if name != "hedge" and (cfg.use_hedge or cfg.score_dump) and not before:
+        made = run.checkpoints.scores.get(name)
+        score = made or kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
+        if not made and name != "hedge" and (cfg.use_hedge or cfg.score_dump):
             run.runtime.sum(score.each)
         left -= run.runtime.main_number(score.seconds)  # one clock, or the ranks would part
         yield name, score
@@ -2058,9 +2063,10 @@ class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the l
     def write(self, state: Mapping, log: RunLog) -> None:
         """Add a checkpoint, or warn that it cannot be written: the earlier ones stay, the run goes on."""
         path = self.folder / f"{self.about['run_id']}-{state['step']:08d}.pt"
+        scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
         try:
             self.folder.mkdir(exist_ok=True)
-            write_atomic(path, partial(torch.save, self.about | state))
+            write_atomic(path, partial(torch.save, self.about | state | dict(scores=scores)))
             self.kept = [*(other for other in self.kept if other != path), path][-2:]
             for old in {*checkpoint_files(self.folder, self.about["run_id"])} - {*self.kept}:
                 old.unlink()
@@ -2070,9 +2076,8 @@ class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the l
     def add_score(self, name: str, score: Score, log: RunLog) -> None:
         """So that a score is not made twice; the state is that of the end of the training."""
         self.scores[name] = score
-        if self.folder and self.kept:
-            scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
-            self.write(read_checkpoint(self.kept[-1]) | dict(scores=scores), log)
+        if self.folder and self.kept and self.kept[-1].exists():
+            self.write(read_checkpoint(self.kept[-1]), log)
 
     def clear(self) -> None:
         """The run is finished: its checkpoints go, and their folder unless others' are there."""
@@ -2085,7 +2090,7 @@ class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the l
 def checkpoint_files(folder: Path, run_id: str = "") -> list[Path]:
     """Newest first, of the run named or else of the one that wrote the newest."""
     names = folder.glob(f"{run_id or '*'}-{'[0-9]' * 8}.pt")
-    files = sorted(names, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    files = sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
     return files if run_id or not files else checkpoint_files(folder, files[0].stem[:-9])
 
 
@@ -2134,6 +2139,7 @@ class Training:  # all that changes from step to step, and with that what a chec
         whole = (self.sound[0] == self.step) & self.optimisers.norm.isfinite()
         self.sound = torch.where(whole, new, self.sound)
         self.step, self.scales = self.step + 1, self.scales + plan.lr_scale
+        self.run.checkpoints.scores.clear()  # if a disk was full they may stand beside earlier weights
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """RunError (5) if a weight, or a gradient so far, is not finite; no gradient is after such a loss."""
@@ -2147,7 +2153,7 @@ class Training:  # all that changes from step to step, and with that what a chec
             )
             raise RunError(f"diverged: {what}; lower the learning rates{kept}", DIVERGED)
 
-    def save(self) -> None:
+    def save(self, elapsed: float) -> None:
         """Write the state; all ranks call it, the clock paused, and each brings what it alone holds."""
         run, average, clock, weights = self.run, vars(self.average), self.clock, self.run.model.state_dict()
         self.check(weights)
@@ -2155,8 +2161,8 @@ class Training:  # all that changes from step to step, and with that what a chec
         state |= dict(step=self.step, scales=self.scales, seconds=clock.total, recent=list(clock.recent))
         state |= dict(random=run.runtime.gather(torch.get_rng_state()), optimisers=self.optimisers.state())
         if run.checkpoints.folder:
-            run.checkpoints.write(state | dict(model=weights, scores={}), run.log)
-        self.saved = clock.total
+            run.checkpoints.write(state | dict(model=weights), run.log)
+        self.saved = elapsed  # rank 0's, or the ranks would differ in when the next is due
 
     def resume(self) -> StepPlan | None:
         """Set to the checkpoint's state, if there is one; returns the plan of the step before it."""
@@ -2224,7 +2230,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         if saves or due(step, cfg.val_loss_every):
             with clock.paused():
                 if saves:
-                    now.save()
+                    now.save(elapsed)
                 if clock.asked:
                     raise KeyboardInterrupt
                 if done or due(step, cfg.val_loss_every):
@@ -2381,6 +2387,7 @@ def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
 
 def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score], run_id: str) -> int:
     """The `end` event and the RESULT line, the last of stdout; returns the exit code, by all limits."""
+    run.runtime.patient = True  # it is over: from here a signal changes nothing
     cfg, log, score, seconds = run.cfg, run.log, scores["roundtrip"], sum(s.seconds for s in scores.values())
     cut = "".join(f" and {n} is a part, {s.tokens} tokens, only" for n, s in scores.items() if s.left)
     total, late, slow = artifact["total_bytes"], trained.late_graphs, 0 < cfg.max_eval_seconds < seconds
@@ -2448,8 +2455,9 @@ def recorded(run: Run, run_id: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        run.runtime.patient = True  # torchrun signals what is left of a run that lost a rank
         known, kept = explained(error), run.checkpoints.kept
-        if known and known.code == PREEMPTED and kept:
+        if known and known.code in (PREEMPTED, LOST_RANK) and run.runtime.stopping and kept:
             how = f"RESUME=auto RUN_ID={run_id} OUT_DIR={run.cfg.out_dir} goes on from {kept[-1]}"
             known = RunError(f"stopped by {run.runtime.stopping}; {how}", PREEMPTED)
         code = known.code if known else 1

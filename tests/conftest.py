@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -93,10 +94,8 @@ def tiny():
     return lambda **knobs: replace(Config(), **{**TINY, **knobs})
 
 
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory) -> Path:
-    """Folder with toy_train_000000.bin, toy_train_000001.bin, toy_val_000000.bin and tokenizer.model."""
-    folder = tmp_path_factory.mktemp("dataset")
+def make_dataset(folder: Path) -> Path:
+    """Into it: toy_train_000000.bin, toy_train_000001.bin, toy_val_000000.bin and tokenizer.model."""
     train, val = make_texts(400, seed=1), make_texts(40, seed=2)
     (folder / "tokenizer.model").write_bytes(train_tokenizer(train))
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
@@ -105,6 +104,40 @@ def dataset(tmp_path_factory) -> Path:
     write_shard(folder / "toy_train_000001.bin", encode_documents(tokenizer, train[250:]))
     write_shard(folder / "toy_val_000000.bin", encode_documents(tokenizer, val))
     return folder
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(scope="session")
+def short_dataset(dataset, tmp_path_factory) -> Path:
+    """The same with a short validation text."""
+    folder = shutil.copytree(dataset, tmp_path_factory.mktemp("short") / "data")
+    (path,) = folder.glob("*_val_*")
+    write_shard(path, train_gpt.open_shard(path)[:800])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    from forkserver import ForkServer
+
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def new(fork_server, short_dataset, tmp_path_factory):
+    """new(knobs, ranks) -> an empty Folder to start runs in."""
+    from stops import Folder
+
+    def make(knobs: dict, ranks: int = 1) -> Folder:
+        return Folder(tmp_path_factory.mktemp("run"), fork_server, short_dataset, knobs, ranks)
+
+    return make
 
 
 @pytest.fixture(scope="session")

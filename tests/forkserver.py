@@ -1,12 +1,14 @@
 """Runs of train_gpt.py without its three seconds of imports: this process has them, and each rank is a fork.
 
 Reads one JSON object a line: cwd, env, ranks, patch (Python source run in each rank before main; it sees
-`train_gpt`, `rank`, and `die(signal)`), kill ([seconds, signal, rank] or null). Answers with the exit codes.
+`train_gpt`, `rank`, and `die(signal)`), kill ([seconds, signal, rank or null for all] or null): the file
+`phase` of that moment, if there is one, is kept as `killed`. Answers with the exit codes.
 """
 
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +17,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST, PATIENCE = 90.0, 10.0  # seconds of a run, and of what is left of it without one rank: then -9
+MODELS = "final_model.pt", "final_model.int8.ptz"
 
 
 class ForkServer:
@@ -35,6 +39,27 @@ class ForkServer:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait(30)
+
+
+def left_behind(folder: Path, run_id: str) -> dict[str, object]:
+    """All of a finished run in `folder` that must not depend on how often it was stopped."""
+    import torch
+
+    events = [json.loads(line) for line in (folder / f"logs/{run_id}.jsonl").read_text().splitlines()]
+    last = (folder / f"logs/{run_id}.txt").read_text().splitlines()[-1]
+    result = json.loads(last.removeprefix("RESULT "))
+    losses = {(event["step"], event["train_loss"]) for event in events if event["event"] == "step"}
+    scores = {name: value for name, value in result.items() if name.endswith(("val_bpb", "val_loss"))}
+    scores |= {name: result[name] for name in ("status", "steps", "mean_lr_scale", "total_bytes")}
+    weights = torch.load(folder / MODELS[0], weights_only=True)
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return dict(
+        losses=sorted(losses),  # a step done twice that differs is there twice
+        scores=scores,
+        weights={name: tensor.numpy().tobytes() for name, tensor in weights.items()},
+        artifact=(folder / MODELS[1]).read_bytes(),
+        parts=sorted(name for name in names if ".tmp-" in name or name.startswith("checkpoints/")),
+    )
 
 
 def rank_main(order: dict, rank: int, port: int) -> None:
@@ -81,14 +106,20 @@ def serve(order: dict) -> list[int]:
     if order["kill"]:
         seconds, number, rank = order["kill"]
         time.sleep(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(children[rank], number)
-    codes = {}
-    while len(codes) < len(children):  # a lost rank may leave another waiting, as torchrun would not
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy(Path(order["cwd"], "phase"), Path(order["cwd"], "killed"))
+        for child in children if rank is None else [children[rank]]:
+            os.kill(child, number)  # it is not waited for yet, so it is there, at least as a zombie
+    codes, late = {}, time.monotonic() + LONGEST
+    while len(codes) < len(children):
         for rank, child in enumerate(children):
             if rank not in codes:
+                if time.monotonic() > late:
+                    os.kill(child, signal.SIGKILL)
                 done, status = os.waitpid(child, os.WNOHANG)
                 codes |= {rank: os.waitstatus_to_exitcode(status)} if done else {}
+        if any(codes.values()):  # before they have met, one waits for another in vain; torchrun would end it
+            late = min(late, time.monotonic() + PATIENCE)
         time.sleep(0.005)
     return [codes[rank] for rank in range(len(children))]
 
@@ -96,6 +127,7 @@ def serve(order: dict) -> list[int]:
 def main() -> None:
     sys.path.insert(0, str(ROOT))
     import torch
+    import torch._dynamo  # which the first optimiser imports, for a second
 
     import train_gpt  # noqa: F401
 
