@@ -569,10 +569,10 @@ def claim_results(folder: Path, waves) -> dict[str, Results]:
 def widths(options: argparse.Namespace, gpus: list[str]) -> tuple[int, int]:
     """(runs at once, CPU threads of each)."""
     cores = process.core_count()
-    usual = options.threads or (1 if options.proxy else None)
-    jobs = options.jobs or (len(gpus) if gpus else max(1, cores // (usual or cores)))
-    if jobs < 1 or usual is not None and usual < 1:
+    if min(n for n in (1, options.jobs, options.threads) if n is not None) < 1:
         raise Misuse("--jobs and --threads want at least 1")
+    usual = options.threads or (1 if options.proxy else None)
+    jobs = options.jobs or len(gpus) or max(1, cores // (usual or cores))
     return jobs, usual or max(1, cores // jobs)
 
 

@@ -230,7 +230,7 @@ def between(points: list[tuple[float, float]], at: float) -> float | None:
     return points[-1][1] if points and points[-1][0] == at else None
 
 
-def behind(control: Row, arm: Row, since: float, window: float = 0.2) -> tuple[float, float] | None:
+def behind(control: Row, arm: Row, since: float, window: float = 0.25) -> tuple[float, float] | None:
     """(bpb by which the arm is worse than the control at the same progress, that progress); None before
     `since`. By the last validation, or by the mean training loss of the last `window` where there is none."""
     (their_vals, theirs), (vals, losses) = trail(control), trail(arm)
