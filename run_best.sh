@@ -6,10 +6,12 @@ source sweeps/python_env.sh
 
 overlay=sweeps/presets/cpu.env
 
+is_overlay() { [[ $1 == "$overlay" || $1 == sweeps/presets/proxy.env ]]; }  # of sizes: no presets
+
 presets() {
   local file
   for file in sweeps/presets/*.env; do
-    [[ $file == "$overlay" ]] || basename "$file" .env
+    is_overlay "$file" || basename "$file" .env
   done
 }
 
@@ -104,7 +106,7 @@ for argument in "$@"; do
         misuse "neither a preset nor KNOB=VALUE: $argument"
       elif [[ -n $preset ]]; then
         misuse "two presets: $preset and $argument"
-      elif [[ ! -f sweeps/presets/$argument.env || sweeps/presets/$argument.env == "$overlay" ]]; then
+      elif [[ ! -f sweeps/presets/$argument.env ]] || is_overlay "sweeps/presets/$argument.env"; then
         misuse "unknown preset: $argument"
       else
         preset=$argument

@@ -1,0 +1,121 @@
+"""One training as a process group that outlives whoever started it, and is found again.
+
+A run holds the lock on OUT_DIR/run.lock for as long as it lives, because it inherits the open file: no list
+of process numbers can say so without doubt. Another engine that meets the lock waits for that run and reads
+what it wrote; nothing is trained twice at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What to run: the command, what it sets in the environment, what it hides there, its cores or none."""
+
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+    out_dir: str
+    hidden: tuple[str, ...] = ()
+    cores: tuple[int, ...] = ()
+
+
+class Process:
+    """A run that this process started."""
+
+    def __init__(self, child: subprocess.Popen):
+        self.child = child
+
+    def poll(self) -> int | None:
+        """The exit code, or None while it runs. What is left of its group ends with it."""
+        if self.child.returncode is None and hasattr(os, "waitid"):
+            with contextlib.suppress(ChildProcessError):
+                if not os.waitid(os.P_PID, self.child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    return None
+                self.signal(signal.SIGKILL)  # not reaped yet, so the number is still its own
+        return self.child.poll()
+
+    def signal(self, number: int) -> None:
+        if self.child.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.child.pid, number)
+
+
+class Orphan:
+    """A run whose engine is gone; known by its lock. It is waited for: what it does is not lost."""
+
+    def __init__(self, out_dir: Path):
+        self.path = out_dir / "run.lock"
+
+    def poll(self) -> int | None:
+        """None while it runs, then 1: how it ended stands in its log, if it got that far."""
+        lock = claim(self.path)
+        if lock:
+            lock.close()
+        return 1 if lock else None
+
+    def signal(self, number: int) -> None:
+        text = self.path.read_text()
+        if text.isdigit() and self.poll() is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(int(text), number)
+
+
+def claim(path: Path):
+    """The open lock file, or None if another process holds it."""
+    lock = path.open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
+def start(spec: Spec) -> Process | Orphan:
+    """Start the run in a session of its own, or take over the one that is running there."""
+    out = Path(spec.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    lock = claim(out / "run.lock")
+    if not lock:
+        return Orphan(out)
+    with lock, (out / "stdout.txt").open("ab") as stdout, (out / "stderr.txt").open("wb") as stderr:
+        temporary = out / ".run.json.tmp"
+        temporary.write_text(json.dumps(asdict(spec), indent=1) + "\n")
+        temporary.replace(out / "run.json")
+        lock.truncate(0)
+        kept = {name: value for name, value in os.environ.items() if name not in spec.hidden}
+        child = subprocess.Popen(
+            spec.command, env=kept | dict(spec.env), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+            start_new_session=True, pass_fds=(lock.fileno(),),
+        )  # fmt: skip
+        lock.write(str(child.pid))
+        lock.flush()
+        if spec.cores and hasattr(os, "sched_setaffinity"):
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(child.pid, spec.cores)
+    return Process(child)
+
+
+def share_cores(jobs: int, threads: int) -> list[tuple[int, ...]]:
+    """Cores for each of `jobs` runs at once; none where a run has one thread, which the system places best,
+    or where there are too few."""
+    if not hasattr(os, "sched_getaffinity"):
+        return [()] * jobs
+    cores = sorted(os.sched_getaffinity(0))
+    if threads < 2 or jobs * threads > len(cores):
+        return [()] * jobs
+    return [tuple(cores[i * threads : (i + 1) * threads]) for i in range(jobs)]
+
+
+def core_count() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,388 @@
+"""The engine of the waves, with a stub in place of training (stub_train.py) and one real wave of tiny runs.
+
+An engine that is to be killed runs in a fork of this process, which has the imports already.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, VOCAB, write_shard
+
+sys.path.insert(0, str(ROOT / "sweeps"))  # before the standard library, which has a module `wave` too
+import engine  # noqa: E402
+import halves  # noqa: E402
+import process  # noqa: E402
+import rows  # noqa: E402
+from rows import Results  # noqa: E402
+
+WORDS = ["w", "@question", "Why?", "@base", "baseline"]
+ARMS = dict(
+    a="QK_GAIN_INIT=2", b="QK_GAIN_INIT=3", c="QK_GAIN_INIT=4", d="QK_GAIN_INIT=5", e="QK_GAIN_INIT=6"
+)
+TINY = """VOCAB_SIZE=320 NUM_LAYERS=2 MODEL_DIM=32 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=32 ITERATIONS=12
+TRAIN_BATCH_TOKENS=512 VAL_LOSS_EVERY=6 TRAIN_LOG_EVERY=2"""
+
+
+class Bench:
+    """A folder with a plan for the stub, and an engine to run its waves."""
+
+    def __init__(self, folder: Path, data: Path):
+        self.folder, self.results, self.out = folder, folder / "results", folder / "out"
+        self.options = [
+            "--proxy", "--results", str(self.results), "--out", str(self.out), "--data", str(data),
+            "--tokenizer", str(data / "tokenizer.model"), "--script", str(ROOT / "tests/stub_train.py"),
+        ]  # fmt: skip
+        self.plan({})
+
+    def plan(self, arms: dict[str, dict]) -> None:
+        (self.folder / "plan.json").write_text(json.dumps(arms))
+
+    def command(self, arms: str, *options: str, seeds: str = "1 2", every: int = 0) -> list[str]:
+        words = [*WORDS]
+        for name in arms.split():
+            words += ["@arm", name, f"why {name}", ARMS.get(name, f"QK_GAIN_INIT={10 + len(words)}")]
+        words += ["@seeds", *seeds.split(), "@control_every", str(every)]
+        return [*words, "--", *self.options, *options]
+
+    def run(self, arms: str, *options: str, **how) -> int:
+        return engine.main(self.command(arms, *options, **how))
+
+    def fork(self, arms: str, *options: str, **how) -> int:
+        """An engine in a process of its own; its number. Its console goes to engine.txt."""
+        command = self.command(arms, *options, **how)
+        number = os.fork()
+        if number == 0:
+            code = 70
+            try:
+                for stream in (1, 2):
+                    os.dup2(
+                        os.open(self.folder / "engine.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream
+                    )
+                sys.stdout = os.fdopen(1, "w")
+                code = engine.main(command)
+            finally:
+                os._exit(code)
+        return number
+
+    def rows(self) -> dict[str, dict]:
+        return Results(self.results, "w").latest()
+
+    def states(self) -> dict[str, str]:
+        return {run_id.removeprefix("w."): row["state"] for run_id, row in self.rows().items()}
+
+    def journal(self) -> list[str]:
+        path = self.folder / "journal"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait_for(self, what, seconds: float = 15.0) -> None:
+        end = time.time() + seconds
+        while not what():
+            assert time.time() < end, (self.states(), (self.folder / "engine.txt").read_text()[-2000:])
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def bench(tmp_path, dataset, monkeypatch):
+    monkeypatch.setenv("STUB", str(tmp_path))
+    monkeypatch.setattr(engine, "TICK", 0.01)
+    return Bench(tmp_path, dataset)
+
+
+def ended(number: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
+
+
+# ------------------------------------------------------------------------------------------ states
+
+
+def test_every_ending_has_its_state_and_the_wave_goes_on(bench, capfd):
+    ends = "crash crash_once kill_once bad_input untrained no_loss truncated diverged over_size"
+    bench.plan({end: dict(end=end) for end in ends.split()})
+    assert bench.run(f"{ends} fine", "--jobs", "4", seeds="1", every=5) == 1, "one crashed"
+    states = bench.states()
+    expected = dict.fromkeys(("crash", "bad_input"), "crashed") | dict.fromkeys(
+        ("untrained", "no_loss"), "untrained"
+    )
+    expected |= dict.fromkeys(("crash_once", "kill_once", "fine", "control"), "ok")
+    expected |= {state: state for state in ("truncated", "diverged", "over_size")}
+    assert {run.partition(".")[0]: state for run, state in states.items()} == expected
+    rows_of = {row["arm"]: row for row in bench.rows().values() if not row["rerun"]}
+    assert rows_of["crash"]["attempts"] == 2 and rows_of["crash"]["message"] == "ValueError: a bug in step 5"
+    assert rows_of["bad_input"]["attempts"] == 1 and rows_of["bad_input"]["message"] == "no such thing"
+    for arm in ("crash_once", "kill_once"):
+        assert rows_of[arm]["attempts"] == 2 and rows_of[arm]["resumed"] == [5]
+        assert [step for step, *_ in rows_of[arm]["loss_curve"]] == list(range(1, 11)), "each step once"
+    assert states["control.1.r1"] == states["control.1.r2"] == "ok"
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last.endswith("done: planned 13 started 13 finished 13 valid 6")
+
+
+def test_a_row_holds_all_that_the_reports_need(bench, capfd):
+    bench.plan(dict(a=dict(bpb=1.5)))
+    assert bench.run("a", seeds="0") == 0
+    row = bench.rows()["w.a.0"]
+    assert row.keys() >= set(rows.FIELDS)
+    known = dict(
+        wave="w", arm="a", seed=0, rerun=0, hypothesis="why a", question="Why?", parent="baseline",
+        change=dict(QK_GAIN_INIT="2"), state="ok", exit_code=0, attempts=1, steps=10, tokens=5120,
+        step_ms=dict(median=100.0, p95=100.0), progress=1.0, mean_lr_scale=0.5, train_loss=3.5,
+        curve=[[5, 500.0, 2.0], [10, 1000.0, 1.5]], val_bpb=1.5, scores=dict(roundtrip=1.5),
+        model_bytes=100, total_bytes=109, peak_memory_mib=12, device="stub", val_tokens=1000,
+        held_out_val_bpb=None,
+    )  # fmt: skip
+    assert {name: row[name] for name in known} == known, row
+    assert row["env"]["QK_GAIN_INIT"] == "2" and row["env"]["SEED"] == "0"
+    assert row["lr_trace"][-1] == [1.0, 1.0] and row["ended"] > row["started"] > 1.7e9
+    assert "(-0.5000)" in capfd.readouterr().out, "the difference to the control"
+    assert str(bench.folder) not in json.dumps([row["env"], row["config"]]), "no folders of this machine"
+
+
+def test_finished_runs_are_never_repeated_and_crashed_ones_only_if_asked(bench):
+    bench.plan(dict(a=dict(end="crash")))
+    assert bench.run("a b", seeds="1") == 1
+    before = bench.journal()
+    assert bench.run("a b", seeds="1") == 1 and bench.journal() == before
+    bench.plan({})
+    assert bench.run("a b", "--again", seeds="1") == 0
+    assert set(bench.states().values()) == {"ok"} and len(bench.journal()) == len(before) + 5, (
+        "went on from 5"
+    )
+
+
+def test_a_result_of_other_knobs_is_not_taken_for_this_arms(bench, capfd, monkeypatch):
+    assert bench.run("a", seeds="1") == 0
+    monkeypatch.setitem(ARMS, "a", "QK_GAIN_INIT=9")
+    assert bench.run("a", seeds="1") == 2
+    assert "w.a.1 has a result made with QK_GAIN_INIT=2, now 9; rename the arm" in capfd.readouterr().err
+
+
+def test_duplicates_are_stated_and_not_run(bench, monkeypatch):
+    monkeypatch.setitem(ARMS, "b", ARMS["a"])
+    assert bench.run("a b", seeds="1") == 0
+    row = bench.rows()["w.b.1"]
+    assert (row["state"], row["message"]) == ("duplicate", "the same experiment as a")
+    assert not [line for line in bench.journal() if line.startswith("w.b.")]
+
+
+def test_an_arm_far_behind_its_control_is_ended_early(bench, capfd):
+    bench.plan(dict(a=dict(bpb=2.3, steps=10, seconds=0.4), b=dict(bpb=2.01)))
+    assert bench.run("a b", "--early-kill", "0.1@0.4", "--jobs", "1", seeds="1") == 0
+    assert bench.states() == {"control.1": "ok", "a.1": "killed_early", "b.1": "ok"}
+    row = bench.rows()["w.a.1"]
+    assert row["message"].startswith("worse than the control by 0.") and row["val_bpb"] is None
+    assert 4 <= row["steps"] < 10 and not (bench.out / "w/w.a.1/checkpoints").exists()
+    steps = len(bench.journal())
+    assert bench.run("a b", "--jobs", "1", seeds="1") == 0 and len(bench.journal()) == steps
+
+
+# ---------------------------------------------------------------------------- killed, stopped, resumed
+
+
+def test_a_killed_engine_loses_nothing_and_repeats_nothing(bench):
+    """Its runs live on; the next engine waits for those, goes on from what one that was killed too had saved,
+    and starts the rest."""
+    bench.plan(dict.fromkeys(("control", "a", "b", "c"), dict(seconds=0.08)))
+    number = bench.fork("a b c", "--jobs", "2")
+    bench.wait_for(lambda: sum(state == "ok" for state in bench.states().values()) >= 2)
+    bench.wait_for(lambda: any(line.endswith(".1 6") for line in bench.journal()[20:]))
+    os.kill(number, signal.SIGKILL)
+    assert ended(number) == -signal.SIGKILL
+    running = [run_id for run_id, row in bench.rows().items() if row["state"] == "running"]
+    assert len(running) == 2
+    victim = bench.out / "w" / running[0]
+    os.killpg(int((victim / "run.lock").read_text()), signal.SIGKILL)
+    assert bench.run("a b c", "--jobs", "2") == 0
+    assert set(bench.states().values()) == {"ok"} and len(bench.states()) == 8
+    repeated = {line: n for line, n in Counter(bench.journal()).items() if n > 1}
+    assert all(line.startswith(f"{running[0]} ") for line in repeated), "only what was not saved"
+    assert len(set(bench.journal())) == 80
+    assert bench.rows()[running[1]]["attempts"] == 1, "it was waited for"
+    assert bench.rows()[running[0]]["resumed"] in ([5], [])
+    lines = (bench.results / "w.jsonl").read_text().splitlines()
+    assert len(lines) == 8, "one row a run in the end"
+
+
+def test_an_engine_killed_before_it_wrote_the_row_reads_the_run_instead(bench):
+    assert bench.run("a", seeds="1") == 0
+    path = bench.results / "w.jsonl"
+    kept = [line for line in path.read_text().splitlines() if '"arm": "a"' not in line]
+    path.write_text("\n".join(kept) + "\n" + '{"wave": "w", "run_id": "w.a.1", "sta')
+    steps = len(bench.journal())
+    assert bench.run("a", seeds="1") == 0
+    assert bench.states()["a.1"] == "ok" and len(bench.journal()) == steps
+
+
+def test_stopped_runs_save_and_go_on(bench):
+    bench.plan(dict.fromkeys(("control", "a"), dict(seconds=0.1)))
+    number = bench.fork("a", "--jobs", "2", seeds="1 2")
+    bench.wait_for(lambda: len(bench.journal()) >= 4)
+    os.kill(number, signal.SIGTERM)
+    assert ended(number) == 75
+    assert sorted(bench.states().values()) == ["planned", "planned", "preempted", "preempted"]
+    assert bench.run("a", "--jobs", "2", seeds="1 2") == 0
+    assert set(bench.states().values()) == {"ok"}
+    assert len(bench.journal()) == len(set(bench.journal())) == 40, "every step once"
+    row = bench.rows()["w.control.1"]
+    assert len(row["resumed"]) == 1 and row["attempts"] == 2
+
+
+def test_a_second_engine_is_refused(bench, capfd):
+    bench.plan(dict(control=dict(seconds=0.2)))
+    number = bench.fork("", "--jobs", "1", seeds="1")
+    bench.wait_for(lambda: "running" in bench.states().values())
+    assert bench.run("", seeds="1") == 2
+    assert capfd.readouterr().err == "error: another engine is running the wave w\n"
+    assert ended(number) == 0
+
+
+def test_what_another_version_left_is_started_anew(bench):
+    """A checkpoint of other code is refused by the run with exit 2."""
+    left = bench.out / "w/w.control.1/checkpoints"
+    left.mkdir(parents=True)
+    (left / "w.control.1.json").write_text("not json")
+    assert bench.run("", seeds="1") == 0 and bench.states() == {"control.1": "ok"}
+
+
+# ------------------------------------------------------------------------------------------ plans
+
+
+def test_a_plan_runs_nothing(bench, capfd):
+    assert (
+        bench.run("a b", "--plan", "--seconds-per-run", "60", "--usd-per-hour", "3", "--jobs", "2", every=1)
+        == 0
+    )
+    shown = capfd.readouterr().out
+    assert "a        QK_GAIN_INIT=2  # why a" in shown
+    assert "runs      10 (4 reruns of the control), 0 duplicates not run" in shown
+    assert "time      5 min (at 60 s a run, as given)" in shown and "cost      0.25 USD" in shown
+    assert not bench.results.exists() and not bench.out.exists()
+    assert bench.run("a b", "--dry") == 0
+    assert capfd.readouterr().out.splitlines()[1] == "w.a.1  QK_GAIN_INIT=2"
+
+
+@pytest.mark.parametrize(
+    "options, what",
+    [
+        (["--early-kill", "x"], "--early-kill wants MARGIN[@PROGRESS]"),
+        (["--only", "z"], "--only z: no such arm (a)"),
+        (["--jobs", "0"], "--jobs and --threads want at least 1"),
+        (["--data", "/nowhere"], "no train shards"),
+        (["--tokenizer", "/nowhere"], "no tokenizer /nowhere"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_exit_2(bench, capfd, options, what):
+    assert bench.run("a", *options) == 2
+    error = capfd.readouterr().err
+    assert what in error and error.count("\n") == 1 and not bench.journal()
+
+
+def test_knobs_in_the_environment_are_refused(bench, capfd, monkeypatch):
+    monkeypatch.setenv("MATRIX_LR", "0.1")
+    assert bench.run("a") == 2
+    assert "MATRIX_LR is set in the environment" in capfd.readouterr().err
+
+
+def test_only_some_arms(bench):
+    assert bench.run("a b c", "--only", "b", seeds="1") == 0
+    assert bench.states() == {"control.1": "ok", "b.1": "ok"}
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+def row_with(losses, vals, iterations=100) -> dict:
+    return dict(
+        config=dict(iterations=iterations), curve=[[step, 1.0, bpb] for step, bpb in vals],
+        val_tokens=2, val_bytes=5, lr_trace=[[step / iterations, 1.0] for step, _ in losses],
+        loss_curve=[[step, 1.0, loss] for step, loss in losses],
+    )  # fmt: skip
+
+
+def test_behind_compares_at_the_same_progress():
+    steps = range(10, 101, 10)
+    control = row_with([(s, 5 - s / 100) for s in steps], [(0, 9.0), (50, 3.0), (100, 2.0)])
+    arm = row_with([(s, 5.5 - s / 100) for s in steps[:6]], [(0, 1.0), (50, 3.4)])
+    assert rows.behind(control, arm, 0.3) == (pytest.approx(0.4), 0.5), "by its validation"
+    assert rows.behind(control, arm, 0.7) is None, "not yet"
+    arm = row_with([(s, 5.5 - s / 100) for s in steps[:9]], [(0, 1.0), (50, 3.4)])
+    found, at = rows.behind(control, arm, 0.3)
+    assert at == 0.9 and found == pytest.approx(0.5 / np.log(2) * 2 / 5), "the validation is too old"
+    longer = row_with([(2 * s, 5 - s / 100) for s in steps[:6]], [(100, 3.1)], iterations=200)
+    assert rows.behind(control, longer, 0.3) == (pytest.approx(0.1), 0.5), "progress, not steps"
+
+
+def test_paths_of_this_machine_stay_here():
+    there = f"{ROOT}/runs/waves/data/x/selection"
+    assert rows.portable(there) == "runs/waves/data/x/selection"
+    assert rows.portable(dict(a="/home/me/t.model", b=3, c="1/2 and 0.4:2")) == dict(
+        a="t.model", b=3, c="1/2 and 0.4:2"
+    )
+
+
+def test_rows_survive_a_cut_line_and_compact_to_the_newest(tmp_path):
+    results = Results(tmp_path, "w")
+    results.append(dict(run_id="a", state="running"), dict(run_id="b", state="ok"))
+    with results.path.open("a") as file:
+        file.write('{"run_id": "c", "st')
+    results.append(dict(run_id="a", state="ok"))
+    assert results.latest() == dict(a=dict(run_id="a", state="ok"), b=dict(run_id="b", state="ok"))
+    assert len(results.path.read_text().splitlines()) == 3, "the cut line is gone"
+    results.compact()
+    assert len(results.path.read_text().splitlines()) == 2 and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_text_is_cut_in_two_halves_that_share_nothing(tmp_path):
+    source = tmp_path / "text"
+    source.mkdir()
+    write_shard(source / "t_train_000000.bin", range(50))
+    write_shard(source / "t_val_000000.bin", range(100, 130))
+    write_shard(source / "t_val_000001.bin", range(130, 160))
+    folder = halves.cut(source, tmp_path / "out", 20)
+    parts = [
+        halves.read_tokens(folder / name / "wave_val_000000.bin").tolist()
+        for name in ("selection", "held_out")
+    ]
+    assert parts == [list(range(100, 120)), list(range(120, 140))]
+    assert (folder / "held_out/t_train_000000.bin").resolve() == (source / "t_train_000000.bin").resolve()
+    assert halves.cut(source, tmp_path / "out", 20) == folder != halves.cut(source, tmp_path / "out", 99)
+
+
+def test_cores_are_shared_out_without_overlap(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert process.share_cores(2, 4) == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert process.share_cores(3, 4) == [()] * 3 and process.share_cores(8, 1) == [()] * 8
+
+
+# -------------------------------------------------------------------------------------------- whole
+
+
+def test_a_real_wave_from_its_script_to_the_held_out_score(tmp_path, dataset):
+    script = tmp_path / "tiny.sh"
+    script.write_text(
+        f'source "{ROOT}/sweeps/lib.sh"\nquestion "Is more rate better?"\n'
+        f"base baseline {' '.join(TINY.split())}\n"
+        'arm high "it is" MATRIX_LR=0.08\nseeds 3\ndecide "by the score"\nrun_wave "$@"\n'
+    )
+    place = ["--data", str(dataset), "--tokenizer", str(dataset / "tokenizer.model"), "--proxy"]
+    place += ["--out", str(tmp_path / "out"), "--results", str(tmp_path / "results"), "--finalists", "1"]
+    env = {name: value for name, value in os.environ.items() if name not in engine.KNOBS}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    run = subprocess.run(["bash", str(script), *place], capture_output=True, text=True, env=env, timeout=120)
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = Results(tmp_path / "results", "tiny").latest()
+    assert {row["state"] for row in found.values()} == {"ok"} and len(found) == 2
+    for row in found.values():
+        assert row["config"]["vocab_size"] == VOCAB and row["steps"] == 12 and row["total_bytes"] > 1000
+        assert row["held_out_val_bpb"] != row["val_bpb"] and 1 < row["held_out_val_bpb"] < 10
+        assert [step for step, *_ in row["curve"]] == [0, 6, 12] and row["groups"]["mlp"]["bytes"] > 0
+        assert len(row["code_sha256"]) == 64 and row["peak_memory_mib"] > 50 and row["step_ms"]["median"] > 0
+    assert found["tiny.high.3"]["val_bpb"] != found["tiny.control.3"]["val_bpb"]
+    assert "(" in run.stdout and "held out     tiny.high.3" in run.stdout
