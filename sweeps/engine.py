@@ -589,8 +589,9 @@ def run_wave(name: str, words: list[str], options: argparse.Namespace) -> int:
     early_kill_of(options.early_kill)
     gpus = [] if options.proxy or os.environ.get("DEVICE") == "cpu" else gpus_here()
     wave = parse_wave(name, words)
-    runs = selected(expand(wave, Sizes(cpu=not gpus, proxy=options.proxy)), options.only)
-    for line in warnings_of(runs):
+    sizes = Sizes(cpu=not gpus, proxy=options.proxy)
+    runs = selected(expand(wave, sizes), options.only)
+    for line in warnings_of(runs, wave, sizes):
         print(f"warning: {line}", file=sys.stderr)
     jobs, threads = widths(options, gpus)
     names = dict.fromkeys(run.wave.name for run in runs)

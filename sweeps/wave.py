@@ -351,6 +351,43 @@ def generated(wave: Wave, sizes: Sizes) -> Wave:
 # -------------------------------------------------------------------------------------- expansion
 
 
+def acting(env: Env, said: Iterable[str]) -> Env:
+    """`env` without the knobs of a preset or its sizes that do nothing beside what the wave itself says."""
+    idle = unmet_knobs(set_values(env)) - {*said}
+    left = {name: value for name, value in env.items() if name not in idle}
+    return left if len(left) == len(env) else acting(left, said)
+
+
+def sized_knobs(wave: Wave, sizes: Sizes) -> set[str]:
+    """The knobs whose values the sizes of a small machine decide, whatever the preset says."""
+    names = ["cpu"] * (sizes.cpu or sizes.proxy) + ["proxy"] * sizes.proxy
+    return {knob for name in names for knob in read_preset(PRESETS / f"{name}.env")} - {*LENGTH}
+
+
+def unfit(wave: Wave, sizes: Sizes) -> dict[str, str]:
+    """Arms by name that cannot be tried at these sizes, and why: they change a size that is not the preset's
+    here, or are sound at the published sizes only."""
+    sized, found = sized_knobs(wave, sizes), {}
+    for arm in wave.arms if sized else ():
+        said = {*dict(wave.own), *arm.change}
+        if theirs := sorted(sized & {*arm.change}):
+            found[arm.name] = f"{theirs[0]} is not the preset's at these sizes"
+            continue
+        here, whole = (
+            acting(preset_env(wave.preset, size) | dict(wave.own) | arm.change, said)
+            for size in (sizes, Sizes())
+        )
+        try:
+            configured(here, "")
+        except WaveError as error:
+            try:
+                configured(whole, "")
+                found[arm.name] = error.lines[0].lstrip(": ")
+            except WaveError:
+                pass  # wrong at any size: it is told with the other faults
+    return found
+
+
 def at_horizon(wave: Wave, steps: int, base: Mapping[str, str]) -> Wave:
     """The wave at another length. It reports as often, in shares of the run."""
     own = dict(wave.own) | dict(ITERATIONS=str(steps))
@@ -385,7 +422,8 @@ def checked_arms(wave: Wave, base: Env) -> dict[str, tuple[Arm, Env, Config, str
     """Every arm by name with its knobs, its config and the name it duplicates; WaveError with all faults."""
     errors, checked, hashes = [], {}, {}
     for arm in (Arm(CONTROL, "", {}), *wave.arms):
-        env, where = base | arm.change, f"arm {arm.name}" if arm.name != CONTROL else f"base {wave.preset}"
+        where = f"arm {arm.name}" if arm.name != CONTROL else f"base {wave.preset}"
+        env = acting(base | arm.change, {*dict(wave.own), *arm.change})
         try:
             if arm.name in checked:
                 raise WaveError(f"two arms are named {arm.name}")
@@ -408,6 +446,7 @@ def expand(wave: Wave, sizes: Sizes) -> list[Run]:
     runs: list[Run] = []
     for part in waves_of(wave, sizes):
         part = generated(part, sizes)
+        part = replace(part, arms=tuple(arm for arm in part.arms if arm.name not in unfit(part, sizes)))
         base = preset_env(part.preset, sizes) | dict(part.own)
         checked = checked_arms(part, base)
         for seed in part.seeds:
@@ -417,9 +456,11 @@ def expand(wave: Wave, sizes: Sizes) -> list[Run]:
     return runs
 
 
-def warnings_of(runs: list[Run]) -> list[str]:
-    """What is allowed but seldom meant, a line each."""
+def warnings_of(runs: list[Run], wave: Wave | None = None, sizes: Sizes | None = None) -> list[str]:
+    """What is allowed but seldom meant, and the wave's arms that do not fit the sizes, a line each."""
     said = {}
+    if wave and sizes:
+        said = {f"{wave.name}.{name}: not run: {why}": None for name, why in unfit(wave, sizes).items()}
     for run in runs:
         cfg, last = run.cfg, run.cfg.warmdown_iters
         late = cfg.schedule == "warmdown" and not cfg.warmdown_frac and last >= cfg.iterations > 0
