@@ -600,7 +600,7 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
         raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
     for part in [*out.glob("final_model.*.tmp-*"), *out.glob("checkpoints/*.tmp-*")] if models else ():
         part.unlink()  # of a run that was killed as it wrote
-    for lock in locks:
+    for lock in (lock for lock, mine in zip(locks, own, strict=True) if not mine):  # never empty when resumed
         lock.truncate(0)
         print(run_id, end="", file=lock, flush=True)
     return locks

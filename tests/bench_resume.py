@@ -82,7 +82,8 @@ def machine() -> dict[str, object]:
     """Device and versions, and the commit."""
     about = train_gpt.describe_machine(train_gpt.Runtime())
     kept = ("device", "python", "torch", "numpy")
-    return dict(commit=commit(), cores=os.cpu_count(), **{name: about[name] for name in kept})
+    load = round(os.getloadavg()[1], 1)  # before it starts: other work on the machine makes times longer
+    return dict(commit=commit(), cores=os.cpu_count(), load=load, **{name: about[name] for name in kept})
 
 
 class Kills:

@@ -470,6 +470,14 @@ def test_checkpoints_deleted_during_the_run_do_not_end_it(new, whole):
     same(folder.left(), whole(MANY))
 
 
+def test_a_kill_while_the_outputs_are_claimed_again_does_not_lose_the_claim(new, whole):
+    folder = new({})
+    assert folder.start(in_step(3, SIGTERM)) == [STOPPED]
+    assert folder.resume("train_gpt.print = print" + dies("print")) == [-SIGKILL]  # the first it writes
+    assert folder.resume() == [0]
+    same(folder.left(), whole({}))
+
+
 @pytest.mark.parametrize(
     "place", [dies("Checkpoints.clear", SIGTERM), dies("describe_machine", SIGTERM, call=3)]
 )
