@@ -30,6 +30,7 @@ from wave import CONTROL, KNOBS, ROOT, Env, Run, Sizes, WaveError, expand, parse
 import halves
 import process
 import rows
+from process import Misuse
 from rows import Results, Row
 
 TICK, PATIENCE = 0.1, 90.0  # seconds between looks at the runs, and until a stopped run is killed
@@ -37,10 +38,6 @@ STOPPED = 75
 HERE = "DATA_PATH", "TOKENIZER_PATH", "DEVICE"  # knobs that may come from the environment
 MODEL = "final_model.int8.ptz"
 PLAIN_CODES = 0, 3, 4, 5, 6, 7  # of a run that will not end otherwise if it is run again
-
-
-class Misuse(Exception):
-    """A fault in the command: one line, exit 2."""
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -92,6 +89,15 @@ def gpus_here() -> list[str]:
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     count = torch.cuda.device_count()
     return visible[:count] if visible else [str(i) for i in range(count)]
+
+
+def find_gpus(options: argparse.Namespace) -> list[str]:
+    """Of this machine, or of the cluster."""
+    if options.engine == "local":
+        return gpus_here()
+    from ray_engine import cluster_gpus
+
+    return [str(i) for i in range(cluster_gpus())]
 
 
 def find_data(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -403,6 +409,7 @@ class Engine:
         """Judge a run that ended: its final row, or another attempt."""
         run, run_id = job.run, job.run.run_id
         row = rows.row_of(job.about, job.out_dir, code)
+        row["attempts"] += getattr(job.handle, "moves", int)()  # by Ray, when a machine died
         row["run_seconds"] = (self.known[run_id]["run_seconds"] or 0.0) + time.time() - job.began
         if job.verdict and row["state"] in ("preempted", "crashed"):
             shutil.rmtree(job.out_dir / "checkpoints", ignore_errors=True)
@@ -596,7 +603,7 @@ def run_wave(name: str, words: list[str], options: argparse.Namespace) -> int:
     """Check all of it, then show it or run it."""
     check_environment()
     early_kill_of(options.early_kill)
-    gpus = [] if options.proxy or os.environ.get("DEVICE") == "cpu" else gpus_here()
+    gpus = [] if options.proxy or os.environ.get("DEVICE") == "cpu" else find_gpus(options)
     wave = parse_wave(name, words)
     runs = selected(expand(wave, Sizes(cpu=not gpus, proxy=options.proxy)), options.only)
     for line in warnings_of(runs):
