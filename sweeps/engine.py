@@ -30,6 +30,7 @@ from wave import CONTROL, KNOBS, ROOT, Env, Run, Sizes, WaveError, expand, parse
 import halves
 import process
 import rows
+from process import Misuse
 from rows import Results, Row
 
 TICK, PATIENCE = 0.1, 90.0  # seconds between looks at the runs, and until a stopped run is killed
@@ -37,10 +38,6 @@ STOPPED = 75
 HERE = "DATA_PATH", "TOKENIZER_PATH", "DEVICE"  # knobs that may come from the environment
 MODEL = "final_model.int8.ptz"
 PLAIN_CODES = 0, 3, 4, 5, 6, 7  # of a run that will not end otherwise if it is run again
-
-
-class Misuse(Exception):
-    """A fault in the command: one line, exit 2."""
 
 
 # ------------------------------------------------------------------------------------- the command
@@ -94,6 +91,15 @@ def gpus_here() -> list[str]:
     return visible[:count] if visible else [str(i) for i in range(count)]
 
 
+def find_gpus(options: argparse.Namespace) -> list[str]:
+    """Of this machine, or of the cluster."""
+    if options.engine == "local":
+        return gpus_here()
+    from ray_engine import cluster_gpus
+
+    return [str(i) for i in range(cluster_gpus())]
+
+
 def find_data(options: argparse.Namespace) -> tuple[Path, Path]:
     """(dataset, tokenizer): as given, else FineWeb, else the embedded corpus, built if need be."""
     data, tokenizer = options.data, options.tokenizer
@@ -140,7 +146,7 @@ def earlier_seconds(folder: Path) -> dict[tuple, list[float]]:
     found: dict[tuple, list[float]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for row in Results(folder, path.stem).latest().values():
-            if row.get("state") == "ok" and row.get("run_seconds") and row.get("config"):
+            if row.get("state") == "ok" and row.get("run_seconds") and not row.get("resumed"):
                 found.setdefault(size_of(row["config"]), []).append(row["run_seconds"])
     return found
 
@@ -213,9 +219,14 @@ class Local:
         self.free = list(self.slots)
 
     def start(self, spec: process.Spec):
-        """A handle with poll() and signal(); its place is free again after give_back."""
-        slot = self.free.pop(0)
-        gpu, cores = slot
+        """A handle with poll() and signal(); its place is free again after give_back. A run that is alive
+        there already keeps the GPU it has, and counts even where there is no room."""
+        there = process.running_on(spec)
+        mine = [slot for slot in self.free if there is None or slot[0] in (None, there)]
+        slot = mine[0] if mine else None
+        gpu, cores = slot or (there, ())
+        if slot:
+            self.free.remove(slot)
         env = dict(spec.env) | dict(OMP_NUM_THREADS=str(self.threads))
         env |= dict(CUDA_VISIBLE_DEVICES=gpu) if gpu is not None else {}
         handle = process.start(replace(spec, env=env, cores=cores))
@@ -229,7 +240,7 @@ class Local:
         return len(self.slots)
 
     def give_back(self, handle) -> None:
-        self.free.append(handle.slot)
+        self.free += [handle.slot] if handle.slot else []
 
     def close(self) -> None:
         """Nothing is held beyond the runs."""
@@ -360,7 +371,8 @@ class Engine:
         handle = self.backend.start(spec)
         adopted = isinstance(handle, process.Orphan)
         about["attempts"] -= adopted
-        self.jobs.append(Job(run, out, about, handle, time.time(), past))
+        began = (out / "run.json").stat().st_mtime if adopted else time.time()
+        self.jobs.append(Job(run, out, about, handle, began, past))
         self.write(run, about | dict(state="running"))
         how = "found running" if adopted else "resume" if past else "start"
         self.say(f"{how:12} {run.run_id}  {diff_text(run)}")
@@ -397,6 +409,7 @@ class Engine:
         """Judge a run that ended: its final row, or another attempt."""
         run, run_id = job.run, job.run.run_id
         row = rows.row_of(job.about, job.out_dir, code)
+        row["attempts"] += getattr(job.handle, "moves", int)()  # by Ray, when a machine died
         row["run_seconds"] = (self.known[run_id]["run_seconds"] or 0.0) + time.time() - job.began
         if job.verdict and row["state"] in ("preempted", "crashed"):
             shutil.rmtree(job.out_dir / "checkpoints", ignore_errors=True)
@@ -424,7 +437,7 @@ class Engine:
         self.write(run, row)
         if row["state"] in rows.FINAL:
             (self.out_dir(run) / "final_model.pt").unlink(missing_ok=True)  # the packed one stays
-            self.seconds += [row["run_seconds"]] if row["state"] == "ok" and row.get("run_seconds") else []
+            self.seconds += [row["run_seconds"] or 0.0] if row["state"] == "ok" and not row["resumed"] else []
         self.session[row["state"]] += 1
         score = f"bpb {row['val_bpb']:.4f}{self.delta(run, row)}" if row["state"] == "ok" else row["message"]
         took = f" {row['run_seconds']:.0f} s" if row.get("run_seconds") else ""
@@ -445,6 +458,9 @@ class Engine:
         before = {number: signal.signal(number, self.stop) for number in numbers}
         told = False
         try:
+            for run in [run for run in self.todo if process.is_alive(self.out_dir(run))]:
+                self.todo.remove(run)  # of an engine that was killed: they come first, since they are there
+                self.begin(run)
             while self.jobs or self.todo and not self.stopping:
                 while self.todo and not self.stopping and self.backend.room():
                     self.begin(self.todo.popleft())
@@ -587,7 +603,7 @@ def run_wave(name: str, words: list[str], options: argparse.Namespace) -> int:
     """Check all of it, then show it or run it."""
     check_environment()
     early_kill_of(options.early_kill)
-    gpus = [] if options.proxy or os.environ.get("DEVICE") == "cpu" else gpus_here()
+    gpus = [] if options.proxy or os.environ.get("DEVICE") == "cpu" else find_gpus(options)
     wave = parse_wave(name, words)
     sizes = Sizes(cpu=not gpus, proxy=options.proxy)
     runs = selected(expand(wave, sizes), options.only)

@@ -18,6 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
+class Misuse(Exception):
+    """A fault in the command, or what it asks for is not there: one line, exit 2."""
+
+
 @dataclass(frozen=True)
 class Spec:
     """What to run: the command, what it sets in the environment, what it hides there, its cores or none."""
@@ -58,10 +62,7 @@ class Orphan:
 
     def poll(self) -> int | None:
         """None while it runs, then 1: how it ended stands in its log, if it got that far."""
-        lock = claim(self.path)
-        if lock:
-            lock.close()
-        return 1 if lock else None
+        return None if is_alive(self.path.parent) else 1
 
     def signal(self, number: int) -> None:
         text = self.path.read_text()
@@ -79,6 +80,23 @@ def claim(path: Path):
         lock.close()
         return None
     return lock
+
+
+def is_alive(out_dir: Path) -> bool:
+    """Whether a run is writing there now."""
+    path = out_dir / "run.lock"
+    lock = claim(path) if path.exists() else None
+    if lock:
+        lock.close()
+    return path.exists() and lock is None
+
+
+def running_on(spec: Spec) -> str | None:
+    """The GPU that a run which is alive there has, "" on a CPU; None if there is no such run."""
+    out = Path(spec.out_dir)
+    if not is_alive(out):
+        return None
+    return json.loads((out / "run.json").read_text())["env"].get("CUDA_VISIBLE_DEVICES", "")
 
 
 def start(spec: Spec) -> Process | Orphan:

@@ -127,7 +127,7 @@ def test_every_ending_has_its_state_and_the_wave_goes_on(bench, capfd):
 
 def test_a_row_holds_all_that_the_reports_need(bench, capfd):
     bench.plan(dict(a=dict(bpb=1.5)))
-    assert bench.run("a", seeds="0") == 0
+    assert bench.run("a", "--jobs", "1", seeds="0") == 0
     row = bench.rows()["w.a.0"]
     assert row.keys() >= set(rows.FIELDS)
     known = dict(
@@ -196,16 +196,17 @@ def test_a_killed_engine_loses_nothing_and_repeats_nothing(bench):
     os.kill(number, signal.SIGKILL)
     assert ended(number) == -signal.SIGKILL
     running = [run_id for run_id, row in bench.rows().items() if row["state"] == "running"]
-    assert len(running) == 2
-    victim = bench.out / "w" / running[0]
-    os.killpg(int((victim / "run.lock").read_text()), signal.SIGKILL)
+    alive = [run_id for run_id in running if process.is_alive(bench.out / "w" / run_id)]
+    assert alive, "they do not end with their engine"
+    victim = alive[0]
+    os.killpg(int((bench.out / "w" / victim / "run.lock").read_text()), signal.SIGKILL)
     assert bench.run("a b c", "--jobs", "2") == 0
     assert set(bench.states().values()) == {"ok"} and len(bench.states()) == 8
     repeated = {line: n for line, n in Counter(bench.journal()).items() if n > 1}
-    assert all(line.startswith(f"{running[0]} ") for line in repeated), "only what was not saved"
+    assert all(line.startswith(f"{victim} ") for line in repeated), "only what was not saved"
     assert len(set(bench.journal())) == 80
-    assert bench.rows()[running[1]]["attempts"] == 1, "it was waited for"
-    assert bench.rows()[running[0]]["resumed"] in ([5], [])
+    assert all(bench.rows()[run_id]["attempts"] == 1 for run_id in running if run_id != victim), "waited for"
+    assert bench.rows()[victim]["resumed"] in ([5], [])
     lines = (bench.results / "w.jsonl").read_text().splitlines()
     assert len(lines) == 8, "one row a run in the end"
 
