@@ -34,7 +34,7 @@ from significance import Interval, mean, mean_interval, stdev  # noqa: E402
 Row = Mapping[str, Any]
 BySeed = dict[int, float]
 
-CONTROL, LEVEL, DRAWS = "control", 0.05, 40_000
+CONTROL, LEVEL, DRAWS = "control", 0.05, 20_000
 BETTER, WORSE, INSIDE, UNDECIDED = "better", "worse", "inside noise", "undecided"
 STATES = (
     "planned", "running", "ok", "crashed", "untrained", "truncated", "diverged", "over_size", "duplicate",
@@ -253,7 +253,6 @@ def noise(rows: Iterable[Row]) -> Noise:
 # The test
 
 
-@lru_cache(maxsize=64)
 def null_draws(shape: tuple[tuple[int, ...], ...], control: tuple[int, ...], draws: int) -> np.ndarray:
     """|t| of every arm [draws, arms] in waves without effects. shape: each arm's seeds, as places in
     `control`; control: how many runs of the control each seed has."""
@@ -267,19 +266,30 @@ def null_draws(shape: tuple[tuple[int, ...], ...], control: tuple[int, ...], dra
     return np.abs(means) * np.sqrt([len(seeds) for seeds in shape]) / np.sqrt(spread)
 
 
+class Null(NamedTuple):
+    """What waves without effects give."""
+
+    sorted_ts: np.ndarray  # [draws, arms], each arm's |t| ascending
+    ps: np.ndarray  # [draws, arms], each wave's p's: the rank of its t among that arm's draws
+    reaches: list[tuple[float, float]]  # by arm: |t| that 5 % of its draws pass, and that any arm does in 5 %
+
+
 @lru_cache(maxsize=64)
-def null_ps(shape: tuple[tuple[int, ...], ...], control: tuple[int, ...], draws: int) -> np.ndarray:
-    """p of every arm [draws, arms] in the same drawn waves: the rank of its t among that arm's draws."""
-    ranks = stats.rankdata(-null_draws(shape, control, draws), axis=0, method="max")
-    return ranks / draws
+def null(shape: tuple[tuple[int, ...], ...], control: tuple[int, ...], draws: int = DRAWS) -> Null:
+    """Arguments as for null_draws."""
+    ts = null_draws(shape, control, draws)
+    ps = stats.rankdata(-ts, axis=0, method="max") / draws
+    rarest = np.quantile(ps.min(1), LEVEL)
+    reaches = np.quantile(ts, [1 - LEVEL, 1 - rarest], axis=0).T.tolist()
+    return Null(np.sort(ts, axis=0), ps, [(own, family) for own, family in reaches])
 
 
-def step_down(ps: Sequence[float], null: np.ndarray) -> list[float]:
+def step_down(ps: Sequence[float], null_ps: np.ndarray) -> list[float]:
     """Family-wise p of each arm: how often one of the arms that are not yet named goes so low by luck."""
     order, adjusted, highest = np.argsort(ps, kind="stable"), [1.0] * len(ps), 0.0
+    least = np.minimum.accumulate(null_ps[:, order[::-1]], axis=1)[:, ::-1]  # of this arm and those after it
     for place, arm in enumerate(order):
-        least = null[:, order[place:]].min(1)
-        highest = max(highest, (1 + np.count_nonzero(least <= ps[arm])) / (1 + len(null)))
+        highest = max(highest, (1 + np.count_nonzero(least[:, place] <= ps[arm])) / (1 + len(null_ps)))
         adjusted[arm] = min(1.0, highest)
     return adjusted
 
@@ -311,20 +321,16 @@ def judge(pairs: Mapping[str, BySeed], control: Mapping[int, int], floor: float)
         return {}
     places = {seed: place for place, seed in enumerate(control)}
     shape = tuple(tuple(places[seed] for seed in values) for values in several.values())
-    key = shape, tuple(control.values()), DRAWS
-    draws, null = null_draws(*key), null_ps(*key)
-    rarest = np.quantile(null.min(1), LEVEL)
+    drawn = null(shape, tuple(control.values()))
     errors, ts, ps = [], [], []
-    for arm, values in enumerate(several.values()):
-        some = list(values.values())
-        errors.append(max(stdev(some), floor) / math.sqrt(len(some)))
-        middle = abs(mean(some))
+    for arm, values in enumerate(map(list, (pairs.values() for pairs in several.values()))):
+        errors.append(max(stdev(values), floor) / math.sqrt(len(values)))
+        middle = abs(mean(values))
         ts.append(middle / errors[-1] if errors[-1] else math.inf if middle else 0.0)
-        ps.append((1 + np.count_nonzero(draws[:, arm] >= ts[-1])) / (1 + DRAWS))
-    families = step_down(ps, null)
-    reaches = np.quantile(draws, [1 - LEVEL, 1 - rarest], axis=0)
-    columns = zip(errors, ts, ps, families, *reaches.tolist(), strict=True)
-    return {arm: Judged(*column) for arm, column in zip(several, columns, strict=True)}
+        above = DRAWS - np.searchsorted(drawn.sorted_ts[:, arm], ts[-1])
+        ps.append(float(1 + above) / (1 + DRAWS))
+    columns = zip(several, errors, ts, ps, step_down(ps, drawn.ps), drawn.reaches, strict=True)
+    return {arm: Judged(*test, *reaches) for arm, *test, reaches in columns}
 
 
 def verdict(middle: float, p_family: float | None) -> str:
