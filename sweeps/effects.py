@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -130,22 +129,25 @@ def counts(rows: Iterable[Row]) -> Counts:
 # Regimes
 
 
-def regime(row: Row) -> dict[str, object]:
-    """What a run must share with those it is compared with; None where it is unknown or the arm's own."""
-    own = {knob.lower() for knob in change(row)}
-    sizes = {name: None if name in own else setting(row, name) for name in SIZES}
-    return {name: row.get(name) for name in MACHINE} | {k: number(v) for k, v in sizes.items()}
+def regime(row: Row, free: Iterable[str] = ()) -> dict[str, object]:
+    """What a run must share with those it is compared with; None where unknown, the arm's own, or `free`."""
+    own = {knob.lower() for knob in change(row)} | set(free)
+    sizes = {name: None if name in own else number(setting(row, name)) for name in SIZES}
+    return {name: row.get(name) for name in MACHINE} | sizes
 
 
-def by_regime(rows: Iterable[Row]) -> list[list[Row]]:
+def agree(ours: Mapping[str, object], theirs: Mapping[str, object]) -> bool:
+    return all(None in (value, theirs[name]) or value == theirs[name] for name, value in ours.items())
+
+
+def by_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> list[list[Row]]:
     """The rows in groups that agree wherever both sides know; a row that knows nothing joins the last."""
     groups: list[tuple[dict[str, object], list[Row]]] = []
     rows = latest(rows)
     for row in sorted(rows, key=lambda row: row.get("code_sha256") is None):  # those that know, first
-        facts = regime(row)
-        fits = [g for g in groups if all(None in (facts[k], g[0][k]) or facts[k] == g[0][k] for k in facts)]
-        known, members = fits[-1] if fits else ({}, [])
-        if not fits:
+        facts = regime(row, free)
+        known, members = next((group for group in reversed(groups) if agree(facts, group[0])), ({}, []))
+        if not members:
             groups.append((known, members))
         known |= {k: v if known.get(k) is None else known[k] for k, v in facts.items()}
         members.append(row)
@@ -153,14 +155,13 @@ def by_regime(rows: Iterable[Row]) -> list[list[Row]]:
     return [sorted(members, key=lambda row: place[id(row)]) for _, members in groups]
 
 
-def require_one_regime(rows: Iterable[Row]) -> None:
-    groups = by_regime(rows)
+def require_one_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> None:
+    groups = by_regime(rows, free)
     if len(groups) > 1:
-        first, second = (regime(group[0]) for group in groups[:2])
+        first, second = (regime(group[0], free) for group in groups[:2])
         apart = [k for k in first if None not in (first[k], second[k]) and first[k] != second[k]]
-        raise MixedRegimesError(
-            f"runs of {len(groups)} regimes in one table; they differ in {', '.join(apart)}"
-        )
+        text = f"runs of {len(groups)} regimes in one table; they differ in {', '.join(apart)}"
+        raise MixedRegimesError(text)
 
 
 def sharing(rows: Iterable[Row]) -> int:
@@ -679,7 +680,7 @@ class Ladder:
         return "sign flips" if self.flips else "one sign" if len(signs) == 1 and not unsure else "unclear"
 
 
-HORIZON = "ITERATIONS", "MAX_WALLCLOCK_SECONDS"
+HORIZON = "iterations", "max_wallclock_seconds"
 
 
 def horizon(row: Row) -> tuple[float, str] | None:
@@ -692,14 +693,15 @@ def horizon(row: Row) -> tuple[float, str] | None:
 
 def rest(row: Row) -> str:
     """The arm's change but for the length of the run; empty for a control."""
-    return " ".join(f"{knob}={value}" for knob, value in change(row).items() if knob not in HORIZON)
+    return " ".join(f"{knob}={value}" for knob, value in change(row).items() if knob.lower() not in HORIZON)
 
 
 def ladders(rows: Iterable[Row]) -> list[Ladder]:
-    """Effects against length, over waves that differ in nothing else that can be told. Rows may be of several
-    waves, or of one whose arms set ITERATIONS too: an arm without any other change is the control there."""
+    """Effects against length. Rows may be of several waves, which may differ in their length only, or of one
+    whose arms set ITERATIONS too: an arm without any other change is the control there."""
+    require_one_regime(rows := valid(rows), HORIZON)
     groups: dict[tuple, dict[str, dict[int, list[float]]]] = {}
-    for row in valid(rows):
+    for row in rows:
         at = horizon(row)
         if at:
             seeds = groups.setdefault((*at, row.get("wave")), {}).setdefault(rest(row), {})
@@ -724,15 +726,6 @@ def ladder(name: str, unit: str, lengths: Mapping[float, BySeed]) -> Ladder:
     return Ladder(name, unit, [Rung(length, contrast(lengths[length])) for length in order], contrast(slopes))
 
 
-def check_ladder(rows: Iterable[Row]) -> None:
-    """Lengths may differ between the rungs, and nothing else."""
-    require_one_regime([
-        {**row, "run_id": f"{row.get('wave')}/{run_id(row)}",
-         "change": (row.get("change") or {}) | dict.fromkeys(HORIZON, "")}
-        for row in valid(rows)
-    ])  # fmt: skip
-
-
 # The held-out half
 
 
@@ -754,9 +747,3 @@ def held_out(rows: Iterable[Row]) -> list[HeldOut]:
         if values:
             found.append(HeldOut(arm, *map(contrast, (there, values, subtract(values, there)))))
     return sorted(found, key=lambda one: one.selection.mean)
-
-
-def typical(values: Iterable[float | None]) -> float | None:
-    """The median of what is known."""
-    known = [value for value in values if value is not None]
-    return median(known) if known else None

@@ -426,9 +426,8 @@ def test_a_ladder_inside_one_wave():
 
 def test_rungs_differ_in_their_length_only():
     rows = ladder_rows({250: -0.02, 1000: -0.01})
-    effects.check_ladder(rows)
     with pytest.raises(MixedRegimesError, match="device"):
-        effects.check_ladder([*rows, row("a", 1, 2.0, wave="h9", device="other")])
+        effects.ladders([*rows, row("a", 1, 2.0, wave="h9", device="other")])
 
 
 def test_the_held_out_half_shows_what_the_choice_flattered():
