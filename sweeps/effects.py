@@ -191,7 +191,7 @@ def by_seed(rows: Iterable[Row], arm: str) -> dict[int, list[Row]]:
     found: dict[int, list[Row]] = {}
     for row in valid(rows):
         if str(row.get("arm")) == arm:
-            found.setdefault(row["seed"], []).append(row)
+            found.setdefault(row.get("seed"), []).append(row)
     return found
 
 
@@ -705,7 +705,7 @@ def ladders(rows: Iterable[Row]) -> list[Ladder]:
         at = horizon(row)
         if at:
             seeds = groups.setdefault((*at, row.get("wave")), {}).setdefault(rest(row), {})
-            seeds.setdefault(row["seed"], []).append(row["val_bpb"])
+            seeds.setdefault(row.get("seed"), []).append(row["val_bpb"])
     found: dict[tuple[str, str], dict[float, BySeed]] = {}
     for (length, unit, _), arms in groups.items():
         averages = {arm: {seed: mean(v) for seed, v in seeds.items()} for arm, seeds in arms.items()}

@@ -80,6 +80,8 @@ def write_log(
     """New entries go to the top, the newest wave first; the table across waves stands above them."""
     text = read_text(path) if path.exists() else LOG_HEAD + "\n"
     names = set(chosen)
+    if not waves:
+        return
     for wave in waves:  # each new one lands above those before it
         if wave.name in names:
             block = wave_block(wave, figures.get(wave.name, ()))

@@ -105,7 +105,9 @@ def progression(steps: Sequence, path: Path) -> Path | None:
     for regime in sorted({step.regime for step in shown}):
         own = [step for step in shown if step.regime == regime]
         x, colour = [names.index(step.wave) for step in own], colours((regime - 1) % 10)
-        axes.plot(x, [s.control for s in own], "o:", color=colour, label=f"control, regime {regime}")
+        axes.plot(
+            x, [s.control for s in own], "o:", color=colour, mfc="white", label=f"control, regime {regime}"
+        )
         best = [s.control if s.best_bpb is None else s.best_bpb for s in own]
         axes.plot(x, best, "D-", color=colour, label=f"best beyond noise, regime {regime}")
     axes.set_xticks(range(len(names)), [plain(name) for name in names], rotation=30, ha="right")

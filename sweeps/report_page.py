@@ -10,13 +10,21 @@ import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from functools import cache
-from itertools import permutations
 from pathlib import Path
 
 import effects as fx
 from effects import Ablation, Contrast, Effect, Row
 from plotly.offline import get_plotlyjs
-from report_tables import all_regimes, counts_line, noise_line, progression, regime_line, time_note
+from report_tables import (
+    all_ablations,
+    all_ladders,
+    all_regimes,
+    counts_line,
+    noise_line,
+    progression,
+    regime_line,
+    time_note,
+)
 
 PARTS = Path(__file__).resolve().parent / "page"
 LIMIT = 16_000_000  # bytes of code and packed weights together
@@ -94,20 +102,16 @@ def across(waves: Sequence) -> dict:
     steps = [
         [s.wave, s.regime, s.control, s.best.arm if s.best else None, s.best_bpb] for s in progression(waves)
     ]
-    rows = [row | dict(run_id=f"{wave.name}/{fx.run_id(row)}") for wave in waves for row in wave.rows]
     ladders = [
         dict(change=one.change, unit=one.unit, says=one.says, slope=bars(one.slope),
              rungs=[[rung.length, bars(rung.effect)] for rung in one.rungs])
-        for members in fx.by_regime(fx.valid(rows), fx.HORIZON)
-        for one in fx.ladders(members)
+        for one in all_ladders(waves)
     ]  # fmt: skip
     ablations = [
-        parts(fx.add_and_drop(a.rows, b.rows), f"added in {a.name}, taken out in {b.name}")
-        for a, b in permutations(waves, 2)
-        if len(fx.by_regime(fx.valid([*a.rows, *b.rows]))) == 1
+        parts(found, f"added in {adds}, taken out in {drops}") for adds, drops, found in all_ablations(waves)
     ]
     regimes = [regime_line(group) for group in all_regimes(waves)]
-    return dict(steps=steps, regimes=regimes, ladders=ladders, ablations=[a for a in ablations if a])
+    return dict(steps=steps, regimes=regimes, ladders=ladders, ablations=ablations)
 
 
 def payload(waves: Sequence, watch: float | None) -> dict:

@@ -189,7 +189,8 @@ def noise_line(rows: Sequence[Row]) -> str:
     part = "" if found.seed_sd is None or not found.rerun_df else f", {found.seed_sd:.4f} of it from seeds"
     return (
         f"same seed again {rerun}; one paired difference {pair}{part}; floor {found.floor:.4f}. "
-        "p and family are family-wise: over this wave's arms, 5 % of waves without effects name one."
+        "p is family-wise: 5 % of waves without effects name any arm. The family interval holds for all arms "
+        "at once; p steps down from arm to arm and may be clear where that interval just touches zero."
     )
 
 
@@ -313,10 +314,32 @@ class Step:
     best_bpb: float | None
 
 
+def all_rows(waves: Iterable[Wave]) -> list[Row]:
+    """Of all waves, each run under a name of its own."""
+    return [row | dict(run_id=f"{wave.name}/{fx.run_id(row)}") for wave in waves for row in wave.rows]
+
+
 def all_regimes(waves: Iterable[Wave]) -> list[list[Row]]:
-    """The rows of all waves by regime."""
-    rows = [row | dict(run_id=f"{wave.name}/{fx.run_id(row)}") for wave in waves for row in wave.rows]
-    return fx.by_regime(row for row in rows if row.get("code_sha256") is not None)
+    """The rows of all waves by regime; runs that never started are in none."""
+    return fx.by_regime(row for row in all_rows(waves) if row.get("code_sha256") is not None)
+
+
+def all_ladders(waves: Iterable[Wave]) -> list[fx.Ladder]:
+    """Over waves that differ in the length of their runs only."""
+    groups = fx.by_regime(fx.valid(all_rows(waves)), fx.HORIZON)
+    return [ladder for group in groups for ladder in fx.ladders(group)]
+
+
+def all_ablations(waves: Iterable[Wave]) -> list[tuple[str, str, fx.Ablation]]:
+    """(wave that adds parts to a base, wave that takes them from the stack, what they say together). Which
+    control is the stack: the better one."""
+    found = []
+    for pair in permutations(waves, 2):
+        if len(fx.by_regime(fx.valid(all_rows(pair)))) == 1:
+            one = fx.add_and_drop(*(wave.rows for wave in pair))
+            if one and one.whole and one.whole.mean < 0:
+                found.append((*(wave.name for wave in pair), one))
+    return found
 
 
 def progression(waves: Iterable[Wave]) -> list[Step]:
@@ -335,12 +358,10 @@ def progression(waves: Iterable[Wave]) -> list[Step]:
 
 
 def ladder_table(waves: Sequence[Wave]) -> list[str]:
-    rows = [row | dict(run_id=f"{wave.name}/{fx.run_id(row)}") for wave in waves for row in wave.rows]
     lines = []
-    for group in fx.by_regime(fx.valid(rows), fx.HORIZON):
-        for one in fx.ladders(group):
-            rungs = "; ".join(f"{r.length:g}: {of_contrast(r.effect)}" for r in one.rungs)
-            lines.append([code(one.change), one.unit, rungs, of_contrast(one.slope), one.says])
+    for one in all_ladders(waves):
+        rungs = "; ".join(f"{r.length:g}: {of_contrast(r.effect)}" for r in one.rungs)
+        lines.append([code(one.change), one.unit, rungs, of_contrast(one.slope), one.says])
     head = "change|length in|effect at each length (95 %)|slope a doubling|sign"
     return ["", *table(head, "lllll", lines)] if lines else []
 
@@ -359,11 +380,8 @@ def across_block(waves: Sequence[Wave], figures: Sequence[str] = ()) -> str:
     ]  # fmt: skip
     lines += table("wave|regime|control bpb|best arm|its bpb|less control|family", "lrrlrrr", cells)
     lines += ladder_table(waves)
-    for adds, drops in permutations(waves, 2):
-        if len(fx.by_regime(fx.valid([*adds.rows, *drops.rows]))) == 1:
-            title = (
-                f"Parts added one by one in {code(adds.name)}, taken out one by one in {code(drops.name)}:"
-            )
-            lines += ablation_table(fx.add_and_drop(adds.rows, drops.rows), title)
+    for adds, drops, found in all_ablations(waves):
+        title = f"Parts added one by one in {code(adds)}, taken out one by one in {code(drops)}:"
+        lines += ablation_table(found, title)
     lines += ["", *(f"![{Path(path).stem}]({path})" for path in figures)]
     return "\n".join(lines).rstrip() + "\n"

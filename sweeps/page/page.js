@@ -8,7 +8,7 @@ const COLOURS = ["#0969da", "#cf6a00", "#1a7f37", "#c4372c", "#8250df", "#9a6700
 const DASHES = ["solid", "dot", "dash", "dashdot"];
 const VERDICTS = {better: "#1a7f37", worse: "#c4372c", "inside noise": "#57606a", undecided: "#a8b0b8"};
 const FONT = {family: 'system-ui, "DejaVu Sans", sans-serif', size: 12, color: "#1f2328"};
-const CONFIG = {displaylogo: false, responsive: true,
+const CONFIG = {displaylogo: false, responsive: true, displayModeBar: "hover",
   modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"]};
 
 function element(tag, text, className) {
@@ -46,7 +46,7 @@ function draw(target, traces, layout) {
   if (box.classList.contains("empty")) box.replaceChildren();
   box.classList.remove("empty");
   const shape = {font: FONT, paper_bgcolor: "#fff", plot_bgcolor: "#fff", hovermode: "closest",
-    margin: {l: 64, r: 20, t: 16, b: 48}, ...layout};
+    margin: {l: 64, r: 20, t: 32, b: 56}, ...layout};
   for (const axis of ["xaxis", "yaxis"])
     shape[axis] = {gridcolor: "#eaeef2", linecolor: "#d0d7de", zeroline: false, automargin: true, ...shape[axis]};
   Plotly.react(box, traces, shape, CONFIG);
@@ -109,7 +109,7 @@ const COLUMNS = [
   ["tokens", (r) => r.tokens, whole, 1], ["ms a step", (r) => r.step_ms && r.step_ms.median, (v) => fixed(v, 1), 1],
   ["seconds", (r) => r.train_seconds, (v) => fixed(v, 1), 1],
   ["progress", (r) => r.progress, (v) => fixed(v, 3), 1], ["mean LR", (r) => r.mean_lr_scale, (v) => fixed(v, 3), 1],
-  ["bytes", (r) => r.total_bytes, whole, 1], ["hypothesis", (r) => r.hypothesis], ["message", (r) => r.message],
+  ["bytes", (r) => r.total_bytes, whole, 1], ["message", (r) => r.message],
 ];
 let sorting = null; // [column, descending]; as in the file until a head is clicked
 
@@ -139,7 +139,7 @@ function runsTable(runs) {
   }
   body.replaceChildren(...order.map((run) => row(COLUMNS.map(([name, read, show, number]) => {
     const value = read(run), text = name === "seed" ? value : show ? show(value) : value;
-    const wide = ["hypothesis", "message"].includes(name) && value ? "wide" : "";
+    const wide = ["message", "change"].includes(name) && value ? "wide" : "";
     return [text, number ? "number" : name === "state" ? String(value).replace(/\W/g, "") : wide];
   }))));
   $("shown").textContent = `${runs.length} of ${DATA.runs.length} runs`;
@@ -194,18 +194,20 @@ function effectsOf(group, box) {
   const band = {type: "rect", yref: "paper", y0: 0, y1: 1, x0: -group.floor, x1: group.floor, line: {width: 0},
     fillcolor: "#d0d7de", opacity: 0.5, layer: "below"};
   const zero = {type: "line", yref: "paper", y0: 0, y1: 1, x0: 0, x1: 0, line: {color: "#24292f", width: 1}};
-  draw(plot, shown.length ? effectTraces(shown) : [], {height: 110 + 26 * shown.length, shapes: [band, zero],
-    xaxis: {title: {text: "bpb less the control's"}, hoverformat: "+.4f"},
+  const ends = shown.flatMap((e) => [...e.pairs.map((pair) => pair[1]), ...(e.family || [])]);
+  const low = Math.min(...ends, -group.floor), high = Math.max(...ends, group.floor), pad = 0.05 * (high - low) || 0.01;
+  draw(plot, shown.length ? effectTraces(shown) : [], {height: 130 + 26 * shown.length, shapes: [band, zero],
+    xaxis: {title: {text: "bpb less the control's", standoff: 8}, hoverformat: "+.4f", range: [low - pad, high + pad]},
     yaxis: {type: "category", autorange: "reversed", categoryorder: "array",
       categoryarray: shown.map((e) => plain(e.arm)), ticks: ""}});
-  const heads = ["arm", "change", "n", "bpb less control", "SD", "95 %", "family-wise", "p", "verdict", "same steps",
+  const heads = ["arm", "change", "n", "difference", "SD", "95 %", "family-wise", "p", "verdict", "same steps",
     "same time", "hypothesis"];
   const numbers = [2, 3, 4, 5, 6, 7, 9, 10];
   box.append(makeTable(heads.map((head, place) => [head, numbers.includes(place) ? "number" : ""]),
     group.effects.map((e) => [e.arm, e.change, e.n, signed(e.mean), fixed(e.sd), range(e.interval), range(e.family),
       known(e.p) ? (e.p < 0.001 ? "<0.001" : e.p.toFixed(3)) : "", e.verdict, column(e.same_steps),
       column(e.same_time), e.hypothesis].map((text, place) => [text, numbers.includes(place) ? "number"
-      : place === 8 ? e.verdict.split(" ")[0] : place === 11 ? "wide" : ""]))));
+      : place === 8 ? e.verdict.split(" ")[0] : [1, 11].includes(place) && text ? "wide" : ""]))));
   box.append(element("p", group.note, "note"));
   for (const t of group.trends) {
     const values = t.levels.map((level, place) => `${level}: ${signed(t.means[place])}`).join(", ");
@@ -243,7 +245,12 @@ function lines(runs, key, xOf, yOf) {
 function curves(runs) {
   const metric = $("metric").value, titles = {steps: "step", seconds: "training seconds", tokens: "tokens trained"};
   const traces = lines(runs, metric, along, (point) => point[2]);
-  const ends = traces.flatMap((trace) => trace.y.slice(Math.floor(trace.y.length / 8))).filter(known);
+  const good = runs.filter((run) => ["ok", "running"].includes(run.state)); // the axis is theirs, if there are any
+  const tail = (run) => (run[metric] || []).map((point) => point[2]).filter(known);
+  const ends = (good.some((run) => tail(run).length) ? good : runs).flatMap((run) => {
+    const values = tail(run);
+    return values.slice(Math.floor(values.length / 10));
+  });
   const low = Math.min(...ends), high = Math.max(...ends), pad = 0.06 * (high - low) || 0.1;
   draw("curves", traces, {height: 440, xaxis: {title: {text: titles[$("axis").value]}, rangemode: "tozero"},
     yaxis: {title: {text: metric === "curve" ? "validation bpb" : "training loss, nats a token"},
@@ -299,8 +306,8 @@ function ablations() {
       line: {color: "#24292f", width: 1}};
     draw(plot, [intervals("alone", "#0969da", one.lines.map((l, i) => [i, l[1]]), -0.12),
       intervals("with all others there", "#cf6a00", one.lines.map((l, i) => [i, l[2]]), 0.12)],
-    {height: 140 + 34 * places.length, shapes: [zero], legend: {orientation: "h", y: 1, yanchor: "bottom"},
-      margin: {l: 64, r: 20, t: 40, b: 48}, xaxis: {title: {text: "bpb; left is a gain"}},
+    {height: 150 + 34 * places.length, shapes: [zero], legend: {orientation: "h", y: 1, yanchor: "bottom"},
+      margin: {l: 64, r: 20, t: 40, b: 56}, xaxis: {title: {text: "bpb; left is a gain", standoff: 8}},
       yaxis: {tickvals: places, ticktext: one.lines.map((l) => plain(l[0])), range: [places.length - 0.5, -0.5],
         ticks: ""}});
     if (one.interaction) {
@@ -362,6 +369,7 @@ function start() {
   refresh();
   if (DATA.watch && before.top) window.scrollTo(0, before.top);
   window.addEventListener("pagehide", remember);
+  document.body.dataset.fetched = performance.getEntriesByType("resource").length;
   document.body.dataset.drawn = "yes";
 }
 
