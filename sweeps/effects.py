@@ -5,14 +5,20 @@ better, and a difference is always the arm's less the control's.
 
 Noise     Two parts. The rerun SD is that of control runs repeated with the same seed. The pair SD is that of
 one paired difference: from each arm's variance between seeds the median over the arms is taken and divided by
-what that median is for normal noise, so that neither arms that do nothing nor one that went wild set it. It
-holds the rerun noise of both runs too. The floor is the larger of the pair SD and sqrt(2) rerun SDs.
+what that median is for normal noise, so that no arm that went wild sets it; arms that hardly differ from the
+control are left out. It holds the rerun noise of both runs too. The floor is the larger of the pair SD and
+sqrt(2) rerun SDs.
 
 Test      t = mean / (larger of the arm's own SD and the floor) * sqrt(pairs). No table has this statistic,
 and all differences share the control, so its distribution is drawn: waves of the same shape (which arm has
 which seed, how often the control ran) in which no arm does anything. p comes from the arm's own draws. The
 family-wise p is Holm's step-down over the wave; for the arms that remain it takes the drawn distribution of
 their smallest p instead of the sum of their p's. So 5 % of waves without effects name an arm, not fewer.
+
+Limits    The 5 % are for arms of one noise. An arm that is noisier than the others is held to its own SD,
+which few seeds tell badly: with one arm of twelve at three times the noise some 9 % of waves without effects
+name an arm, with half of the arms some 13 % (simulated, 3 seeds). `unsteady` names arms that look so; they
+want more seeds.
 """
 
 import math
@@ -48,6 +54,8 @@ SIZES = (
     "iterations", "max_wallclock_seconds", "train_batch_tokens", "train_seq_len", "vocab_size", "num_layers",
     "model_dim", "num_heads", "num_kv_heads",
 )  # fmt: skip
+IDLE = 0.001  # an arm with less than this share of the usual variance hardly differs from the control
+UNSTEADY = 2.5  # an arm with an SD of more floors than this; of arms with the usual noise 0.2 % have it (n 3)
 WIDEST_GAP = 0.25  # between two points of a curve, as a share of where it is read
 
 
@@ -104,9 +112,12 @@ def change(row: Row) -> dict[str, str]:
 
 
 class Counts(NamedTuple):
+    """Duplicates are in `states` only: they stand for no run of their own."""
+
     planned: int
     started: int
-    finished: int  # with a score, whatever it is worth
+    finished: int  # nothing is left to be done, for good or bad
+    scored: int  # with a final bpb, whatever it is worth
     valid: int
     states: dict[str, int]
 
@@ -115,15 +126,12 @@ def counts(rows: Iterable[Row]) -> Counts:
     """How many runs came how far. Nothing is counted by hand: states that no run is in are left out."""
     rows = latest(rows)
     seen = [str(row.get("state") or "planned") for row in rows]
-    idle = ("planned", "duplicate")  # a duplicate is refused before it starts, unless it says otherwise
-    begun = [
-        state not in idle or row.get("started") is not None for state, row in zip(seen, rows, strict=True)
-    ]
-    started = sum(begun)
-    finished = sum(final_score(row) is not None for row in rows)
     order = [*STATES, *sorted(set(seen) - set(STATES))]
     by_state = {state: seen.count(state) for state in order if state in seen}
-    return Counts(len(rows), started, finished, len(valid(rows)), by_state)
+    planned = len(rows) - seen.count("duplicate")
+    finished = planned - sum(seen.count(state) for state in ("planned", "running", "preempted"))
+    scored = sum(final_score(row) is not None for row in rows)
+    return Counts(planned, planned - seen.count("planned"), finished, scored, len(valid(rows)), by_state)
 
 
 # Regimes
@@ -156,6 +164,7 @@ def by_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> list[list[Row]]:
 
 
 def require_one_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> None:
+    """Raises MixedRegimesError, which names the facts that differ."""
     groups = by_regime(rows, free)
     if len(groups) > 1:
         first, second = (regime(group[0], free) for group in groups[:2])
@@ -231,11 +240,15 @@ class Noise(NamedTuple):
 
 
 def pooled_variance(variances: np.ndarray, freedoms: Sequence[int]) -> np.ndarray:
-    """Of [..., arms] variances. The median, made right for normal noise; of one or two arms, the mean."""
+    """Of [..., arms] variances. The median over the arms that do anything, made right for normal noise; of
+    one or two arms, the mean."""
     if len(freedoms) < 3:
         return np.average(variances, axis=-1, weights=freedoms)
-    medians = np.array([stats.chi2.median(f) / f for f in freedoms])
-    return np.median(variances / medians, axis=-1)
+    scaled = np.sort(variances / [stats.chi2.median(f) / f for f in freedoms], axis=-1)
+    usual = np.median(scaled[..., len(freedoms) // 2 :], axis=-1, keepdims=True)
+    idle = (scaled < IDLE * usual).sum(-1)
+    middle = [(idle + len(freedoms) - 1 + half) // 2 for half in (0, 1)]
+    return np.mean([np.take_along_axis(scaled, m[..., None], -1)[..., 0] for m in middle], axis=0)
 
 
 def noise(rows: Iterable[Row]) -> Noise:
@@ -385,6 +398,7 @@ def effects(rows: Iterable[Row]) -> list[Effect]:
 
 
 def effect(rows: list[Row], arm: str, pairs: BySeed, test: Judged | None) -> Effect:
+    """One arm's, from its pairs and their test; without a test it is undecided."""
     own = [row for row in rows if str(row.get("arm")) == arm]
     values = list(pairs.values())
     middle = mean(values) if values else None
@@ -400,6 +414,11 @@ def effect(rows: list[Row], arm: str, pairs: BySeed, test: Judged | None) -> Eff
         verdict=verdict(middle or 0.0, test.p_family if test else None),
         same_steps=column(rows, arm, same_steps), same_time=column(rows, arm, same_time),
     )  # fmt: skip
+
+
+def unsteady(found: Iterable[Effect], floor: float) -> list[str]:
+    """Arms whose seeds differ so much more than the floor that their p is a hopeful one."""
+    return [e.arm for e in found if e.sd is not None and e.sd > UNSTEADY * floor > 0]
 
 
 # Equal steps, equal time
@@ -482,6 +501,7 @@ class Trend:
 
     @property
     def verdict(self) -> str:
+        """Of the trend; a slope's sign is told only where Page's test sees order."""
         if self.seeds < 2:
             return UNDECIDED
         p = self.page_p if self.p_family is None else self.p_family
@@ -586,6 +606,7 @@ def summed(parts: Sequence[BySeed]) -> BySeed:
 
 
 def summarise(name: str, whole: BySeed, alone: Mapping[str, BySeed], last: Mapping[str, BySeed]) -> Ablation:
+    """From differences by seed; the sum is over all of `alone`, of seeds that all of them have."""
     total = summed(list(alone.values()))
     names = dict.fromkeys([*alone, *last])
     parts = [part(one, alone.get(one, {}), last.get(one, {})) for one in names]
@@ -639,8 +660,11 @@ def add_and_drop(adds: Iterable[Row], drops: Iterable[Row]) -> Ablation | None:
 
 
 def same_value(ours: object, theirs: object) -> bool:
-    """Of knobs: 1 and 1.0 are one value, and so are 1 and True."""
-    plain = [int(value) if isinstance(value, bool) else value for value in (ours, theirs)]
+    """Of knobs: 1, 1.0 and True are one value, and so are "a,b" and a list of both."""
+    plain = [
+        int(v) if isinstance(v, bool) else ",".join(map(str, v)) if isinstance(v, list | tuple) else v
+        for v in (ours, theirs)
+    ]
     a, b = map(number, plain)
     return a == b if None not in (a, b) else str(plain[0]) == str(plain[1])
 
@@ -675,6 +699,7 @@ class Ladder:
 
     @property
     def says(self) -> str:
+        """Generated as verdicts are: one sign and sign flips need intervals clear of zero."""
         signs = {math.copysign(1, rung.effect.mean) for rung in self.rungs}
         unsure = any(not rung.effect.clear for rung in self.rungs)
         return "sign flips" if self.flips else "one sign" if len(signs) == 1 and not unsure else "unclear"
@@ -716,6 +741,7 @@ def ladders(rows: Iterable[Row]) -> list[Ladder]:
 
 
 def ladder(name: str, unit: str, lengths: Mapping[float, BySeed]) -> Ladder:
+    """From length -> seed -> difference. The slope is fitted to each seed for itself."""
     order = sorted(lengths)
     seeds = set.intersection(*(set(lengths[length]) for length in order))
     x = np.log2(order)

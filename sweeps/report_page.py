@@ -21,9 +21,9 @@ from report_tables import (
     all_regimes,
     counts_line,
     noise_line,
+    notes,
     progression,
     regime_line,
-    time_note,
 )
 
 PARTS = Path(__file__).resolve().parent / "page"
@@ -85,13 +85,14 @@ def parts(found: Ablation | None, title: str) -> dict | None:
 
 def group(rows: Sequence[Row], wave: str, title: str) -> dict:
     """A regime of a wave: its own table, never joined with another."""
+    found = fx.effects(rows)
     trends = [
         dict(knob=t.knob, levels=t.levels, means=t.means, p=t.p_family, verdict=t.verdict, unit=t.unit)
         for t in fx.trends(rows)
     ]
     return dict(
         wave=wave, title=title, regime=regime_line(rows), counts=counts_line(rows), noise=noise_line(rows),
-        note=time_note(rows), floor=fx.noise(rows).floor, effects=[effect(e) for e in fx.effects(rows)],
+        note=notes(rows, found), floor=fx.noise(rows).floor, effects=[effect(e) for e in found],
         trends=trends, ablation=parts(fx.ablation(rows), title),
         held_out=[[h.arm, bars(h.selection), bars(h.held_out)] for h in fx.held_out(rows)],
     )  # fmt: skip
@@ -115,6 +116,7 @@ def across(waves: Sequence) -> dict:
 
 
 def payload(waves: Sequence, watch: float | None) -> dict:
+    """All that page.js draws, as it will find it."""
     groups = []
     for wave in waves:
         several = wave.regimes

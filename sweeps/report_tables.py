@@ -73,7 +73,7 @@ def follow(row: Row, root: Path) -> Row:
         events = read_events(logs[-1])[0] if logs else []
     except OSError:  # it may be moved or removed at any time
         return row
-    steps, vals = ([e for e in events if e["event"] == kind] for kind in ("step", "val"))
+    steps, vals = ([*newest_by_step(events, kind)] for kind in ("step", "val"))
     return row | dict(
         loss_curve=[[e.get("step"), e.get("train_ms"), e.get("train_loss")] for e in steps],
         curve=[[e.get("step"), e.get("train_ms"), e.get("val_bpb")] for e in vals],
@@ -81,6 +81,12 @@ def follow(row: Row, root: Path) -> Row:
         **{k: steps[-1].get(k) for k in ("progress", "train_loss") if steps},
         steps=max((e.get("step") or 0 for e in steps + vals), default=None),
     )
+
+
+def newest_by_step(events: Iterable[dict], kind: str) -> Iterable[dict]:
+    """Ascending; a step that a resumed run did again, as it went the last time."""
+    found = {e["step"]: e for e in events if e["event"] == kind and fx.number(e.get("step")) is not None}
+    return (found[step] for step in sorted(found))
 
 
 # Cells
@@ -174,15 +180,17 @@ def regime_line(rows: Sequence[Row]) -> str:
 
 
 def counts_line(rows: Sequence[Row]) -> str:
+    """Planned, started, finished, scored, valid, and how many are in each state."""
     found = fx.counts(rows)
     states = ", ".join(f"{number} {state}" for state, number in found.states.items())
     return (
-        f"{found.planned} runs planned, {found.started} started, {found.finished} finished with a score, "
-        f"{found.valid} valid ({states})"
+        f"{found.planned} runs planned, {found.started} started, {found.finished} finished, "
+        f"{found.scored} with a score, {found.valid} valid ({states})"
     )
 
 
 def noise_line(rows: Sequence[Row]) -> str:
+    """Both parts of the noise, and how to read p beside the family interval."""
     found = fx.noise(rows)
     rerun = f"SD {found.rerun_sd:.4f}, df {found.rerun_df}" if found.rerun_df else "not measured"
     pair = ABSENT if found.pair_sd is None else f"SD {found.pair_sd:.4f} from {found.pair_arms} arms"
@@ -195,6 +203,7 @@ def noise_line(rows: Sequence[Row]) -> str:
 
 
 def effect_rows(rows: Sequence[Row], found: Sequence[Effect]) -> list[list[str]]:
+    """The cells of the main table: the control, then every arm, whatever became of it."""
     control = fx.scores(rows, fx.CONTROL)
     own = [row for row in rows if row.get("arm") == fx.CONTROL]
     first = ["`control`", code(common(own, "parent")) if own else "", f"{len(control)}"]
@@ -208,13 +217,15 @@ def effect_rows(rows: Sequence[Row], found: Sequence[Effect]) -> list[list[str]]
     return lines
 
 
-def time_note(rows: Sequence[Row]) -> str:
-    """How far the column at equal time may be trusted."""
+def notes(rows: Sequence[Row], found: Sequence[Effect]) -> str:
+    """How far the table may be trusted, its column at equal time above all."""
     ran = fx.valid(rows)
     shared, limited = fx.sharing(ran), fx.step_limited(ran)
     says = ["same steps, same time: pairs read where the shorter run ended; curve: from live validations"]
     if limited:
         says.append("all runs were limited by steps, so time is only what each happened to take")
+    if restless := fx.unsteady(found, fx.noise(rows).floor):
+        says.append(f"{', '.join(restless)}: far noisier than the floor, so p is hopeful there; more seeds")
     if shared:
         says.append(
             f"{shared} of {len(ran)} runs shared the machine with another, so their time is a busy one's"
@@ -278,8 +289,9 @@ def regime_block(rows: Sequence[Row], title: str) -> list[str]:
     head = "arm|change|n|bpb|less control|SD|95 %|family|p|verdict|same steps|same time"
     lines = [f"Regime    {title}{cell(regime_line(rows))}", "", f"Counts    {cell(counts_line(rows))}", ""]
     lines += [f"Noise     {noise_line(rows)}", ""]
-    lines += table(head, "llrrrrrrrlrr", effect_rows(rows, fx.effects(rows)))
-    lines += ["", time_note(rows)]
+    found = fx.effects(rows)
+    lines += table(head, "llrrrrrrrlrr", effect_rows(rows, found))
+    lines += ["", cell(notes(rows, found))]
     lines += trend_table(rows) + ablation_table(fx.ablation(rows)) + held_out_table(rows)
     missing = unranked(rows)
     return lines + (["", "Not ranked: " + "; ".join(missing) + "."] if missing else [])

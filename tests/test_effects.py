@@ -56,12 +56,12 @@ def test_only_good_runs_are_ranked():
 def test_counts_are_derived():
     rows = [row(CONTROL, 1, None, state="running"), row(CONTROL, 1, 2.0), row("a", 1, 1.9), *broken_rows()]
     found = effects.counts(rows)
-    assert found[:4] == (12, 10, 5, 2)  # the planned one and the duplicate never started
+    assert found[:5] == (11, 10, 8, 5, 2)  # of all but the duplicate
     assert found.states == dict(
         planned=1, running=1, ok=2, crashed=1, untrained=1, truncated=1, diverged=1, over_size=1,
         duplicate=1, preempted=1, killed_early=1,
     )  # fmt: skip
-    assert effects.counts([])[:4] == (0, 0, 0, 0)
+    assert effects.counts([])[:5] == (0, 0, 0, 0, 0)
 
 
 def test_a_number_is_finite_and_no_flag():
@@ -98,9 +98,12 @@ def test_pooling_is_unbiased_and_does_not_follow_a_wild_arm_or_idle_ones():
     variances = rng.chisquare(2, (4000, 11)) / 2
     middle = np.median(effects.pooled_variance(variances, [2] * 11))
     assert middle == pytest.approx(1, abs=0.04)  # the median of an odd number is right in the median
-    variances[:, :2] *= 1e4
-    variances[:, 2:4] *= 1e-8
-    assert np.median(effects.pooled_variance(variances, [2] * 11)) == pytest.approx(1, rel=0.15)
+    variances[:, :1] *= 1e4
+    variances[:, 1:5] *= 1e-8
+    assert np.median(effects.pooled_variance(variances, [2] * 11)) == pytest.approx(1.1, abs=0.2)
+    assert effects.pooled_variance(np.zeros(4), [2] * 4) == 0
+    by_hand = np.array([1e-4, 3.0, 1.0, 2.0, 5.0]) * stats.chi2.median(4) / 4
+    assert effects.pooled_variance(by_hand, [4] * 5) == pytest.approx(2.5)  # of 1 2 3 5
 
 
 # The test
@@ -165,6 +168,7 @@ def test_an_arm_that_varies_more_is_held_to_its_own_spread():
     rng = np.random.default_rng(5)
     waves = [effects.effects(null_wave(rng, 12, a1=10)) for _ in range(60)]
     assert np.mean([wave[0].verdict != effects.INSIDE for wave in waves]) < 0.2
+    assert np.mean([effects.unsteady(wave, 0.003) == ["a1"] for wave in waves]) > 0.6
     first = waves[0][0]
     assert first.interval.high - first.interval.low > 4 * (
         waves[0][1].interval.high - waves[0][1].interval.low
@@ -387,6 +391,7 @@ def test_adding_in_one_wave_and_taking_out_in_another():
     assert found.parts[0].alone.mean == pytest.approx(-0.05)
     assert found.parts[0].last.mean == pytest.approx(-0.06)
     assert found.whole.mean == pytest.approx(-0.1)
+    assert effects.same_value("a,b", ["a", "b"]) and not effects.same_value("a", "b")
     assert effects.add_and_drop(adds, adds) is None and effects.add_and_drop([], drops) is None
 
 
