@@ -73,11 +73,11 @@ def test_a_number_is_finite_and_no_flag():
 
 
 def test_noise_by_hand():
-    rows = wave(dict(control=[2.0, 2.1, 2.2], a=[2.01, 2.11, 2.24], b=[1.9, 2.0, 2.1], c=[2.0, 2.2, 2.1]))
+    rows = wave(dict(control=[2.0, 2.1, 2.2], a=[2.01, 2.11, 2.24], b=[1.9, 2.02, 2.1], c=[2.0, 2.2, 2.1]))
     rows += [row(CONTROL, 1337, 2.002, rerun=1), row(CONTROL, 1337, 2.004, rerun=2)]
     found = effects.noise(rows)
     assert found.rerun_sd == pytest.approx(0.002) and found.rerun_df == 2  # 2.000 2.002 2.004
-    pairs = {"a": [0.008, 0.01, 0.04], "b": [-0.102, -0.1, -0.1], "c": [-0.002, 0.1, -0.1]}
+    pairs = {"a": [0.008, 0.01, 0.04], "b": [-0.102, -0.08, -0.1], "c": [-0.002, 0.1, -0.1]}
     variances = sorted(np.var(values, ddof=1) for values in pairs.values())
     expected = math.sqrt(variances[1] / (stats.chi2.median(2) / 2))
     assert found.pair_sd == pytest.approx(expected) and found.pair_arms == 3
