@@ -1,0 +1,138 @@
+"""The figures of sweeps/report.py: effects with their intervals, validation curves, and the progression."""
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import effects as fx
+import matplotlib
+from effects import Effect, Row
+from significance import mean
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+COLOURS = {fx.BETTER: "#1a7f37", fx.WORSE: "#c4372c", fx.INSIDE: "#57606a", fx.UNDECIDED: "#a8b0b8"}
+MOST_CURVES = 10
+plt.rcParams.update({
+    "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
+    "figure.dpi": 110, "savefig.bbox": "tight", "legend.frameon": False,
+})  # fmt: skip
+
+
+def save(figure, path: Path) -> Path:
+    """The same bytes for the same data, wherever it is drawn with one version."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Software": None})
+    plt.close(figure)
+    return path
+
+
+def plain(text: object) -> str:
+    """Text that matplotlib does not take for a formula."""
+    return str(text).replace("$", r"\$")
+
+
+def forest(rows: Sequence[Row], title: str, path: Path) -> Path | None:
+    """Every arm's difference: dots are seeds, thick 95 %, thin family-wise, grey one SD of a difference."""
+    found = [e for e in fx.effects(rows) if e.mean is not None]
+    if not found:
+        return None
+    figure, axes = plt.subplots(figsize=(7.5, 1.4 + 0.28 * len(found)))
+    floor = fx.noise(rows).floor
+    axes.axvspan(-floor, floor, color="#d0d7de", alpha=0.5, lw=0, label="noise floor of one difference (SD)")
+    axes.axvline(0, color="#24292f", lw=0.8)
+    for place, one in enumerate(found):
+        draw_arm(axes, place, one)
+    axes.set_yticks(range(len(found)), [plain(e.arm) for e in found])
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    axes.set_xlabel("bpb less the control's (left is better)")
+    axes.set_title(plain(title), loc="left")
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.55 / figure.get_figheight() - 0.04), fontsize=8)
+    axes.grid(axis="x", color="#eaeef2", lw=0.6)
+    axes.set_axisbelow(True)
+    return save(figure, path)
+
+
+def draw_arm(axes, place: int, one: Effect) -> None:
+    colour = COLOURS[one.verdict]
+    if one.family:
+        axes.plot(one.family, [place, place], color=colour, lw=1)
+        axes.plot(one.interval, [place, place], color=colour, lw=3, alpha=0.75)
+    axes.plot(list(one.pairs.values()), [place] * one.n, "o", ms=3.2, mfc="white", mec=colour, mew=0.9)
+    axes.plot([one.mean], [place], "D", ms=5, color=colour)
+    axes.annotate(one.verdict, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8,
+                  color=colour)  # fmt: skip
+
+
+def average_curve(rows: Sequence[Row], arm: str) -> list[tuple[float, float]]:
+    """Mean over the arm's runs, at the steps that all of them have."""
+    curves = [dict(fx.points(row, 0)) for runs in fx.by_seed(rows, arm).values() for row in runs]
+    curves = [curve for curve in curves if curve]
+    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    return [(step, mean([curve[step] for curve in curves])) for step in steps if step > 0]
+
+
+def curves(rows: Sequence[Row], title: str, path: Path) -> Path | None:
+    """Validation against steps, of the control and of the arms that moved most."""
+    found = sorted((e for e in fx.effects(rows) if e.mean is not None), key=lambda e: -abs(e.mean))
+    arms = [fx.CONTROL, *(e.arm for e in found[: MOST_CURVES - 1])]
+    lines = {arm: line for arm in arms if len(line := average_curve(rows, arm)) > 1}
+    if not lines:
+        return None
+    figure, axes = plt.subplots(figsize=(7.5, 4))
+    colours = plt.get_cmap("tab10")
+    for place, (arm, line) in enumerate(lines.items()):
+        style = dict(color="black", lw=2) if arm == fx.CONTROL else dict(color=colours(place % 10), lw=1.2)
+        axes.plot(*zip(*line, strict=True), label=plain(arm), **style)
+    axes.set(xlabel="step", ylabel="validation bpb of the live weights")
+    left = len(found) + 1 - len(arms)
+    more = f" ({left} arms that moved less are left out)" if left > 0 else ""
+    axes.set_title(plain(title + more), loc="left")
+    axes.grid(color="#eaeef2", lw=0.6)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    return save(figure, path)
+
+
+def progression(steps: Sequence, path: Path) -> Path | None:
+    """Control and best arm of wave after wave, a line for each regime."""
+    shown = [step for step in steps if step.control is not None]
+    if not shown:
+        return None
+    names = list(dict.fromkeys(step.wave for step in shown))
+    figure, axes = plt.subplots(figsize=(max(4.5, 1.2 + 0.9 * len(names)), 3.6))
+    colours = plt.get_cmap("tab10")
+    for regime in sorted({step.regime for step in shown}):
+        own = [step for step in shown if step.regime == regime]
+        x, colour = [names.index(step.wave) for step in own], colours((regime - 1) % 10)
+        axes.plot(
+            x, [s.control for s in own], "o:", color=colour, mfc="white", label=f"control, regime {regime}"
+        )
+        best = [s.control if s.best_bpb is None else s.best_bpb for s in own]
+        axes.plot(x, best, "D-", color=colour, label=f"best beyond noise, regime {regime}")
+    axes.set_xticks(range(len(names)), [plain(name) for name in names], rotation=30, ha="right")
+    axes.set(ylabel="bpb of the packed model", xlim=(-0.5, len(names) - 0.5))
+    axes.set_title("Wave after wave", loc="left")
+    axes.grid(axis="y", color="#eaeef2", lw=0.6)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    return save(figure, path)
+
+
+def draw(
+    waves: Sequence, steps: Sequence, chosen: Iterable[str], folder: Path, base: Path
+) -> dict[str, list[str]]:
+    """All figures: wave name, or "" for those of all waves -> paths as the log in `base` names them."""
+    drawn: dict[str, list[Path | None]] = {"": [progression(steps, folder / "progression.png")]}
+    for wave in (wave for wave in waves if wave.name in set(chosen)):
+        groups = wave.regimes
+        for place, rows in enumerate(groups, 1):
+            several = len(groups) > 1
+            stem, title = wave.name + f"_{place}" * several, wave.name + f", regime {place}" * several
+            drawn.setdefault(wave.name, []).extend([
+                forest(rows, title, folder / f"{stem}_effects.png"),
+                curves(rows, title, folder / f"{stem}_curves.png"),
+            ])  # fmt: skip
+    return {
+        name: [Path(os.path.relpath(path, base)).as_posix() for path in paths if path]
+        for name, paths in drawn.items()
+    }
