@@ -2570,7 +2570,7 @@ def main() -> None:
         if known.alone or os.environ.get("RANK", "0") == "0":
             print("error:", " ".join(str(known).splitlines()), file=sys.stderr)
         code = known.code
-    if "LOCAL_RANK" in os.environ:  # at a plain exit a thread of gloo's aborts some runs after their RESULT
+    if "LOCAL_RANK" in os.environ:  # at a plain exit a thread of gloo's can abort (pytorch PR #179291)
         sys.stdout.flush(), os._exit(code)
     sys.exit(code)
 
