@@ -353,39 +353,43 @@ def generated(wave: Wave, sizes: Sizes) -> Wave:
 
 def acting(env: Env, said: Iterable[str]) -> Env:
     """`env` without the knobs of a preset or its sizes that do nothing beside what the wave itself says."""
-    idle = unmet_knobs(set_values(env)) - {*said}
+    try:
+        idle = unmet_knobs(set_values(env)) - {*said}
+    except RunError:  # a value that is none: `configured` says which
+        return env
     left = {name: value for name, value in env.items() if name not in idle}
     return left if len(left) == len(env) else acting(left, said)
 
 
-def sized_knobs(wave: Wave, sizes: Sizes) -> set[str]:
-    """The knobs whose values the sizes of a small machine decide, whatever the preset says."""
+def sized_knobs(sizes: Sizes) -> set[str]:
+    """The knobs of the model's shape whose values a small machine decides, whatever the preset says."""
     names = ["cpu"] * (sizes.cpu or sizes.proxy) + ["proxy"] * sizes.proxy
-    return {knob for name in names for knob in read_preset(PRESETS / f"{name}.env")} - {*LENGTH}
+    knobs = {knob for name in names for knob in read_preset(PRESETS / f"{name}.env")}
+    return {knob for knob in knobs - {*LENGTH} if KNOBS[knob].metadata["role"] == "model"}
 
 
 def unfit(wave: Wave, sizes: Sizes) -> dict[str, str]:
     """Arms by name that cannot be tried at these sizes, and why: they change a size that is not the preset's
     here, or are sound at the published sizes only."""
-    sized, found = sized_knobs(wave, sizes), {}
+    sized, found = sized_knobs(sizes), {}
     for arm in wave.arms if sized else ():
-        said = {*dict(wave.own), *arm.change}
+        if fault(wave, Sizes(), arm):
+            continue  # wrong at any size: it is told with the other faults
         if theirs := sorted(sized & {*arm.change}):
             found[arm.name] = f"{theirs[0]} is not the preset's at these sizes"
-            continue
-        here, whole = (
-            acting(preset_env(wave.preset, size) | dict(wave.own) | arm.change, said)
-            for size in (sizes, Sizes())
-        )
-        try:
-            configured(here, "")
-        except WaveError as error:
-            try:
-                configured(whole, "")
-                found[arm.name] = error.lines[0].lstrip(": ")
-            except WaveError:
-                pass  # wrong at any size: it is told with the other faults
+        elif why := fault(wave, sizes, arm):
+            found[arm.name] = why
     return found
+
+
+def fault(wave: Wave, sizes: Sizes, arm: Arm) -> str:
+    """What is wrong with the arm's config at these sizes, or ''."""
+    base = preset_env(wave.preset, sizes) | dict(wave.own)
+    try:
+        configured(acting(base | arm.change, {*dict(wave.own), *arm.change}), "")
+    except WaveError as error:
+        return error.lines[0].lstrip(": ")
+    return ""
 
 
 def at_horizon(wave: Wave, steps: int, base: Mapping[str, str]) -> Wave:

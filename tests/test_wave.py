@@ -109,6 +109,28 @@ def test_arms_that_are_the_same_experiment_are_found():
     assert runs_of(f"{HEAD} @arm a why {place}")[1].duplicate_of == "control", "it changes no result"
 
 
+def test_arms_that_do_not_fit_a_small_machine_are_named_and_not_run():
+    arms = "@arm wide why MODEL_DIM=576 @arm deep why ENCODER_LAYERS=5 @arm kept why MLP_ACT=relu2"
+    text = f"@question Why? @base baseline TIDAL_LR=1 {arms}"
+    assert arms_of(text) == dict(kept=dict(MLP_ACT="relu2"))
+    said = warnings_of(runs_of(text), parse_wave("w", words(text)), PROXY)
+    assert said == [
+        "w.wide: not run: MODEL_DIM is not the preset's at these sizes",
+        "w.deep: not run: ENCODER_LAYERS must not exceed NUM_LAYERS",
+    ]
+    assert set(arms_of(text, Sizes())) == {"wide", "deep", "kept"}
+
+
+def test_a_presets_knob_that_a_wave_leaves_idle_is_left_out():
+    """proxy/baseline.env has WARMDOWN_FRAC, idle under Tidal; an idle knob of the wave itself is told."""
+    assert (
+        "WARMDOWN_FRAC"
+        not in runs_of("@question Why? @base baseline TIDAL_LR=1 @arm a why QK_GAIN_INIT=2")[0].env
+    )
+    with pytest.raises(WaveError, match="WARMDOWN_FRAC has no effect"):
+        runs_of("@question Why? @base baseline TIDAL_LR=1 WARMDOWN_FRAC=0.2 @arm a why QK_GAIN_INIT=2")
+
+
 def test_seeds_are_outer_and_the_control_comes_first_and_again():
     arms = " ".join(f"@arm a{i} why QK_GAIN_INIT={i}" for i in range(2, 7))
     order = [run.run_id for run in runs_of(f"{HEAD} {arms} @control_every 2 @seeds 9 8")]
