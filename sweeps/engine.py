@@ -153,6 +153,8 @@ def earlier_seconds(folder: Path) -> dict[tuple, list[float]]:
 
 def predicted(todo: list[Run], options: argparse.Namespace) -> tuple[float | None, str]:
     """(seconds of all runs one after another, where that is from)."""
+    if not todo:
+        return 0.0, "nothing is left to do"
     known = earlier_seconds(options.results)
     sizes = [size_of(vars(run.cfg)) for run in todo]
     if any(size in known for size in sizes):
@@ -272,7 +274,7 @@ class Engine:
         self.known = {run_id: row for each in results.values() for run_id, row in each.latest().items()}
         self.todo, self.jobs, self.stopping, self.asked = deque(), [], 0.0, 0
         self.crashes, self.seconds, self.limit = Counter(), [], early_kill_of(options.early_kill)
-        self.session = Counter()
+        self.told: set[str] = set()
 
     # -- rows --
 
@@ -309,20 +311,43 @@ class Engine:
         for run in self.runs:
             row, about = self.known.get(run.run_id), self.about(run)
             state = row["state"] if row else None
-            if run.duplicate_of and state != "duplicate":
+            if state in rows.FINAL and state not in ("duplicate", *again):
+                check_same(run, row, about)
+            elif run.duplicate_of:
                 message = f"the same experiment as {run.duplicate_of}"
                 planned.append((run, about | dict(state="duplicate", status="duplicate", message=message)))
-            elif state in rows.FINAL and state not in again:
-                check_same(run, row, about)
-            elif not run.duplicate_of:
+            else:
+                if row and self.changed(run, row) and process.is_alive(self.out_dir(run)):
+                    raise Misuse(f"{run.run_id} still runs with other knobs; wait for it, then try again")
                 self.todo.append(run)
-                if row is None:
+                if state in (None, "duplicate"):
                     planned.append((run, about | dict(state="planned")))
         for run, row in planned:
             self.known[run.run_id] = dict.fromkeys(rows.FIELDS) | row
         for wave in self.results:
             mine = [self.known[run.run_id] for run, _ in planned if run.wave.name == wave]
             self.results[wave].append(*mine)
+        for wave in self.results:
+            self.script(wave)
+
+    def script(self, wave: str) -> Path:
+        """The wave's own copy of the script: one edited meanwhile would make runs that do not compare. What
+        the script looks for beside it is there by links."""
+        source, home = self.options.script.resolve(), self.options.out / wave / "code"
+        copy = home / source.name
+        if not copy.exists():
+            home.mkdir(parents=True, exist_ok=True)
+            for folder in ("sweeps", "records"):
+                if not (home / folder).is_symlink():
+                    (home / folder).symlink_to(source.parent / folder)
+            temporary = copy.with_name(f".{source.name}.tmp")
+            temporary.write_bytes(source.read_bytes())
+            temporary.rename(copy)
+        elif copy.read_bytes() != source.read_bytes() and wave not in self.told:
+            self.told.add(wave)
+            where = os.path.relpath(copy)
+            self.say(f"warning: {wave} goes on with its own {source.name}, as it was at its start: {where}")
+        return copy
 
     # -- console --
 
@@ -356,7 +381,7 @@ class Engine:
     def begin(self, run: Run) -> None:
         """Start it, or read it if it ended while no engine looked, or wait for it if it is still running."""
         out, before = self.out_dir(run), self.known[run.run_id]
-        if before["state"] == "running" and self.changed(run, before):
+        if self.changed(run, before):  # the wave was edited since; what is there is of another experiment
             shutil.rmtree(out, ignore_errors=True)
         about = self.about(run) | dict(started=before["started"] or time.time())
         about["attempts"] = (before["attempts"] or 0) + 1
@@ -366,7 +391,7 @@ class Engine:
             return
         past = out.is_dir()
         spec = process.Spec(
-            (sys.executable, str(self.options.script)), self.knobs(run), str(out), tuple(KNOBS)
+            (sys.executable, str(self.script(run.wave.name))), self.knobs(run), str(out), tuple(KNOBS)
         )
         handle = self.backend.start(spec)
         adopted = isinstance(handle, process.Orphan)
@@ -409,6 +434,8 @@ class Engine:
         """Judge a run that ended: its final row, or another attempt."""
         run, run_id = job.run, job.run.run_id
         row = rows.row_of(job.about, job.out_dir, code)
+        if row["state"] == "ok" and (strange := unknown_knobs(run, row)):
+            row |= dict(state="crashed", message=f"the wave's copy of the script has no {strange[0]}")
         row["attempts"] += getattr(job.handle, "moves", int)()  # by Ray, when a machine died
         row["run_seconds"] = (self.known[run_id]["run_seconds"] or 0.0) + time.time() - job.began
         if job.verdict and row["state"] in ("preempted", "crashed"):
@@ -438,7 +465,6 @@ class Engine:
         if row["state"] in rows.FINAL:
             (self.out_dir(run) / "final_model.pt").unlink(missing_ok=True)  # the packed one stays
             self.seconds += [row["run_seconds"] or 0.0] if row["state"] == "ok" and not row["resumed"] else []
-        self.session[row["state"]] += 1
         score = f"bpb {row['val_bpb']:.4f}{self.delta(run, row)}" if row["state"] == "ok" else row["message"]
         took = f" {row['run_seconds']:.0f} s" if row.get("run_seconds") else ""
         self.say(f"{row['state']:12} {run.run_id}  {score}{took} | {self.counts()}")
@@ -495,6 +521,11 @@ def differences(old: Env, new: Env) -> list[str]:
     shaping = [name for name, f in KNOBS.items() if f.metadata["role"] != "place"]
     apart = [name for name in shaping if old.get(name) != new.get(name)]
     return [f"{name}={old.get(name, '(unset)')}, now {new.get(name, '(unset)')}" for name in apart]
+
+
+def unknown_knobs(run: Run, row: Row) -> list[str]:
+    """Knobs of a run that its script did not report: it is older than the wave's arms."""
+    return [name for name in run.env if row["config"] and name.lower() not in row["config"]]
 
 
 def check_same(run: Run, row: Row, about: Row) -> None:
@@ -623,6 +654,8 @@ def run_wave(name: str, words: list[str], options: argparse.Namespace) -> int:
         return 0
     data, tokenizer = find_data(options)
     tokens = options.val_tokens if options.val_tokens is not None else halves.HALF_TOKENS * options.proxy
+    if options.finalists and not tokens:
+        raise Misuse("--finalists wants text that is held out: --val-tokens N, or --proxy")
     results = claim_results(options.results, names)
     if tokens:
         data = halves.cut(data, options.out, tokens) / halves.SELECTION

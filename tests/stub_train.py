@@ -61,9 +61,9 @@ def save() -> None:
 
 if step:
     event("resumed", step=step, path=str(checkpoint))
-event(
-    "config", config=dict(vocab_size=1024, iterations=plan["steps"], data_path=env["DATA_PATH"]), code_bytes=9
-)
+config = {} if plan["end"] == "old_script" else dict.fromkeys(name.lower() for name in env)
+config |= dict(vocab_size=1024, iterations=plan["steps"], data_path=env["DATA_PATH"])
+event("config", config=config, code_bytes=9)
 event("env", device="stub", world_size=1, val_tokens=1000, val_bytes=2500, val_sha256="5e1f")
 while step < plan["steps"]:
     time.sleep(plan["seconds"])

@@ -252,6 +252,42 @@ def test_what_another_version_left_is_started_anew(bench):
     assert bench.run("", seeds="1") == 0 and bench.states() == {"control.1": "ok"}
 
 
+def test_an_edited_script_does_not_reach_a_wave_that_has_begun(bench, capfd):
+    """Its runs must compare; the copy says what they were made with."""
+    script = bench.folder / "train.py"
+    script.write_bytes((ROOT / "tests/stub_train.py").read_bytes())
+    bench.options[-1] = str(script)
+    assert bench.run("a", seeds="1") == 0
+    script.write_text("raise SystemExit(1)")
+    assert bench.run("a b", seeds="1") == 0 and bench.states()["b.1"] == "ok"
+    assert "warning: w goes on with its own train.py" in capfd.readouterr().out
+
+
+def test_a_knob_that_the_script_does_not_know_makes_no_result(bench):
+    bench.plan(dict(a=dict(end="old_script")))
+    assert bench.run("a", seeds="1") == 1
+    row = bench.rows()["w.a.1"]
+    assert row["state"] == "crashed" and "copy of the script has no " in row["message"]
+
+
+def test_an_arm_that_is_no_duplicate_any_more_is_run(bench, monkeypatch):
+    monkeypatch.setitem(ARMS, "b", ARMS["a"])
+    assert bench.run("a b", seeds="1") == 0 and bench.states()["b.1"] == "duplicate"
+    monkeypatch.setitem(ARMS, "b", "QK_GAIN_INIT=9")
+    assert bench.run("a b", seeds="1") == 0 and bench.states()["b.1"] == "ok"
+
+
+def test_an_unfinished_arm_that_was_edited_starts_anew(bench, monkeypatch):
+    """Its checkpoint is of another experiment."""
+    bench.plan(dict(a=dict(end="crash")))
+    assert bench.run("a", seeds="1") == 1
+    bench.plan({})
+    monkeypatch.setitem(ARMS, "a", "QK_GAIN_INIT=9")
+    assert bench.run("a", "--again", seeds="1") == 0
+    row = bench.rows()["w.a.1"]
+    assert (row["resumed"], row["steps"], row["change"]) == ([], 10, dict(QK_GAIN_INIT="9"))
+
+
 # ------------------------------------------------------------------------------------------ plans
 
 
@@ -274,6 +310,7 @@ def test_a_plan_runs_nothing(bench, capfd):
     [
         (["--early-kill", "x"], "--early-kill wants MARGIN[@PROGRESS]"),
         (["--only", "z"], "--only z: no such arm (a)"),
+        (["--finalists", "1", "--val-tokens", "0"], "--finalists wants text that is held out"),
         (["--jobs", "0"], "--jobs and --threads want at least 1"),
         (["--data", "/nowhere"], "no train shards"),
         (["--tokenizer", "/nowhere"], "no tokenizer /nowhere"),
