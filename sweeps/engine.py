@@ -33,6 +33,8 @@ import rows
 from process import Misuse
 from rows import Results, Row
 
+from train_gpt import write_atomic
+
 TICK, PATIENCE = 0.1, 90.0  # seconds between looks at the runs, and until a stopped run is killed
 STOPPED = 75
 HERE = "DATA_PATH", "TOKENIZER_PATH", "DEVICE"  # knobs that may come from the environment
@@ -340,9 +342,7 @@ class Engine:
             for folder in ("sweeps", "records"):
                 if not (home / folder).is_symlink():
                     (home / folder).symlink_to(source.parent / folder)
-            temporary = copy.with_name(f".{source.name}.tmp")
-            temporary.write_bytes(source.read_bytes())
-            temporary.rename(copy)
+            write_atomic(copy, source.read_bytes())
         elif copy.read_bytes() != source.read_bytes() and wave not in self.told:
             self.told.add(wave)
             where = os.path.relpath(copy)

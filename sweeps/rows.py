@@ -11,11 +11,20 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.append(str(ROOT))
+
+import summary  # noqa: E402
+from summary import last as newest  # noqa: E402
+
+from train_gpt import write_atomic  # noqa: E402
+
 FINAL = "ok", "untrained", "truncated", "diverged", "over_size", "duplicate", "killed_early", "crashed"
 TODO = "planned", "running", "preempted"
 TRAINED_SHARE, UNTRAINED_BAND = 0.98, 0.01
@@ -61,7 +70,8 @@ def log_of(out_dir: Path, run_id: str) -> Path:
 def read_events(out_dir: Path, run_id: str) -> list[Event]:
     """The run's events as one training: what a checkpoint's resumption repeats is there once."""
     events: list[Event] = []
-    for event in read_lines(log_of(out_dir, run_id)):
+    path = log_of(out_dir, run_id)
+    for event in summary.read_events(path)[0] if path.is_file() else ():
         if event.get("event") == "resumed":
             at = event.get("step", 0)
             again = ("step", "val", "phase")
@@ -100,10 +110,6 @@ def last_error(out_dir: Path) -> str:
 
 def of_kind(events: list[Event], kind: str) -> list[Event]:
     return [event for event in events if event.get("event") == kind]
-
-
-def newest(events: list[Event], kind: str) -> Event:
-    return next((event for event in reversed(events) if event.get("event") == kind), {})
 
 
 def progress_of(event: Event, config: Mapping) -> float:
@@ -290,14 +296,6 @@ class Results:
             os.fsync(file.fileno())
 
     def compact(self) -> None:
-        """Keep the newest row of every run only: temporary file, then rename."""
-        rows = self.latest()
-        temporary = self.path.with_name(f".{self.path.name}.tmp-{os.getpid()}")
-        try:
-            with temporary.open("wb") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows.values()).encode())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        """Keep the newest row of every run only, at once."""
+        lines = (json.dumps(row) + "\n" for row in self.latest().values())
+        write_atomic(self.path, "".join(lines).encode())

@@ -361,6 +361,12 @@ def acting(env: Env, said: Iterable[str]) -> Env:
     return left if len(left) == len(env) else acting(left, said)
 
 
+def of_arm(wave: Wave, base: Env, arm: Arm, where: str) -> tuple[Env, Config]:
+    """What is set for an arm of the wave, and its config; WaveError as from `configured`."""
+    env = acting(base | arm.change, {*dict(wave.own), *arm.change})
+    return env, configured(env, where)
+
+
 def sized_knobs(sizes: Sizes) -> set[str]:
     """The knobs of the model's shape whose values a small machine decides, whatever the preset says."""
     names = ["cpu"] * (sizes.cpu or sizes.proxy) + ["proxy"] * sizes.proxy
@@ -384,9 +390,8 @@ def unfit(wave: Wave, sizes: Sizes) -> dict[str, str]:
 
 def fault(wave: Wave, sizes: Sizes, arm: Arm) -> str:
     """What is wrong with the arm's config at these sizes, or ''."""
-    base = preset_env(wave.preset, sizes) | dict(wave.own)
     try:
-        configured(acting(base | arm.change, {*dict(wave.own), *arm.change}), "")
+        of_arm(wave, preset_env(wave.preset, sizes) | dict(wave.own), arm, "")
     except WaveError as error:
         return error.lines[0].lstrip(": ")
     return ""
@@ -427,11 +432,10 @@ def checked_arms(wave: Wave, base: Env) -> dict[str, tuple[Arm, Env, Config, str
     errors, checked, hashes = [], {}, {}
     for arm in (Arm(CONTROL, "", {}), *wave.arms):
         where = f"arm {arm.name}" if arm.name != CONTROL else f"base {wave.preset}"
-        env = acting(base | arm.change, {*dict(wave.own), *arm.change})
         try:
             if arm.name in checked:
                 raise WaveError(f"two arms are named {arm.name}")
-            cfg = configured(env, where)
+            env, cfg = of_arm(wave, base, arm, where)
         except WaveError as error:
             errors += error.lines
             if arm.name == CONTROL:
@@ -450,7 +454,8 @@ def expand(wave: Wave, sizes: Sizes) -> list[Run]:
     runs: list[Run] = []
     for part in waves_of(wave, sizes):
         part = generated(part, sizes)
-        part = replace(part, arms=tuple(arm for arm in part.arms if arm.name not in unfit(part, sizes)))
+        left = unfit(part, sizes)
+        part = replace(part, arms=tuple(arm for arm in part.arms if arm.name not in left))
         base = preset_env(part.preset, sizes) | dict(part.own)
         checked = checked_arms(part, base)
         for seed in part.seeds:
