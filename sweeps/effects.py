@@ -21,6 +21,7 @@ name an arm, with half of the arms some 13 % (simulated, 3 seeds). `unsteady` na
 want more seeds.
 """
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -148,6 +149,11 @@ def agree(ours: Mapping[str, object], theirs: Mapping[str, object]) -> bool:
     return all(None in (value, theirs[name]) or value == theirs[name] for name, value in ours.items())
 
 
+def filled(ours: Mapping[str, object], theirs: Mapping[str, object]) -> dict[str, object]:
+    """Ours, and theirs where ours knows nothing."""
+    return {name: value if ours.get(name) is None else ours[name] for name, value in theirs.items()}
+
+
 def by_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> list[list[Row]]:
     """The rows in groups that agree wherever both sides know; a row that knows nothing joins the last."""
     groups: list[tuple[dict[str, object], list[Row]]] = []
@@ -157,10 +163,26 @@ def by_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> list[list[Row]]:
         known, members = next((group for group in reversed(groups) if agree(facts, group[0])), ({}, []))
         if not members:
             groups.append((known, members))
-        known |= {k: v if known.get(k) is None else known[k] for k, v in facts.items()}
+        known |= filled(known, facts)
         members.append(row)
     place = {id(row): place for place, row in enumerate(rows)}
     return [sorted(members, key=lambda row: place[id(row)]) for _, members in groups]
+
+
+def joined(parts: Iterable[list[Row]]) -> list[list[Row]]:
+    """The regimes of several waves, those that agree in one list: what an arm's own knobs change must not
+    part it from its control."""
+    groups: list[tuple[dict[str, object], list[Row]]] = []
+    for rows in parts:
+        facts: dict[str, object] = {}
+        for row in sorted(rows, key=lambda row: row.get("arm") != CONTROL):
+            facts = filled(facts, regime(row))
+        known, members = next((group for group in groups if agree(facts, group[0])), ({}, []))
+        if not members:
+            groups.append((known, members))
+        known |= filled(known, facts)
+        members += rows
+    return [members for _, members in groups]
 
 
 def require_one_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> None:
@@ -706,6 +728,11 @@ class Ladder:
 
 
 HORIZON = "iterations", "max_wallclock_seconds"
+# Of a run's config, what does not make its base another one.
+PLACES = HORIZON + (
+    "seed", "run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_seconds",
+    "val_loss_every", "train_log_every",
+)  # fmt: skip
 
 
 def horizon(row: Row) -> tuple[float, str] | None:
@@ -721,23 +748,33 @@ def rest(row: Row) -> str:
     return " ".join(f"{knob}={value}" for knob, value in change(row).items() if knob.lower() not in HORIZON)
 
 
+def base_of(row: Row) -> str:
+    """Of a control: all knobs but the length, the seed and the places; what its arms are changes of."""
+    config = {name: value for name, value in (row.get("config") or {}).items() if name not in PLACES}
+    return json.dumps(config, sort_keys=True, default=str)
+
+
 def ladders(rows: Iterable[Row]) -> list[Ladder]:
-    """Effects against length. Rows may be of several waves, which may differ in their length only, or of one
-    whose arms set ITERATIONS too: an arm without any other change is the control there."""
+    """Effects against length. Rows may be of several waves, of which those with one base make rungs together,
+    or of one whose arms set ITERATIONS too: an arm without any other change is the control there."""
     require_one_regime(rows := valid(rows), HORIZON)
     groups: dict[tuple, dict[str, dict[int, list[float]]]] = {}
+    bases: dict[tuple, str] = {}
     for row in rows:
-        at = horizon(row)
-        if at:
-            seeds = groups.setdefault((*at, row.get("wave")), {}).setdefault(rest(row), {})
+        if at := horizon(row):
+            key, arm = (*at, row.get("wave")), rest(row)
+            seeds = groups.setdefault(key, {}).setdefault(arm, {})
             seeds.setdefault(row.get("seed"), []).append(row["val_bpb"])
-    found: dict[tuple[str, str], dict[float, BySeed]] = {}
-    for (length, unit, _), arms in groups.items():
+            if not arm:
+                bases[key] = base_of(row)
+    found: dict[tuple[str, str, str], dict[float, BySeed]] = {}
+    for key, arms in groups.items():
         averages = {arm: {seed: mean(v) for seed, v in seeds.items()} for arm, seeds in arms.items()}
         for arm, values in averages.items():
             if pairs := subtract(values, averages.get("", {})) if arm else {}:
-                found.setdefault((arm, unit), {}).setdefault(length, {}).update(pairs)
-    return [ladder(*key, lengths) for key, lengths in found.items() if len(lengths) > 1]
+                rungs = found.setdefault((arm, key[1], bases[key]), {})
+                rungs.setdefault(key[0], {}).update(pairs)
+    return [ladder(arm, unit, rungs) for (arm, unit, _), rungs in found.items() if len(rungs) > 1]
 
 
 def ladder(name: str, unit: str, lengths: Mapping[float, BySeed]) -> Ladder:

@@ -333,7 +333,8 @@ def all_rows(waves: Iterable[Wave]) -> list[Row]:
 
 def all_regimes(waves: Iterable[Wave]) -> list[list[Row]]:
     """The rows of all waves by regime; runs that never started are in none."""
-    return fx.by_regime(row for row in all_rows(waves) if row.get("code_sha256") is not None)
+    started = [[row for row in all_rows([wave]) if row.get("code_sha256") is not None] for wave in waves]
+    return fx.joined(part for rows in started for part in fx.by_regime(rows))
 
 
 def all_ladders(waves: Iterable[Wave]) -> list[fx.Ladder]:

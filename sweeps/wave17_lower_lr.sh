@@ -11,9 +11,9 @@ arm lr02 "half: -0.006 there, the record's" MATRIX_LR=0.02
 arm lr03 "between: -0.001 there" MATRIX_LR=0.03
 arm lr06 "too high: +0.016 there" MATRIX_LR=0.06
 arm half "the record's line: every rate halved" MATRIX_LR=0.02 SCALAR_LR=0.02 TIED_EMBED_LR=0.03
-horizons 100 200 400
+horizons 75 150 300
 
 control_every 10
-seeds 1337 42 7
+seeds 101 102 103
 decide "half the rate holds if it is better at the longest run, or if its loss falls with length"
 run_wave "$@"

@@ -429,6 +429,27 @@ def test_a_ladder_inside_one_wave():
     assert [(rung.length, round(rung.effect.mean, 6)) for rung in found.rungs] == [(300, -0.1), (600, -0.05)]
 
 
+def test_a_change_of_another_base_is_no_rung():
+    def of(steps, gain, **config):
+        more = dict(wave=f"h{steps}", steps=steps, config=dict(iterations=steps, **config))
+        changed = dict(change=dict(MATRIX_LR="0.08"), **more)
+        return wave(dict(control=[2.0, 2.1]), **more) + wave(dict(lr=[2.0 + gain, 2.1 + gain]), **changed)
+
+    same = of(250, -0.02, seed=1, out_dir="runs/x") + of(1000, -0.01, seed=2)
+    assert [len(one.rungs) for one in effects.ladders(same)] == [2]
+    assert effects.ladders(of(250, -0.02) + of(1000, -0.01, tidal_lr=True)) == []
+
+
+def test_regimes_of_waves_keep_an_arm_with_its_control():
+    small = wave(dict(control=[2.0, 2.1]), wave="small", config=dict(num_kv_heads=4))
+    small += wave(dict(kv2=[1.9, 2.0]), wave="small", change=dict(NUM_KV_HEADS="2"))
+    other = wave(dict(control=[2.0, 2.1]), wave="other", config=dict(num_kv_heads=2))
+    same = wave(dict(control=[2.0, 2.1]), wave="same", config=dict(num_kv_heads=4))
+    found = effects.joined(part for rows in (other, small, same) for part in effects.by_regime(rows))
+    assert [{row["wave"] for row in rows} for rows in found] == [{"other"}, {"small", "same"}]
+    assert [len(rows) for rows in found] == [2, 6]
+
+
 def test_rungs_differ_in_their_length_only():
     rows = ladder_rows({250: -0.02, 1000: -0.01})
     with pytest.raises(MixedRegimesError, match="device"):
