@@ -7,4 +7,4 @@ source sweeps/python_env.sh
 use_python requirements.txt requirements-lab.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -q "$@"
+"$PYTHON" -m pytest -q -n 2 --dist loadfile "$@"
