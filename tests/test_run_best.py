@@ -512,7 +512,10 @@ def sourced(project: Project, code: str, **env: str) -> str:
 
 def test_package_names_are_read_from_the_requirements(project: Project):
     assert sourced(project, "package_names requirements.txt").split(",") == sorted(RUN_TIME)
-    write(project.root / "x.txt", "# note\nhuggingface-hub==1; sys_platform == 'x'\n\nb[extra]>=2  # why\npytest-xdist==3\n")
+    write(
+        project.root / "x.txt",
+        "# note\nhuggingface-hub==1; sys_platform == 'x'\n\nb[extra]>=2  # why\npytest-xdist==3\n",
+    )
     assert sourced(project, "package_names x.txt") == "b,huggingface_hub,xdist"
 
 
