@@ -197,6 +197,7 @@ class Log:
     train_seconds: float = 0.0
     eval_seconds: float = 0.0  # all evaluations of the packed model
     result: dict = field(default_factory=dict)  # a RESULT line
+    chosen: str = ""  # the score that submission.json names as the one that counts
 
     @property
     def script_bytes(self) -> int | None:
@@ -205,10 +206,12 @@ class Log:
 
     @property
     def final(self) -> Score | None:
-        """The last exact line; where none is marked so, the last with all decimals, or the last."""
-        exact = [score for score in self.finals if "exact" in score.label]
-        full = [score for score in self.finals if digits(score.bpb) >= 8]
-        return next((found[-1] for found in (exact, full, self.finals) if found), None)
+        """The last exact line; where none is marked so, the last with all decimals, or the last. Of the
+        chosen score, if there is one."""
+        finals = [score for score in self.finals if self.chosen in score.label]
+        exact = [score for score in finals if "exact" in score.label]
+        full = [score for score in finals if digits(score.bpb) >= 8]
+        return next((found[-1] for found in (exact, full, finals) if found), None)
 
 
 VALUE = r"[:=]\s*(\d{1,3}\.\d{1,12})\b"
@@ -308,6 +311,17 @@ def topmost(folder: Folder, logs: list[Log]) -> list[Log]:
             "info", "logs_below", f"{more} logs in folders below the others are only searched for scores"
         )
     return chosen
+
+
+def choose_score(folder: Folder, record: dict, logs: list[Log]) -> None:
+    """Where submission.json says which score counts (`score`, as records/make.py does), that one does."""
+    name = record.get("score")
+    for log in logs:
+        labels = [score.label for score in log.finals]
+        if isinstance(name, str) and name and any(name in label for label in labels):
+            log.chosen = name
+            if name not in labels[-1]:
+                folder.add("info", "score_chosen", f"{log.name}: {name} counts, it ends with {labels[-1]}")
 
 
 def claimed_logs(record: dict, logs: list[Log]) -> list[Log]:
@@ -690,12 +704,9 @@ def claimed_bar(folder: Folder, record: dict) -> tuple[float, str]:
 def check_gain(folder: Folder, record: dict, logs: list[Log], bar: float, timed: bool) -> None:
     """Mean and spread of the seeds; if there is a bar, one-sided t-test of a gain over 0.005 nats."""
     scored = list({log.seed: log for log in logs if log.final}.values())
-    kinds = [{score.label: score for score in log.finals} for log in scored]
-    label = (
-        next((label for label in reversed([*kinds[0]]) if all(label in k for k in kinds)), "")
-        if kinds
-        else ""
-    )
+    kinds = [{score.label: score for score in log.finals if log.chosen in score.label} for log in scored]
+    shared = [label for label in (kinds[0] if kinds else ()) if all(label in k for k in kinds)]
+    label = shared[-1] if shared else ""
     runs = [kind[label] for kind in kinds] if label else [log.final for log in scored]
     source = "--bar"
     if not bar and timed:
@@ -734,6 +745,7 @@ def check_folder(path: Path, bar: float = 0.0) -> list[Finding]:
     if not logs:
         folder.add("error", "no_log", "no log with a val_bpb")
     check_runs(folder, logs)
+    choose_score(folder, record, every)
     chosen = logs if timed else claimed_logs(record, logs)
     check_source(folder, chosen, scripts)
     check_bytes(folder, record, chosen, scripts)

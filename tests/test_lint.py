@@ -422,6 +422,13 @@ def the_score_of_another_line(folder):
     rewrite(folder, val_loss=2.07)
 
 
+@defect("info score_chosen", "info score_chosen", "info score_chosen")
+def another_score_that_is_named(folder):
+    entries = {seed: dict(val_loss=2.07, val_bpb=1.23, artifact_bytes=TOTAL) for seed in "123"}
+    rewrite(folder, val_loss=2.07, val_bpb=1.23, seed_results=entries, score="roundtrip")
+    (folder / "README.md").write_text("val_bpb 1.2300")
+
+
 @defect("error seed_result")
 def another_score_of_a_seed(folder):
     entries = json.loads(record_text())["seed_results"]

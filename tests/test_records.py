@@ -200,6 +200,10 @@ def test_another_score_can_be_the_one_that_counts(own, capsys):
     assert make.main(["toy-1", *ABOUT, "--out", "x", "--score", "sliding"]) == 0
     claim = claim_of(own / "x")
     assert claim["val_bpb"] == claim["sliding_val_bpb"] != claim["hedge_val_bpb"]
+    found = lint.check_folder(own / "x")
+    assert [f.code for f in found if f.severity != "info"] == [] and "score_chosen" in [f.code for f in found]
+    (own / "x" / "submission.json").write_text(json.dumps(claim | dict(val_bpb=claim["hedge_val_bpb"])))
+    assert "other_score" in [f.code for f in lint.check_folder(own / "x") if f.severity == "warn"]
     assert "ttt" in refusal(capsys, make, "toy-1", *ABOUT, "--out", "y", "--score", "ttt")
 
 
