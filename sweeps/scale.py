@@ -25,8 +25,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "sweeps")]
-from show import step_flops  # noqa: E402
 from wave import Sizes, WaveError, preset_env  # noqa: E402
+
+from show import step_flops  # noqa: E402
 
 import train_gpt  # noqa: E402
 

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from unittest.mock import patch
 
+import bench_startup
 import bench_throughput
 import official
 import pytest
@@ -128,6 +129,21 @@ def test_another_script_gets_the_same_shards_under_the_official_names(tmp_path, 
     log = "step:1/9 train_loss:6.9 train_time:90ms step_avg:90ms\nstep:3/9 train_loss:6.8 train_time:110ms "
     assert [(int(n), int(ms)) for n, _, ms in official.STEP.findall(log)] == [(1, 90), (3, 110)]
     assert official.step_ms({1: 90, 3: 110}, 1) == 10
+
+
+def test_the_stages_of_a_run_follow_each_other_without_a_gap():
+    """Two steps of a second each, a validation of three between them, then what ends a run."""
+    times = dict(config=105, step=111, val=114, step2=115, val2=118, artifact=120, score=124)
+    trained = dict(step=1000, step2=2000, val=1000, val2=2000)
+    events = [
+        dict(event=name.rstrip("2"), time=time, train_ms=trained.get(name)) for name, time in times.items()
+    ]
+    stages = bench_startup.stages_of(events, began=100, imported=102, ended=125)
+    assert stages == dict(
+        imports=2, inputs=3, warm_up=5, training=2, pauses=3, last_validation=3, packing=2, scoring=4, exit=1
+    )
+    found = bench_startup.shares([dict(stages=stages)])
+    assert found == dict(outside_training=23 / 25, evaluation=10 / 25, overhead=13 / 25)
 
 
 def test_sliding_windows_are_timed_beside_the_plain_score_and_the_naive_way(tmp_path):
