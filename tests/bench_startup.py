@@ -6,7 +6,7 @@
 
 Whole processes at the sizes of a proxy wave (sweeps/engine.py --proxy): its preset, its part of the
 validation text, a CPU thread each, seeds 1, 2, ... The first run is alone and finds an empty compile cache;
-the others share what it left. The stages are read from the events of each run's log, and from the process's own clock.
+the others share what it left. The stages are read from the events of each run's log.
 Not a test: pytest does not collect this file.
 """
 
@@ -52,7 +52,7 @@ IMPORTS = dict(
 )
 
 
-def child(notes: str) -> None:
+def child(script: str, notes: str) -> None:
     """The program, as ever; it notes when its imports were done and, at its end, what was compiled."""
     import numpy  # noqa: F401
     import sentencepiece  # noqa: F401
@@ -68,7 +68,7 @@ def child(notes: str) -> None:
 
     ended = 0.0
     atexit.register(note)
-    sys.argv = [str(ROOT / "train_gpt.py")]
+    sys.argv = [script]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
@@ -101,14 +101,14 @@ def stages_of(events: list[dict], began: float, imported: float, ended: float) -
     return {name: borders[n + 1] - borders[n] for n, name in enumerate(ends)}
 
 
-def one_run(knobs: dict[str, str], folder: Path, seed: int) -> dict[str, object]:
+def one_run(script: Path, knobs: dict[str, str], folder: Path, seed: int) -> dict[str, object]:
     """Start a run, wait for its end, read its stages."""
     out, notes = folder / f"run{seed}", folder / f"run{seed}.json"
     env = dict(os.environ, OMP_NUM_THREADS="1", TORCHINDUCTOR_CACHE_DIR=str(folder / "cache")) | knobs
     env |= dict(SEED=str(seed), RUN_ID="r", OUT_DIR=str(out))
     out.mkdir()
     began = time.time()
-    command = [sys.executable, __file__, CHILD, str(notes)]
+    command = [sys.executable, __file__, CHILD, str(script), str(notes)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: a run ended with {done.returncode}: {done.stderr.strip()[-300:]}")
@@ -145,16 +145,17 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         selection = cut(data, folder, HALF_TOKENS) / SELECTION
         knobs = own | dict(DATA_PATH=str(selection), TOKENIZER_PATH=tokenizer)
         began = time.perf_counter()
-        rows = [one_run(knobs, folder, 1)]
+        rows = [one_run(options.script, knobs, folder, 1)]
         with ThreadPoolExecutor(options.jobs) as pool:
-            rows += pool.map(lambda seed: one_run(knobs, folder, seed), range(2, options.runs + 1))
+            later = range(2, options.runs + 1)
+            rows += pool.map(lambda seed: one_run(options.script, knobs, folder, seed), later)
         seconds = time.perf_counter() - began
     later = rows[1:] or rows
     about = train_gpt.describe_machine(train_gpt.Runtime())
     machine = {name: about[name] for name in ("device", "python", "torch", "numpy")}
     return dict(
         benchmark="startup", preset=options.preset, knobs=own, commit=commit(), **machine,
-        runs=options.runs, jobs=options.jobs, compile=rows[0]["compile"],
+        script=options.script.name, runs=options.runs, jobs=options.jobs, compile=rows[0]["compile"],
         wall_seconds=round(seconds, 1), shares=shares(rows), shares_of_later_runs=shares(later),
         first={name: rows[0]["stages"][name] for name in STAGES},
         later={name: round(median(row["stages"][name] for row in later), 3) for name in STAGES},
@@ -177,7 +178,7 @@ def profile(rounds: int) -> dict[str, object]:
 
 def main() -> None:
     if sys.argv[1:2] == [CHILD]:
-        child(sys.argv[2])
+        child(*sys.argv[2:])
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -187,6 +188,7 @@ def main() -> None:
     add("knobs", nargs="*", metavar="KNOB=VALUE")
     add("--runs", type=int, default=20)
     add("--jobs", type=int, default=2, help="runs at once (default 2)")
+    add("--script", type=Path, default=ROOT / "train_gpt.py", help="another copy of ours, to compare")
     add("--profile", action="store_true", help="time the imports instead")
     add("--out", type=Path, help="write the JSON here too")
     options = parser.parse_intermixed_args()
