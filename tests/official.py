@@ -61,19 +61,21 @@ def clean_environment() -> dict[str, str]:
 def run_script(script: Path, knobs: dict[str, str], folder: Path) -> dict[str, object]:
     """One whole run in a folder of its own: milliseconds and losses of its logged steps, all its seconds."""
     folder.mkdir(parents=True)
-    began = time.perf_counter()
+    began, used = time.perf_counter(), os.times()
     command = [sys.executable, str(script.resolve())]
     env = clean_environment() | knobs | dict(RUN_ID=folder.name)
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
     train_gpt.require(done.returncode == 0, f"{script.name} ended with {done.returncode}: {' '.join(said)}")
     found = {int(step): (int(ms), float(loss)) for step, loss, ms in STEP.findall(done.stdout)}
+    cpu = sum(os.times()[2:4]) - sum(used[2:4])  # beside the seconds it tells whether the machine was shared
     params = re.search(r"model_params:(\d+)", done.stdout)
     return dict(
         train_ms={step: ms for step, (ms, _) in found.items()},
         losses={step: loss for step, (_, loss) in found.items()},
         params=int(params[1]) if params else None,
         seconds=round(time.perf_counter() - began, 1),
+        cpu_seconds=round(cpu, 1),
     )
 
 
