@@ -80,12 +80,14 @@ def last(events: Iterable[dict], kind: str) -> dict:
 
 
 def stages_of(events: list[dict], began: float, imported: float, ended: float) -> dict[str, float]:
-    """Seconds of each stage of a run, from its start to its end; they follow each other without a gap."""
+    """Seconds of each stage of a run, from its start to its end; they follow each other without a gap. The
+    validation before the first step leaves no sign of its start: it is taken to last as long as the last."""
     steps = [event for event in events if event["event"] == "step"]
     validation, artifact = last(events, "val"), last(events, "artifact")
     trained = validation["train_ms"] / 1000
-    timed = steps[0]["time"] - steps[0]["train_ms"] / 1000
     stopped = steps[-1]["time"] + trained - steps[-1]["train_ms"] / 1000
+    early = any(event["event"] == "val" and event["step"] == 0 for event in events)
+    timed = steps[0]["time"] - steps[0]["train_ms"] / 1000 - early * (validation["time"] - stopped)
     ends = dict(
         imports=imported,
         inputs=last(events, "config")["time"],
