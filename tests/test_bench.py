@@ -5,9 +5,20 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from unittest.mock import patch
 
+import bench_startup
+import bench_throughput
+import official
 import pytest
+import step_parts
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import train_gpt
+from sweeps.show import step_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [
@@ -27,7 +38,7 @@ def bench(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 def test_each_variant_gets_a_row_of_consistent_numbers(tmp_path):
     out = tmp_path / "bench.json"
-    vary = ["--vary", "DTYPE=fp32,bf16", "--steps", "3", "--out", str(out)]
+    vary = ["--vary", "DTYPE=fp32,bf16", "--steps", "3", "--rounds", "1", "--out", str(out)]
     done = bench(tmp_path, "baseline", *SIZES, "COMPILE=0", "DEVICE=cpu", *vary)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -39,6 +50,98 @@ def test_each_variant_gets_a_row_of_consistent_numbers(tmp_path):
         assert row["share_of_peak"] == pytest.approx(
             row["flops_per_second"] / row["peak_flops_per_second"], abs=1e-4
         )
+        assert row["recompiles"] == 0 and row["mfu_datasheet"] is None
+        parts = row["parts"]
+        assert sum(part["share"] for part in parts.values()) == pytest.approx(1, abs=1e-3)
+        assert parts["communication"]["ms"] == 0 < min(parts[n]["ms"] for n in ("forward", "backward"))
+
+
+def test_a_part_within_another_counts_once_and_other_threads_pass(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(step_parts.time, "perf_counter", lambda: next(now))  # a second each time it is read
+    timers = step_parts.Timers()
+    inner = timers.timed("communication", lambda: None)
+    outer = timers.timed("optimiser", lambda: (inner(), inner()))
+    thread = threading.Thread(target=inner)
+    outer()  # before the first lap: of no step
+    timers.lap()
+    outer()
+    thread.start(), thread.join()
+    timers.lap()
+    assert [dict(step) for step in timers.steps] == [dict(clock_and_logs=2, optimiser=3, communication=2)]
+
+
+def test_the_steps_are_those_of_the_programs_own_loop():
+    """As many as asked for, each with all parts; the program is as before."""
+    own = dict(vars(train_gpt)), train_gpt.Clock.tick, train_gpt.Optimisers.step
+    knobs = dict(pair.split("=") for pair in SIZES) | dict(DEVICE="cpu", COMPILE="0", DTYPE="fp32")
+    variant = bench_throughput.Variant(knobs)
+    variant.build()
+    before = variant.run.model.tok_emb.weight.clone()
+    variant.block(2)
+    variant.stack.close()
+    assert len(variant.steps) == len(variant.times) == 2
+    assert all(step.keys() == {*step_parts.PARTS} - {"communication"} for step in variant.steps)
+    assert not torch.equal(before, variant.run.model.tok_emb.weight), "it trained"
+    assert own == (dict(vars(train_gpt)), train_gpt.Clock.tick, train_gpt.Optimisers.step)
+
+
+def test_flops_by_the_formula_are_those_counted_but_for_attention():
+    """Products of activations and weights: 6 a weight and token. Attention differs by what a kernel skips."""
+    cfg = train_gpt.Config(num_layers=3, model_dim=64, train_seq_len=32, train_batch_tokens=32)
+    model = train_gpt.GPT(cfg)
+    ids = torch.zeros(1, 32, dtype=torch.int64)
+    with (
+        FlopCounterMode(display=False) as counter,
+        patch.object(train_gpt, "attend", lambda q, k, v: q + k.sum() + v.sum()),
+    ):
+        train_gpt.training_loss(cfg, model)(ids, ids)[0].backward()
+    attention = 12 * 64 * 16 * 3 * 32  # as step_flops has it: width, half the context, layers, tokens
+    assert step_flops(cfg, model) - attention == pytest.approx(counter.get_total_flops(), rel=1e-6)
+
+
+SCRIPT = """
+if not torch.cuda.is_available():
+    raise RuntimeError("CUDA is required")
+device = torch.device("cuda", local_rank)
+torch.cuda.set_device(device)
+cards = subprocess.run(["nvidia-smi"])
+with torch.autocast(device_type="cuda", dtype=torch.bfloat16):
+    torch.cuda.synchronize()
+"""
+
+
+def test_a_script_for_cuda_is_made_to_run_on_a_cpu_or_refused():
+    copy = official.for_cpu(SCRIPT, "theirs.py")
+    assert "cuda" not in copy.replace("torch.cuda.is", "") and "nvidia" not in copy
+    assert 'torch.device("cpu")' in copy and 'device_type="cpu"' in copy and "bfloat16" in copy
+    with pytest.raises(train_gpt.RunError, match="theirs.py has no autocast's device"):
+        official.for_cpu(SCRIPT.replace('device_type="cuda"', "device"), "theirs.py")
+
+
+def test_another_script_gets_the_same_shards_under_the_official_names(tmp_path, dataset):
+    data = official.official_names(dataset, tmp_path / "data", 100)
+    names = sorted(path.name for path in data.iterdir())
+    trains = len(list(dataset.glob("*_train_*.bin")))
+    assert names == [f"fineweb_train_{n:06d}.bin" for n in range(trains)] + ["fineweb_val_000000.bin"]
+    whole = train_gpt.open_shard(next(dataset.glob("*_val_*.bin")))
+    assert (train_gpt.open_shard(data / "fineweb_val_000000.bin") == whole[:101]).all()
+    log = "step:1/9 train_loss:6.9 train_time:90ms step_avg:90ms\nstep:3/9 train_loss:6.8 train_time:110ms "
+    assert [(int(n), int(ms)) for n, _, ms in official.STEP.findall(log)] == [(1, 90), (3, 110)]
+    assert official.step_ms({1: 90, 3: 110}, 1) == 10
+
+
+def test_the_stages_of_a_run_follow_each_other_without_a_gap():
+    """Two steps of a second each, a validation of three seconds before, between and after them."""
+    rows = [("config", 105, 0, 0), ("val", 110, 0, 0), ("step", 111, 1, 1), ("val", 114, 1, 1)]
+    rows += [("step", 115, 2, 2), ("val", 118, 2, 2), ("artifact", 120, 0, 0), ("score", 124, 0, 0)]
+    events = [dict(event=e, time=time, step=step, train_ms=1000 * s) for e, time, step, s in rows]
+    stages = bench_startup.stages_of(events, began=100, imported=102, ended=125)
+    assert stages == dict(
+        imports=2, inputs=3, warm_up=2, training=2, pauses=6, last_validation=3, packing=2, scoring=4, exit=1
+    )
+    found = bench_startup.shares([dict(stages=stages)])
+    assert found == dict(outside_training=23 / 25, evaluation=13 / 25, overhead=10 / 25)
 
 
 def test_sliding_windows_are_timed_beside_the_plain_score_and_the_naive_way(tmp_path):

@@ -1,0 +1,204 @@
+"""Where the time of many short runs goes that is not training, and whether runs of one shape compile again.
+
+    python tests/bench_startup.py baseline --runs 20 --jobs 2
+    python tests/bench_startup.py baseline COMPILE=1 --runs 20 --jobs 2 --out startup.json
+    python tests/bench_startup.py --profile                     seconds of the imports, one by one
+
+Whole processes at the sizes of a proxy wave (sweeps/engine.py --proxy): its preset, its part of the
+validation text, a CPU thread each, seeds 1, 2, ... The first run is alone and finds an empty compile cache;
+the others share what it left. The stages are read from the events of each run's log.
+Not a test: pytest does not collect this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "sweeps")]
+CHILD = "--child"
+STAGES = (
+    "imports",
+    "inputs",
+    "warm_up",
+    "training",
+    "pauses",
+    "last_validation",
+    "packing",
+    "scoring",
+    "exit",
+)
+SCORES = "pauses", "last_validation", "scoring"  # evaluation, a checkpoint or two; the rest is overhead
+IMPORTS = dict(
+    python="pass",
+    numpy="import numpy",
+    torch="import torch",
+    sentencepiece="import sentencepiece",
+    all_of_ours="import train_gpt",
+    dynamo="import torch; import torch._dynamo",
+    inductor="import torch; import torch._inductor.compile_fx",
+)
+
+
+def child(script: str, notes: str) -> None:
+    """The program, as ever; it notes when its imports were done and, at its end, what was compiled."""
+    import numpy  # noqa: F401
+    import sentencepiece  # noqa: F401
+    import torch  # noqa: F401
+
+    imported = time.time()
+
+    def note() -> None:
+        from bench_throughput import compiler_counts
+
+        counts = {name: count for name, count in compiler_counts().items() if count}
+        Path(notes).write_text(json.dumps(dict(imported=imported, ended=ended or time.time(), counts=counts)))
+
+    ended = 0.0
+    atexit.register(note)
+    sys.argv = [script]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    finally:
+        ended = time.time()  # before `note` imports what only it needs
+
+
+def last(events: Iterable[dict], kind: str) -> dict:
+    return [event for event in events if event["event"] == kind][-1]
+
+
+def stages_of(events: list[dict], began: float, imported: float, ended: float) -> dict[str, float]:
+    """Seconds of each stage of a run, from its start to its end; they follow each other without a gap. The
+    validation before the first step leaves no sign of its start: it is taken to last as long as the last."""
+    steps = [event for event in events if event["event"] == "step"]
+    validation, artifact = last(events, "val"), last(events, "artifact")
+    trained = validation["train_ms"] / 1000
+    stopped = steps[-1]["time"] + trained - steps[-1]["train_ms"] / 1000
+    early = any(event["event"] == "val" and event["step"] == 0 for event in events)
+    timed = steps[0]["time"] - steps[0]["train_ms"] / 1000 - early * (validation["time"] - stopped)
+    ends = dict(
+        imports=imported,
+        inputs=last(events, "config")["time"],
+        warm_up=timed,
+        training=timed + trained,
+        pauses=stopped,  # as if all validations and checkpoints came after the training
+        last_validation=validation["time"],
+        packing=artifact["time"],
+        scoring=last(events, "score")["time"],
+        exit=ended,
+    )
+    borders = [began, *ends.values()]
+    return {name: borders[n + 1] - borders[n] for n, name in enumerate(ends)}
+
+
+def one_run(script: Path, knobs: dict[str, str], folder: Path, seed: int) -> dict[str, object]:
+    """Start a run, wait for its end, read its stages."""
+    out, notes = folder / f"run{seed}", folder / f"run{seed}.json"
+    env = dict(os.environ, OMP_NUM_THREADS="1", TORCHINDUCTOR_CACHE_DIR=str(folder / "cache")) | knobs
+    env |= dict(SEED=str(seed), RUN_ID="r", OUT_DIR=str(out))
+    out.mkdir()
+    began = time.time()
+    command = [sys.executable, __file__, CHILD, str(script), str(notes)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: a run ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    events = [json.loads(line) for line in (out / "logs/r.jsonl").read_text().splitlines()]
+    found = json.loads(notes.read_text())
+    stages = stages_of(events, began, found["imported"], found["ended"])
+    rounded = {name: round(seconds, 3) for name, seconds in stages.items()}
+    return dict(seed=seed, stages=rounded, counts=found["counts"], compile=last(events, "env")["compile"])
+
+
+def shares(rows: list[dict]) -> dict[str, float]:
+    """Of the time of these runs: outside training, in evaluation, and what is neither."""
+    total = {name: sum(row["stages"][name] for row in rows) for name in STAGES}
+    whole, scores = sum(total.values()), sum(total[name] for name in SCORES)
+    outside = whole - total["training"]
+    found = dict(outside_training=outside, evaluation=scores, overhead=outside - scores)
+    return {name: round(seconds / whole, 4) for name, seconds in found.items()}
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """The JSON report: the first run alone, the others as many at once as a wave would have."""
+    from wave import Sizes, preset_env
+
+    from bench_throughput import commit
+    from halves import HALF_TOKENS, SELECTION, cut
+
+    import train_gpt
+
+    data = Path(os.environ.get("DATA_PATH", ROOT / "data/datasets/pydocs_sp1024"))
+    tokenizer = os.environ.get("TOKENIZER_PATH", str(ROOT / "data/tokenizers/pydocs_1024_bpe.model"))
+    own = preset_env(options.preset, Sizes(True, True)) | dict(pair.split("=", 1) for pair in options.knobs)
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        selection = cut(data, folder, HALF_TOKENS) / SELECTION
+        knobs = own | dict(DATA_PATH=str(selection), TOKENIZER_PATH=tokenizer)
+        began = time.perf_counter()
+        rows = [one_run(options.script, knobs, folder, 1)]
+        with ThreadPoolExecutor(options.jobs) as pool:
+            later = range(2, options.runs + 1)
+            rows += pool.map(lambda seed: one_run(options.script, knobs, folder, seed), later)
+        seconds = time.perf_counter() - began
+    later = rows[1:] or rows
+    about = train_gpt.describe_machine(train_gpt.Runtime())
+    machine = {name: about[name] for name in ("device", "python", "torch", "numpy")}
+    return dict(
+        benchmark="startup", preset=options.preset, knobs=own, commit=commit(), **machine,
+        script=options.script.name, runs=options.runs, jobs=options.jobs, compile=rows[0]["compile"],
+        wall_seconds=round(seconds, 1), shares=shares(rows), shares_of_later_runs=shares(later),
+        first={name: rows[0]["stages"][name] for name in STAGES},
+        later={name: round(median(row["stages"][name] for row in later), 3) for name in STAGES},
+        cache_misses_of_later_runs=sum(row["counts"].get("fxgraph_cache_miss", 0) for row in later),
+        rows=rows,
+    )  # fmt: skip
+
+
+def profile(rounds: int) -> dict[str, object]:
+    """Median seconds of a process that only imports."""
+    times: dict[str, list[float]] = {name: [] for name in IMPORTS}
+    for _ in range(rounds):
+        for name, code in IMPORTS.items():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+            times[name].append(time.perf_counter() - began)
+    seconds = {name: round(median(values), 3) for name, values in times.items()}
+    return dict(benchmark="imports", python=sys.version.split()[0], rounds=rounds, seconds=seconds, all=times)
+
+
+def main() -> None:
+    if sys.argv[1:2] == [CHILD]:
+        child(*sys.argv[2:])
+        return
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("preset", nargs="?", default="baseline")
+    add("knobs", nargs="*", metavar="KNOB=VALUE")
+    add("--runs", type=int, default=20)
+    add("--jobs", type=int, default=2, help="runs at once (default 2)")
+    add("--script", type=Path, default=ROOT / "train_gpt.py", help="another copy of ours, to compare")
+    add("--profile", action="store_true", help="time the imports instead")
+    add("--out", type=Path, help="write the JSON here too")
+    options = parser.parse_intermixed_args()
+    text = json.dumps(profile(5) if options.profile else measure(options), indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
