@@ -966,30 +966,31 @@ class Linear(nn.Linear):
         self.lora_b = nn.Parameter(torch.zeros(repeats, outputs, rank)) if rank else None
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype))
-        if self.lora_a is None:
-            return y
-        return y + F.linear(F.linear(x, self.lora_a[repeat].to(x.dtype)), self.lora_b[repeat].to(x.dtype))
+        y, a, b = F.linear(x, self.weight.to(x.dtype)), self.lora_a, self.lora_b
+        return y if a is None else y + F.linear(F.linear(x, a[repeat].to(x.dtype)), b[repeat].to(x.dtype))
 
 
 def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention by blocks of queries: half the time of torch's kernel on CPUs (cpu_attention.json)."""
-    future = torch.ones(q.size(2), q.size(2), dtype=torch.bool, device=q.device).triu(1)
-    q, parts = q * q.size(-1) ** -0.5, []
-    for start, part in zip(range(0, q.size(2), BLOCK), q.split(BLOCK, dim=2), strict=True):
-        stop = start + part.size(2)
-        scores = (part @ k[:, :, :stop].mT).masked_fill(future[start:stop, :stop], -torch.inf)
-        parts.append(scores.float().softmax(dim=-1).to(v.dtype) @ v[:, :, :stop])
-    return torch.cat(parts, dim=2)
+    """`attend` by blocks of queries, for CPUs; the division comes last, so that one exponential is enough."""
+    places, parts = torch.arange(q.size(2), dtype=torch.float32, device=q.device), []
+    q = (q * q.size(-1) ** -0.5).unflatten(1, (k.size(1), -1))  # heads that share k and v: one product
+    for part, here in zip(q.split(BLOCK, dim=3), places.split(BLOCK), strict=True):
+        past = places[: sum(y.size(3) for y in parts) + len(here)]
+        scores = (part.flatten(2, 3) @ k[:, :, : len(past)].mT).view(*part.shape[:4], len(past))
+        scores = scores.masked_fill(past > here[:, None], -torch.inf)
+        p = (scores - scores.amax(dim=-1, keepdim=True).detach()).exp()
+        y, total = p.flatten(2, 3) @ v[:, :, : len(past)], p.sum(dim=-1, keepdim=True, dtype=torch.float32)
+        parts.append((y.view_as(part) / total).to(v.dtype))
+    return torch.cat(parts, dim=3).flatten(1, 2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
     groups, native = q.size(1) // k.size(1), q.is_cuda and q.dtype != torch.float32
-    if groups > 1 and not native:  # only the half-precision CUDA kernels take grouped heads as they are
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     if q.device.type == "cpu" and q.size(2) <= LONGEST_BLOCKED:
         return blocked_attention(q, k, v)
+    if groups > 1 and not native:  # only the half-precision CUDA kernels take grouped heads as they are
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native and groups > 1)
 
 
@@ -1236,7 +1237,7 @@ def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     x = x.mT if (tall := x.size(1) > x.size(2)) else x
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -1247,6 +1248,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__([dict(params=params, base_lr=lr)], dict(lr=lr, momentum=momentum, weight_decay=0.0))
         self.steps, self.runtime, self.matrices = steps, runtime, self.param_groups[0]["params"]
         self.own = slice(runtime.rank, None, runtime.world_size)  # this rank's share of them
+        self.state.update({p: dict(momentum_buffer=torch.zeros_like(p)) for p in self.matrices[self.own]})
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -1257,8 +1259,6 @@ class Muon(torch.optim.Optimizer):
             pairs = [*zip(params, updates, strict=True)][self.own]
             for shape in dict.fromkeys(p.shape for p, _ in pairs):
                 alike, results = zip(*((p, update) for p, update in pairs if p.shape == shape), strict=True)
-                for p in (p for p in alike if not self.state[p]):
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 grads, averages = [p.grad for p in alike], [self.state[p]["momentum_buffer"] for p in alike]
                 torch._foreach_mul_(averages, momentum)
                 torch._foreach_add_(averages, grads)
@@ -1387,7 +1387,6 @@ class Optimisers:
     def load(self, state: Mapping) -> None:
         """Back to a state, at any world size."""
         self.adam.load_state_dict(state["adam"])
-        self.muon.state.clear()
         parts = state["muon"].to(self.runtime.device).split([p.numel() for p in self.muon.matrices])
         for p, part in [*zip(self.muon.matrices, parts, strict=True)][self.muon.own]:
             self.muon.state[p]["momentum_buffer"] = part.view_as(p).clone()
@@ -1924,8 +1923,8 @@ class Run:  # what every phase of a run needs
 
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:
-    """Most sequences a pass: 64 K tokens on a GPU, as officially; 8 K on a CPU, by cpu_micro_batch.json."""
-    tokens = cfg.micro_batch_tokens or (65_536 if device.type == "cuda" else 8_192)
+    """Most sequences a pass: 64 K tokens on a GPU, as officially; 4 K on a CPU, by benchmarks/NOTES.md."""
+    tokens = cfg.micro_batch_tokens or (65_536 if device.type == "cuda" else 4_096)
     return max(1, tokens // cfg.train_seq_len)
 
 

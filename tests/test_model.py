@@ -3,6 +3,7 @@
 import math
 import os
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -296,9 +297,10 @@ def test_logits_do_not_see_the_future(tiny, name, path):
     assert (after[:, 20:] - before[:, 20:]).abs().amax(dim=-1).min() > 0.01, "the change must be visible"
 
 
-def qkv(length: int, dtype=torch.float32, batch=2, heads=3, size=8) -> list[torch.Tensor]:
+def qkv(length: int, dtype=torch.float32, batch=2, heads=3, size=8, kv=None) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(length)
-    return [torch.randn(batch, heads, length, size, generator=generator).to(dtype) for _ in range(3)]
+    counts = heads, kv or heads, kv or heads
+    return [torch.randn(batch, n, length, size, generator=generator).to(dtype) for n in counts]
 
 
 def test_blocked_attention_is_torchs_at_every_length():
@@ -310,10 +312,11 @@ def test_blocked_attention_is_torchs_at_every_length():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 200, 256, 257, 300])
-def test_blocked_attention_has_torchs_gradients(length, dtype):
-    inputs, weight = qkv(length, dtype), qkv(length + 1, dtype)[0][:, :, :length]
-    grads = []
-    for attention in (blocked_attention, lambda *x: F.scaled_dot_product_attention(*x, is_causal=True)):
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_blocked_attention_has_torchs_gradients(length, dtype, kv):
+    inputs, weight = qkv(length, dtype, heads=4, kv=kv), qkv(length + 1, dtype, heads=4)[0][:, :, :length]
+    grads, torchs = [], partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    for attention in (blocked_attention, torchs):
         leaves = [x.clone().requires_grad_() for x in inputs]
         grads.append(torch.autograd.grad((attention(*leaves) * weight).sum(), leaves))
     torch.testing.assert_close(*grads, rtol=1e-4, atol=2e-5)
