@@ -380,7 +380,7 @@ def ladder_table(waves: Sequence[Wave]) -> list[str]:
 
 
 def across_block(waves: Sequence[Wave], figures: Sequence[str] = ()) -> str:
-    lines = []
+    lines = [f"All {len(waves)} waves: {cell(counts_line(all_rows(waves)))}", ""]
     for place, rows in enumerate(all_regimes(waves), 1):
         lines += [f"Regime {place}  {cell(regime_line(rows))}", ""]
     cells = [

@@ -237,6 +237,8 @@ def test_ladders_and_parts_across_waves(lab):
         drop=wave("drop", 500, 0.09, base=True, arm="no_tidal", change=dict(TIDAL_LR="0")),
     )  # fmt: skip
     block = tables.across_block(waves)
+    runs = sum(len(wave.rows) for wave in waves)
+    assert block.startswith(f"All 4 waves: {runs} runs planned, {runs} started, {runs} finished, ")
     assert re.search(r"`MATRIX_LR=0.08` \| steps \| 250: -0.0.* \| sign flips \|", block)
     assert "Parts added one by one in `add`, taken out one by one in `drop`" in block
     together = report_page.across(waves)
