@@ -2002,8 +2002,6 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
 
 def warm_evaluation(run: Run) -> None:
     """Compile the evaluation graphs on blank tokens: each shape, and each depth that will be validated."""
-    if not (run.runtime.compiles or run.runtime.is_cuda):  # 0.6 s of a short run (cpu_startup_no_blank_pass)
-        return
     cfg, device, turns = run.cfg, run.runtime.device, [depth for _, depth in phases(run.cfg)]
     early = [(0, depth, False) for depth in turns[:-1] if cfg.val_loss_every]
     late = [(n, turns[-1], learns) for learns in (False, cfg.ttt_steps > 0) for n in (0, cfg.eval_stride)]
