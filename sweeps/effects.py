@@ -154,17 +154,21 @@ def filled(ours: Mapping[str, object], theirs: Mapping[str, object]) -> dict[str
     return {name: value if ours.get(name) is None else ours[name] for name, value in theirs.items()}
 
 
+def home(groups: list[tuple[dict[str, object], list[Row]]], facts: dict[str, object]) -> list[Row]:
+    """The rows of the newest group that agrees with the facts and now knows them too, or of a new one."""
+    known, members = next((group for group in reversed(groups) if agree(facts, group[0])), ({}, []))
+    if not members:
+        groups.append((known, members))
+    known |= filled(known, facts)
+    return members
+
+
 def by_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> list[list[Row]]:
     """The rows in groups that agree wherever both sides know; a row that knows nothing joins the last."""
     groups: list[tuple[dict[str, object], list[Row]]] = []
     rows = latest(rows)
     for row in sorted(rows, key=lambda row: row.get("code_sha256") is None):  # those that know, first
-        facts = regime(row, free)
-        known, members = next((group for group in reversed(groups) if agree(facts, group[0])), ({}, []))
-        if not members:
-            groups.append((known, members))
-        known |= filled(known, facts)
-        members.append(row)
+        home(groups, regime(row, free)).append(row)
     place = {id(row): place for place, row in enumerate(rows)}
     return [sorted(members, key=lambda row: place[id(row)]) for _, members in groups]
 
@@ -177,11 +181,7 @@ def joined(parts: Iterable[list[Row]]) -> list[list[Row]]:
         facts: dict[str, object] = {}
         for row in sorted(rows, key=lambda row: row.get("arm") != CONTROL):
             facts = filled(facts, regime(row))
-        known, members = next((group for group in groups if agree(facts, group[0])), ({}, []))
-        if not members:
-            groups.append((known, members))
-        known |= filled(known, facts)
-        members += rows
+        home(groups, facts).extend(rows)
     return [members for _, members in groups]
 
 
