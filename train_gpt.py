@@ -927,7 +927,7 @@ def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
 
 
 # 6. MODEL: official names and shapes, so official checkpoints load
-BLOCK, LONGEST_BLOCKED = 128, 512  # queries of a block, and the longest sequence, of attention on a CPU
+BLOCK, LONGEST_BLOCKED = 128, 2048  # queries of a block, and the longest sequence, of attention on a CPU
 # Training only, by the knob that switches it on: changes of the input before and after its norm; loss terms.
 EMBEDDING_TERMS: dict[str, Callable[..., Tensor]] = dict(embed_mixup=lambda *given: embed_mixup(*given))
 INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
@@ -970,25 +970,52 @@ class Linear(nn.Linear):
         return y if a is None else y + F.linear(F.linear(x, a[repeat].to(x.dtype)), b[repeat].to(x.dtype))
 
 
-def blocked_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` by blocks of queries, for CPUs; the division comes last, so that one exponential is enough."""
-    places, parts = torch.arange(q.size(2), dtype=torch.float32, device=q.device), []
-    q = (q * q.size(-1) ** -0.5).unflatten(1, (k.size(1), -1))  # heads that share k and v: one product
-    for part, here in zip(q.split(BLOCK, dim=3), places.split(BLOCK), strict=True):
-        past = places[: sum(y.size(3) for y in parts) + len(here)]
-        scores = (part.flatten(2, 3) @ k[:, :, : len(past)].mT).view(*part.shape[:4], len(past))
-        scores = scores.masked_fill(past > here[:, None], -torch.inf)
-        p = (scores - scores.amax(dim=-1, keepdim=True).detach()).exp()
-        y, total = p.flatten(2, 3) @ v[:, :, : len(past)], p.sum(dim=-1, keepdim=True, dtype=torch.float32)
-        parts.append((y.view_as(part) / total).to(v.dtype))
-    return torch.cat(parts, dim=3).flatten(1, 2)
+@torch.library.custom_op("golf::causal_softmax_", mutates_args=["scores"], schema="(Tensor(a!) scores) -> ()")
+def causal_softmax_(scores: Tensor) -> None:
+    """In place, over the last dimension; scores [..., rows, past]: the last rows of a causal square. One
+    piece to torch.compile, which would take each exponential twice (benchmarks/NOTES.md)."""
+    rows = scores.size(-2)
+    scores[..., -rows:].add_(scores.new_full((rows, rows), -torch.inf).triu_(1))
+    torch.softmax(scores, dim=-1, out=scores)
+
+
+class BlockedAttention(torch.autograd.Function):
+    """`attend` by blocks of queries, for CPUs; heads that share k and v go into one product. Keeps what the
+    softmax gives for the backward pass: ds = p (dp - sum(dy y)), as FlashAttention (Dao 2205.14135)."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scaled, keys, values, ys, ps = q * q.size(-1) ** -0.5, k.flatten(0, 1), v.flatten(0, 1), [], []
+        for part in scaled.unflatten(1, (k.size(1), -1)).flatten(0, 1).split(BLOCK, dim=2):
+            past = part.size(2) + sum(y.size(2) for y in ys)
+            scores = (part.flatten(1, 2) @ keys[:, :past].mT).view(*part.shape[:3], past)
+            causal_softmax_(scores)
+            ps.append(scores.flatten(1, 2))
+            ys.append((ps[-1] @ values[:, :past]).view_as(part))
+        y = torch.cat(ys, dim=2).view(q.shape)
+        ctx.save_for_backward(q, k, v, y, *ps)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, y, *ps = ctx.saved_tensors
+        scale, keys, values, dqs = q.size(-1) ** -0.5, k.flatten(0, 1), v.flatten(0, 1), []
+        dy, y, parts = (x.unflatten(1, (k.size(1), -1)).flatten(0, 1) for x in (dy, y, q * scale))
+        dk, dv, means = torch.zeros_like(keys), torch.zeros_like(values), (dy * y).sum(-1, keepdim=True)
+        for p, *blocks in zip(ps, *(x.split(BLOCK, dim=2) for x in (dy, means, parts)), strict=True):
+            past, (g, mean, part) = p.size(2), (x.flatten(1, 2) for x in blocks)
+            ds = (g @ values[:, :past].mT).sub_(mean).mul_(p)
+            dv[:, :past].baddbmm_(p.mT, g)
+            dk[:, :past].baddbmm_(ds.mT, part)
+            dqs.append((ds @ keys[:, :past]).view_as(blocks[0]))
+        return (torch.cat(dqs, dim=2) * scale).view(q.shape), dk.view(k.shape), dv.view(v.shape)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention, grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
     groups, native = q.size(1) // k.size(1), q.is_cuda and q.dtype != torch.float32
     if q.device.type == "cpu" and q.size(2) <= LONGEST_BLOCKED:
-        return blocked_attention(q, k, v)
+        return BlockedAttention.apply(q, k, v)
     if groups > 1 and not native:  # only the half-precision CUDA kernels take grouped heads as they are
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native and groups > 1)
@@ -2147,10 +2174,10 @@ class Training:  # all that changes from step to step, and with that what a chec
         if steps < self.step or bad:
             last = f"loss {self.run.runtime.sum(torch.tensor(loss)).item():.4f}, gradient norm {norm:.4g}"
             kept = "".join(f"; {path} is from before" for path in self.run.checkpoints.kept[-1:])
-            what = (
-                f"{bad or 'loss or gradient'} is not finite at step {steps + 1:.0f} (the step before: {last})"
+            what = f"{bad or 'loss or gradient'} is not finite at step {steps + 1:.0f}"
+            raise RunError(
+                f"diverged: {what} (the step before: {last}); lower the learning rates{kept}", DIVERGED
             )
-            raise RunError(f"diverged: {what}; lower the learning rates{kept}", DIVERGED)
 
     def save(self, elapsed: float) -> None:
         """Write the state; all ranks call it, the clock paused, and each brings what it alone holds."""
@@ -2206,8 +2233,7 @@ def report_step(run: Run, stream, before: StepPlan | None, plan: StepPlan, loss:
         rest = f"step_avg:{ms / step:.2f}ms lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
         log.line(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{ms:.0f}ms {rest}")
         where = dict(lr_scale=plan.lr_scale, progress=plan.progress, tokens=step * cfg.train_batch_tokens)
-        shown = value if math.isfinite(value) else None
-        log.event("step", step=step, train_loss=shown, **where, train_ms=ms)
+        log.event("step", step=step, train_loss=value if math.isfinite(value) else None, **where, train_ms=ms)
 
 
 def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
@@ -2335,8 +2361,9 @@ def save_model(run: Run, path: Path) -> int:
     write_atomic(path, blob)
     raw, code, payload = official.stat().st_size, len(own_source()), payload_bytes(cfg, state)
     label, ratio = f"{quant}+{cfg.codec}", sum(4 * tensor.numel() for tensor in state.values()) / payload
-    log.line(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
-    log.line(f"Total submission size: {raw + code} bytes")
+    log.line(
+        f"Serialized model: {raw} bytes\nCode size: {code} bytes\nTotal submission size: {raw + code} bytes"
+    )
     log.line(f"Serialized model {label}: {len(blob)} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
     log.line(f"Total submission size {label}: {len(blob) + code} bytes")
     report_packing(run, state, blob)

@@ -1,4 +1,4 @@
-"""CPU attention, forward and backward: train_gpt.blocked_attention against torch's SDPA, interleaved.
+"""CPU attention, forward and backward: train_gpt.BlockedAttention.apply against torch's SDPA, interleaved.
 
     python tests/bench_attention.py [--out records/benchmarks/cpu_attention.json]
 

@@ -18,9 +18,9 @@ import train_gpt
 from train_gpt import (
     GPT,
     MLP_ACTS,
+    BlockedAttention,
     Config,
     RunError,
-    blocked_attention,
     head_diversity,
     layer_plan,
     load_checkpoint,
@@ -307,7 +307,9 @@ def test_blocked_attention_is_torchs_at_every_length():
     for length in range(1, 301):
         q, k, v = qkv(length, batch=1, heads=2, size=4)
         expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        torch.testing.assert_close(blocked_attention(q, k, v), expected, msg=lambda m, n=length: f"{n}: {m}")
+        torch.testing.assert_close(
+            BlockedAttention.apply(q, k, v), expected, msg=lambda m, n=length: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -316,7 +318,7 @@ def test_blocked_attention_is_torchs_at_every_length():
 def test_blocked_attention_has_torchs_gradients(length, dtype, kv):
     inputs, weight = qkv(length, dtype, heads=4, kv=kv), qkv(length + 1, dtype, heads=4)[0][:, :, :length]
     grads, torchs = [], partial(F.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
-    for attention in (blocked_attention, torchs):
+    for attention in (BlockedAttention.apply, torchs):
         leaves = [x.clone().requires_grad_() for x in inputs]
         grads.append(torch.autograd.grad((attention(*leaves) * weight).sum(), leaves))
     torch.testing.assert_close(*grads, rtol=1e-4, atol=2e-5)
@@ -328,13 +330,13 @@ def test_blocked_attention_does_not_depend_on_the_block(length, block):
     q, k, v = qkv(length)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "BLOCK", block)
-        ours = blocked_attention(q, k, v)
+        ours = BlockedAttention.apply(q, k, v)
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 def test_blocked_attention_in_bf16_is_near_and_keeps_the_type():
     q, k, v = qkv(150)
-    ours = blocked_attention(*(x.bfloat16() for x in (q, k, v)))
+    ours = BlockedAttention.apply(*(x.bfloat16() for x in (q, k, v)))
     assert ours.dtype == torch.bfloat16
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     torch.testing.assert_close(ours.float(), expected, rtol=0.05, atol=0.03)
