@@ -20,7 +20,7 @@ from statistics import median
 from unittest.mock import patch
 
 import torch
-from bench_throughput import Variant, commit, preset_knobs
+from bench_throughput import Sizes, Variant, commit, preset_env
 
 import train_gpt
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--once", choices=("keep", "free"), help="one measurement, printed as JSON")
     options = parser.parse_args()
-    knobs = preset_knobs(options.preset) | dict(word.split("=", 1) for word in options.knobs)
+    knobs = preset_env(options.preset, Sizes()) | dict(word.split("=", 1) for word in options.knobs)
     knobs |= dict(DEVICE="cpu")
     if options.once:
         print("ONCE " + json.dumps(once(knobs, options.once == "keep", options.steps, options.tokens)))

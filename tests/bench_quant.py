@@ -15,7 +15,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from bench_throughput import commit, preset_knobs
+from bench_throughput import Sizes, commit, preset_env
 
 import train_gpt
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
     places = {name: os.environ[name] for name in ("DATA_PATH", "TOKENIZER_PATH") if name in os.environ}
-    knobs = preset_knobs(options.preset) | places | dict(pair.split("=", 1) for pair in options.knobs)
+    knobs = preset_env(options.preset, Sizes()) | places | dict(pair.split("=", 1) for pair in options.knobs)
     try:
         report = measure(knobs, options.model)
     except train_gpt.RunError as error:

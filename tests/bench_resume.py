@@ -31,7 +31,7 @@ from statistics import median
 
 import torch
 import torch._dynamo  # noqa: F401  before the forks: the first optimiser imports it, for a second
-from bench_throughput import Variant, commit, preset_knobs
+from bench_throughput import Sizes, Variant, commit, preset_env
 from conftest import env_of, make_dataset
 from forkserver import ForkServer, left_behind
 
@@ -220,7 +220,7 @@ def cost_of(knobs: dict[str, str], count: int) -> dict[str, object]:
 
 
 def cost(count: int) -> dict[str, object]:
-    base = preset_knobs("baseline")
+    base = preset_env("baseline", Sizes())
     rows = {}
     for name, words in COSTS.items():
         rows[name] = cost_of(base | dict(word.split("=") for word in words.split()), count)

@@ -17,7 +17,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from bench_throughput import commit, preset_knobs
+from bench_throughput import Sizes, commit, preset_env
 
 import train_gpt
 
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the JSON here too")
     options = parser.parse_args()
-    knobs = preset_knobs(options.preset) | dict(pair.split("=", 1) for pair in options.knobs)
+    knobs = preset_env(options.preset, Sizes()) | dict(pair.split("=", 1) for pair in options.knobs)
     try:
         report = json.dumps(measure(knobs, options.tokens, options.rounds), indent=1)
     except train_gpt.RunError as error:

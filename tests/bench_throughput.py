@@ -21,7 +21,6 @@ import hashlib
 import itertools
 import json
 import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -43,16 +42,11 @@ from step_parts import PARTS, train_block  # noqa: E402
 
 import train_gpt  # noqa: E402
 from sweeps.show import step_flops  # noqa: E402
+from sweeps.wave import Sizes, preset_env  # noqa: E402
 
 PLAN = train_gpt.StepPlan(progress=0.0, lr_scale=1.0, muon_momentum=0.95)
 # Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the card's name.
 DATASHEET = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
-
-
-def preset_knobs(name: str) -> dict[str, str]:
-    """The assignments of sweeps/presets/NAME.env; later ones win."""
-    text = (ROOT / "sweeps" / "presets" / f"{name}.env").read_text(encoding="utf-8")
-    return dict(word.split("=", 1) for word in shlex.split(text, comments=True))
 
 
 def measured_peak(runtime: train_gpt.Runtime) -> float:
@@ -304,7 +298,7 @@ def main() -> None:
     add("--rounds", type=int, default=4, help="turns of each (default 4)")
     add("--out", type=Path, help="write the JSON here too")
     options = parser.parse_intermixed_args()
-    base = {**preset_knobs(options.preset), **dict(pair.split("=", 1) for pair in options.knobs)}
+    base = preset_env(options.preset, Sizes()) | dict(pair.split("=", 1) for pair in options.knobs)
     measure = over_ranks if options.ranks else against if options.against else here
     try:
         found = measure(options, base)
