@@ -197,8 +197,8 @@ def test_horizons_are_waves_of_their_own():
         "w_h400.a.5",
     ]
     assert [run.cfg.iterations for run in runs] == [100, 100, 400, 400]
-    shares = {run.cfg.val_loss_every / run.cfg.iterations for run in runs}
-    assert len(shares) == 1, "validated as often in the run"
+    shares = {run.cfg.train_log_every / run.cfg.iterations for run in runs}
+    assert len(shares) == 1, "logged as often in the run"
 
 
 def test_sizes_are_laid_as_run_best_lays_them():
