@@ -574,7 +574,7 @@ def write_atomic(path: Path, data: bytes | Callable) -> None:
 def claim_outputs(cfg: Config, run_id: str) -> list:
     """Refuse to write where another run has written or is writing; with RESUME, what an unfinished RUN_ID
     left is its own. Returns locks, which hold that name until the run is finished: hold them."""
-    out = Path(cfg.out_dir)
+    out, dumps = Path(cfg.out_dir), [Path(cfg.score_dump)] if cfg.score_dump else []
     logs = [out / "logs" / f"{run_id}{end}" for end in (".txt", ".jsonl")]
     models = [] if cfg.eval_only else [out / "final_model.pt", out / MODEL_FILE]
     try:
@@ -582,16 +582,14 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
         locks = [path.with_name(f".{path.name}.lock").open("a+") for path in logs[:1] + models[:1]]
         for lock in locks:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.seek(0)
-        own = [cfg.resume != "0" and lock.read() == run_id for lock in locks]
+        own = [cfg.resume != "0" and Path(lock.name).read_text() == run_id for lock in locks]
     except BlockingIOError:
         raise RunError(f"another run is writing to OUT_DIR={out}; set another OUT_DIR") from None
     except OSError as error:
         raise RunError(f"cannot write to OUT_DIR={out} ({error.strerror}); set another OUT_DIR") from None
-    reached = not cfg.score_dump or os.access(Path(cfg.score_dump).parent, os.W_OK)
+    reached = all(os.access(path.parent, os.W_OK) for path in dumps)
     require(reached, f"cannot write SCORE_DUMP={cfg.score_dump}: no such folder, or no right to; set another")
-    others = [*models, *([Path(cfg.score_dump)] if cfg.score_dump else [])]
-    for path in filter(Path.exists, logs * (not own[0]) + others * (not all(own))):
+    for path in filter(Path.exists, logs * (not own[0]) + (models + dumps) * (not all(own))):
         mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
         raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
     for part in [*out.glob("final_model.*.tmp-*"), *out.glob("checkpoints/*.tmp-*")] if models else ():
@@ -2006,10 +2004,9 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
             clock.start()
             train_step(run, optimisers, next(source), plan, limit)
             runtime.synchronize()
-            taken = clock.seconds()
             if last:
                 run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
-        seconds.append(runtime.main_number(taken))
+        seconds.append(runtime.main_number(clock.seconds()))
     run.model.load_state_dict(weights)
     optimisers.load(states)
     torch.set_rng_state(random_state)
@@ -2340,8 +2337,8 @@ def save_model(run: Run, path: Path) -> int:
     """Rank 0 writes both model files, or neither: RunError (5), as `pack`'s. Returns the packed bytes."""
     cfg, log, state = run.cfg, run.log, {n: t.detach().cpu() for n, t in run.model.state_dict().items()}
     quant, official = quant_name(cfg), path.with_name("final_model.pt")
-    about = describe_machine(run.runtime) | dict(config_hash=cfg.hash, quant=quant)
-    blob = pack(cfg, state, {key: about[key] for key in ("dtype", "compile", "config_hash", "quant")})
+    about = dict(dtype=run.runtime.dtype_name, compile=run.runtime.compiles)
+    blob = pack(cfg, state, dict(about, config_hash=cfg.hash, quant=quant))
     write_atomic(official, partial(torch.save, state))
     write_atomic(path, blob)
     raw, code, payload = official.stat().st_size, len(own_source()), payload_bytes(cfg, state)
@@ -2564,11 +2561,10 @@ def tool(path: str) -> dict:
 
 def main() -> None:
     arguments, code = sys.argv[1:], 0
-    shows = arguments in (["--dry-run"], ["--doctor"], ["--list-ideas"], ["--knob-table"])
     try:
         if arguments in (["--help"], ["-h"]):
             print(help_text())
-        elif shows:
+        elif arguments in (["--dry-run"], ["--doctor"], ["--list-ideas"], ["--knob-table"]):
             code = tool("sweeps/show.py")[arguments[0][2:].replace("-", "_")](os.environ)
         else:
             require(not arguments, f"unknown argument {arguments}: knobs are environment variables; --help")
