@@ -84,9 +84,8 @@ TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Ad
 NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"  # published switches that are not here: refused unless off
 COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}  # others' too, as in MAX_JOBS
 # Far beyond any use: a typo, or a forged artifact, cannot ask for endless layers or overflow in torch.
-MOST = dict(model_dim=2**16, train_seq_len=2**20, eval_seq_len=2**20, int=2**32, float=2.0**100) | (
-    dict.fromkeys(["num_layers", "num_repeats", "num_value_embeds", "mlp_mult", "muon_backend_steps"], 999)
-)
+FEW = dict.fromkeys(["num_layers", "num_repeats", "num_value_embeds", "mlp_mult", "muon_backend_steps"], 999)
+MOST = FEW | dict(model_dim=2**16, train_seq_len=2**20, eval_seq_len=2**20, int=2**32, float=2.0**100)
 # broken: it did something else than its description, nothing, or crashed; ours does what was described.
 STATES = "works", "rejected", "broken", "not run"
 
@@ -595,8 +594,7 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
     for part in [*out.glob("final_model.*.tmp-*"), *out.glob("checkpoints/*.tmp-*")] if models else ():
         part.unlink()  # of a run that was killed as it wrote
     for lock in (lock for lock, mine in zip(locks, own, strict=True) if not mine):  # never empty when resumed
-        lock.truncate(0)
-        print(run_id, end="", file=lock, flush=True)
+        Path(lock.name).write_text(run_id)
     return locks
 
 
