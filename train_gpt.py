@@ -31,7 +31,6 @@ import random
 import re
 import resource
 import runpy
-import shutil
 import signal
 import struct
 import subprocess
@@ -39,7 +38,6 @@ import sys
 import time
 import timeit
 import traceback
-import uuid
 import zipfile
 import zlib
 from collections import Counter, deque
@@ -69,9 +67,9 @@ class RunError(Exception):  # ends the run with one line for the user; exit code
         self.code, self.alone = code, alone  # alone: other ranks do not know it
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str, code: int = 2, alone: bool | None = None) -> None:
     if not condition:
-        raise RunError(message)
+        raise RunError(message, code, alone)
 
 
 # 1. KNOBS: everything a run can be told, declared once
@@ -86,9 +84,8 @@ TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Ad
 NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"  # published switches that are not here: refused unless off
 COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}  # others' too, as in MAX_JOBS
 # Far beyond any use: a typo, or a forged artifact, cannot ask for endless layers or overflow in torch.
-MOST = dict(model_dim=2**16, train_seq_len=2**20, eval_seq_len=2**20, int=2**32, float=2.0**100) | (
-    dict.fromkeys(["num_layers", "num_repeats", "num_value_embeds", "mlp_mult", "muon_backend_steps"], 999)
-)
+FEW = dict.fromkeys(["num_layers", "num_repeats", "num_value_embeds", "mlp_mult", "muon_backend_steps"], 999)
+MOST = FEW | dict(model_dim=2**16, train_seq_len=2**20, eval_seq_len=2**20, int=2**32, float=2.0**100)
 # broken: it did something else than its description, nothing, or crashed; ours does what was described.
 STATES = "works", "rejected", "broken", "not run"
 
@@ -409,13 +406,11 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
         place = env.get("LOCAL_RANK", "0"), env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
         local, rank, size = (int(n) if n.isdecimal() else -1 for n in place)
         found = size == 1 or env.get("MASTER_ADDR") and env.get("MASTER_PORT", "").isdecimal()
-        if not (local >= 0 <= rank < size and found):
-            wrong = f"LOCAL_RANK, RANK, WORLD_SIZE={','.join(place)} or MASTER_ADDR, MASTER_PORT are unsound"
-            raise RunError(f"{wrong}; unset them all, or let torchrun set them", alone=True)
-        count = torch.cuda.device_count()
-        if kind == "cuda" and local >= count:
-            missing = f"rank {local} has no GPU: torch sees {count}; lower --nproc_per_node"
-            raise RunError(missing, alone=True)
+        wrong = f"LOCAL_RANK, RANK, WORLD_SIZE={','.join(place)} or MASTER_ADDR, MASTER_PORT are unsound"
+        sound, count = local >= 0 <= rank < size and found, torch.cuda.device_count()
+        require(sound, f"{wrong}; unset them all, or let torchrun set them", alone=True)
+        missing = f"rank {local} has no GPU: torch sees {count}; lower --nproc_per_node"
+        require(kind != "cuda" or local < count, missing, alone=True)
         device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
         runtime = cls(device, rank, size)
         runtime.compiles, runtime.uncompiled = pick_compile(cfg.compile, device)
@@ -578,7 +573,7 @@ def write_atomic(path: Path, data: bytes | Callable) -> None:
 def claim_outputs(cfg: Config, run_id: str) -> list:
     """Refuse to write where another run has written or is writing; with RESUME, what an unfinished RUN_ID
     left is its own. Returns locks, which hold that name until the run is finished: hold them."""
-    out = Path(cfg.out_dir)
+    out, dumps = Path(cfg.out_dir), [Path(cfg.score_dump)] if cfg.score_dump else []
     logs = [out / "logs" / f"{run_id}{end}" for end in (".txt", ".jsonl")]
     models = [] if cfg.eval_only else [out / "final_model.pt", out / MODEL_FILE]
     try:
@@ -586,23 +581,20 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
         locks = [path.with_name(f".{path.name}.lock").open("a+") for path in logs[:1] + models[:1]]
         for lock in locks:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock.seek(0)
-        own = [cfg.resume != "0" and lock.read() == run_id for lock in locks]
+        own = [cfg.resume != "0" and Path(lock.name).read_text() == run_id for lock in locks]
     except BlockingIOError:
         raise RunError(f"another run is writing to OUT_DIR={out}; set another OUT_DIR") from None
     except OSError as error:
         raise RunError(f"cannot write to OUT_DIR={out} ({error.strerror}); set another OUT_DIR") from None
-    reached = not cfg.score_dump or os.access(Path(cfg.score_dump).parent, os.W_OK)
+    reached = all(os.access(path.parent, os.W_OK) for path in dumps)
     require(reached, f"cannot write SCORE_DUMP={cfg.score_dump}: no such folder, or no right to; set another")
-    others = [*models, *([Path(cfg.score_dump)] if cfg.score_dump else [])]
-    for path in filter(Path.exists, logs * (not own[0]) + others * (not all(own))):
+    for path in filter(Path.exists, logs * (not own[0]) + (models + dumps) * (not all(own))):
         mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
         raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
     for part in [*out.glob("final_model.*.tmp-*"), *out.glob("checkpoints/*.tmp-*")] if models else ():
         part.unlink()  # of a run that was killed as it wrote
     for lock in (lock for lock, mine in zip(locks, own, strict=True) if not mine):  # never empty when resumed
-        lock.truncate(0)
-        print(run_id, end="", file=lock, flush=True)
+        Path(lock.name).write_text(run_id)
     return locks
 
 
@@ -736,10 +728,6 @@ class Clock:  # rank 0's training seconds; on CUDA at most two steps late, and t
     def seconds(self) -> float:
         """This rank's reading, for logs."""
         return self.total + time.perf_counter() - self.started
-
-    def behind(self) -> float:
-        """Seconds of work the device may still have before it: two steps on CUDA, none elsewhere."""
-        return len(self.pending) * self.step_seconds()
 
     def step_seconds(self) -> float:
         """Median of recent steps: one slow step (a compile, a hiccup) does not bend the schedule."""
@@ -1222,12 +1210,10 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 
 def load_checkpoint(path: str) -> dict[str, Tensor]:
     """A state dict saved by torch.save, as float32. A tensor may not be larger than what is stored of it."""
-    state = read_saved(path, "INIT_FROM=")
-    try:
+    state, whole = read_saved(path, "INIT_FROM="), False
+    with suppress(AttributeError, RuntimeError):  # of what has no values, or values that are no plain tensors
         plain = all(t.is_cpu and t.is_floating_point() for t in state.values())
         whole = plain and all(t.nbytes <= t.untyped_storage().nbytes() for t in state.values())
-    except (AttributeError, RuntimeError):  # of what has no values, or values that are no plain tensors
-        whole = False
     require(whole, f"INIT_FROM={path} is not a state dict of tensors")
     return {name: tensor.float() for name, tensor in state.items()}
 
@@ -1706,8 +1692,7 @@ def evaluate(cfg, nats_of, data, runtime, stride=0, limit=math.inf, say=None, le
             learn(*chunk)
     nats, tokens, size = runtime.sum(totals).tolist()
     require(cut or tokens == data.targets, f"a bug: {tokens:.0f} of {data.targets} targets have a score")
-    if not math.isfinite(nats):
-        raise RunError("diverged: the validation loss is not a number; lower the learning rates", DIVERGED)
+    require(math.isfinite(nats), "diverged: validation loss is not finite; lower learning rates", DIVERGED)
     return Score(nats, int(tokens), int(size), time.perf_counter() - began, each, int(data.targets - tokens))
 
 
@@ -2017,10 +2002,9 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
             clock.start()
             train_step(run, optimisers, next(source), plan, limit)
             runtime.synchronize()
-            taken = clock.seconds()
             if last:
                 run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
-        seconds.append(runtime.main_number(taken))
+        seconds.append(runtime.main_number(clock.seconds()))
     run.model.load_state_dict(weights)
     optimisers.load(states)
     torch.set_rng_state(random_state)
@@ -2174,10 +2158,8 @@ class Training:  # all that changes from step to step, and with that what a chec
         if steps < self.step or bad:
             last = f"loss {self.run.runtime.sum(torch.tensor(loss)).item():.4f}, gradient norm {norm:.4g}"
             kept = "".join(f"; {path} is from before" for path in self.run.checkpoints.kept[-1:])
-            what = f"{bad or 'loss or gradient'} is not finite at step {steps + 1:.0f}"
-            raise RunError(
-                f"diverged: {what} (the step before: {last}); lower the learning rates{kept}", DIVERGED
-            )
+            what = f"diverged: {bad or 'loss or gradient'} is not finite at step {steps + 1:.0f}"
+            raise RunError(f"{what} (the step before: {last}); lower the learning rates{kept}", DIVERGED)
 
     def save(self, elapsed: float) -> None:
         """Write the state; all ranks call it, the clock paused, and each brings what it alone holds."""
@@ -2248,9 +2230,9 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     loader = prefetch(batches(cfg, stream, runtime, now.step), runtime)
     clock.start()
     for step in itertools.count(now.step):
-        elapsed, before = clock.tick(), plan
-        plan = plan_step(cfg, step, elapsed, clock.step_seconds())
-        done = finished(cfg, step, elapsed + clock.behind(), clock.step_seconds())
+        elapsed, before, pace = clock.tick(), plan, clock.step_seconds()
+        plan = plan_step(cfg, step, elapsed, pace)
+        done = finished(cfg, step, elapsed + len(clock.pending) * pace, pace)  # pending: two steps on a GPU
         saves = clock.asked or done or 0 < cfg.checkpoint_seconds <= elapsed - now.saved
         if saves or due(step, cfg.val_loss_every):
             with clock.paused():
@@ -2322,9 +2304,7 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     if before and log.again:
         return
     folder, shards, tied = Path(cfg.data_path), len(stream.paths) if stream else 0, cfg.tie_embeddings
-    cards = "nvidia-smi: no GPU in use"
-    if runtime.is_cuda and shutil.which("nvidia-smi"):
-        cards = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
+    cards = subprocess.getoutput("nvidia-smi") + "\n" if runtime.is_cuda else "nvidia-smi: no GPU in use"
     versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n{cards}"
     log.line(f"{source.decode()}\n{rule}\n{versions}\n{rule}", echo=False)
     rates = f"embed_lr:{cfg.tied_embed_lr if tied else cfg.embed_lr} head_lr:{0.0 if tied else cfg.head_lr}"
@@ -2355,15 +2335,14 @@ def save_model(run: Run, path: Path) -> int:
     """Rank 0 writes both model files, or neither: RunError (5), as `pack`'s. Returns the packed bytes."""
     cfg, log, state = run.cfg, run.log, {n: t.detach().cpu() for n, t in run.model.state_dict().items()}
     quant, official = quant_name(cfg), path.with_name("final_model.pt")
-    about = describe_machine(run.runtime) | dict(config_hash=cfg.hash, quant=quant)
-    blob = pack(cfg, state, {key: about[key] for key in ("dtype", "compile", "config_hash", "quant")})
+    about = dict(dtype=run.runtime.dtype_name, compile=run.runtime.compiles)
+    blob = pack(cfg, state, dict(about, config_hash=cfg.hash, quant=quant))
     write_atomic(official, partial(torch.save, state))
     write_atomic(path, blob)
     raw, code, payload = official.stat().st_size, len(own_source()), payload_bytes(cfg, state)
     label, ratio = f"{quant}+{cfg.codec}", sum(4 * tensor.numel() for tensor in state.values()) / payload
-    log.line(
-        f"Serialized model: {raw} bytes\nCode size: {code} bytes\nTotal submission size: {raw + code} bytes"
-    )
+    log.line(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
+    log.line(f"Total submission size: {raw + code} bytes")
     log.line(f"Serialized model {label}: {len(blob)} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
     log.line(f"Total submission size {label}: {len(blob) + code} bytes")
     report_packing(run, state, blob)
@@ -2524,7 +2503,7 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         if cfg.init_from:
             given = runtime.agree(lambda: load_checkpoint(cfg.init_from))
             load_weights(model, given, f"INIT_FROM={cfg.init_from}")
-        new = f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        new = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
         run_id, out, locks = cfg.run_id or (before or {}).get("run_id", new), Path(cfg.out_dir), []
         runtime.main_decides(lambda: locks.extend(claim_outputs(cfg, run_id)))
         log = RunLog(out / "logs" if runtime.rank == 0 else None, run_id, cfg.resume != "0")
@@ -2580,11 +2559,10 @@ def tool(path: str) -> dict:
 
 def main() -> None:
     arguments, code = sys.argv[1:], 0
-    shows = arguments in (["--dry-run"], ["--doctor"], ["--list-ideas"], ["--knob-table"])
     try:
         if arguments in (["--help"], ["-h"]):
             print(help_text())
-        elif shows:
+        elif arguments in (["--dry-run"], ["--doctor"], ["--list-ideas"], ["--knob-table"]):
             code = tool("sweeps/show.py")[arguments[0][2:].replace("-", "_")](os.environ)
         else:
             require(not arguments, f"unknown argument {arguments}: knobs are environment variables; --help")

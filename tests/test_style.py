@@ -57,7 +57,7 @@ def test_sections_are_those_the_head_announces():
 
 
 def test_lengths():
-    assert len(LINES) <= 2600  # 2,400 was the aim; exact resume and the checks of bad input took it over
+    assert len(LINES) <= 2590  # 2,400 was the aim; exact resume and the checks of bad input took it over
     assert max(map(len, LINES)) <= 110
     lengths = {f.name: f.end_lineno - f.lineno + 1 for f in FUNCTIONS}
     assert {name: length for name, length in lengths.items() if length > 50} == {}
