@@ -31,6 +31,7 @@ import random
 import re
 import resource
 import runpy
+import shutil
 import signal
 import struct
 import subprocess
@@ -2002,9 +2003,10 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
             clock.start()
             train_step(run, optimisers, next(source), plan, limit)
             runtime.synchronize()
+            taken = clock.seconds()
             if last:
                 run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
-        seconds.append(runtime.main_number(clock.seconds()))
+        seconds.append(runtime.main_number(taken))
     run.model.load_state_dict(weights)
     optimisers.load(states)
     torch.set_rng_state(random_state)
@@ -2304,7 +2306,9 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     if before and log.again:
         return
     folder, shards, tied = Path(cfg.data_path), len(stream.paths) if stream else 0, cfg.tie_embeddings
-    cards = subprocess.getoutput("nvidia-smi") + "\n" if runtime.is_cuda else "nvidia-smi: no GPU in use"
+    cards = "nvidia-smi: no GPU in use"
+    if runtime.is_cuda and shutil.which("nvidia-smi"):
+        cards = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
     versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n{cards}"
     log.line(f"{source.decode()}\n{rule}\n{versions}\n{rule}", echo=False)
     rates = f"embed_lr:{cfg.tied_embed_lr if tied else cfg.embed_lr} head_lr:{0.0 if tied else cfg.head_lr}"

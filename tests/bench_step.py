@@ -113,6 +113,7 @@ def main() -> None:
         pace = f"{row['ms']} ms, {row['speed']} ({low} to {high}) times the first"
         start = f"first two steps {row['first_two_steps_seconds']} s, loss {row['second_loss']:.6f}"
         print(f"{row['script']} threads:{row['threads']} {pace}; {start}")
+    torch.set_num_threads(threads[0])  # the device is described with the first version's threads
     machine = train_gpt.describe_machine(versions[0].run.runtime)
     report = dict(benchmark="steps in turn", commit=commit(), knobs=knobs, rounds=options.rounds)
     text = json.dumps(report | dict(machine=machine, versions=rows), indent=1)

@@ -199,6 +199,8 @@ def test_horizons_are_waves_of_their_own():
     assert [run.cfg.iterations for run in runs] == [100, 100, 400, 400]
     shares = {run.cfg.train_log_every / run.cfg.iterations for run in runs}
     assert len(shares) == 1, "logged as often in the run"
+    validating = runs_of("@question Why? @base lower_lr @horizons 400 100 @seeds 5", Sizes())
+    assert [run.cfg.val_loss_every for run in validating] == [1, 4], "validated as often in the run"
 
 
 def test_sizes_are_laid_as_run_best_lays_them():
