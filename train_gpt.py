@@ -37,7 +37,6 @@ import struct
 import subprocess
 import sys
 import time
-import timeit
 import traceback
 import zipfile
 import zlib
@@ -49,7 +48,7 @@ from dataclasses import Field, asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import median, median_low
+from statistics import median_low
 
 import numpy as np
 import sentencepiece
@@ -255,6 +254,7 @@ class Config:
     device: str = place("auto", "where to run; mps is untested", choices=("auto", "cuda", "cpu", "mps"))
     dtype: str = knob("auto", "compute type; auto = bf16 where faster", choices=("auto", "bf16", "fp32"))
     compile: str = place("auto", "torch.compile; auto = where it works", choices=("auto", "0", "1"))
+    deterministic: str = place("auto", "same seed, same bits; auto = on CPUs", choices=("auto", "0", "1"))
     allow_inert: bool = place(False, "a knob without effect is a warning, not an error")
     allow_env: tuple[str, ...] = place((), "variables that look like knobs but are not ours")
 
@@ -381,6 +381,7 @@ def help_text() -> str:
 
 # 2. RUNTIME AND LOGS: the only code that knows about devices, ranks and files
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM: 4 times float32's products on an EPYC
 
 
 @dataclass
@@ -392,6 +393,7 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
     compiles: bool = False
     backend: str | Callable = "inductor"
     uncompiled: str = ""  # why not, if that is news to the user
+    deterministic: bool = False  # torch's deterministic kernels alone: same seed, same bits
     patient: bool = False  # a signal waits, so that all ranks stop between the same two steps
     stopping: str = ""  # the signal that asked for an end
     is_cuda = property(lambda self: self.device.type == "cuda")
@@ -415,6 +417,8 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
         device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
         runtime = cls(device, rank, size)
         runtime.compiles, runtime.uncompiled = pick_compile(cfg.compile, device)
+        runtime.deterministic = cfg.deterministic == "1" or cfg.deterministic == "auto" and kind == "cpu"
+        earlier_kernels = use_deterministic_kernels(runtime.deterministic)
         runtime.claim_device()
         with suppress(OSError, AttributeError):  # glibc alone: new pages take time (cpu_memory.json)
             if device.type == "cpu":
@@ -434,6 +438,7 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
                 dist.destroy_process_group()
             for number, handler in before.items():
                 signal.signal(number, handler)
+            use_deterministic_kernels(earlier_kernels)
 
     def stop(self, number: int, _frame) -> None:
         """Handler of signals: end now, or where patience ends. One is enough: torchrun doubles Ctrl-C."""
@@ -450,6 +455,8 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
         if not self.compiles:
             return fn
         torch._dynamo.config.cache_size_limit = 128  # a graph for each depth and shape; 8 would be an error
+        if self.is_cuda and self.deterministic and hasattr(torch._inductor.config, "deterministic"):
+            torch._inductor.config.deterministic = True  # torch 2.9 on: chooses no kernel by timing it
         return torch.compile(fn, dynamic=False, fullgraph=True, backend=self.backend)
 
     def synchronize(self) -> None:
@@ -503,15 +510,37 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
 
 
 def pick_dtype(wanted: str, device: torch.device) -> str:
-    """'bf16' or 'fp32': by capability on GPUs (T4 and V100 have no bf16), by a 20 ms race on CPUs."""
-    if wanted != "auto" or device.type != "cpu":
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return wanted if wanted != "auto" else "bf16" if fast else "fp32"
-    seconds = {}
-    for name, dtype in DTYPES.items():  # a typical size here: 1.07 GFLOP
-        product = partial(torch.mm, torch.ones(2048, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
-        seconds[name] = median(timeit.repeat(product, number=1, repeat=9)[2:])
-    return min(seconds, key=seconds.get)
+    """'bf16' or 'fp32', by what the device can do and never by a race, which load could turn: two runs of
+    one command must compute in one type. GPUs from sm_80 on have bf16 products (T4 and V100 do not), CPUs
+    if Linux names one of BF16_CPU_FLAGS."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        has_bf16 = device.type == "cpu" and not BF16_CPU_FLAGS.isdisjoint(cpu_flags())
+    return "bf16" if has_bf16 else "fp32"
+
+
+def cpu_flags() -> list[str]:
+    """The instruction sets of this CPU by Linux's names; none where there is no /proc/cpuinfo."""
+    with suppress(OSError):
+        line = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        return line[1].split() if line else []
+    return []
+
+
+def use_deterministic_kernels(wanted: bool) -> bool:
+    """Let torch use deterministic kernels alone, or all; returns what it was before.
+
+    Without it the compiler for CPUs adds up the embedding's gradient by atomic additions from several
+    threads, in any order: two runs of one command part after 3 to 14 steps (torch 2.13)."""
+    earlier = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read at first use
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it fills what is overwritten anyway
+    return earlier
 
 
 def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
@@ -1921,7 +1950,7 @@ class Run:  # what every phase of a run needs
         try:
             return warm()
         except Exception as error:
-            known = isinstance(error, torch.OutOfMemoryError | RunError)
+            known = isinstance(error, torch.OutOfMemoryError | RunError) or kernel_missing(error)
             if known or not self.runtime.compiles or self.cfg.compile == "1":
                 raise
             self.log.warn(True, f"no torch.compile ({type(error).__name__}); running eagerly, slower")
@@ -2289,6 +2318,7 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
     name = torch.cuda.get_device_name() if runtime.is_cuda else f"{name}, {torch.get_num_threads()} threads"
     attention = "sdpa" if runtime.is_cuda else f"blocked to {LONGEST_BLOCKED}, then sdpa"
     setting = dict(dtype=runtime.dtype_name, compile=runtime.compiles, attention=attention)
+    setting["deterministic"] = runtime.deterministic
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     return dict(device=name, world_size=runtime.world_size, **setting, **versions)
 
@@ -2443,6 +2473,12 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
     return replace(cfg, **made, compile=compiled, dtype=dtype, train_batch_tokens=made["train_seq_len"])
 
 
+def kernel_missing(error: BaseException) -> str:
+    """The operation that DETERMINISTIC=1 asks for and torch lacks on this device, or ''."""
+    found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+    return found[1] if found and isinstance(error, RuntimeError) else ""
+
+
 def explained(error: BaseException) -> RunError | None:
     """What a user can meet, as one line and its exit code; None for a bug, whose traceback is shown."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
@@ -2450,6 +2486,8 @@ def explained(error: BaseException) -> RunError | None:
         return RunError("stopped by a signal before there was anything to save", PREEMPTED)
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "t allocate memory" in str(error):
         return RunError("out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or other sizes of a batch")
+    if operation := kernel_missing(error):
+        return RunError(f"torch has no deterministic kernel for {operation} here; set DETERMINISTIC=0")
     if isinstance(error, OSError):
         return RunError(f"{error.filename or 'log or console'}: {error.strerror}; mend that or set another")
     if isinstance(error, RuntimeError) and any("torch/distributed" in file for file in files):
