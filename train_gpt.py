@@ -2605,7 +2605,7 @@ def main() -> None:
         if arguments in (["--help"], ["-h"]):
             print(help_text())
         elif arguments in (["--dry-run"], ["--doctor"], ["--list-ideas"], ["--knob-table"]):
-            code = tool("sweeps/show.py")[arguments[0][2:].replace("-", "_")](os.environ)
+            code = tool("sweeps/lab/show.py")[arguments[0][2:].replace("-", "_")](os.environ)
         else:
             require(not arguments, f"unknown argument {arguments}: knobs are environment variables; --help")
             code = execute(Config.from_env(os.environ), os.environ)

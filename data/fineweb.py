@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 import urllib.error
@@ -30,7 +31,15 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from shards import Problem, command, exclusive, read_header, read_manifest, write_manifest
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.shards import (  # noqa: E402
+    Problem,
+    command,
+    exclusive,
+    read_header,
+    read_manifest,
+    write_manifest,
+)
 
 DEFAULT_REPO, DEFAULT_PREFIX = "willdepueoai/parameter-golf", "datasets"
 DEFAULT_TRAIN_SHARDS = 80

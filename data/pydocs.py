@@ -19,6 +19,7 @@ import itertools
 import os
 import platform
 import re
+import sys
 import sysconfig
 import time
 import warnings
@@ -28,7 +29,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from shards import (
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.shards import (  # noqa: E402
     Problem,
     SplitWriter,
     atomic_file,
@@ -40,7 +43,13 @@ from shards import (
     read_manifest,
     scratch_folder,
 )
-from tokenize_docs import encode_splits, ordered_map, text_digest, tidy, train_tokenizer
+from data.tokenize_docs import (  # noqa: E402
+    encode_splits,
+    ordered_map,
+    text_digest,
+    tidy,
+    train_tokenizer,
+)
 
 NAME, PREFIX, VOCAB_SIZE = "pydocs_sp1024", "pydocs", 1024
 TOKENIZER = "pydocs_1024_bpe.model"

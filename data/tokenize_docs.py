@@ -19,6 +19,7 @@ import json
 import os
 import re
 import signal
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,7 +28,9 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 import zstandard
-from shards import (
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.shards import (  # noqa: E402
     BOS,
     MAX_SHARD_TOKENS,
     Problem,

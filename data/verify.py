@@ -16,8 +16,19 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from shards import BOS, Problem, Progress, command, manifest_files, read_manifest, read_tokens, sha256_file
-from tokenize_docs import load_tokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.shards import (  # noqa: E402
+    BOS,
+    Problem,
+    Progress,
+    command,
+    manifest_files,
+    read_manifest,
+    read_tokens,
+    sha256_file,
+)
+from data.tokenize_docs import load_tokenizer  # noqa: E402
 
 DECODE_TOKENS = 1 << 20  # ids turned into Python lists at a time
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sweeps.summary import last, read_events, scores  # noqa: E402
+from sweeps.lab.run_summary import last, read_events, scores  # noqa: E402
 
 RULE = b"=" * 100  # the official log's line after the source
 CLAIMS = "val_loss", "val_bpb"

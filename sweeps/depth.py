@@ -16,9 +16,10 @@ import sys
 from pathlib import Path
 from statistics import mean, median, stdev
 
-from ideas import SEEDS, result_of
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from sweeps.ideas import SEEDS, result_of  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
 ARMS = dict(progressive=[], fixed=["PROG_DEPTH="])
 KNOBS = ["MAX_WALLCLOCK_SECONDS=150", "TRAIN_LOG_EVERY=1", "EVAL_STRIDE=0", "SWA_ENABLED=1", "SWA_EVERY=2"]
 

@@ -28,7 +28,7 @@ from statistics import mean, median, stdev
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import train_gpt  # noqa: E402
 
@@ -103,7 +103,7 @@ STUDIES = dict(
 
 def short_dataset(source: Path, out: Path) -> Path:
     """The dataset with its validation cut to VAL_TOKENS: scoring all of it would take as long as training."""
-    from shards import read_tokens, write_shard
+    from data.shards import read_tokens, write_shard
 
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)

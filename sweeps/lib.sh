@@ -12,7 +12,7 @@
 #     decide "an arm that is worse than the control beyond noise carries weight"
 #     run_wave "$@"
 #
-# This file only collects the words; sweeps/wave.py checks them and sweeps/engine.py runs them (see its
+# This file only collects the words; sweeps/lab/wave_spec.py checks them and wave_engine.py runs them (see its
 # --help for what may follow the wave's name on the command line). Works with bash 3.2.
 set -euo pipefail
 
@@ -45,5 +45,5 @@ run_wave() {
   CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
   source sweeps/python_env.sh
   use_python requirements.txt
-  exec "$PYTHON" sweeps/engine.py "$name" ${words[@]+"${words[@]}"} -- "$@"
+  exec "$PYTHON" -m sweeps.lab.wave_engine "$name" ${words[@]+"${words[@]}"} -- "$@"
 }

@@ -19,12 +19,11 @@ import pytest
 import sentencepiece
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import reference  # noqa: E402
+import train_gpt
+from tests.support import reference
+from train_gpt import GPT, SHARD_MAGIC, SHARD_VERSION, Config, Runtime, fields
 
-import train_gpt  # noqa: E402
-from train_gpt import GPT, SHARD_MAGIC, SHARD_VERSION, Config, Runtime, fields  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 PAD, BOS, EOS, UNK = range(4)
 VOCAB = 320  # 4 controls, 256 bytes, the letters and some pairs
@@ -84,7 +83,7 @@ def show(page: str) -> str:
     """What `train_gpt.py PAGE` prints of the knobs."""
     printed = io.StringIO()
     with redirect_stdout(printed):
-        assert train_gpt.tool("sweeps/show.py")[page[2:].replace("-", "_")]({}) == 0
+        assert train_gpt.tool("sweeps/lab/show.py")[page[2:].replace("-", "_")]({}) == 0
     return printed.getvalue().strip()
 
 
@@ -122,7 +121,7 @@ def short_dataset(dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def fork_server():
-    from forkserver import ForkServer
+    from tests.support.forkserver import ForkServer
 
     server = ForkServer()
     yield server
@@ -132,7 +131,7 @@ def fork_server():
 @pytest.fixture(scope="session")
 def new(fork_server, short_dataset, tmp_path_factory):
     """new(knobs, ranks) -> an empty Folder to start runs in."""
-    from stops import Folder
+    from tests.support.stops import Folder
 
     def make(knobs: dict, ranks: int = 1) -> Folder:
         return Folder(tmp_path_factory.mktemp("run"), fork_server, short_dataset, knobs, ranks)

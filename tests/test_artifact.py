@@ -13,15 +13,15 @@ import zlib
 
 import numpy as np
 import pytest
-import reference
 import torch
 import zstandard
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import train_gpt
+from tests.conftest import ROOT
+from tests.support import reference
 from train_gpt import (
     CLIPS,
     CODECS,

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import env_of, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from tests.conftest import env_of, launch
+from tests.support import reference
 from train_gpt import GPT, Average, Config, RunError, StepPlan, plan_step
 
 SHAPES = {"weight": (2, 3), "bias": (2,)}

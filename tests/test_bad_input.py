@@ -23,10 +23,10 @@ import pytest
 import sentencepiece
 import torch
 import zstandard
-from conftest import BOS, ROOT, TINY, env_of, make_texts, train_tokenizer, write_shard
-from forkserver import ForkServer
 
 import train_gpt
+from tests.conftest import BOS, ROOT, TINY, env_of, make_texts, train_tokenizer, write_shard
+from tests.support.forkserver import ForkServer
 from train_gpt import PREFIX, RAW_LIMIT, sealed
 
 UNSET = dict.fromkeys(TINY) | dict(device="cpu")

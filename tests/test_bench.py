@@ -9,16 +9,13 @@ import threading
 from pathlib import Path
 from unittest.mock import patch
 
-import bench_startup
-import bench_throughput
-import official
 import pytest
-import step_parts
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
-from sweeps.show import step_flops
+from sweeps.lab.show import step_flops
+from tests.bench import bench_startup, bench_throughput, official, step_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [
@@ -32,7 +29,7 @@ SIZES = [
 
 
 def bench(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tests" / "bench_throughput.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tests/bench/bench_throughput.py"), *arguments]
     return subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
 
 
@@ -145,7 +142,13 @@ def test_the_stages_of_a_run_follow_each_other_without_a_gap():
 
 
 def test_sliding_windows_are_timed_beside_the_plain_score_and_the_naive_way(tmp_path):
-    command = [sys.executable, str(ROOT / "tests/bench_sliding.py"), "baseline", *SIZES, "EVAL_STRIDE=16"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests/bench/bench_sliding.py"),
+        "baseline",
+        *SIZES,
+        "EVAL_STRIDE=16",
+    ]
     command += ["COMPILE=0", "DTYPE=fp32", "DEVICE=cpu", "--tokens", "4096", "--rounds", "2"]
     done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -155,8 +158,7 @@ def test_sliding_windows_are_timed_beside_the_plain_score_and_the_naive_way(tmp_
 
 
 def test_a_switch_costs_its_first_step_less_the_median_of_the_ten_after_it(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "sweeps"))
-    depth = importlib.import_module("depth")
+    depth = importlib.import_module("sweeps.depth")
     lengths = [100] * 5 + [450] + [200, 210] * 6  # the sixth step is the first of its depth
     ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
     events = [dict(event="step", step=n + 1, train_ms=end) for n, end in enumerate(ends)]

@@ -6,12 +6,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import BOS, EOS, PAD, UNK, VOCAB, encode_documents, make_texts, train_tokenizer, write_shard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 import train_gpt
+from tests.conftest import (
+    BOS,
+    EOS,
+    PAD,
+    UNK,
+    VOCAB,
+    encode_documents,
+    make_texts,
+    train_tokenizer,
+    write_shard,
+)
 from train_gpt import ByteTable, RunError, decoded_bytes, load_tokenizer, load_validation
 
 MARK = "\u2581"

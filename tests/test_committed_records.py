@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
 from records import lint, rescore
+from tests.conftest import ROOT
 
 RECORDS = sorted(path.parent for path in (ROOT / "records").glob("*/submission.json"))
 NAMES = [path.name.partition("_")[2] for path in RECORDS]

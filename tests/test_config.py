@@ -4,11 +4,11 @@ import re
 from dataclasses import fields, replace
 
 import pytest
-from conftest import ROOT, as_text, show
 from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt
+from tests.conftest import ROOT, as_text, show
 from train_gpt import Config, RunError
 
 NAMES = [f.name.upper() for f in fields(Config)]

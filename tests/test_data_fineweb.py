@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -15,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import fineweb, shards
+
 DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))
-fineweb = importlib.import_module("fineweb")
-shards = importlib.import_module("shards")
 pytest.importorskip("huggingface_hub")
 
 REPO = "someone/golf"
@@ -330,11 +328,11 @@ def test_receipts_let_verify_check_the_download(hub, get, tmp_path):
 
 def test_missing_hub_package_says_how_to_get_it(tmp_path):
     code = """import sys; sys.modules["huggingface_hub"] = None
-import fineweb, shards
+from data import fineweb, shards
 shards.command(fineweb.main)"""
     result = subprocess.run(
         [sys.executable, "-c", code, "--out", str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": str(DATA)},
+        env={**os.environ, "PYTHONPATH": str(DATA.parent)},
         capture_output=True,
         text=True,
     )

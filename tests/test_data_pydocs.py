@@ -1,7 +1,6 @@
 """data/pydocs.py on a small made-up package tree: what it reads, how it splits, what it leaves behind."""
 
 import ast
-import importlib
 import json
 import os
 import random
@@ -15,10 +14,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from data import pydocs, shards
+
 DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))
-pydocs = importlib.import_module("pydocs")
-shards = importlib.import_module("shards")
 
 WORDS = [a + b + c for a in "bcdfghjklm" for b in "aeiou" for c in ("nt", "rs", "st", "ra", "lo")]
 
@@ -62,7 +60,7 @@ DRIVER = """
 import sys, time
 from pathlib import Path
 sys.path[:0] = [sys.argv[1], sys.argv[2]]
-import pydocs, shards
+from data import pydocs, shards
 pydocs.VOCAB_SIZE = 400
 pydocs.TOKENIZER = "small.model"
 if sys.argv[4:] == ["hang"]:
@@ -80,7 +78,7 @@ shards.command(main)
 
 def start(tree: Path, out: Path, *extra: str, seed: str = "0") -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(DATA), str(tree), str(out), *extra],
+        [sys.executable, "-c", DRIVER, str(DATA.parent), str(tree), str(out), *extra],
         env={**os.environ, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 

@@ -1,6 +1,5 @@
 """data/shards.py, tokenize_docs.py and verify.py: files that are right or absent, and plain errors."""
 
-import importlib
 import json
 import os
 import random
@@ -14,11 +13,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import shards, verify
+from data import tokenize_docs as tools
+
 DATA = Path(__file__).resolve().parents[1] / "data"
-sys.path.insert(0, str(DATA))
-shards = importlib.import_module("shards")
-tools = importlib.import_module("tokenize_docs")
-verify = importlib.import_module("verify")
 
 RNG = random.Random(11)
 SYLLABLES = [a + b for a in "bdfgklmnprst" for b in ("a", "en", "i", "or", "u")]

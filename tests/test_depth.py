@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import Traced, env_of, random_ids, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from tests.conftest import Traced, env_of, random_ids, random_model
+from tests.support import reference
 from train_gpt import (
     GPT,
     Config,

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, show
 
 import train_gpt
+from tests.conftest import ROOT, show
 from train_gpt import Config
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,7 +46,7 @@ BY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relat
 def test_scripts_named_in_a_page_exist(page):
     words = words_of_code(page.read_text(encoding="utf-8"))
     named = {word for word in words if re.search(r"\w\.(py|sh)$", word)}
-    homes = ROOT, page.parent, ROOT / "tests"
+    homes = ROOT, page.parent, page.parent / "lab", ROOT / "tests", ROOT / "tests/bench"
     assert [word for word in named if not any((home / word).is_file() for home in homes)] == []
 
 

@@ -1,19 +1,16 @@
 """The statistics of waves against scipy, examples done by hand, and simulated waves."""
 
 import math
-import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from lab_rows import broken_rows, finished, row
 from scipy import stats
 
-sys.path[:0] = [str(ROOT / "sweeps"), str(ROOT / "records")]
-import effects  # noqa: E402
-from effects import CONTROL, MixedRegimesError  # noqa: E402
+from sweeps.lab import verdicts as effects
+from sweeps.lab.verdicts import CONTROL, MixedRegimesError
+from tests.support.lab_rows import broken_rows, finished, row
 
 SEEDS = 1337, 42, 7
 

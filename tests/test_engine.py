@@ -14,14 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, VOCAB, write_shard
 
-sys.path.insert(0, str(ROOT / "sweeps"))  # before the standard library, which has a module `wave` too
-import engine  # noqa: E402
-import halves  # noqa: E402
-import process  # noqa: E402
-import rows  # noqa: E402
-from rows import Results  # noqa: E402
+from sweeps.lab import run_process as process
+from sweeps.lab import run_rows as rows
+from sweeps.lab import validation_halves as halves
+from sweeps.lab import wave_engine as engine
+from sweeps.lab.run_rows import Results
+from tests.conftest import ROOT, VOCAB, write_shard
 
 WORDS = ["w", "@question", "Why?", "@base", "baseline"]
 ARMS = dict(
@@ -38,7 +37,8 @@ class Bench:
         self.folder, self.results, self.out = folder, folder / "results", folder / "out"
         self.options = [
             "--proxy", "--results", str(self.results), "--out", str(self.out), "--data", str(data),
-            "--tokenizer", str(data / "tokenizer.model"), "--script", str(ROOT / "tests/stub_train.py"),
+            "--tokenizer", str(data / "tokenizer.model"),
+            "--script", str(ROOT / "tests/support/stub_train.py"),
         ]  # fmt: skip
         self.plan({})
 
@@ -255,7 +255,7 @@ def test_what_another_version_left_is_started_anew(bench):
 def test_an_edited_script_does_not_reach_a_wave_that_has_begun(bench, capfd):
     """Its runs must compare; the copy says what they were made with."""
     script = bench.folder / "train.py"
-    script.write_bytes((ROOT / "tests/stub_train.py").read_bytes())
+    script.write_bytes((ROOT / "tests/support/stub_train.py").read_bytes())
     bench.options[-1] = str(script)
     assert bench.run("a", seeds="1") == 0
     script.write_text("raise SystemExit(1)")

@@ -7,11 +7,11 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, launch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from tests.conftest import TINY, launch
 from train_gpt import DISCOUNT, SHARES, Config, contexts, gate, hedge, mix, ngram
 
 VOCAB = 12

@@ -6,11 +6,11 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import Traced, env_of, launch, show
 
 import train_gpt
+from tests.conftest import Traced, env_of, launch, show
+from tests.support import reference
 from train_gpt import (
     GPT,
     SCHEDULES,

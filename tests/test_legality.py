@@ -4,7 +4,6 @@ test-time training that scores first, and an evaluation clock that yields parts,
 import json
 import math
 import re
-import sys
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -13,9 +12,19 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import ROOT, TINY, encode_documents, env_of, launch, random_model, train_tokenizer, write_shard
 
 import train_gpt
+from records import pr895_mixer
+from records.legality import check_own_scores, check_score
+from tests.conftest import (
+    TINY,
+    encode_documents,
+    env_of,
+    launch,
+    random_model,
+    train_tokenizer,
+    write_shard,
+)
 from train_gpt import (
     Config,
     Run,
@@ -31,10 +40,6 @@ from train_gpt import (
     score_hedge,
     token_nats,
 )
-
-sys.path.insert(0, str(ROOT / "records"))
-import pr895_mixer  # noqa: E402
-from legality import check_own_scores, check_score  # noqa: E402
 
 # --- check_score on scorers of all kinds ---
 

@@ -10,13 +10,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from records import lint
 from records.significance import against_bar
+from tests.conftest import ROOT
 
 SCRIPT = '"""A script."""\nimport sys\n\nsys.exit("the linter ran me")\n'
 RULE = "=" * 100

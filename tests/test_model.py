@@ -7,14 +7,14 @@ from functools import partial
 
 import numpy as np
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
-from conftest import random_ids, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from tests.conftest import random_ids, random_model
+from tests.support import reference
 from train_gpt import (
     GPT,
     MLP_ACTS,

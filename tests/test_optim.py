@@ -6,10 +6,10 @@ from dataclasses import fields
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import random_model
 
+from tests.conftest import random_model
+from tests.support import reference
 from train_gpt import (
     GPT,
     Config,

@@ -6,10 +6,9 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
 
-sys.path.insert(0, str(ROOT / "records"))
-import pr895_mixer  # noqa: E402
+from records import pr895_mixer
+from tests.conftest import launch
 
 VOCAB = 12
 

@@ -13,10 +13,10 @@ import time
 from signal import SIGKILL, SIGTERM
 
 import pytest
-from conftest import ROOT, env_of
-from stops import Folder, dies, in_step
 
 import train_gpt
+from tests.conftest import ROOT, env_of
+from tests.support.stops import Folder, dies, in_step
 
 STOPPED, LOST = train_gpt.PREEMPTED, train_gpt.LOST_RANK
 FEW = dict(iterations=4, train_batch_tokens=480)  # 15 sequences a step, which few world sizes divide

@@ -10,10 +10,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, env_of, write_shard
-from forkserver import ForkServer
 
 from records import finished, lint, make, rescore
+from tests.conftest import ROOT, env_of, write_shard
+from tests.support.forkserver import ForkServer
 
 SEEDS = 1, 2, 3
 ABOUT = "--name", "A toy", "--author", "A. Person", "--github-id", "aperson", "--track", "cpu_toy"

@@ -5,22 +5,18 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import threading
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lab_rows import broken_rows, row, write_rows
 
-sys.path[:0] = [str(ROOT / "sweeps"), str(ROOT / "records")]
-import effects as fx  # noqa: E402
-import report  # noqa: E402
-import report_page  # noqa: E402
-import report_tables as tables  # noqa: E402
+from sweeps.lab import report, report_page
+from sweeps.lab import report_tables as tables
+from sweeps.lab import verdicts as fx
+from tests.support.lab_rows import broken_rows, row, write_rows
 
 SEEDS = 1337, 42, 7
 EVIL = "<img src=x onerror=\"document.title='broken'\">`|`</script><!-- /wave demo -->"

@@ -14,10 +14,10 @@ from signal import SIGINT, SIGKILL, SIGTERM
 
 import pytest
 import torch
-from forkserver import left_behind
-from stops import COUNTS, STEPS, Folder, dies, in_step
 
 import train_gpt
+from tests.support.forkserver import left_behind
+from tests.support.stops import COUNTS, STEPS, Folder, dies, in_step
 from train_gpt import Config, Run, RunLog, Runtime
 
 EACH_STEP = dict(checkpoint_seconds=1e-9)

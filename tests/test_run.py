@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import zstandard
-from conftest import ROOT, TINY, launch, write_shard
 
 import train_gpt
+from tests.conftest import ROOT, TINY, launch, write_shard
 from train_gpt import PREFIX, Config, claim_outputs
 
 MODELS = ("final_model.pt", "final_model.int8.ptz")

@@ -5,7 +5,6 @@ its site-packages, and `stubs/` holds the packages it may import, so nothing is 
 """
 
 import importlib
-import importlib.util
 import json
 import os
 import re
@@ -17,6 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from sweeps.lab import run_summary as summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN_TIME = ["torch", "numpy", "sentencepiece", "zstandard"]
@@ -533,16 +534,6 @@ def test_cpu_wheels_only_on_linux_without_a_gpu_driver_and_when_reachable(projec
 
 # ---------------------------------------------------------------- summary
 
-
-def load_summary():
-    spec = importlib.util.spec_from_file_location("summary", ROOT / "sweeps/summary.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-summary = load_summary()
 
 CONFIG = {"max_wallclock_seconds": 270.0, "train_batch_tokens": 8192}
 EVENTS = [

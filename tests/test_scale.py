@@ -4,10 +4,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 
-sys.path.append(str(ROOT / "sweeps"))
-import scale  # noqa: E402
+from sweeps.lab import gpu_scaling as scale
+from tests.conftest import ROOT
 
 H100, HERE = scale.MACHINES["H100"], scale.PLANS["here"]
 

@@ -7,12 +7,12 @@ from functools import partial
 
 import numpy as np
 import pytest
-import reference
 import torch
-from conftest import TINY, launch, random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import TINY, launch, random_model
+from tests.support import reference
 from train_gpt import (
     GPT,
     Config,

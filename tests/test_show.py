@@ -5,7 +5,8 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import launch
+
+from tests.conftest import launch
 
 ROWS = ["python", "torch", "device", "compute", "attention", "compile", "codec", "data", "disk", "ranks"]
 

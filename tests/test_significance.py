@@ -5,12 +5,13 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from records import significance as ours
+from records import significance
+from sweeps.lab import statistics as ours
+from tests.conftest import ROOT
 
 SAMPLES = st.lists(st.floats(1.0, 3.0).map(lambda x: round(x, 6)), min_size=2, max_size=9)
 
@@ -153,7 +154,7 @@ def test_power_without_an_effect_is_the_level():
 
 
 def run(capsys, *arguments) -> str:
-    assert ours.main(arguments) == 0
+    assert significance.main(arguments) == 0
     return capsys.readouterr().out
 
 
@@ -185,7 +186,7 @@ def test_the_command_line(capsys):
 )
 def test_wrong_usage_is_refused(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
-        ours.main(arguments)
+        significance.main(arguments)
     assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
 
 

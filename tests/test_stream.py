@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BOS, write_shard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conftest import BOS, write_shard
 from train_gpt import (
     RunError,
     Runtime,

@@ -5,9 +5,9 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT
 
 import train_gpt
+from tests.conftest import ROOT
 
 SOURCE = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
 LINES = SOURCE.splitlines()

@@ -2,16 +2,13 @@
 
 import re
 import subprocess
-import sys
 
 import pytest
-from conftest import ROOT
 
 import train_gpt
-
-sys.path.insert(0, str(ROOT / "sweeps"))  # before the standard library, which has a module `wave` too
-import wave  # noqa: E402
-from wave import CONTROL, PLACES, Sizes, WaveError, expand, parse_wave, warnings_of  # noqa: E402
+from sweeps.lab import wave_spec as wave
+from sweeps.lab.wave_spec import CONTROL, PLACES, Sizes, WaveError, expand, parse_wave, warnings_of
+from tests.conftest import ROOT
 
 PROXY = Sizes(cpu=True, proxy=True)
 HEAD = "@question Why? @base tidal_1434"

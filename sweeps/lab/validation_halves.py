@@ -7,16 +7,11 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT / "data") not in sys.path:
-    sys.path.append(str(ROOT / "data"))
-
-from shards import read_tokens, write_shard  # noqa: E402
+from data.shards import read_tokens, write_shard
 
 HALF_TOKENS = 32_768  # 3 s of one core at proxy sizes
 SELECTION, HELD_OUT = "selection", "held_out"

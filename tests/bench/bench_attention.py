@@ -1,6 +1,6 @@
 """CPU attention, forward and backward: ours by blocks of queries and torch's SDPA, in turn.
 
-    python tests/bench_attention.py [--out records/benchmarks/cpu_attention.json]
+    python tests/bench/bench_attention.py [--out records/benchmarks/cpu_attention.json]
 
 8,192 tokens, eight heads that share four keys and values, of 32 or 64, bfloat16, eager and compiled, on as
 many threads as torch takes. Medians over --rounds. Not a test.
@@ -18,11 +18,10 @@ from unittest.mock import patch
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from bench_throughput import commit  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
+from tests.bench.bench_throughput import commit  # noqa: E402
 
 TOKENS, HEADS, KV_HEADS = 8192, 8, 4
 

@@ -11,19 +11,14 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.append(str(ROOT))
-
-import summary  # noqa: E402
-from summary import last as newest  # noqa: E402
-
-from train_gpt import write_atomic  # noqa: E402
+from sweeps.lab import run_summary as summary
+from sweeps.lab.paths import ROOT
+from sweeps.lab.run_summary import last as newest
+from train_gpt import write_atomic
 
 FINAL = "ok", "untrained", "truncated", "diverged", "over_size", "duplicate", "killed_early", "crashed"
 TODO = "planned", "running", "preempted"

@@ -1,6 +1,6 @@
 """Damaged and forged files against the three readers: artifacts, token shards, checkpoints.
 
-    python tests/bench_fuzz.py --seconds 60 --out records/benchmarks/fuzz.json
+    python tests/bench/bench_fuzz.py --seconds 60 --out records/benchmarks/fuzz.json
 
 Each reader gets --seconds of inputs that hypothesis makes from valid files: bits flipped, bytes cut, moved
 and overwritten with absurd sizes; and files whose checksums are right all the same, so that what lies behind
@@ -30,12 +30,23 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import torch
-from bench_throughput import commit
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import train_gpt
-from train_gpt import CHECKPOINT, GPT, PREFIX, Config, RunError, TokenStream, open_shard, pack, unpack
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_gpt  # noqa: E402
+from tests.bench.bench_throughput import commit  # noqa: E402
+from train_gpt import (  # noqa: E402
+    CHECKPOINT,
+    GPT,
+    PREFIX,
+    Config,
+    RunError,
+    TokenStream,
+    open_shard,
+    pack,
+    unpack,
+)
 
 CFG = Config(vocab_size=64, num_layers=1, model_dim=32, num_heads=2, num_kv_heads=1, zstd_level=1)
 ABOUT = dict(quant="int8", dtype="fp32", config_hash="0123456789abcdef")

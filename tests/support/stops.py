@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from signal import SIGKILL
 
-from conftest import env_of
-from forkserver import ForkServer, left_behind
+from tests.conftest import env_of
+from tests.support.forkserver import ForkServer, left_behind
 
 STEPS = 8
 BASE = dict(

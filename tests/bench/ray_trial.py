@@ -1,9 +1,9 @@
 """A trial of the Ray engine: a wave on two nodes, one of which dies in the middle. Not collected by pytest.
 
-    python tests/ray_trial.py [--out FOLDER] [--json FILE]
+    python tests/bench/ray_trial.py [--out FOLDER] [--json FILE]
 
 wants `pip install ray==2.60.0`. It makes a cluster of two nodes of one CPU each out of processes on this
-machine, starts a wave of tiny real runs through sweeps/engine.py, kills every process of the second node with
+machine, starts a wave of tiny real runs through the engine, kills every process of the second node with
 SIGKILL once a run there has left a checkpoint, and adds a third node later. Then it runs the same wave with
 the local engine and compares every score: training in float32 on one thread is exact, so nothing may differ.
 """
@@ -21,14 +21,13 @@ import time
 from pathlib import Path
 
 import ray
-from conftest import ROOT, encode_documents, make_texts, train_tokenizer, write_shard
 from ray.cluster_utils import Cluster
 
-sys.path.insert(0, str(ROOT / "sweeps"))
-from ray_engine import NODES  # noqa: E402
-from rows import Results  # noqa: E402
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt  # noqa: E402
+from sweeps.lab.ray_backend import NODES  # noqa: E402
+from sweeps.lab.run_rows import Results  # noqa: E402
+from tests.conftest import ROOT, encode_documents, make_texts, train_tokenizer, write_shard  # noqa: E402
 
 KNOBS = """VOCAB_SIZE=320 NUM_LAYERS=2 MODEL_DIM=64 NUM_HEADS=4 NUM_KV_HEADS=2 TRAIN_SEQ_LEN=64 ITERATIONS=300
 TRAIN_BATCH_TOKENS=1024 VAL_LOSS_EVERY=100 TRAIN_LOG_EVERY=10 CHECKPOINT_SECONDS=1 WARMDOWN_FRAC=0.1"""
@@ -52,8 +51,8 @@ def engine(folder: Path, data: list[str], *options: str, **env: str) -> subproce
     """The wave `trial`, with its files and rows under `folder`."""
     words = ["trial", *WAVE.split(), "@base", "baseline", *KNOBS.split()]
     place = ["--proxy", "--out", str(folder / "out"), "--results", str(folder / "results"), *data]
-    command = [sys.executable, str(ROOT / "sweeps/engine.py"), *words, "--", *place, *options]
-    return subprocess.Popen(command, env=os.environ | env)
+    command = [sys.executable, "-m", "sweeps.lab.wave_engine", *words, "--", *place, *options]
+    return subprocess.Popen(command, env=os.environ | env, cwd=ROOT)
 
 
 def descendants(number: int) -> list[int]:

@@ -4,13 +4,14 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import effects as fx
 import matplotlib
-from effects import Effect, Row
-from significance import mean
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+from sweeps.lab import verdicts as fx  # noqa: E402
+from sweeps.lab.statistics import mean  # noqa: E402
+from sweeps.lab.verdicts import Effect, Row  # noqa: E402
 
 COLOURS = {fx.BETTER: "#1a7f37", fx.WORSE: "#c4372c", fx.INSIDE: "#57606a", fx.UNDECIDED: "#a8b0b8"}
 MOST_CURVES = 10

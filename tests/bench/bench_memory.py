@@ -1,6 +1,7 @@
 """What it is worth on a CPU that freed memory is kept (Runtime.launch): a training step and the Hedge mixer.
 
-    python tests/bench_memory.py baseline NUM_LAYERS=4 MODEL_DIM=256 TRAIN_SEQ_LEN=256 TRAIN_BATCH_TOKENS=8192
+    python tests/bench/bench_memory.py baseline NUM_LAYERS=4 MODEL_DIM=256 TRAIN_SEQ_LEN=256 \\
+        TRAIN_BATCH_TOKENS=8192
 
 The setting belongs to a process, so each measurement is a process of its own; the two kinds take turns (A B A
 B). Medians are reported, and each round's ratio. Not a test: pytest does not collect this file.
@@ -20,9 +21,10 @@ from statistics import median
 from unittest.mock import patch
 
 import torch
-from bench_throughput import Sizes, Variant, commit, preset_env
 
-import train_gpt
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_gpt  # noqa: E402
+from tests.bench.bench_throughput import Sizes, Variant, commit, preset_env  # noqa: E402
 
 
 def once(knobs: dict[str, str], keep: bool, steps: int, tokens: int) -> dict[str, float]:

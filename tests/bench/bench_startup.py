@@ -1,10 +1,10 @@
 """Where the time of many short runs goes that is not training, and whether runs of one shape compile again.
 
-    python tests/bench_startup.py baseline --runs 20 --jobs 2
-    python tests/bench_startup.py baseline COMPILE=1 --runs 20 --jobs 2 --out startup.json
-    python tests/bench_startup.py --profile                     seconds of the imports, one by one
+    python tests/bench/bench_startup.py baseline --runs 20 --jobs 2
+    python tests/bench/bench_startup.py baseline COMPILE=1 --runs 20 --jobs 2 --out startup.json
+    python tests/bench/bench_startup.py --profile                     seconds of the imports, one by one
 
-Whole processes at the sizes of a proxy wave (sweeps/engine.py --proxy): its preset, its part of the
+Whole processes at the sizes of a proxy wave (bash sweeps/WAVE.sh --proxy): its preset, its part of the
 validation text, a CPU thread each, seeds 1, 2, ... The first run is alone and finds an empty compile cache;
 the others share what it left. The stages are read from the events of each run's log.
 Not a test: pytest does not collect this file.
@@ -26,8 +26,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "sweeps")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 CHILD = "--child"
 STAGES = (
     "imports",
@@ -61,7 +61,7 @@ def child(script: str, notes: str) -> None:
     imported = time.time()
 
     def note() -> None:
-        from bench_throughput import compiler_counts
+        from tests.bench.bench_throughput import compiler_counts
 
         counts = {name: count for name, count in compiler_counts().items() if count}
         Path(notes).write_text(json.dumps(dict(imported=imported, ended=ended or time.time(), counts=counts)))
@@ -132,12 +132,10 @@ def shares(rows: list[dict]) -> dict[str, float]:
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """The JSON report: the first run alone, the others as many at once as a wave would have."""
-    from wave import Sizes, preset_env
-
-    from bench_throughput import commit
-    from halves import HALF_TOKENS, SELECTION, cut
-
     import train_gpt
+    from sweeps.lab.validation_halves import HALF_TOKENS, SELECTION, cut
+    from sweeps.lab.wave_spec import Sizes, preset_env
+    from tests.bench.bench_throughput import commit
 
     data = Path(os.environ.get("DATA_PATH", ROOT / "data/datasets/pydocs_sp1024"))
     tokenizer = os.environ.get("TOKENIZER_PATH", str(ROOT / "data/tokenizers/pydocs_1024_bpe.model"))

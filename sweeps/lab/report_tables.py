@@ -2,19 +2,16 @@
 
 import json
 import re
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "sweeps"))
-
-import effects as fx  # noqa: E402
-from effects import Contrast, Effect, Row  # noqa: E402
-from significance import Interval, mean  # noqa: E402
-from summary import read_events  # noqa: E402
+from sweeps.lab import verdicts as fx
+from sweeps.lab.paths import ROOT
+from sweeps.lab.run_summary import read_events
+from sweeps.lab.statistics import Interval, mean
+from sweeps.lab.verdicts import Contrast, Effect, Row
 
 ABSENT, NAME = "–", re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 

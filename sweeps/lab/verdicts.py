@@ -23,19 +23,16 @@ want more seeds.
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "records"))
-from significance import Interval, mean, mean_interval, stdev  # noqa: E402
+from sweeps.lab.statistics import Interval, mean, mean_interval, stdev
 
 Row = Mapping[str, Any]
 BySeed = dict[int, float]

@@ -1,7 +1,7 @@
 """The page of sweeps/report.py: one HTML file that holds its data, its drawing library, and no address.
 
 Rows are data, never markup: they stand in the page as JSON in which nothing can end the script element, and
-sweeps/page/page.js writes them as text. The page's policy forbids every request."""
+page/page.js writes them as text. The page's policy forbids every request."""
 
 import html
 import json
@@ -12,10 +12,10 @@ from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
 
-import effects as fx
-from effects import Ablation, Contrast, Effect, Row
 from plotly.offline import get_plotlyjs
-from report_tables import (
+
+from sweeps.lab import verdicts as fx
+from sweeps.lab.report_tables import (
     all_ablations,
     all_ladders,
     all_regimes,
@@ -25,6 +25,7 @@ from report_tables import (
     progression,
     regime_line,
 )
+from sweeps.lab.verdicts import Ablation, Contrast, Effect, Row
 
 PARTS = Path(__file__).resolve().parent / "page"
 LIMIT = 16_000_000  # bytes of code and packed weights together

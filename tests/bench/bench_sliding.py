@@ -1,6 +1,6 @@
 """Seconds of the sliding-window score beside the plain one and the naive way, on random weights and tokens.
 
-    python tests/bench_sliding.py progressive_depth NUM_LAYERS=2 MODEL_DIM=256 TRAIN_SEQ_LEN=256
+    python tests/bench/bench_sliding.py progressive_depth NUM_LAYERS=2 MODEL_DIM=256 TRAIN_SEQ_LEN=256
 
 plain: official windows, as every run ends with. sliding: compiled, logits only where scored. naive: the same
 windows run eagerly, all logits, as PR #895's script did; a quarter of them, its time scaled up. All take
@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
-from bench_throughput import Sizes, commit, preset_env
 
-import train_gpt
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_gpt  # noqa: E402
+from tests.bench.bench_throughput import Sizes, commit, preset_env  # noqa: E402
 
 
 def naive(run: train_gpt.Run, stride: int, share: float) -> float:

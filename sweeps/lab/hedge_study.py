@@ -1,7 +1,7 @@
 """What each part of the Hedge mixer is worth, on scores that runs have dumped.
 
     USE_HEDGE=1 SCORE_DUMP=a.npz ... python train_gpt.py
-    python sweeps/hedge.py a.npz b.npz --vocab 1024 --out records/benchmarks/cpu_hedge_study.json
+    python -m sweeps.lab.hedge_study a.npz b.npz --vocab 1024 --out records/benchmarks/cpu_hedge_study.json
 
 The dump needs the sliding or the roundtrip score; its first token is not in it and is taken as 0. Each line
 changes one thing of the mixer as it stands. All is computed from the dumped log-probabilities, so no model
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,11 +22,8 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from bench_throughput import commit  # noqa: E402
-
-import train_gpt  # noqa: E402
+import train_gpt
+from tests.bench.bench_throughput import commit
 
 GRID = (0.0, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 0.92)
 

@@ -1,10 +1,10 @@
 """Training throughput of a preset on this machine: where a step's time goes, and what another script does.
 
-    python tests/bench_throughput.py baseline NUM_LAYERS=4 MODEL_DIM=256
-    python tests/bench_throughput.py baseline --vary COMPILE=0,1 --vary DTYPE=bf16,fp32 --out bench.json
-    torchrun --nproc_per_node=8 tests/bench_throughput.py baseline
-    python tests/bench_throughput.py baseline --ranks 1,2        on one machine, the cores shared out
-    python tests/bench_throughput.py baseline --against ../parameter-golf/train_gpt.py
+    python tests/bench/bench_throughput.py baseline NUM_LAYERS=4 MODEL_DIM=256
+    python tests/bench/bench_throughput.py baseline --vary COMPILE=0,1 --vary DTYPE=bf16,fp32 --out bench.json
+    torchrun --nproc_per_node=8 tests/bench/bench_throughput.py baseline
+    python tests/bench/bench_throughput.py baseline --ranks 1,2        on one machine, the cores shared out
+    python tests/bench/bench_throughput.py baseline --against ../parameter-golf/train_gpt.py
 
 The program's own training loop is run on random tokens, without validation and clock, at full depth. Every
 combination of --vary is one variant. They take turns, a block of steps each (A B C A B C ...), so that a
@@ -35,14 +35,13 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import official  # noqa: E402
-from step_parts import PARTS, train_block  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
-from sweeps.show import step_flops  # noqa: E402
-from sweeps.wave import Sizes, preset_env  # noqa: E402
+from sweeps.lab.show import step_flops  # noqa: E402
+from sweeps.lab.wave_spec import Sizes, preset_env  # noqa: E402
+from tests.bench import official  # noqa: E402
+from tests.bench.step_parts import PARTS, train_block  # noqa: E402
 
 PLAN = train_gpt.StepPlan(progress=0.0, lr_scale=1.0, muon_momentum=0.95)
 # Dense bf16 FLOP/s of NVIDIA's data sheets, by a part of the card's name.

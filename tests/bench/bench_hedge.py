@@ -1,7 +1,7 @@
 """Seconds and peak memory of the n-gram and Hedge mixer, by tokens and by order; how fast they grow.
 
-    python tests/bench_hedge.py --out records/benchmarks/cpu_hedge.json
-    python tests/bench_hedge.py --millions 1 4 16 62 --tokens fineweb_val_000000.bin --device cuda
+    python tests/bench/bench_hedge.py --out records/benchmarks/cpu_hedge.json
+    python tests/bench/bench_hedge.py --millions 1 4 16 62 --tokens fineweb_val_000000.bin --device cuda
 
 The tokens are a file's first ones (an official shard or bare uint16), never repeated, or by default a made-up
 text: each token from a Zipf distribution that depends on the one before, so that contexts recur. Neural nats
@@ -24,9 +24,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_throughput import commit
 
-import train_gpt
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_gpt  # noqa: E402
+from tests.bench.bench_throughput import commit  # noqa: E402
 
 HIGHEST, PARTS, LANES = 6, ("ngram", "gate", "hedge"), 4096
 

@@ -1,6 +1,7 @@
 """Bytes and bpb of one trained model at several levels and clips.
 
-    DATA_PATH=... TOKENIZER_PATH=... python tests/bench_quant.py PRESET MODEL.pt [KNOB=VALUE ...] [--out FILE]
+    DATA_PATH=... TOKENIZER_PATH=... python tests/bench/bench_quant.py PRESET MODEL.pt [KNOB=VALUE ...] \\
+        [--out FILE]
 
 MODEL.pt is a run's final_model.pt; the knobs must give its shape. Each row is packed, unpacked and scored by
 the official windows. Not a test: pytest does not collect this file.
@@ -12,12 +13,13 @@ import argparse
 import itertools
 import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from bench_throughput import Sizes, commit, preset_env
-
-import train_gpt
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_gpt  # noqa: E402
+from tests.bench.bench_throughput import Sizes, commit, preset_env  # noqa: E402
 
 # Of attention, MLP and embeddings (0: as attention). The published "int5" has 16 levels up and down.
 LEVELS = {

@@ -16,7 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import process
+from sweeps.lab import run_process as process
 
 try:
     import ray

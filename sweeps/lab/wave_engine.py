@@ -3,7 +3,8 @@
     bash sweeps/WAVE.sh --plan                     what it would run, how long that takes; runs nothing
     bash sweeps/WAVE.sh                            run it, or go on where it was stopped or killed
     bash sweeps/WAVE.sh --proxy --jobs 2           at the small sizes for one CPU core a run
-    python sweeps/engine.py --held-out RUN_ID ...  score finished runs on the text no choice has seen
+    python -m sweeps.lab.wave_engine --held-out RUN_ID ...
+                                                   score finished runs on the text no choice has seen
 
 Finished runs are never repeated. Ctrl-C or SIGTERM lets the runs save their state; the same command goes on
 from it. Rows go to sweeps/results/WAVE.jsonl, the runs' own files to runs/waves/WAVE/RUN_ID.
@@ -25,14 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
-from wave import CONTROL, KNOBS, ROOT, Env, Run, Sizes, WaveError, expand, parse_wave, warnings_of
 
-import halves
-import process
-import rows
-from process import Misuse
-from rows import Results, Row
-
+from sweeps.lab import run_process as process
+from sweeps.lab import run_rows as rows
+from sweeps.lab import validation_halves as halves
+from sweeps.lab.paths import RESULTS, ROOT
+from sweeps.lab.run_process import Misuse
+from sweeps.lab.run_rows import Results, Row
+from sweeps.lab.wave_spec import CONTROL, KNOBS, Env, Run, Sizes, WaveError, expand, parse_wave, warnings_of
 from train_gpt import write_atomic
 
 TICK, PATIENCE = 0.1, 90.0  # seconds between looks at the runs, and until a stopped run is killed
@@ -55,7 +56,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     add("--threads", type=int, help="CPU threads a run (default: proxy 1, else the cores shared out)")
     add("--engine", choices=("local", "ray"), default="local", help="ray: RAY_ADDRESS, or one of its own")
     add("--out", type=Path, default=ROOT / "runs/waves", help="the runs' files (default runs/waves)")
-    add("--results", type=Path, default=ROOT / "sweeps/results", help="default sweeps/results")
+    add("--results", type=Path, default=RESULTS, help="default sweeps/results")
     add("--data", type=Path, help="folder of shards (default as run_best.sh: FineWeb, else pydocs)")
     add("--tokenizer", type=Path, help="its SentencePiece model")
     add("--val-tokens", type=int, help="select on so many validation tokens, hold out as many more; 0: all")
@@ -97,7 +98,7 @@ def find_gpus(options: argparse.Namespace) -> list[str]:
     """Of this machine, or of the cluster."""
     if options.engine == "local":
         return gpus_here()
-    from ray_engine import cluster_gpus
+    from sweeps.lab.ray_backend import cluster_gpus
 
     return [str(i) for i in range(cluster_gpus())]
 
@@ -660,7 +661,7 @@ def run_wave(name: str, words: list[str], options: argparse.Namespace) -> int:
     if tokens:
         data = halves.cut(data, options.out, tokens) / halves.SELECTION
     if options.engine == "ray":
-        from ray_engine import Ray
+        from sweeps.lab.ray_backend import Ray
 
         backend = Ray(bool(gpus), options.jobs, threads)
     else:

@@ -15,10 +15,9 @@ from dataclasses import fields
 from pathlib import Path
 
 import train_gpt
+from data.shards import Problem, read_tokens, write_shard  # noqa: F401
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "data"))
-from shards import Problem, read_tokens, write_shard  # noqa: E402, F401
+ROOT = Path(__file__).resolve().parents[2]
 
 # (what it is, where it stands, what stands there in the copy). torch.compile and fused Adam stay.
 CPU_EDITS = (

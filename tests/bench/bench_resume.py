@@ -1,8 +1,8 @@
 """What stopping and going on costs, and whether it is exact. Three measurements, each a JSON report:
 
-    python tests/bench_resume.py kills --count 120 --out records/benchmarks/kills.json
-    python tests/bench_resume.py cost --out records/benchmarks/checkpoint_cost.json
-    python tests/bench_resume.py exits --count 100 --out records/benchmarks/exit_codes.json
+    python tests/bench/bench_resume.py kills --count 120 --out records/benchmarks/kills.json
+    python tests/bench/bench_resume.py cost --out records/benchmarks/checkpoint_cost.json
+    python tests/bench/bench_resume.py exits --count 100 --out records/benchmarks/exit_codes.json
 
 kills: tiny runs are stopped at random moments, go on with RESUME=auto until they finish, and everything
 they leave is compared with an uninterrupted run's. cost: milliseconds of a checkpoint. exits: exit codes of
@@ -31,11 +31,12 @@ from statistics import median
 
 import torch
 import torch._dynamo  # noqa: F401  before the forks: the first optimiser imports it, for a second
-from bench_throughput import Sizes, Variant, commit, preset_env
-from conftest import env_of, make_dataset
-from forkserver import ForkServer, left_behind
 
-import train_gpt
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_gpt  # noqa: E402
+from tests.bench.bench_throughput import Sizes, Variant, commit, preset_env  # noqa: E402
+from tests.conftest import env_of, make_dataset  # noqa: E402
+from tests.support.forkserver import ForkServer, left_behind  # noqa: E402
 
 SEQUENCE = dict(iterations=14, train_log_every=1, run_id="r")
 CONFIGS = dict(

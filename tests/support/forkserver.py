@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LONGEST, PATIENCE = 90.0, 10.0  # seconds of a run, and of what is left of it without one rank: then -9
 MODELS = "final_model.pt", "final_model.int8.ptz"
 

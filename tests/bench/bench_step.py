@@ -1,8 +1,8 @@
 """One training step of two or more versions of the script, in turn: is the new one faster?
 
     git show HEAD~1:train_gpt.py > /tmp/old.py
-    python tests/bench_step.py /tmp/old.py train_gpt.py NUM_LAYERS=4 MODEL_DIM=256 DEVICE=cpu
-    python tests/bench_step.py train_gpt.py COMPILE=0 DEVICE=cpu --threads 1,2,4
+    python tests/bench/bench_step.py /tmp/old.py train_gpt.py NUM_LAYERS=4 MODEL_DIM=256 DEVICE=cpu
+    python tests/bench/bench_step.py train_gpt.py COMPILE=0 DEVICE=cpu --threads 1,2,4
 
 All versions are built in one process, from the same knobs, on the same random tokens; each round takes one
 step of every version, so that a drift of the machine touches all alike. Speed is the median of the rounds'
@@ -26,11 +26,10 @@ from types import ModuleType
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from bench_throughput import commit  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
+from tests.bench.bench_throughput import commit  # noqa: E402
 
 
 def load(path: Path, name: str) -> ModuleType:

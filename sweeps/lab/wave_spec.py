@@ -4,17 +4,12 @@ as a whole before anything runs, and expanded into runs. sweeps/lib.sh says how 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PRESETS = Path(__file__).resolve().parent / "presets"
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from train_gpt import Config, RunError, parse  # noqa: E402
+from sweeps.lab.paths import PRESETS
+from train_gpt import Config, RunError, parse
 
 Env = dict[str, str]
 

@@ -1,0 +1,1 @@
+"""Corpora and tokenizers: how they are fetched, built and checked."""

@@ -1,0 +1,1 @@
+"""Record folders, and the tools that make, check and score them."""

@@ -1,0 +1,1 @@
+"""Experiments: wave scripts, presets and results; `lab` is the code that runs and judges the waves."""
