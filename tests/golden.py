@@ -56,7 +56,11 @@ RUN_ID = "golden"
 
 
 class UsageError(Exception):
-    """Ends the tool with one line and exit code 2."""
+    """The tool was called wrongly; it ends with one line and exit code 2."""
+
+
+class ToolError(Exception):
+    """The tool itself failed and says nothing about the versions; it ends with exit code 2."""
 
 
 # The configurations.
@@ -64,14 +68,14 @@ class UsageError(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """One start of the script; the parts of a configuration share a folder.
-
-    stop_after: send SIGTERM when Adam begins that step, counted from the first of the warm-up; 0 = never.
-    """
+    """One start of the script; the parts of a configuration share a folder."""
 
     knobs: dict[str, object]
     ranks: int = 1
+    expect: int = 0
+    """The exit code that it must have, so that two versions that both fail do not pass as equal."""
     stop_after: int = 0
+    """SIGTERM is sent as Adam begins this step, counted from the first of the warm-up; 0 = never."""
 
 
 SIZES = dict(
@@ -101,7 +105,7 @@ PLACE = dict(
 )
 WARMDOWN = dict(WARMDOWN_ITERS=8)
 # Matrices of at most 65,536 values stay float16; at this width, one block's all become integers.
-WIDE = dict(NUM_LAYERS=1, MODEL_DIM=264, NUM_KV_HEADS=4, TRAIN_BATCH_TOKENS=128)
+WIDE = dict(NUM_LAYERS=1, MODEL_DIM=264, NUM_KV_HEADS=4, TRAIN_BATCH_TOKENS=128, ITERATIONS=10)
 
 
 def preset(name: str) -> dict[str, object]:
@@ -111,23 +115,22 @@ def preset(name: str) -> dict[str, object]:
     return dict(word.split("=", 1) for word in words)
 
 
-def run_of(*knobs: dict[str, object], ranks: int = 1, stop_after: int = 0, **more: object) -> Part:
-    """A tiny run; later knobs win. The warm-down has its official end unless `knobs` set a schedule."""
+def run_of(*knobs: dict[str, object], ranks: int = 1, expect: int = 0, stop_after: int = 0, **more) -> Part:
+    """A tiny run; later knobs win. Its warm-down is the official one, far longer than the run."""
     chosen = SIZES | LENGTH | PLACE
     for some in [*knobs, more]:
         chosen = chosen | some
-    return Part(chosen, ranks, stop_after)
+    return Part(chosen, ranks, expect, stop_after)
 
 
-def flat_run(*knobs: dict[str, object], ranks: int = 1, stop_after: int = 0, **more: object) -> Part:
-    """A tiny run with the baseline's schedule, whose warm-down is shortened with the run."""
-    return run_of(WARMDOWN, *knobs, ranks=ranks, stop_after=stop_after, **more)
+def flat_run(*knobs: dict[str, object], **more) -> Part:
+    """A tiny run whose warm-down is shortened with it."""
+    return run_of(WARMDOWN, *knobs, **more)
 
 
 def scaled_preset(name: str, **more: object) -> list[Part]:
     """The preset at CPU size: its sizes and cadences give way to the tiny ones, all else stays."""
-    knobs = preset(name) | SIZES | LENGTH | PLACE | more
-    return [Part(knobs)]
+    return [Part(preset(name) | SIZES | LENGTH | PLACE | more)]
 
 
 REPEATS = dict(NUM_LAYERS=2, NUM_REPEATS=3, PROG_DEPTH="0.4:1,0.65:2,1.0:3")
@@ -175,8 +178,60 @@ SCHEDULES = dict(
     lr_root_first=dict(ROOT_FIRST=1),
     lr_coral=dict(CORAL_LR=1),
 )
+OTHER_KNOBS = dict(
+    SEED=7,
+    MICRO_BATCH_TOKENS=128,
+    VAL_BATCH_SIZE=1024,
+    MLP_MULT=3.0,
+    QK_GAIN_INIT=1.1,
+    TIED_EMBED_INIT_STD=0.01,
+    ROPE_BASE=500,
+    LOGIT_SOFTCAP=20,
+    ENCODER_LAYERS=2,
+    XSA_LAST_N=-1,
+    MUON_MOMENTUM=0.9,
+    MUON_MOMENTUM_WARMUP_START=0.5,
+    MUON_BACKEND_STEPS=3,
+    BETA1=0.8,
+    BETA2=0.9,
+    ADAM_EPS=1e-6,
+    GRAD_CLIP_NORM=0.5,
+    TIED_EMBED_LR=0.04,
+    SCALAR_LR=0.03,
+    HEAD_PRUNE=0.25,
+    HEAD_PRUNE_AT=0.5,
+    CONTROL_TENSOR_NAME_PATTERNS="attn_scale,mlp_scale,resid_mix,q_gain,skip_weights,c_k",
+    INT8_KEEP_FLOAT_FP32_NAME_PATTERNS="attn_scale,proj",
+    ZSTD_LEVEL=3,
+    EVAL_STRIDE=12,
+    EVAL_BATCH_SEQS=5,
+    USE_HEDGE=1,
+    HEDGE_ETA=0.3,
+    HEDGE_WINDOW=0,
+    SWA_EVERY=7,
+    ALLOW_INERT=1,
+    ALLOW_ENV="MATRIX_LRS",
+    MATRIX_LRS=1,
+)
 SMALLEST = dict(NUM_LAYERS=2, MODEL_DIM=16, TRAIN_BATCH_TOKENS=128, VAL_LOSS_EVERY=0)
 TTT = dict(TTT_STEPS=1, TTT_LR=0.01, TTT_CHUNK_TOKENS=128)
+
+
+# Knobs that are refused, each with its exit code.
+BAD_INPUT = list(
+    enumerate(
+        [
+            (dict(MATRIX_LR="fast"), 2),
+            (dict(MATRIX_LR=-1), 2),
+            (dict(MATRIC_LR=0.1), 2),
+            (dict(SWA_EVERY=7), 2),
+            (dict(MODEL_DIM=18), 2),
+            (dict(TIDAL_LR=1, WHALE_LR=1), 2),
+            (dict(VOCAB_SIZE=321), 2),
+            (dict(MODEL_DIM=8192), 3),
+        ]
+    )
+)
 
 
 def configurations() -> dict[str, list[Part]]:
@@ -209,11 +264,19 @@ def configurations() -> dict[str, list[Part]]:
         ttt_lora=[flat_run(TTT, TTT_OPTIMIZER="adam", TTT_LORA_RANK=2, TTT_RESET=1, SCORE_DUMP="scores.npz")],
         two_ranks=[flat_run(ranks=2, EVAL_STRIDE=16, TTT_STEPS=1, LAYER_DROP=0.3)],
         resume=[
-            flat_run(stop_after=11, RESUME="auto", EMA_DECAY=0.8, TOKEN_DROP=0.1, DATA_SHUFFLE=1),
+            flat_run(stop_after=11, expect=75, RESUME="auto", EMA_DECAY=0.8, TOKEN_DROP=0.1, DATA_SHUFFLE=1),
             flat_run(RESUME="auto", EMA_DECAY=0.8, TOKEN_DROP=0.1, DATA_SHUFFLE=1),
         ],
         resume_ranks=[
-            flat_run(ranks=2, stop_after=11, RESUME="auto", SWA_ENABLED=1, SWA_START_FRAC=1.1, SWA_EVERY=3),
+            flat_run(
+                ranks=2,
+                stop_after=11,
+                expect=75,
+                RESUME="auto",
+                SWA_ENABLED=1,
+                SWA_START_FRAC=1.1,
+                SWA_EVERY=3,
+            ),
             flat_run(RESUME="auto", SWA_ENABLED=1, SWA_START_FRAC=1.1, SWA_EVERY=3),
         ],
         values=[flat_run(NUM_VALUE_EMBEDS=2, VALUE_RESIDUAL=1, XSA_LAST_N=2, MLP_ACT="silu2")],
@@ -227,6 +290,10 @@ def configurations() -> dict[str, list[Part]]:
         attn_recycle=[flat_run(ATTN_RECYCLE=1, ENCODER_LAYERS=1)],
         sandwich_norm=[flat_run(SANDWICH_NORM=1, MLP_ACT="leaky_relu2", LEAKY_SLOPE=0.3)],
         bf16=[flat_run(DTYPE="bf16")],
+        other_knobs=[flat_run(OTHER_KNOBS)],
+        no_training=[run_of(ITERATIONS=0)],
+        diverged=[flat_run(MATRIX_LR=1e30, expect=5)],
+        bad_input=[run_of(SMALLEST, knobs, OUT_DIR=f"out{n}", expect=code) for n, (knobs, code) in BAD_INPUT],
         eval_only=[
             flat_run(OUT_DIR="trained", ITERATIONS=5),
             flat_run(OUT_DIR="scored", EVAL_ONLY="trained/final_model.int8.ptz", EVAL_STRIDE=16),
@@ -465,6 +532,7 @@ VOLATILE_TEXT = [
     (r"takes about \d+ s, (\d+|inf) s are left", "takes about * s, * s are left"),
     (r"after about \d+ of", "after about * of"),
     (r"(allocated|reserved): \d+ MiB", r"\1: * MiB"),
+    (r"code and model need about \d+ bytes", "code and model need about * bytes"),
     (r"^(forecast: .*|packed .*)bytes:\d+", r"\1bytes:*"),
     (r"^(Serialized model \S+): \d+ bytes", r"\1: * bytes"),
 ]
@@ -578,10 +646,9 @@ def read_part(folder: Path, part: Part, number: int, codes: list[int]) -> dict:
         for kind in ("step", "val"):
             if kind in events:
                 found[kind] = events.pop(kind)
-    traces = []
     for rank in range(part.ranks):
-        traces.append(read_trace(folder / f"part{number}.rank{rank}.trace"))
-    found["optimiser"] = traces
+        trace = read_trace(folder / f"part{number}.rank{rank}.trace")
+        found[f"rank {rank}, steps counted from the warm-up,"] = trace
     if events_path.is_file():
         found["events"] = events
         text = (out / "logs" / f"{RUN_ID}.txt").read_text(encoding="utf-8")
@@ -601,8 +668,12 @@ def read_part(folder: Path, part: Part, number: int, codes: list[int]) -> dict:
             if path.is_file():
                 found[name] = read(path)
                 break
-    left = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
-    found["files"] = sorted(name for name in left if "part" not in name and not name.startswith("data"))
+    left = []
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        if path.is_file() and not path.name.startswith((".", "part")) and not name.startswith("data"):
+            left.append(name)
+    found["files"] = sorted(left)
     return found
 
 
@@ -613,7 +684,10 @@ def run_configuration(script: Path, parts: list[Part], dataset: Path, folder: Pa
     found = []
     for number, part in enumerate(parts):
         codes = run_part(script, folder, part, number)
-        found.append(read_part(folder, part, number, codes))
+        try:
+            found.append(read_part(folder, part, number, codes))
+        except (OSError, ValueError, KeyError, struct.error, RuntimeError) as error:
+            found.append({"exit codes": codes, "unreadable": f"{type(error).__name__}: {error}"})
     return found
 
 
@@ -627,7 +701,7 @@ class Job:
     script: Path
     name: str
     parts: list[Part]
-    stored_at: Path
+    result: Path
     folder: Path
 
     @property
@@ -660,12 +734,12 @@ def in_fork(work: Callable[[], None]) -> int:
 
 
 def run_jobs(jobs: list[Job], temporary: Path, at_once: int) -> None:
-    """Run all jobs, at most `at_once` ranks at a time, and store what each found."""
+    """Run all jobs, at most `at_once` ranks at a time, and write what each found to its result."""
     prepare_torch()
     dataset = temporary / "dataset"
     maker = in_fork(lambda: make_dataset(dataset))
     if os.waitstatus_to_exitcode(os.waitpid(maker, 0)[1]):
-        raise RuntimeError("the data could not be made")
+        raise ToolError("the data could not be made: see the error above")
     waiting = list(jobs)
     running: dict[int, Job] = {}
     while waiting or running:
@@ -675,7 +749,7 @@ def run_jobs(jobs: list[Job], temporary: Path, at_once: int) -> None:
 
             def work(job: Job = job) -> None:
                 found = run_configuration(job.script, job.parts, dataset, job.folder)
-                write_whole(job.stored_at, json.dumps(found))
+                write_whole(job.result, json.dumps(found))
                 shutil.rmtree(job.folder)
 
             running[in_fork(work)] = job
@@ -683,7 +757,7 @@ def run_jobs(jobs: list[Job], temporary: Path, at_once: int) -> None:
         child, status = os.wait()
         job = running.pop(child)
         if os.waitstatus_to_exitcode(status):
-            raise RuntimeError(f"{job.name}: what the run left behind could not be read")
+            raise ToolError(f"{job.name} in {job.script.parent.name}: see the error above")
 
 
 def prepare_torch() -> None:
@@ -755,21 +829,30 @@ def log_difference(old: list[str], new: list[str]) -> tuple[str, int]:
     return "", len(added)
 
 
-def compare_part(old: dict, new: dict) -> tuple[str, list[str]]:
-    """(the first difference or '', remarks) of one part."""
+def without(values: dict, key: str) -> dict:
+    """A copy that lacks `key`."""
+    return {name: value for name, value in values.items() if name != key}
+
+
+def compare_part(old: dict, new: dict, expect: int) -> tuple[str, list[str]]:
+    """(the first difference or '', remarks) of one part, whose exit code must be `expect`."""
     remarks = []
     if old["exit codes"] != new["exit codes"]:
-        words = [line for lines in new["last words"] for line in lines]
-        return f"exit codes: {old['exit codes']} in OLD, {new['exit codes']} in NEW, which says {words}", []
-    old, new = dict(old), dict(new)
-    for side in (old, new):
-        side.pop("last words")
+        codes = f"{old['exit codes']} in OLD, {new['exit codes']} in NEW"
+        return f"exit codes: {codes}; last on stderr: {new.get('last words')}", []
+    if set(old["exit codes"]) != {expect}:
+        return f"exit codes: {old['exit codes']} in both, not {expect}: {old.get('last words')}", []
+    for side, part in (("OLD", old), ("NEW", new)):
+        if "unreadable" in part:
+            return f"what {side} left cannot be read: {part['unreadable']}", []
+    old, new = without(old, "last words"), without(new, "last words")
     old_lines, new_lines = old.pop("log", []), new.pop("log", [])
     old_file, new_file = old.get("final_model.int8.ptz"), new.get("final_model.int8.ptz")
     if old_file and new_file and old_file["header_sha256"] != new_file["header_sha256"]:
-        remarks.append("artifact's header differs, its numbers do not")
+        files = f"{old_file['file_sha256'][:12]} in OLD, {new_file['file_sha256'][:12]} in NEW"
+        remarks.append(f"the artifact's header differs, so its sha256 does: {files}")
         hidden = ("header_sha256", "file_sha256")
-        old["final_model.int8.ptz"] = {k: v for k, v in old_file.items() if k not in hidden}
+        old["final_model.int8.ptz"] = {key: old_file[key] for key in old_file if key not in hidden}
     found = first_difference(old, new)
     if found:
         return found.strip(), remarks
@@ -779,15 +862,23 @@ def compare_part(old: dict, new: dict) -> tuple[str, list[str]]:
     return found, remarks
 
 
-def compare_configuration(old: list[dict], new: list[dict]) -> tuple[str, list[str]]:
+def compare_configuration(old: list[dict], new: list[dict], parts: list[Part]) -> tuple[str, list[str]]:
     """(the first difference or '', remarks) of all parts in turn."""
     remarks: list[str] = []
-    for number, (old_part, new_part) in enumerate(zip(old, new, strict=True), 1):
-        found, more = compare_part(old_part, new_part)
+    for number, part in enumerate(parts):
+        found, more = compare_part(old[number], new[number], part.expect)
         remarks += [remark for remark in more if remark not in remarks]
         if found:
-            return (f"part {number}: {found}" if len(old) > 1 else found), remarks
+            return (f"part {number + 1}: {found}" if len(parts) > 1 else found), remarks
     return "", remarks
+
+
+def ended_as_expected(found: list[dict], parts: list[Part]) -> bool:
+    """True if a result may be stored: a failure may come from the machine, as a full disk does."""
+    for one, part in zip(found, parts, strict=True):
+        if set(one["exit codes"]) != {part.expect} or "unreadable" in one:
+            return False
+    return True
 
 
 # The command line.
@@ -839,37 +930,55 @@ def chosen_configurations(only: str) -> dict[str, list[Part]]:
     return {name: every[name] for name in names}
 
 
-def compare(arguments: argparse.Namespace) -> int:
-    """Run what is not stored, print one line a configuration; returns the exit code."""
-    chosen = chosen_configurations(arguments.only)
-    versions = [read_version(arguments.old), read_version(arguments.new)]
-    began = time.monotonic()
+def results_of(versions: list[bytes], chosen: dict[str, list[Part]], fresh: bool, at_once: int) -> tuple:
+    """([what each version left behind, by configuration], how many configurations were run for that)."""
+    results: list[dict[str, list[dict]]] = []
+    jobs: dict[str, Job] = {}
     with tempfile.TemporaryDirectory(prefix="golden-") as temporary:
         root = Path(temporary)
-        jobs: dict[Path, Job] = {}
-        stored: dict[tuple[int, str], Path] = {}
+        keys = []
         for side, script in enumerate(versions):
             script_path = root / f"version{side}" / "train_gpt.py"
             script_path.parent.mkdir()
             script_path.write_bytes(script)
+            keys.append({name: version_key(script, parts) for name, parts in chosen.items()})
             for name, parts in chosen.items():
-                cache = root / f"fresh{side}" if arguments.fresh else CACHE
-                path = cache / f"{version_key(script, parts)}.json"
-                stored[side, name] = path
-                if not path.is_file() and path not in jobs:
-                    jobs[path] = Job(script_path, name, parts, path, root / f"run{side}-{name}")
+                key = keys[side][name]
+                if fresh:
+                    key = keys[side][name] = f"{key}-{side}"
+                if key not in jobs and (fresh or not (CACHE / f"{key}.json").is_file()):
+                    result = root / f"{key}.json"
+                    jobs[key] = Job(script_path, name, parts, result, root / f"run{side}-{name}")
         if jobs:
-            run_jobs(list(jobs.values()), root, arguments.jobs)
-        differing = 0
-        for name in chosen:
-            old, new = (json.loads(stored[side, name].read_text(encoding="utf-8")) for side in (0, 1))
-            found, remarks = compare_configuration(old, new)
-            differing += bool(found)
-            verdict = f"DIFFERS at {found}" if found else "equal"
-            print(f"{name}: {verdict}" + "".join(f" ({remark})" for remark in remarks), flush=True)
+            run_jobs(list(jobs.values()), root, at_once)
+        for side in range(len(versions)):
+            found = {}
+            for name, parts in chosen.items():
+                key = keys[side][name]
+                path = jobs[key].result if key in jobs else CACHE / f"{key}.json"
+                text = path.read_text(encoding="utf-8")
+                found[name] = json.loads(text)
+                if not fresh and key in jobs and ended_as_expected(found[name], parts):
+                    write_whole(CACHE / path.name, text)
+            results.append(found)
+    return results, len(jobs)
+
+
+def compare(arguments: argparse.Namespace) -> int:
+    """Print one line a configuration; returns the exit code."""
+    chosen = chosen_configurations(arguments.only)
+    versions = [read_version(arguments.old), read_version(arguments.new)]
+    began = time.monotonic()
+    (old, new), runs = results_of(versions, chosen, arguments.fresh, arguments.jobs)
+    differing = 0
+    for name, parts in chosen.items():
+        found, remarks = compare_configuration(old[name], new[name], parts)
+        differing += bool(found)
+        verdict = f"DIFFERS at {found}" if found else "equal"
+        print(f"{name}: {verdict}" + "".join(f" ({remark})" for remark in remarks))
     equal = len(chosen) - differing
     seconds = time.monotonic() - began
-    print(f"{equal} of {len(chosen)} configurations are equal; {len(jobs)} were run, {seconds:.0f} s")
+    print(f"{equal} of {len(chosen)} configurations are equal; {runs} were run, {seconds:.0f} s")
     return 1 if differing else 0
 
 
@@ -891,7 +1000,7 @@ def main() -> int:
         parser.error("two versions are needed: OLD NEW")
     try:
         return compare(arguments)
-    except UsageError as error:
+    except (UsageError, ToolError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
