@@ -20,6 +20,7 @@ Sections: 1 Knobs, 2 Runtime and logs, 3 Progress and schedules, 4 Data, 5 Bytes
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -49,6 +50,7 @@ from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median_low
+from typing import TextIO
 
 import numpy as np
 import sentencepiece
@@ -57,19 +59,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+BAD_INPUT = 2
 OVER_SIZE, OVER_EVAL_TIME, DIVERGED, RECOMPILED, ILLEGAL_SCORE, LOST_RANK, PREEMPTED = 3, 4, 5, 6, 7, 8, 75
 SIZE_LIMIT = 16_000_000  # decimal bytes of code + packed model, the challenge's rule
 
 
 class RunError(Exception):  # ends the run with one line for the user; exit code 2, a bad input, unless said
-    def __init__(self, message: str, code: int = 2, alone: bool | None = None):
+    def __init__(self, message: str, code: int = BAD_INPUT, lone_rank: bool | None = None):
         super().__init__(message)
-        self.code, self.alone = code, alone  # alone: other ranks do not know it
+        self.code, self.lone_rank = code, lone_rank  # lone_rank: other ranks do not know it
 
 
-def require(condition: object, message: str, code: int = 2, alone: bool | None = None) -> None:
+def require(condition: object, message: str, code: int = BAD_INPUT, lone_rank: bool | None = None) -> None:
     if not condition:
-        raise RunError(message, code, alone)
+        raise RunError(message, code, lone_rank)
 
 
 # 1. KNOBS: everything a run can be told, declared once
@@ -383,83 +386,265 @@ def help_text() -> str:
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM: 4 times float32's products on an EPYC
 
+# The model files in OUT_DIR, by their official names; the integers of the second may have fewer levels.
+WEIGHTS_FILE = "final_model.pt"
+MODEL_FILE = "final_model.int8.ptz"
+
+
+# -- This file and its neighbours ------------------------------------------------------------------------
+
+
+def own_source() -> bytes:
+    """The bytes of the file that was started: they ship with the model and count."""
+    return Path(__file__).read_bytes()
+
+
+def load_tool(path: str) -> dict:
+    """The names in a file of the repository that no record needs; RunError (2) if it is not there."""
+    script = Path(__file__).resolve().parent / path
+    if not script.is_file():
+        raise RunError(f"{path} is not beside this script; use the one in the repository")
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what it imports is this very program
+    return runpy.run_path(str(script))
+
+
+# -- Which process this is, and what it runs on ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProcessRank:
+    """Which of torchrun's processes this is; a process on its own is rank 0 of 1."""
+
+    local_rank: int  # on its machine: the number of its GPU
+    rank: int
+    world_size: int
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> ProcessRank:
+        """As torchrun's variables say; RunError (2) if they contradict each other or name no meeting."""
+        texts = (env.get("LOCAL_RANK", "0"), env.get("RANK", "0"), env.get("WORLD_SIZE", "1"))
+        local_rank, rank, world_size = (int(text) if text.isdecimal() else -1 for text in texts)
+        has_address = bool(env.get("MASTER_ADDR")) and env.get("MASTER_PORT", "").isdecimal()
+        can_meet = world_size == 1 or has_address
+        if local_rank < 0 or not 0 <= rank < world_size or not can_meet:
+            raise RunError(
+                f"LOCAL_RANK, RANK, WORLD_SIZE={','.join(texts)} or MASTER_ADDR, MASTER_PORT are unsound; "
+                "unset them all, or let torchrun set them",
+                lone_rank=True,
+            )
+        return cls(local_rank, rank, world_size)
+
+
+def pick_device_type(wanted: str) -> str:
+    """'cuda', 'mps' or 'cpu'; RunError (2) if torch sees no device of the wanted type."""
+    is_available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    device_type = wanted
+    if wanted == "auto":
+        device_type = "cuda" if is_available["cuda"] else "cpu"
+    if not is_available[device_type]:
+        raise RunError(f"DEVICE={device_type} but torch sees none here; set DEVICE=cpu or DEVICE=auto")
+    return device_type
+
+
+def pick_device(device_type: str, local_rank: int) -> torch.device:
+    """The rank's own GPU, or the CPU or MPS that all share; RunError (2) if there is no GPU left for it."""
+    if device_type != "cuda":
+        return torch.device(device_type)
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise RunError(
+            f"rank {local_rank} has no GPU: torch sees {count}; lower --nproc_per_node", lone_rank=True
+        )
+    return torch.device("cuda", local_rank)
+
+
+def pick_dtype(wanted: str, device: torch.device) -> str:
+    """'bf16' or 'fp32', by what the device can do.
+
+    It is never picked by a race, which load could turn: two runs of one command must compute in one type.
+    GPUs from sm_80 on have bf16 products (T4 and V100 do not), CPUs if Linux names one of BF16_CPU_FLAGS.
+    """
+    if wanted != "auto":
+        return wanted
+    has_bf16 = False
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        has_bf16 = not BF16_CPU_FLAGS.isdisjoint(cpu_flags())
+    return "bf16" if has_bf16 else "fp32"
+
+
+def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
+    """(whether to compile, why not if that is news to the user).
+
+    torch 2.5.1 drops repeated tokens' gradients silently on CPUs; 2.13 does not.
+    """
+    if wanted != "auto":
+        return wanted == "1", ""
+    if device.type == "cpu" and torch.__version__ < (2, 6):  # a TorchVersion, which compares with tuples
+        return False, f"torch {torch.__version__}'s CPU compiler gives wrong gradients"
+    return device.type != "mps", ""
+
+
+def pick_deterministic(wanted: str, device: torch.device) -> bool:
+    """Whether torch uses deterministic kernels alone."""
+    if wanted == "auto":
+        return device.type == "cpu"
+    return wanted == "1"
+
+
+def use_deterministic_kernels(wanted: bool) -> bool:
+    """Let torch use deterministic kernels alone, or all; returns what it was before.
+
+    Without it the compiler for CPUs adds up the embedding's gradient by atomic additions from several
+    threads, in any order: two runs of one command part after 3 to 14 steps (torch 2.13).
+    """
+    earlier = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read at first use
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it fills what is overwritten anyway
+    return earlier
+
+
+def missing_kernel(error: BaseException) -> str:
+    """The operation that DETERMINISTIC=1 asks for and torch lacks on this device, or ''."""
+    match = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+    if match and isinstance(error, RuntimeError):
+        return match[1]
+    return ""
+
+
+# -- CPU only --------------------------------------------------------------------------------------------
+
+
+def cpu_flags() -> list[str]:
+    """The instruction sets of this CPU by Linux's names; none where there is no /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return line[1].split() if line else []
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: new pages take time (cpu_memory.json). Other C libraries do without."""
+    trim_threshold = -1  # M_TRIM_THRESHOLD in malloc.h
+    mmap_threshold = -3  # M_MMAP_THRESHOLD
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**28)
+
+
+# -- The runtime -----------------------------------------------------------------------------------------
+
 
 @dataclass
-class Runtime:  # where the run happens; every method is a no-op or the identity on one CPU process
+class Runtime:
+    """Where the run happens; every method is a no-op or the identity on one CPU process."""
+
     device: torch.device = torch.device("cpu")
     rank: int = 0
     world_size: int = 1
     dtype: torch.dtype = torch.float32
     compiles: bool = False
     backend: str | Callable = "inductor"
-    uncompiled: str = ""  # why not, if that is news to the user
+    eager_reason: str = ""  # why nothing is compiled, if that is news to the user
     deterministic: bool = False  # torch's deterministic kernels alone: same seed, same bits
-    patient: bool = False  # a signal waits, so that all ranks stop between the same two steps
-    stopping: str = ""  # the signal that asked for an end
-    is_cuda = property(lambda self: self.device.type == "cuda")
-    dtype_name = property(lambda self: next(name for name, dtype in DTYPES.items() if dtype == self.dtype))
+    defers_stop: bool = False  # a signal waits, so that all ranks stop between the same two steps
+    stop_signal: str = ""  # name of the signal that asked for an end, or ''
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this rank has a GPU of CUDA's."""
+        return self.device.type == "cuda"
+
+    @property
+    def dtype_name(self) -> str:
+        """The compute type as DTYPE spells it."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return names[self.dtype]
 
     @classmethod
     @contextmanager
     def launch(cls, cfg: Config, env: Mapping[str, str]) -> Iterator[Runtime]:
-        """One process, or one of torchrun's: nccl between GPUs, gloo else, so that no GPU is waited for."""
-        there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-        kind = cfg.device if cfg.device != "auto" else "cuda" if there["cuda"] else "cpu"
-        require(there[kind], f"DEVICE={kind} but torch sees none here; set DEVICE=cpu or DEVICE=auto")
-        place = env.get("LOCAL_RANK", "0"), env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
-        local, rank, size = (int(n) if n.isdecimal() else -1 for n in place)
-        found = size == 1 or env.get("MASTER_ADDR") and env.get("MASTER_PORT", "").isdecimal()
-        wrong = f"LOCAL_RANK, RANK, WORLD_SIZE={','.join(place)} or MASTER_ADDR, MASTER_PORT are unsound"
-        sound, count = local >= 0 <= rank < size and found, torch.cuda.device_count()
-        require(sound, f"{wrong}; unset them all, or let torchrun set them", alone=True)
-        missing = f"rank {local} has no GPU: torch sees {count}; lower --nproc_per_node"
-        require(kind != "cuda" or local < count, missing, alone=True)
-        device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
-        runtime = cls(device, rank, size)
-        runtime.compiles, runtime.uncompiled = pick_compile(cfg.compile, device)
-        runtime.deterministic = cfg.deterministic == "1" or cfg.deterministic == "auto" and kind == "cpu"
+        """One process, or one of torchrun's, for the body of a `with`; then all is as it was before.
+
+        RunError (2) if the device or torchrun's variables cannot be used.
+        """
+        device_type = pick_device_type(cfg.device)
+        process = ProcessRank.from_env(env)
+        device = pick_device(device_type, process.local_rank)
+        runtime = cls(device, process.rank, process.world_size)
+        runtime.compiles, runtime.eager_reason = pick_compile(cfg.compile, device)
+        runtime.deterministic = pick_deterministic(cfg.deterministic, device)
         earlier_kernels = use_deterministic_kernels(runtime.deterministic)
         runtime.claim_device()
-        with suppress(OSError, AttributeError):  # glibc alone: new pages take time (cpu_memory.json)
-            if device.type == "cpu":
-                libc = ctypes.CDLL(None)
-                libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**28)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        before = {number: signal.signal(number, runtime.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        if device.type == "cpu":
+            keep_freed_memory()
+        earlier_handlers = runtime.catch_signals()
         try:
-            if runtime.world_size > 1:  # torchrun's store still has the addresses of ranks before a restart
-                turn = env.get("TORCHELASTIC_RESTART_COUNT", "") if env.get("GROUP_WORLD_SIZE") == "1" else ""
-                store = dist.PrefixStore(turn, next(dist.rendezvous("env://"))[0])  # "": nodes count apart
-                where = dict(store=store, rank=runtime.rank, world_size=runtime.world_size)
-                dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **where)
-            runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
+            if runtime.world_size > 1:
+                runtime.join_ranks(env)
+            runtime.dtype = DTYPES[runtime.main_decides(partial(pick_dtype, cfg.dtype, device))]
             yield runtime
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            for number, handler in before.items():
+            for number, handler in earlier_handlers.items():
                 signal.signal(number, handler)
             use_deterministic_kernels(earlier_kernels)
-
-    def stop(self, number: int, _frame) -> None:
-        """Handler of signals: end now, or where patience ends. One is enough: torchrun doubles Ctrl-C."""
-        known, self.stopping = self.stopping, signal.Signals(number).name
-        if not (known or self.patient):
-            raise KeyboardInterrupt
 
     def claim_device(self) -> None:
         """Make this rank's GPU the thread's own; a new thread would open a context on the first one."""
         if self.is_cuda:
             torch.cuda.set_device(self.device)
 
-    def compile(self, fn: Callable) -> Callable:
+    def catch_signals(self) -> dict[signal.Signals, object]:
+        """Let SIGTERM and SIGINT stop the run; returns the handlers that they had before."""
+        earlier = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            earlier[number] = signal.signal(number, self.stop)
+        return earlier
+
+    def stop(self, number: int, _frame) -> None:
+        """Handler of signals: end now, or, while `defers_stop`, where the run looks at `stop_signal`.
+
+        The first signal is enough: torchrun doubles Ctrl-C.
+        """
+        is_first = not self.stop_signal
+        self.stop_signal = signal.Signals(number).name
+        if is_first and not self.defers_stop:
+            raise KeyboardInterrupt
+
+    def join_ranks(self, env: Mapping[str, str]) -> None:
+        """Meet the other ranks: over nccl between GPUs, over gloo else, so that no GPU is waited for."""
+        # torchrun's store still has the addresses of ranks before a restart, so that each start takes a
+        # prefix of its own. Nodes count their restarts apart: with several the count is no common prefix.
+        prefix = ""
+        if env.get("GROUP_WORLD_SIZE") == "1":
+            prefix = env.get("TORCHELASTIC_RESTART_COUNT", "")
+        shared_store = next(dist.rendezvous("env://"))[0]
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self.is_cuda else "gloo",
+            store=dist.PrefixStore(prefix, shared_store),
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def compile(self, function: Callable) -> Callable:
+        """The function compiled, one graph for each shape, or as it is where nothing is compiled."""
         if not self.compiles:
-            return fn
+            return function
         torch._dynamo.config.cache_size_limit = 128  # a graph for each depth and shape; 8 would be an error
         if self.is_cuda and self.deterministic and hasattr(torch._inductor.config, "deterministic"):
             torch._inductor.config.deterministic = True  # torch 2.9 on: chooses no kernel by timing it
-        return torch.compile(fn, dynamic=False, fullgraph=True, backend=self.backend)
+        return torch.compile(function, dynamic=False, fullgraph=True, backend=self.backend)
 
     def synchronize(self) -> None:
+        """Wait until the GPU has done all that it was given."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
@@ -469,163 +654,221 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, thing) -> list:
-        """Every rank's thing, on every rank."""
-        things = [thing] * self.world_size
+    def gather(self, value) -> list:
+        """Every rank's value, by rank, on every rank."""
+        values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(things, thing)
-        return things
+            dist.all_gather_object(values, value)
+        return values
 
     def agree(self, make: Callable):
-        """make() on every rank; a RunError of one is raised on all."""
-        made, error = None, None
+        """Call `make` on every rank and return its result there; a RunError of one is raised on all."""
+        result = None
+        failure = None
         try:
-            made = make()
-        except RunError as raised:
-            error = str(raised), raised.code
-        for other in filter(None, self.gather(error)):
-            raise RunError(*other, alone=False)
-        return made
+            result = make()
+        except RunError as error:
+            failure = (str(error), error.code)
+        for rank_failure in filter(None, self.gather(failure)):
+            message, code = rank_failure
+            raise RunError(message, code, lone_rank=False)
+        return result
+
+    def on_main(self, act: Callable):
+        """Call `act` on rank 0 and return its result there, None elsewhere; its RunError is raised on all."""
+
+        def act_if_main():
+            return act() if self.rank == 0 else None
+
+        return self.agree(act_if_main)
 
     def main_decides(self, decide: Callable):
         """Call `decide` on rank 0 and give its result, or its RunError, to every rank."""
-        message = [self.agree(lambda: decide() if self.rank == 0 else None)]
+        decision = [self.on_main(decide)]
         if self.world_size > 1:
-            dist.broadcast_object_list(message, device=torch.device("cpu"))
-        return message[0]
+            dist.broadcast_object_list(decision, device=torch.device("cpu"))
+        return decision[0]
 
     def main_number(self, value: float) -> float:
         """Rank 0's number on every rank, over the host network: no device is waited for."""
-        return self.sum(torch.tensor(value if self.rank == 0 else 0.0, dtype=torch.float64)).item()
+        summand = value if self.rank == 0 else 0.0
+        return self.sum(torch.tensor(summand, dtype=torch.float64)).item()
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of `count` items."""
-        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+        first = count * self.rank // self.world_size
+        stop = count * (self.rank + 1) // self.world_size
+        return range(first, stop)
 
     def peak_memory_mib(self) -> tuple[int, int]:
         """Most memory (allocated, reserved) on CUDA; elsewhere twice the process's resident set."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated() // 2**20, torch.cuda.max_memory_reserved() // 2**20
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,) * 2
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        return resident, resident
 
 
-def pick_dtype(wanted: str, device: torch.device) -> str:
-    """'bf16' or 'fp32', by what the device can do and never by a race, which load could turn: two runs of
-    one command must compute in one type. GPUs from sm_80 on have bf16 products (T4 and V100 do not), CPUs
-    if Linux names one of BF16_CPU_FLAGS."""
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        has_bf16 = device.type == "cpu" and not BF16_CPU_FLAGS.isdisjoint(cpu_flags())
-    return "bf16" if has_bf16 else "fp32"
-
-
-def cpu_flags() -> list[str]:
-    """The instruction sets of this CPU by Linux's names; none where there is no /proc/cpuinfo."""
-    with suppress(OSError):
-        line = re.search(r"^(?:flags|Features)\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return line[1].split() if line else []
-    return []
-
-
-def use_deterministic_kernels(wanted: bool) -> bool:
-    """Let torch use deterministic kernels alone, or all; returns what it was before.
-
-    Without it the compiler for CPUs adds up the embedding's gradient by atomic additions from several
-    threads, in any order: two runs of one command part after 3 to 14 steps (torch 2.13)."""
-    earlier = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read at first use
-    torch.use_deterministic_algorithms(wanted)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it fills what is overwritten anyway
-    return earlier
-
-
-def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
-    """(compile or not, why not). torch 2.5.1 drops repeated tokens' gradients silently on CPUs, 2.13 not."""
-    if wanted == "auto" and device.type == "cpu" and torch.__version__ < (2, 6):  # a TorchVersion
-        return False, f"torch {torch.__version__}'s CPU compiler gives wrong gradients"
-    return wanted == "1" or wanted == "auto" and device.type != "mps", ""
+# -- Logs and files --------------------------------------------------------------------------------------
 
 
 class RunLog:
     """Rank 0's two logs: logs/RUN_ID.txt in the official line formats, logs/RUN_ID.jsonl as typed events.
-    again: go on in those of a run that was cut off, perhaps within a line."""
 
-    def __init__(self, folder: Path | None, run_id: str, again: bool = False):
-        paths = [folder / f"{run_id}{end}" for end in (".txt", ".jsonl")] if folder else []
-        for path in filter(Path.exists, paths if again else ()):
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self.again = again and any(path.exists() for path in paths)
-        files = [path.open("a" if again else "x", encoding="utf-8") for path in paths]
-        self.text, self.events = files or [None, None]
+    Other ranks have a log as well, with no folder: it writes and prints nothing. goes_on: append to the logs
+    of a run that was cut off, perhaps within a line.
+    """
+
+    def __init__(self, folder: Path | None, run_id: str, goes_on: bool = False):
+        self.goes_on = False
+        self.text_file = None
+        self.event_file = None
+        if folder is None:
+            return
+        text_path = folder / f"{run_id}.txt"
+        event_path = folder / f"{run_id}.jsonl"
+        earlier = [path for path in (text_path, event_path) if path.exists()]
+        if goes_on and earlier:
+            self.goes_on = True
+            for path in earlier:
+                end_of_last_line = path.read_bytes().rfind(b"\n") + 1
+                os.truncate(path, end_of_last_line)
+        mode = "a" if self.goes_on else "x"
+        self.text_file = text_path.open(mode, encoding="utf-8")
+        self.event_file = event_path.open(mode, encoding="utf-8")
 
     def line(self, text: str, echo: bool = True) -> None:
-        if self.text:
-            print(text, file=self.text, flush=True)
+        """Write a line to the text log and, with echo, to stdout."""
+        if self.text_file is None:
+            return
+        print(text, file=self.text_file, flush=True)
+        if not echo:
+            return
         try:
-            print(text, flush=True) if self.text and echo else None
+            print(text, flush=True)
         except OSError:  # its reader is gone, as `| head` is after ten lines; the run goes on, in the log
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def warn(self, when: bool, text: str) -> None:
-        if when:
-            self.line(f"warning: {text}")
+    def warn(self, text: str) -> None:
+        """Write a line that says what the user may want to change."""
+        self.line(f"warning: {text}")
 
     def event(self, event: str, **values) -> None:
-        if self.events:
-            print(json.dumps(dict(event=event, time=time.time(), **values)), file=self.events, flush=True)
+        """Write a typed event, a JSON object, to the event log."""
+        if self.event_file is None:
+            return
+        record = dict(event=event, time=time.time(), **values)
+        print(json.dumps(record), file=self.event_file, flush=True)
 
     def close(self) -> None:
-        for file in filter(None, (self.text, self.events)):
+        """Close both files."""
+        for file in (self.text_file, self.event_file):
+            if file is None:
+                continue
             with suppress(OSError):  # a full disk, which has been said
                 file.close()
 
 
 def write_atomic(path: Path, data: bytes | Callable) -> None:
-    """Whole or not at all: temporary file, fsync, rename. data: bytes, or what writes them to a file."""
+    """Write a file whole or not at all, by a temporary file, fsync and rename.
+
+    data: the bytes, or a function that writes them to the open file it is given. OSError, with the file's
+    name, if that fails.
+    """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            data(file) if callable(data) else file.write(data)
+            if callable(data):
+                data(file)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
     except (OSError, RuntimeError) as error:  # a full disk's names no file; torch.save's is a RuntimeError
-        why = getattr(error, "strerror", None) or "it could not be written whole; is the disk full?"
-        raise OSError(getattr(error, "errno", None) or 5, why, str(path)) from None
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = getattr(error, "strerror", None) or "it could not be written whole; is the disk full?"
+        raise OSError(number, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def claim_outputs(cfg: Config, run_id: str) -> list:
-    """Refuse to write where another run has written or is writing; with RESUME, what an unfinished RUN_ID
-    left is its own. Returns locks, which hold that name until the run is finished: hold them."""
-    out, dumps = Path(cfg.out_dir), [Path(cfg.score_dump)] if cfg.score_dump else []
-    logs = [out / "logs" / f"{run_id}{end}" for end in (".txt", ".jsonl")]
-    models = [] if cfg.eval_only else [out / "final_model.pt", out / MODEL_FILE]
+@dataclass(frozen=True)
+class Outputs:
+    """The files that a run is going to write, without its checkpoints."""
+
+    folder: Path
+    logs: list[Path]
+    models: list[Path]  # none if an artifact is scored
+    dumps: list[Path]  # SCORE_DUMP, if asked for
+
+    @classmethod
+    def of_run(cls, cfg: Config, run_id: str) -> Outputs:
+        """As the config and the run's name say."""
+        folder = Path(cfg.out_dir)
+        logs = [folder / "logs" / f"{run_id}.txt", folder / "logs" / f"{run_id}.jsonl"]
+        models = [] if cfg.eval_only else [folder / WEIGHTS_FILE, folder / MODEL_FILE]
+        dumps = [Path(cfg.score_dump)] if cfg.score_dump else []
+        return cls(folder, logs, models, dumps)
+
+
+def claim_outputs(cfg: Config, run_id: str) -> list[TextIO]:
+    """Refuse to write where another run has written or is writing; what that run left stays.
+
+    With RESUME, what an unfinished run of this name left is this run's own. Returns locks, which hold that
+    name until the run is finished: hold them. RunError (2) if a place is taken or cannot be written.
+    """
+    outputs = Outputs.of_run(cfg, run_id)
+    owners = lock_outputs(outputs)
+    is_own = {lock: cfg.resume != "0" and owner == run_id for lock, owner in owners.items()}
+    log_lock = next(iter(owners))
+    for path in outputs.dumps:
+        if not os.access(path.parent, os.W_OK):
+            raise RunError(
+                f"cannot write SCORE_DUMP={cfg.score_dump}: no such folder, or no right to; set another"
+            )
+    forbidden = []
+    if not is_own[log_lock]:
+        forbidden += outputs.logs
+    if not all(is_own.values()):
+        forbidden += outputs.models + outputs.dumps
+    for path in forbidden:
+        if path.exists():
+            mend = "RUN_ID" if path in outputs.logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
+            raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
+    if outputs.models:
+        remove_temporary_files(outputs.folder)
+    for lock in owners:
+        if not is_own[lock]:  # a lock is never empty when a run is resumed
+            Path(lock.name).write_text(run_id)
+    return list(owners)
+
+
+def lock_outputs(outputs: Outputs) -> dict[TextIO, str]:
+    """Lock the name of the logs and, if there will be models, of these.
+
+    Returns each lock, that of the logs first, with the RUN_ID in it, '' if no unfinished run left one.
+    RunError (2) if another run holds a lock, or if nothing can be written there.
+    """
     try:
-        (out / "logs").mkdir(parents=True, exist_ok=True)
-        locks = [path.with_name(f".{path.name}.lock").open("a+") for path in logs[:1] + models[:1]]
+        (outputs.folder / "logs").mkdir(parents=True, exist_ok=True)
+        locked_paths = outputs.logs[:1] + outputs.models[:1]
+        locks = [path.with_name(f".{path.name}.lock").open("a+") for path in locked_paths]
         for lock in locks:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        own = [cfg.resume != "0" and Path(lock.name).read_text() == run_id for lock in locks]
+        return {lock: Path(lock.name).read_text() for lock in locks}
     except BlockingIOError:
-        raise RunError(f"another run is writing to OUT_DIR={out}; set another OUT_DIR") from None
+        raise RunError(f"another run is writing to OUT_DIR={outputs.folder}; set another OUT_DIR") from None
     except OSError as error:
-        raise RunError(f"cannot write to OUT_DIR={out} ({error.strerror}); set another OUT_DIR") from None
-    reached = all(os.access(path.parent, os.W_OK) for path in dumps)
-    require(reached, f"cannot write SCORE_DUMP={cfg.score_dump}: no such folder, or no right to; set another")
-    for path in filter(Path.exists, logs * (not own[0]) + (models + dumps) * (not all(own))):
-        mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
-        raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
-    for part in [*out.glob("final_model.*.tmp-*"), *out.glob("checkpoints/*.tmp-*")] if models else ():
-        part.unlink()  # of a run that was killed as it wrote
-    for lock in (lock for lock, mine in zip(locks, own, strict=True) if not mine):  # never empty when resumed
-        Path(lock.name).write_text(run_id)
-    return locks
+        raise RunError(
+            f"cannot write to OUT_DIR={outputs.folder} ({error.strerror}); set another OUT_DIR"
+        ) from None
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what a run that was killed as it wrote a model or a checkpoint has left in its OUT_DIR."""
+    for pattern in ("final_model.*.tmp-*", "checkpoints/*.tmp-*"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 # 3. PROGRESS AND SCHEDULES: pure functions of how far the run is
@@ -748,7 +991,7 @@ class Clock:  # rank 0's training seconds; on CUDA at most two steps late, and t
             self.pending[-1].record()
         if len(self.pending) > 2:
             self.pending.popleft().synchronize()
-        mine = self.seconds() if self.runtime.rank == 0 else 0.0, bool(self.runtime.stopping)
+        mine = self.seconds() if self.runtime.rank == 0 else 0.0, bool(self.runtime.stop_signal)
         now, self.asked = self.runtime.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
         if self.last is not None and paced:
             self.recent.append(now - self.last)
@@ -1501,7 +1744,6 @@ class Average:
 
 
 # 8. QUANTISE AND PACK: weights -> integer rows -> one compressed file, and back
-MODEL_FILE = "final_model.int8.ptz"  # the official name; its integers may have fewer levels
 PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}  # kinds of array in the file
 MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
@@ -1950,10 +2192,10 @@ class Run:  # what every phase of a run needs
         try:
             return warm()
         except Exception as error:
-            known = isinstance(error, torch.OutOfMemoryError | RunError) or kernel_missing(error)
+            known = isinstance(error, torch.OutOfMemoryError | RunError) or missing_kernel(error)
             if known or not self.runtime.compiles or self.cfg.compile == "1":
                 raise
-            self.log.warn(True, f"no torch.compile ({type(error).__name__}); running eagerly, slower")
+            self.log.warn(f"no torch.compile ({type(error).__name__}); running eagerly, slower")
             self.runtime.compiles = False
             self.__post_init__()
             return warm()
@@ -2067,12 +2309,15 @@ def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: list[float
     speed = "step_ms:" + ",".join(f"{1000 * s:.0f}" for s in step_seconds)
     batch = f"micro_batch_tokens:{limit * cfg.train_seq_len} epochs:{epochs:.2f}"
     log.line(f"forecast: steps:{steps:.0f} {speed} {batch} bytes:{size}")
-    log.warn(size > SIZE_LIMIT, f"code and model may pass the limit of {SIZE_LIMIT} bytes")
+    if size > SIZE_LIMIT:
+        log.warn(f"code and model may pass the limit of {SIZE_LIMIT} bytes")
     late = last > steps and cfg.schedule == "warmdown" and not cfg.warmdown_frac
-    log.warn(late, f"WARMDOWN_ITERS={last} is longer than the run: LR starts at {steps / max(last, 1):.2f}")
-    ends = f"ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} of {cap:.0f} s"
-    log.warn(0 < seconds < 0.5 * cap, ends)
-    log.warn(epochs > 1, f"{len(stream)} training tokens will be read {epochs:.1f} times; get more shards")
+    if late:
+        log.warn(f"WARMDOWN_ITERS={last} is longer than the run: LR starts at {steps / max(last, 1):.2f}")
+    if 0 < seconds < 0.5 * cap:
+        log.warn(f"ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} of {cap:.0f} s")
+    if epochs > 1:
+        log.warn(f"{len(stream)} training tokens will be read {epochs:.1f} times; get more shards")
 
 
 @dataclass
@@ -2112,7 +2357,7 @@ class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the l
             for old in {*checkpoint_files(self.folder, self.about["run_id"])} - {*self.kept}:
                 old.unlink()
         except OSError as error:
-            log.warn(True, f"no checkpoint: {error.filename}: {error.strerror}")
+            log.warn(f"no checkpoint: {error.filename}: {error.strerror}")
 
     def add_score(self, name: str, score: Score, log: RunLog) -> None:
         """So that a score is not made twice; the state is that of the end of the training."""
@@ -2257,7 +2502,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     forecast(run, stream, limit, seconds)
     stats = torch._dynamo.utils.counters["stats"] if "torch._dynamo" in sys.modules else Counter()
     now, graphs = Training(run, optimisers, seconds[0]), stats["unique_graphs"]
-    clock, plan, runtime.patient = now.clock, now.resume(), True
+    clock, plan, runtime.defers_stop = now.clock, now.resume(), True
     loader = prefetch(batches(cfg, stream, runtime, now.step), runtime)
     clock.start()
     for step in itertools.count(now.step):
@@ -2281,8 +2526,8 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         if not runtime.is_cuda or due(step + 1, 50):  # a GPU would be waited for
             now.check({})
     loader.close()
-    runtime.patient = False
-    if runtime.stopping:  # during the validation: the state is saved
+    runtime.defers_stop = False
+    if runtime.stop_signal:  # during the validation: the state is saved
         raise KeyboardInterrupt
     result.step, result.seconds, result.progress = step, clock.total, plan.progress
     result.mean_lr_scale, result.late_graphs = now.scales / max(step, 1), stats["unique_graphs"] - graphs
@@ -2295,8 +2540,10 @@ def report_end(run: Run, average: Average, result: Trained) -> None:
     log, late, p, end = run.log, result.late_graphs, result.progress, f"{result.step}/{run.cfg.iterations}"
     if result.step < run.cfg.iterations:
         log.line(f"stopping_early: wallclock_cap train_time:{1000 * result.seconds:.0f}ms step:{end}")
-    log.warn(result.truncated, f"schedule_truncated at progress {p:.3f}: steps too long for the clock")
-    log.warn(late > 0, f"{late} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
+    if result.truncated:
+        log.warn(f"schedule_truncated at progress {p:.3f}: steps too long for the clock")
+    if late > 0:
+        log.warn(f"{late} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
     if average.kind:
         average.load(result.step)
         score = result.averaged = run.score()
@@ -2307,296 +2554,631 @@ def report_end(run: Run, average: Average, result: Trained) -> None:
 
 
 # 11. MAIN
-own_source = Path(__file__).read_bytes  # this file, as it ships and counts
+STATUS_OF_CODE = {DIVERGED: "diverged", PREEMPTED: "preempted", LOST_RANK: "lost_rank"}
+
+
+# -- The log's head --------------------------------------------------------------------------------------
 
 
 def describe_machine(runtime: Runtime) -> dict[str, object]:
-    """The `env` event: device and versions. A CPU has its name where Linux tells it, and its threads."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError, TypeError):
-        name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
-    name = torch.cuda.get_device_name() if runtime.is_cuda else f"{name}, {torch.get_num_threads()} threads"
-    attention = "sdpa" if runtime.is_cuda else f"blocked to {LONGEST_BLOCKED}, then sdpa"
-    setting = dict(dtype=runtime.dtype_name, compile=runtime.compiles, attention=attention)
-    setting["deterministic"] = runtime.deterministic
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    return dict(device=name, world_size=runtime.world_size, **setting, **versions)
+    """The `env` event: device, settings and versions. A CPU goes by its name and its threads."""
+    if runtime.is_cuda:
+        device_name = torch.cuda.get_device_name()
+        attention = "sdpa"
+    else:
+        device_name = f"{cpu_name()}, {torch.get_num_threads()} threads"
+        attention = f"blocked to {LONGEST_BLOCKED}, then sdpa"
+    return dict(
+        device=device_name,
+        world_size=runtime.world_size,
+        dtype=runtime.dtype_name,
+        compile=runtime.compiles,
+        attention=attention,
+        deterministic=runtime.deterministic,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+    )
+
+
+def cpu_name() -> str:
+    """The CPU's name where Linux tells it, else its architecture."""
+    with suppress(OSError):
+        match = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
-    """The official head of a log: source, versions, setting; and the `config` and `env` events. A log that
-    goes on has it, and says from where."""
-    cfg, log, runtime, data, source = run.cfg, run.log, run.runtime, run.data, own_source()
-    machine, rule, sha = describe_machine(runtime), "=" * 100, hashlib.sha256(source).hexdigest()
+    """Write the official head of a log, or, where the log goes on and has one, from where it goes on."""
+    machine = describe_machine(run.runtime)
     before = run.checkpoints.before
-    if before or log.again:
-        at, path = (before["step"], before["path"]) if before else (0, "no checkpoint")
-        log.line(f"resumed: step:{at} from {path}")
-        log.event("resumed", step=at, path=path, **machine)
-    if before and log.again:
+    if before or run.log.goes_on:
+        log_resumption(run.log, before, machine)
+    if before and run.log.goes_on:
         return
-    folder, shards, tied = Path(cfg.data_path), len(stream.paths) if stream else 0, cfg.tie_embeddings
+    source = own_source()
+    log_source(run.log, source, run.runtime)
+    log_inputs(run, run_id, len(stream.paths) if stream else 0)
+    log_settings(run, machine)
+    log_start_warnings(run)
+    run.log.event(
+        "config",
+        config=asdict(run.cfg),
+        config_hash=run.cfg.hash,
+        code_sha256=hashlib.sha256(source).hexdigest(),
+        code_bytes=len(source),
+    )
+    run.log.event(
+        "env",
+        **machine,
+        val_tokens=run.data.targets,
+        val_bytes=run.data.bytes,
+        val_sha256=run.data.sha256,
+    )
+
+
+def log_resumption(log: RunLog, before: Mapping | None, machine: Mapping) -> None:
+    """Say from which checkpoint the run goes on; none was left if it was cut off before its first."""
+    step, path = (before["step"], before["path"]) if before else (0, "no checkpoint")
+    log.line(f"resumed: step:{step} from {path}")
+    log.event("resumed", step=step, path=path, **machine)
+
+
+def log_source(log: RunLog, source: bytes, runtime: Runtime) -> None:
+    """Write, to the log alone, the script, the versions of Python and torch, and what nvidia-smi says."""
     cards = "nvidia-smi: no GPU in use"
     if runtime.is_cuda and shutil.which("nvidia-smi"):
         cards = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
-    versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n{cards}"
-    log.line(f"{source.decode()}\n{rule}\n{versions}\n{rule}", echo=False)
-    rates = f"embed_lr:{cfg.tied_embed_lr if tied else cfg.embed_lr} head_lr:{0.0 if tied else cfg.head_lr}"
-    batch = f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len}"
-    length = f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps}"
+    rule = "=" * 100
+    log.line(
+        f"{source.decode()}\n"
+        f"{rule}\n"
+        f"Running Python {sys.version}\n"
+        f"Running PyTorch {torch.__version__}\n"
+        f"{cards}\n"
+        f"{rule}",
+        echo=False,
+    )
+
+
+def log_inputs(run: Run, run_id: str, train_shards: int) -> None:
+    """Name the run, its tokenizer, its shards and its validation text."""
+    cfg = run.cfg
+    data = run.data
+    folder = Path(cfg.data_path)
+    log = run.log
     log.line(f"run_id:{run_id} config_hash:{cfg.hash} overrides:{json.dumps(cfg.overrides())}")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}")
-    log.line(f"train_loader:dataset:{folder.resolve().name} train_shards:{shards}")
+    log.line(f"train_loader:dataset:{folder.resolve().name} train_shards:{train_shards}")
     log.line(f"val_loader:shards pattern={folder / '*_val_*.bin'} tokens:{data.targets}")
     log.line(f"val: tokens:{data.targets} bytes:{data.bytes} docs:{data.documents} sha256:{data.sha256}")
-    log.line(f"model_params:{sum(p.numel() for p in run.model.parameters())}")
-    accumulate = -(-len(runtime.share(cfg.sequences)) // micro_batch_limit(cfg, runtime.device))
-    log.line(f"world_size:{runtime.world_size} grad_accum_steps:{accumulate}")
+
+
+def log_settings(run: Run, machine: Mapping) -> None:
+    """Say what is trained, on what, and at which rates, in the official line formats."""
+    cfg = run.cfg
+    log = run.log
+    log.line(f"model_params:{sum(param.numel() for param in run.model.parameters())}")
+    sequences = len(run.runtime.share(cfg.sequences))
+    accumulation_steps = -(-sequences // micro_batch_limit(cfg, run.runtime.device))
+    log.line(f"world_size:{run.runtime.world_size} grad_accum_steps:{accumulation_steps}")
     log.line(" ".join(f"{name}:{value}" for name, value in machine.items()))
     log.line(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}")
-    log.line(f"tie_embeddings:{tied} {rates} matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}")
-    for _, repeats in cfg.depth_phases[:1]:
+    embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
+    head_lr = 0.0 if cfg.tie_embeddings else cfg.head_lr
+    log.line(
+        f"tie_embeddings:{cfg.tie_embeddings} embed_lr:{embed_lr} head_lr:{head_lr} "
+        f"matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}"
+    )
+    if cfg.depth_phases:
+        repeats = cfg.depth_phases[0][1]
         log.line(f"prog_depth: schedule={cfg.depth_phases} starting_repeats={repeats}")
-    log.line(f"{batch} {length} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}")
-    for phrase in cfg.inert():
-        log.warn(True, phrase)
-    log.warn(bool(runtime.uncompiled), f"no torch.compile ({runtime.uncompiled}); running eagerly, slower")
-    log.event("config", config=asdict(cfg), config_hash=cfg.hash, code_sha256=sha, code_bytes=len(source))
-    log.event("env", **machine, val_tokens=data.targets, val_bytes=data.bytes, val_sha256=data.sha256)
+    log.line(
+        f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
+        f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
+        f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\n"
+        f"seed:{cfg.seed}"
+    )
+
+
+def log_start_warnings(run: Run) -> None:
+    """Warn of knobs without effect, which ALLOW_INERT lets pass, and of a compiler that is not used."""
+    for phrase in run.cfg.inert():
+        run.log.warn(phrase)
+    if run.runtime.eager_reason:
+        run.log.warn(f"no torch.compile ({run.runtime.eager_reason}); running eagerly, slower")
+
+
+# -- The artifact ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The packed model and the code that unpacks it: what is submitted and what of it counts."""
+
+    path: str
+    quant: str  # e.g. "int8", by `quant_name`
+    codec: str  # "zstd" or "zlib"
+    model_bytes: int
+    code_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What the challenge limits: code and packed model."""
+        return self.model_bytes + self.code_bytes
+
+    def facts(self) -> dict[str, object]:
+        """By name, as the `artifact` event and RESULT tell them."""
+        return asdict(self) | dict(total_bytes=self.total_bytes)
 
 
 def save_model(run: Run, path: Path) -> int:
-    """Rank 0 writes both model files, or neither: RunError (5), as `pack`'s. Returns the packed bytes."""
-    cfg, log, state = run.cfg, run.log, {n: t.detach().cpu() for n, t in run.model.state_dict().items()}
-    quant, official = quant_name(cfg), path.with_name("final_model.pt")
-    about = dict(dtype=run.runtime.dtype_name, compile=run.runtime.compiles)
-    blob = pack(cfg, state, dict(about, config_hash=cfg.hash, quant=quant))
-    write_atomic(official, partial(torch.save, state))
+    """Write both model files, or neither, on rank 0; returns the packed bytes.
+
+    RunError (5) if a weight is not finite.
+    """
+    cfg = run.cfg
+    log = run.log
+    state = {name: tensor.detach().cpu() for name, tensor in run.model.state_dict().items()}
+    quant = quant_name(cfg)
+    header = dict(
+        dtype=run.runtime.dtype_name, compile=run.runtime.compiles, config_hash=cfg.hash, quant=quant
+    )
+    blob = pack(cfg, state, header)
+    weights_path = path.with_name(WEIGHTS_FILE)
+    write_atomic(weights_path, partial(torch.save, state))
     write_atomic(path, blob)
-    raw, code, payload = official.stat().st_size, len(own_source()), payload_bytes(cfg, state)
-    label, ratio = f"{quant}+{cfg.codec}", sum(4 * tensor.numel() for tensor in state.values()) / payload
-    log.line(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
-    log.line(f"Total submission size: {raw + code} bytes")
-    log.line(f"Serialized model {label}: {len(blob)} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
-    log.line(f"Total submission size {label}: {len(blob) + code} bytes")
+    weights_bytes = weights_path.stat().st_size
+    code_bytes = len(own_source())
+    payload = payload_bytes(cfg, state)
+    float32_bytes = sum(4 * tensor.numel() for tensor in state.values())
+    label = f"{quant}+{cfg.codec}"
+    log.line(f"Serialized model: {weights_bytes} bytes\nCode size: {code_bytes} bytes")
+    log.line(f"Total submission size: {weights_bytes + code_bytes} bytes")
+    log.line(
+        f"Serialized model {label}: {len(blob)} bytes "
+        f"(payload:{payload} payload_ratio:{float32_bytes / payload:.2f}x)"
+    )
+    log.line(f"Total submission size {label}: {len(blob) + code_bytes} bytes")
     report_packing(run, state, blob)
     return len(blob)
 
 
 def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
-    """Log the relative error of each tensor as read back, and what each group takes, packed by itself."""
-    cfg, restored, groups = run.cfg, unpack(blob, "the artifact")[0], {}
-    off = {name: ((restored[name] - t).norm().item(), t.norm().item()) for name, t in state.items()}
+    """Log what packing cost: each tensor's error, relative to its norm, and each group's bytes and error.
+
+    The errors are those of the tensors as read back; a group's bytes are those that it takes packed alone.
+    """
+    cfg = run.cfg
+    restored = unpack(blob, "the artifact")[0]
+    error_norms = {name: (restored[name] - tensor).norm().item() for name, tensor in state.items()}
+    norms = {name: tensor.norm().item() for name, tensor in state.items()}
+    groups = {}
     for group in dict.fromkeys(map(weight_group, state)):
-        part = {name: tensor for name, tensor in state.items() if weight_group(name) == group}
-        error, size = (math.hypot(*norms) for norms in zip(*(off[name] for name in part), strict=True))
-        packed, relative = len(pack(cfg, part, {})), error / max(size, 1e-30)
-        groups[group] = dict(tensors=len(part), bytes=packed, error=relative)
-        run.log.line(f"packed {group}: tensors:{len(part)} bytes:{packed} error:{relative:.5f}")
-    errors = {name: error / max(size, 1e-30) for name, (error, size) in off.items()}
+        tensors = {name: tensor for name, tensor in state.items() if weight_group(name) == group}
+        group_error = math.hypot(*(error_norms[name] for name in tensors))
+        group_norm = math.hypot(*(norms[name] for name in tensors))
+        error = group_error / max(group_norm, 1e-30)
+        packed_bytes = len(pack(cfg, tensors, {}))
+        groups[group] = dict(tensors=len(tensors), bytes=packed_bytes, error=error)
+        run.log.line(f"packed {group}: tensors:{len(tensors)} bytes:{packed_bytes} error:{error:.5f}")
+    errors = {name: error_norms[name] / max(norms[name], 1e-30) for name in state}
     run.log.event("quantise", quant=quant_name(cfg), clip=cfg.quant_clip, groups=groups, errors=errors)
 
 
-def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
-    """Read the artifact from disk into the model and score it; prints two official final lines a score."""
-    source, cfg, log, data, scores = artifact["path"], run.cfg, run.log, run.data, {}
-    state = run.runtime.main_decides(lambda: unpack(Path(source).read_bytes(), source)[0])
-    load_weights(run.model, state, source)
-    if cfg.score_check:
-        run.runtime.main_decides(lambda: tool("records/legality.py")["check_own_scores"](run))
-    names = dict(sliding="sliding_window", hedge="hedge_mixer", ttt="ttt")
-    names["roundtrip"] = f"{artifact['quant']}_{artifact['codec']}_roundtrip"
-    shape = dict(sliding=f"window:{cfg.eval_length} stride:{cfg.eval_stride} ")
+def score_artifact(run: Run, artifact: Artifact) -> dict[str, Score]:
+    """Read the artifact from disk into the model and score that; each score is logged as soon as it is made.
+
+    RunError (2) if the file cannot be read; (7) if SCORE_CHECK finds that a score breaks a condition.
+    """
+    state = run.runtime.main_decides(partial(read_artifact, artifact.path))
+    load_weights(run.model, state, artifact.path)
+    if run.cfg.score_check:
+        run.runtime.main_decides(partial(check_scores, run))
+    scores = {}
     for name, score in score_all(run):
-        scores[name], ms = score, f"{shape.get(name, '')}eval_time:{1000 * score.seconds:.0f}ms"
-        if score.left:
-            log.line(f"partial_{names[name]} {score.text} tokens:{score.tokens}/{data.targets} {ms}")
-        else:
-            log.line(f"final_{names[name]} {score.text} {ms}")
-            log.line(f"final_{names[name]}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-        values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
-        log.event("score", name=name, **values, seconds=score.seconds, left=score.left)
-        run.checkpoints.add_score(name, score, log)
-    if cfg.score_dump and run.runtime.rank == 0:
-        dump = dict(position=np.arange(data.targets), target=data.tokens[1:], bytes=data.target_bytes)
-        dump |= {f"{name}_logprob": -score.each.numpy() for name, score in scores.items() if not score.left}
-        write_atomic(Path(cfg.score_dump), lambda file: np.savez(file, **dump))
+        scores[name] = score
+        report_score(run, artifact, name, score)
+        run.checkpoints.add_score(name, score, run.log)
+    if run.cfg.score_dump and run.runtime.rank == 0:
+        dump_scores(Path(run.cfg.score_dump), run.data, scores)
     return scores
 
 
-def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score], run_id: str) -> int:
-    """The `end` event and the RESULT line, the last of stdout; returns the exit code, by all limits."""
-    run.runtime.patient = True  # it is over: from here a signal changes nothing
-    cfg, log, score, seconds = run.cfg, run.log, scores["roundtrip"], sum(s.seconds for s in scores.values())
-    cut = "".join(f" and {n} is a part, {s.tokens} tokens, only" for n, s in scores.items() if s.left)
-    total, late, slow = artifact["total_bytes"], trained.late_graphs, 0 < cfg.max_eval_seconds < seconds
-    size = f"code and model take {total} bytes, the limit is {SIZE_LIMIT}"
-    clock = f"evaluation took {seconds:.0f} s{cut}, the limit is {cfg.max_eval_seconds:.0f}"
-    graphs = f"{late} graphs compiled in the training clock despite the warm-up; COMPILE=0 avoids it"
-    broken = [("over_size", OVER_SIZE, size)] if total > SIZE_LIMIT else []
-    broken += [("over_eval_time", OVER_EVAL_TIME, clock)] if cut or slow else []
-    broken += [("recompiled", RECOMPILED, graphs)] if late and cfg.warmup_steps else []
-    status, code, message = [*broken, ("ok", 0, "")][0]
-    log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*run.runtime.peak_memory_mib()))
-    if message and run.runtime.rank == 0:
-        log.line(f"error: {message}", echo=False)
-        print(f"error: {message}", file=sys.stderr)
-    how = dict(status=status, exit_code=code, train_seconds=round(trained.seconds, 3))
-    how |= dict(progress=trained.progress, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
-    log.event("end", step=trained.step, **how)
-    named = [(f"{'partial_' * (s.left > 0)}{n}", s) for n, s in scores.items()]
-    numbers = {f"val_{k}": None if score.left else round(getattr(score, k), 8) for k in ("loss", "bpb")}
-    numbers |= {f"{n}_val_{k}": round(getattr(s, k), 8) for n, s in named for k in ("loss", "bpb")}
-    before = dict(live=trained.score, prequant=trained.averaged or trained.score)
-    numbers |= {f"{name}_val_bpb": round(s.bpb, 8) if s else None for name, s in before.items()}
-    size = dict(steps=trained.step, tokens=trained.step * cfg.train_batch_tokens, **artifact)
-    where = dict(**describe_machine(run.runtime), val_sha256=run.data.sha256, overrides=cfg.overrides())
-    whole = dict(run_id=run_id, seed=cfg.seed, config_hash=cfg.hash, eval_seconds=round(seconds, 3))
-    whole["resumed"] = run.checkpoints.about.get("resumed", [])
-    log.line("RESULT " + json.dumps(numbers | how | size | whole | where))
-    return code
+def read_artifact(path: str) -> dict[str, Tensor]:
+    """The weights in a packed model; RunError (2) if it is none."""
+    return unpack(Path(path).read_bytes(), path)[0]
 
 
-def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Config:
-    """The config with the artifact's shape; RunError if the environment asks for another one."""
-    made, own, source = header.get("model"), cfg.shape(), f"EVAL_ONLY={cfg.eval_only}"
-    known = isinstance(made, dict) and made.keys() == own.keys() and isinstance(header.get("quant"), str)
-    known = known and all(type(made[name]) is type(value) for name, value in own.items())
-    known = known and header.get("codec") in CODECS and header.get("dtype") in DTYPES
-    require(known, f"{source} was made by another version of this script")
-    for name, value in own.items():
-        same = name.upper() not in env or value == made[name]
-        require(same, f"{name.upper()}={value} but {source} was trained with {made[name]}; unset it")
-    # Its dtype and whether it was compiled hold too, unless set: either moves the score's fourth digit.
-    compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
-    dtype = cfg.dtype if "DTYPE" in env else header["dtype"]
-    return replace(cfg, **made, compile=compiled, dtype=dtype, train_batch_tokens=made["train_seq_len"])
+def check_scores(run: Run) -> None:
+    """SCORE_CHECK: RunError (7) if a score breaks one of the four conditions, tried on a short text."""
+    check_own_scores = load_tool("records/legality.py")["check_own_scores"]
+    check_own_scores(run)
 
 
-def kernel_missing(error: BaseException) -> str:
-    """The operation that DETERMINISTIC=1 asks for and torch lacks on this device, or ''."""
-    found = re.search(r"(\S+) does not have a deterministic implementation", str(error))
-    return found[1] if found and isinstance(error, RuntimeError) else ""
+def report_score(run: Run, artifact: Artifact, name: str, score: Score) -> None:
+    """Log the two official final lines of a score; of a partial one a line of another name."""
+    cfg = run.cfg
+    official_names = dict(
+        roundtrip=f"{artifact.quant}_{artifact.codec}_roundtrip",
+        sliding="sliding_window",
+        ttt="ttt",
+        hedge="hedge_mixer",
+    )
+    official_name = official_names[name]
+    timing = f"eval_time:{1000 * score.seconds:.0f}ms"
+    if name == "sliding":
+        timing = f"window:{cfg.eval_length} stride:{cfg.eval_stride} {timing}"
+    if score.left:
+        count = f"tokens:{score.tokens}/{run.data.targets}"
+        run.log.line(f"partial_{official_name} {score.text} {count} {timing}")
+    else:
+        run.log.line(f"final_{official_name} {score.text} {timing}")
+        run.log.line(f"final_{official_name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+    run.log.event(
+        "score",
+        name=name,
+        val_loss=score.loss,
+        val_bpb=score.bpb,
+        tokens=score.tokens,
+        bytes=score.bytes,
+        seconds=score.seconds,
+        left=score.left,
+    )
 
 
-def explained(error: BaseException) -> RunError | None:
+def dump_scores(path: Path, data: Validation, scores: Mapping[str, Score]) -> None:
+    """Write position, id, bytes and each whole score's log-probability of every target as an .npz file."""
+    arrays = dict(position=np.arange(data.targets), target=data.tokens[1:], bytes=data.target_bytes)
+    for name, score in scores.items():
+        if not score.left:
+            arrays[f"{name}_logprob"] = -score.each.numpy()
+    write_atomic(path, partial(np.savez, **arrays))
+
+
+# -- The end ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the limits judge a finished run."""
+
+    status: str = "ok"
+    exit_code: int = 0
+    message: str = ""  # what to say on stderr
+
+
+def broken_limits(
+    cfg: Config, trained: Trained, artifact: Artifact, scores: Mapping[str, Score]
+) -> list[Verdict]:
+    """A verdict for each limit that the run broke, the gravest first."""
+    broken = []
+    if artifact.total_bytes > SIZE_LIMIT:
+        message = f"code and model take {artifact.total_bytes} bytes, the limit is {SIZE_LIMIT}"
+        broken.append(Verdict("over_size", OVER_SIZE, message))
+    seconds = evaluation_seconds(scores)
+    partial_scores = "".join(
+        f" and {name} is a part, {score.tokens} tokens, only" for name, score in scores.items() if score.left
+    )
+    if partial_scores or 0 < cfg.max_eval_seconds < seconds:
+        limit = f"the limit is {cfg.max_eval_seconds:.0f}"
+        message = f"evaluation took {seconds:.0f} s{partial_scores}, {limit}"
+        broken.append(Verdict("over_eval_time", OVER_EVAL_TIME, message))
+    if trained.late_graphs and cfg.warmup_steps:
+        graphs = f"{trained.late_graphs} graphs compiled in the training clock"
+        message = f"{graphs} despite the warm-up; COMPILE=0 avoids it"
+        broken.append(Verdict("recompiled", RECOMPILED, message))
+    return broken
+
+
+def evaluation_seconds(scores: Mapping[str, Score]) -> float:
+    """What all scores took together."""
+    return sum(score.seconds for score in scores.values())
+
+
+def finish(run: Run, trained: Trained, artifact: Artifact, scores: Mapping[str, Score], run_id: str) -> int:
+    """Write the `end` event and the RESULT line, the last of stdout; returns the exit code, by all limits."""
+    run.runtime.defers_stop = True  # it is over: from here a signal changes nothing
+    log = run.log
+    broken = broken_limits(run.cfg, trained, artifact, scores)
+    verdict = broken[0] if broken else Verdict()
+    allocated, reserved = run.runtime.peak_memory_mib()
+    log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+    if verdict.message and run.runtime.rank == 0:
+        log.line(f"error: {verdict.message}", echo=False)
+        print(f"error: {verdict.message}", file=sys.stderr)
+    end = dict(
+        status=verdict.status,
+        exit_code=verdict.exit_code,
+        train_seconds=round(trained.seconds, 3),
+        progress=trained.progress,
+        mean_lr_scale=trained.mean_lr_scale,
+        truncated=trained.truncated,
+    )
+    log.event("end", step=trained.step, **end)
+    identity = dict(
+        run_id=run_id,
+        seed=run.cfg.seed,
+        config_hash=run.cfg.hash,
+        eval_seconds=round(evaluation_seconds(scores), 3),
+        resumed=run.checkpoints.about.get("resumed", []),
+    )
+    result = result_scores(trained, scores)
+    result |= end
+    result |= dict(steps=trained.step, tokens=trained.step * run.cfg.train_batch_tokens)
+    result |= artifact.facts()
+    result |= identity
+    result |= describe_machine(run.runtime)
+    result |= dict(val_sha256=run.data.sha256, overrides=run.cfg.overrides())
+    log.line("RESULT " + json.dumps(result))
+    return verdict.exit_code
+
+
+def result_scores(trained: Trained, scores: Mapping[str, Score]) -> dict[str, float | None]:
+    """RESULT's numbers, val_loss in nats a token, val_bpb in bits a byte, to 8 decimals.
+
+    val_*: the official score, null if the clock cut it; NAME_val_* and partial_NAME_val_*: each score; then
+    live_val_bpb, of the weights as trained, and prequant_val_bpb, of what was packed, before it was.
+    """
+    main_score = scores["roundtrip"]
+    numbers = dict(val_loss=None, val_bpb=None)
+    if not main_score.left:
+        numbers = dict(val_loss=round(main_score.loss, 8), val_bpb=round(main_score.bpb, 8))
+    for name, score in scores.items():
+        label = f"partial_{name}" if score.left else name
+        numbers[f"{label}_val_loss"] = round(score.loss, 8)
+        numbers[f"{label}_val_bpb"] = round(score.bpb, 8)
+    prequant = trained.averaged or trained.score
+    numbers["live_val_bpb"] = round(trained.score.bpb, 8) if trained.score else None
+    numbers["prequant_val_bpb"] = round(prequant.bpb, 8) if prequant else None
+    return numbers
+
+
+def explain(error: BaseException) -> RunError | None:
     """What a user can meet, as one line and its exit code; None for a bug, whose traceback is shown."""
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, KeyboardInterrupt):
         return RunError("stopped by a signal before there was anything to save", PREEMPTED)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "t allocate memory" in str(error):
+    is_out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if is_out_of_memory or "t allocate memory" in str(error):
         return RunError("out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or other sizes of a batch")
-    if operation := kernel_missing(error):
+    if operation := missing_kernel(error):
         return RunError(f"torch has no deterministic kernel for {operation} here; set DETERMINISTIC=0")
     if isinstance(error, OSError):
-        return RunError(f"{error.filename or 'log or console'}: {error.strerror}; mend that or set another")
-    if isinstance(error, RuntimeError) and any("torch/distributed" in file for file in files):
+        file = error.filename or "log or console"
+        return RunError(f"{file}: {error.strerror}; mend that or set another")
+    if isinstance(error, RuntimeError) and is_from_distributed(error):
         return RunError(f"another rank was lost: {str(error).splitlines()[0]}", LOST_RANK)
     return error if isinstance(error, RunError) else None
 
 
+def is_from_distributed(error: BaseException) -> bool:
+    """Whether a call of torch.distributed failed, as it does where another rank is gone."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("torch/distributed" in frame.filename for frame in frames)
+
+
 @contextmanager
 def recorded(run: Run, run_id: str) -> Iterator[None]:
-    """Write to the logs how it ended, if that is before its RESULT."""
-    names = {DIVERGED: "diverged", PREEMPTED: "preempted", LOST_RANK: "lost_rank"}
+    """Write to the logs how the run ended, if the body of the `with` raises before its RESULT."""
     try:
         yield
     except BaseException as error:
-        run.runtime.patient = True  # torchrun signals what is left of a run that lost a rank
-        known, kept = explained(error), run.checkpoints.kept
-        if known and known.code in (PREEMPTED, LOST_RANK) and run.runtime.stopping and kept:
-            how = f"RESUME=auto RUN_ID={run_id} OUT_DIR={run.cfg.out_dir} goes on from {kept[-1]}"
-            known = RunError(f"stopped by {run.runtime.stopping}; {how}", PREEMPTED)
-        code = known.code if known else 1
-        end = dict(status=names.get(code, "error" if known else "crashed"), exit_code=code)
-        with suppress(OSError):  # a full disk may be what ended it
-            run.log.event("end", step=None, **end)
-            run.log.line("RESULT " + json.dumps(dict(run_id=run_id, **end, message=str(known or error))))
-        if known and known.alone is None:
-            known.alone = code == 2
-        raise known or error from None
+        run.runtime.defers_stop = True  # torchrun signals what is left of a run that lost a rank
+        explained = explain(error)
+        if explained and explained.code in (PREEMPTED, LOST_RANK) and can_go_on(run):
+            explained = how_to_go_on(run, run_id)
+        record_failure(run.log, run_id, error, explained)
+        if explained and explained.lone_rank is None:
+            explained.lone_rank = explained.code == BAD_INPUT
+        raise explained or error from None
     finally:
         run.log.close()
 
 
+def can_go_on(run: Run) -> bool:
+    """Whether a signal stopped the run and a checkpoint is left to go on from."""
+    return bool(run.runtime.stop_signal and run.checkpoints.kept)
+
+
+def how_to_go_on(run: Run, run_id: str) -> RunError:
+    """The error (75) that tells the user the knobs with which a stopped run goes on."""
+    knobs = f"RESUME=auto RUN_ID={run_id} OUT_DIR={run.cfg.out_dir}"
+    checkpoint = run.checkpoints.kept[-1]
+    return RunError(f"stopped by {run.runtime.stop_signal}; {knobs} goes on from {checkpoint}", PREEMPTED)
+
+
+def record_failure(log: RunLog, run_id: str, error: BaseException, explained: RunError | None) -> None:
+    """Write the `end` event and the RESULT line of a run that failed; explained: None for a bug."""
+    if explained:
+        exit_code = explained.code
+        status = STATUS_OF_CODE.get(exit_code, "error")
+    else:
+        exit_code = 1
+        status = "crashed"
+    end = dict(status=status, exit_code=exit_code)
+    with suppress(OSError):  # a full disk may be what ended it
+        log.event("end", step=None, **end)
+        log.line("RESULT " + json.dumps(dict(run_id=run_id, **end, message=str(explained or error))))
+
+
+# -- A run, from knobs to exit code (section 18) -----------------------------------------------------------
+
+
 def execute(cfg: Config, env: Mapping[str, str]) -> int:
-    """One run, whole: train, pack, read back from disk, score what was read; or score a given artifact.
-    Returns the exit code. What a user may get wrong is checked before the log opens."""
-    header = unpack(Path(cfg.eval_only).read_bytes(), cfg.eval_only)[1] if cfg.eval_only else None
-    cfg = artifact_config(cfg, env, header) if header else cfg
-    restarted = cfg.resume == "0" and env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # --max-restarts
-    cfg = replace(cfg, resume="auto") if restarted else cfg
+    """One whole run: train, pack, read back from disk, score what was read; or score a given artifact.
+
+    Returns the exit code. What a user may get wrong is checked before the log opens, and raises RunError.
+    """
+    header = read_header(cfg.eval_only) if cfg.eval_only else None
+    if header:
+        cfg = artifact_config(cfg, env, header)
+    is_restart = env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
+    if is_restart and cfg.resume == "0":
+        cfg = replace(cfg, resume="auto")
     if cfg.codec == "zstd" and not header:
-        zstandard_module()
+        zstandard_module()  # an error now, not after the training, where it is not installed
+    trains = not header and cfg.iterations > 0
     with Runtime.launch(cfg, env) as runtime:
-        trains = not header and cfg.iterations > 0
-        data, stream, same = runtime.agree(lambda: load_inputs(cfg, runtime.rank, trains))
-        before = runtime.main_decides(lambda: find_checkpoint(cfg, same)) if trains else None
-        runtime.dtype = DTYPES[before["dtype"]] if before else runtime.dtype
-        with torch.device("meta"):  # takes no memory: knobs, or a forged header, may ask for any amount
-            size = predict_size(cfg, blank := GPT(cfg)) + len(own_source())
-            if header:
-                stored = {name: torch.empty(shape) for name, shape, _ in header["tensors"]}
-                load_weights(blank, stored, cfg.eval_only)
-        if size > SIZE_SLACK * SIZE_LIMIT and not header:
-            raise RunError(f"code and model need about {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
-        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
-        model = GPT(cfg, runtime.dtype)
-        if cfg.init_from:
-            given = runtime.agree(lambda: load_checkpoint(cfg.init_from))
-            load_weights(model, given, f"INIT_FROM={cfg.init_from}")
-        new = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
-        run_id, out, locks = cfg.run_id or (before or {}).get("run_id", new), Path(cfg.out_dir), []
-        runtime.main_decides(lambda: locks.extend(claim_outputs(cfg, run_id)))
-        log = RunLog(out / "logs" if runtime.rank == 0 else None, run_id, cfg.resume != "0")
-        about = dict(kind=CHECKPOINT, run_id=run_id, same=same, dtype=runtime.dtype_name, resumed=[])
-        kept = Checkpoints(out / "checkpoints" if trains and runtime.rank == 0 else None, about, before)
-        run = Run(cfg, runtime, log, model.to(runtime.device), data, kept)
+        inputs = runtime.agree(partial(load_inputs, cfg, runtime.rank, trains))
+        before = None
+        if trains:
+            before = runtime.main_decides(partial(find_checkpoint, cfg, inputs.identity))
+        if before:
+            runtime.dtype = DTYPES[before["dtype"]]
+        check_shapes(cfg, header)
+        model = make_model(cfg, runtime)
+        run_id = pick_run_id(cfg, before)
+        locks = runtime.on_main(partial(claim_outputs, cfg, run_id))
+        run = open_run(cfg, runtime, model, inputs, before, run_id)
         with recorded(run, run_id):
-            log_header(run, run_id, stream)
-            code = complete(run, stream, header, run_id)
-        kept.clear()
-        for lock in locks:
-            lock.truncate(0)
-        return code
+            log_header(run, run_id, inputs.training)
+            exit_code = complete(run, inputs.training, header, run_id)
+        run.checkpoints.clear()
+        for lock in locks or []:
+            lock.truncate(0)  # the run is finished: what it left is no longer its own
+        return exit_code
 
 
-def load_inputs(cfg: Config, rank: int, trains: bool) -> tuple:
-    """(Validation, its bytes proved on rank 0; training shards, or None; what is the same after a resume)."""
-    data, stream = load_validation(cfg, load_tokenizer(cfg), prove=rank == 0), None
-    parts = {"validation text": data.sha256.encode(), "train_gpt.py": own_source()}
+def read_header(path: str) -> dict:
+    """The header of a packed model; RunError (2) if it is none."""
+    return unpack(Path(path).read_bytes(), path)[1]
+
+
+def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Config:
+    """The config with the artifact's shape; RunError (2) if the environment asks for another one."""
+    source = f"EVAL_ONLY={cfg.eval_only}"
+    if not is_own_header(cfg, header):
+        raise RunError(f"{source} was made by another version of this script")
+    stored = header["model"]
+    for name, value in cfg.shape().items():
+        if name.upper() in env and value != stored[name]:
+            raise RunError(f"{name.upper()}={value} but {source} was trained with {stored[name]}; unset it")
+    # Its dtype and whether it was compiled hold too, unless set: either moves the score's fourth digit.
+    compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
+    dtype = cfg.dtype if "DTYPE" in env else header["dtype"]
+    return replace(cfg, **stored, compile=compiled, dtype=dtype, train_batch_tokens=stored["train_seq_len"])
+
+
+def is_own_header(cfg: Config, header: Mapping) -> bool:
+    """Whether a packed model's header holds what this version writes, in the same types; it may be forged."""
+    stored = header.get("model")
+    shape = cfg.shape()
+    if not isinstance(stored, dict) or stored.keys() != shape.keys():
+        return False
+    if any(type(stored[name]) is not type(value) for name, value in shape.items()):
+        return False
+    has_quant = isinstance(header.get("quant"), str)
+    return has_quant and header.get("codec") in CODECS and header.get("dtype") in DTYPES
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, loaded and checked."""
+
+    validation: Validation
+    training: TokenStream | None  # None: nothing is trained
+    identity: dict[str, object]  # what must be the same when a run goes on: knobs, and hashes of the rest
+
+
+def load_inputs(cfg: Config, rank: int, trains: bool) -> Inputs:
+    """Open the validation text, its bytes proved on rank 0, and, to train, the training shards.
+
+    RunError (2) if they, or the tokenizer, do not fit the knobs.
+    """
+    validation = load_validation(cfg, load_tokenizer(cfg), prove=rank == 0)
+    contents = {"validation text": validation.sha256.encode(), "train_gpt.py": own_source()}
+    training = None
     if trains:
-        stream = TokenStream(cfg.data_path, "train", cfg.vocab_size)
-        stream.windows(cfg.train_seq_len)
-        parts["training shards"] = repr([p.name for p in stream.paths] + stream.bounds.tolist()).encode()
-    hashes = {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
-    return data, stream, cfg.effective() | dict(SEED=cfg.seed) | hashes
+        training = TokenStream(cfg.data_path, "train", cfg.vocab_size)
+        training.windows(cfg.train_seq_len)  # RunError if there are too few tokens for one
+        names_and_bounds = [path.name for path in training.paths] + training.bounds.tolist()
+        contents["training shards"] = repr(names_and_bounds).encode()
+    hashes = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in contents.items()}
+    return Inputs(validation, training, cfg.effective() | dict(SEED=cfg.seed) | hashes)
+
+
+def check_shapes(cfg: Config, header: Mapping | None) -> None:
+    """Stop before anything large is made.
+
+    RunError (2) if the artifact's tensors are not the model's, (3) if the model would be far too large.
+    """
+    with torch.device("meta"):  # takes no memory: knobs, or a forged header, may ask for any amount
+        model = GPT(cfg)
+        predicted = predict_size(cfg, model) + len(own_source())
+        if header:
+            stored = {name: torch.empty(shape) for name, shape, _ in header["tensors"]}
+            load_weights(model, stored, cfg.eval_only)
+    if predicted > SIZE_SLACK * SIZE_LIMIT and not header:
+        raise RunError(f"code and model need about {predicted} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
+
+
+def make_model(cfg: Config, runtime: Runtime) -> GPT:
+    """The model in host memory, from SEED or INIT_FROM, the same on every rank.
+
+    RunError (2) if INIT_FROM cannot be read or does not fit.
+    """
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg, runtime.dtype)
+    if cfg.init_from:
+        state = runtime.agree(partial(load_checkpoint, cfg.init_from))
+        load_weights(model, state, f"INIT_FROM={cfg.init_from}")
+    return model
+
+
+def pick_run_id(cfg: Config, before: Mapping | None) -> str:
+    """RUN_ID, else that of the run which goes on, else a new one."""
+    new_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
+    earlier_id = before.get("run_id", new_id) if before else new_id
+    return cfg.run_id or earlier_id
+
+
+def open_run(
+    cfg: Config, runtime: Runtime, model: GPT, inputs: Inputs, before: dict | None, run_id: str
+) -> Run:
+    """Open the logs and join all that the phases of a run need; only rank 0 writes logs and checkpoints."""
+    out = Path(cfg.out_dir)
+    is_main = runtime.rank == 0
+    log = RunLog(out / "logs" if is_main else None, run_id, goes_on=cfg.resume != "0")
+    about = dict(kind=CHECKPOINT, run_id=run_id, same=inputs.identity, dtype=runtime.dtype_name, resumed=[])
+    has_checkpoints = inputs.training is not None and is_main
+    checkpoints = Checkpoints(out / "checkpoints" if has_checkpoints else None, about, before)
+    return Run(cfg, runtime, log, model.to(runtime.device), inputs.validation, checkpoints)
 
 
 def complete(run: Run, stream: TokenStream | None, header: Mapping | None, run_id: str) -> int:
-    """Train, pack and score, or what of it is asked for. Returns the exit code."""
-    cfg, runtime = run.cfg, run.runtime
+    """Train, pack and score, or what of it is asked for; returns the exit code.
+
+    stream: None to train nothing. header: that of the artifact to score, None to pack the model.
+    """
     if stream:
-        trained = train(run, Optimisers(cfg, run.model, runtime), stream)
+        trained = train(run, Optimisers(run.cfg, run.model, run.runtime), stream)
     else:
-        run.settle(lambda: warm_evaluation(run))
-        trained = Trained(None if header else validate(run, 0, 0.0))
-    own, path = len(own_source()), Path(cfg.eval_only or Path(cfg.out_dir, MODEL_FILE))
-    size = path.stat().st_size if header else runtime.main_decides(lambda: save_model(run, path))
-    quant, codec = (header["quant"], header["codec"]) if header else (quant_name(cfg), cfg.codec)
-    artifact = dict(path=str(path), quant=quant, codec=codec, model_bytes=size)
-    artifact |= dict(code_bytes=own, total_bytes=size + own)
-    if not header:
-        run.log.event("artifact", **artifact)
-    return finish(run, trained, artifact, score_artifact(run, artifact), run_id)
+        run.settle(partial(warm_evaluation, run))
+        trained = Trained() if header else Trained(score=validate(run, 0, 0.0))
+    artifact = packed_before(run.cfg, header) if header else pack_artifact(run)
+    scores = score_artifact(run, artifact)
+    return finish(run, trained, artifact, scores, run_id)
 
 
-def tool(path: str) -> dict:
-    """The names in a file of the repository that no record needs."""
-    where = Path(__file__).resolve().parent / path
-    require(where.is_file(), f"{path} is not beside this script; use the one in the repository")
-    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what it imports is this very program
-    return runpy.run_path(str(where))
+def packed_before(cfg: Config, header: Mapping) -> Artifact:
+    """The artifact that EVAL_ONLY names."""
+    path = Path(cfg.eval_only)
+    return Artifact(str(path), header["quant"], header["codec"], path.stat().st_size, len(own_source()))
+
+
+def pack_artifact(run: Run) -> Artifact:
+    """Pack the model into OUT_DIR, on rank 0, and log what came of it."""
+    cfg = run.cfg
+    code_bytes = len(own_source())
+    path = Path(cfg.out_dir, MODEL_FILE)
+    model_bytes = run.runtime.main_decides(partial(save_model, run, path))
+    artifact = Artifact(str(path), quant_name(cfg), cfg.codec, model_bytes, code_bytes)
+    run.log.event("artifact", **artifact.facts())
+    return artifact
 
 
 def main() -> None:
@@ -2605,15 +3187,15 @@ def main() -> None:
         if arguments in (["--help"], ["-h"]):
             print(help_text())
         elif arguments in (["--dry-run"], ["--doctor"], ["--list-ideas"], ["--knob-table"]):
-            code = tool("sweeps/show.py")[arguments[0][2:].replace("-", "_")](os.environ)
+            code = load_tool("sweeps/show.py")[arguments[0][2:].replace("-", "_")](os.environ)
         else:
             require(not arguments, f"unknown argument {arguments}: knobs are environment variables; --help")
             code = execute(Config.from_env(os.environ), os.environ)
     except (Exception, KeyboardInterrupt) as error:
-        known = explained(error)
+        known = explain(error)
         if not known:
             raise
-        if known.alone or os.environ.get("RANK", "0") == "0":
+        if known.lone_rank or os.environ.get("RANK", "0") == "0":
             print("error:", " ".join(str(known).splitlines()), file=sys.stderr)
         code = known.code
     if "LOCAL_RANK" in os.environ:  # at a plain exit a thread of gloo's can abort (pytorch PR #179291)
