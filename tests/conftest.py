@@ -83,7 +83,7 @@ def show(page: str) -> str:
     """What `train_gpt.py PAGE` prints of the knobs."""
     printed = io.StringIO()
     with redirect_stdout(printed):
-        assert train_gpt.tool("sweeps/lab/show.py")[page[2:].replace("-", "_")]({}) == 0
+        assert train_gpt.load_tool("sweeps/lab/show.py")[page[2:].replace("-", "_")]({}) == 0
     return printed.getvalue().strip()
 
 

@@ -479,7 +479,7 @@ def test_a_kill_while_the_outputs_are_claimed_again_does_not_lose_the_claim(new,
 
 
 @pytest.mark.parametrize(
-    "place", [dies("Checkpoints.clear", SIGTERM), dies("describe_machine", SIGTERM, call=3)]
+    "place", [dies("Checkpoints.clear", SIGTERM), dies("describe_machine", SIGTERM, call=2)]
 )
 def test_a_signal_after_the_end_changes_nothing(new, whole, place):
     folder = new({})
@@ -491,7 +491,7 @@ def test_a_signal_after_the_end_changes_nothing(new, whole, place):
 def test_a_signal_to_what_is_left_of_a_run_that_lost_a_rank(new, whole):
     """As torchrun sends it. The line still says how to go on."""
     folder = new(MANY, 2)
-    patch = dies("evaluate", SIGKILL, call=4, only=1) + dies("explained", SIGTERM, only=0)
+    patch = dies("evaluate", SIGKILL, call=4, only=1) + dies("explain", SIGTERM, only=0)
     assert folder.start(patch) == [STOPPED, -SIGKILL]
     assert "stopped by SIGTERM; RESUME=auto" in folder.error() and "r-00000008.pt" in folder.error()
     assert folder.result()["status"] == folder.events("end")[0]["status"] == "preempted"

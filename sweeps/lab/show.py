@@ -102,7 +102,8 @@ def examine(cfg: Config, runtime: Runtime) -> Iterator[tuple[str, bool, Callable
             return ask(free > need, f"{free / 1e9:.1f} GB free at {there}", f"a run takes {need / 1e9:.1f}")
 
     def data() -> str:
-        val, train, _ = load_inputs(cfg, 0, trains=not cfg.eval_only)
+        inputs = load_inputs(cfg, 0, trains=not cfg.eval_only)
+        val, train = inputs.validation, inputs.training
         return f"{len(train) if train else 0} training tokens, {val.targets} scored ones of {val.bytes} bytes"
 
     machine, version = describe_machine(runtime), torch.__version__
