@@ -49,6 +49,7 @@ from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median_low
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -287,7 +288,7 @@ class Config:
             require(low is None or value >= low, f"{name}={value} is below {low}")
             require(high is None or value <= high, f"{name}={value} is above {high}")
             require(not choices or value in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
-        schedules = [name.upper() for name in SCHEDULES if getattr(self, name, False)]
+        schedules = [name.upper() for name, _ in HOOKS["schedule"] if self.is_changed(name)]
         require(len(schedules) < 2, f"two schedules at once: {', '.join(schedules)}; set one to 0")
         sizes = ("model_dim num_heads", "num_heads num_kv_heads", "train_batch_tokens train_seq_len")
         for whole, part in map(str.split, sizes):
@@ -303,7 +304,6 @@ class Config:
         named = bool(re.fullmatch(r"[\w.+-]*", self.run_id))
         require(named, f"RUN_ID={self.run_id!r} may hold only letters, digits and . _ + -")
 
-    schedule = property(lambda self: next((n for n in SCHEDULES if getattr(self, n, False)), "warmdown"))
     cap = property(lambda self: self.max_wallclock_seconds or math.inf)  # of the training clock
     head_dim = property(lambda self: self.model_dim // self.num_heads)
     depth = property(lambda self: self.num_layers * self.num_repeats)  # effective layers
@@ -312,6 +312,18 @@ class Config:
     eval_length = property(lambda self: self.eval_seq_len or self.train_seq_len)
     changed = property(lambda self: [f for f in fields(self) if getattr(self, f.name) != f.default])
     sequences = property(lambda self: self.train_batch_tokens // self.train_seq_len)  # of a step, all ranks
+
+    @property
+    def schedule(self) -> str:
+        """Name of the knob whose curve the learning rate follows, or "warmdown"."""
+        for knob_name, _ in HOOKS["schedule"]:
+            if self.is_changed(knob_name):
+                return knob_name
+        return "warmdown"
+
+    def is_changed(self, name: str) -> bool:
+        """Whether the knob is off its default."""
+        return getattr(self, name) != self.__dataclass_fields__[name].default
 
     @property
     def depth_phases(self) -> list[tuple[float, int]]:
@@ -377,6 +389,25 @@ def knob_rows() -> Iterator[tuple[str, str, str, str, str, str]]:
 def help_text() -> str:
     rows = [(n, d if len(d) < 42 else "(names)", doc, a and f"({a})") for n, d, a, doc, *_ in knob_rows()]
     return "\n".join([__doc__, *(f"{n:36} {d:42} {doc} {a}" for n, d, doc, a in rows)])
+
+
+# Functions that a knob switches on, by the point of the training at which they act: (knob, function).
+HOOKS: dict[str, list[tuple[str, Callable]]] = {"schedule": []}
+
+
+def hook(point: str, knob: str) -> Callable[[Callable], Callable]:
+    """Decorator: run this function at that point whenever that knob is off its default."""
+
+    def register(function: Callable) -> Callable:
+        HOOKS[point].append((knob, function))
+        return function
+
+    return register
+
+
+def active(cfg: Config, point: str) -> list[Callable]:
+    """The hooks of a point whose knob is off its default, in the order written."""
+    return [function for knob_name, function in HOOKS[point] if cfg.is_changed(knob_name)]
 
 
 # 2. RUNTIME AND LOGS: the only code that knows about devices, ranks and files
@@ -628,62 +659,171 @@ def claim_outputs(cfg: Config, run_id: str) -> list:
     return locks
 
 
-# 3. PROGRESS AND SCHEDULES: pure functions of how far the run is
-SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(  # of the LR; the last if none is on
-    tidal_lr=lambda cfg, p, left: tide(p, cfg.tidal_warmup, cfg.tidal_warmup),
-    cosine_lr=lambda cfg, p, left: cosine(p, 0.382 if cfg.golden_lr else 0.1, cfg.cosine_cycles),
-    breathing_lr=lambda cfg, p, left: tide(p, 4 / 19, 11 / 19),
-    whale_lr=lambda cfg, p, left: whale(p),
-    circadian_lr=lambda cfg, p, left: max(0.1, cosine(p) + 0.15 * (1 - p) * math.sin(16 * math.pi * p)),
-    cosmo_lr=lambda cfg, p, left: 0.05 + 19 * p if p < 0.05 else (1 + 20 * p) ** -0.5,
-    punctuated_lr=lambda cfg, p, left: 0.1 + 0.9 * max(math.exp(-200 * (p - c / 4) ** 2) for c in (1, 2, 3)),
-    root_first=lambda cfg, p, left: cosine(p),
-    coral_lr=lambda cfg, p, left: cosine(p),
-    warmdown=lambda cfg, p, left: warmdown(cfg, p, left),
-)
+# ----------------------------------------------------------------------------------------------------------
+# 3. PROGRESS AND SCHEDULES: what the next step does, decided before it
+#
+# In: the config, how many steps are done, the training seconds so far and the pace of recent steps. Out of
+# `plan_step`: a StepPlan with learning rate, momentum, depth and random seeds, a pure function of these and
+# so equal on every rank. `Clock` measures the seconds; `train` (section 10) asks both before each step.
+# A learning-rate curve is a hook of the point "schedule"; the official warmdown runs when none is on.
+# ----------------------------------------------------------------------------------------------------------
+GOLDEN_FLOOR = 0.382  # 1 - 1 / golden ratio: where GOLDEN_LR ends
+PACE_STEPS = 15  # recent steps whose median is the pace: a slow one among them does not bend a schedule
 
 
-def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
+def predict_steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
     """Steps until the step limit or, at `step_seconds` a step, until the clock; at least 0."""
-    by_clock = (cfg.cap - elapsed) / step_seconds if step_seconds > 0 else math.inf
-    return max(0.0, min(cfg.iterations - step, by_clock))
+    steps_by_limit = cfg.iterations - step
+    steps_by_clock = math.inf
+    if step_seconds > 0:
+        steps_by_clock = (cfg.cap - elapsed) / step_seconds
+    return max(0.0, min(steps_by_limit, steps_by_clock))
 
 
-def finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> bool:
+def is_finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> bool:
     """True when the next step would pass a limit. One step always runs, so that a slow machine trains."""
-    return step >= cfg.iterations or (step > 0 and cfg.cap < elapsed + step_seconds)
+    if step >= cfg.iterations:
+        return True
+    return step > 0 and cfg.cap < elapsed + step_seconds
 
 
-def warmdown(cfg: Config, p: float, left: float) -> float:
-    """Official: 1, then linear over the last WARMDOWN_ITERS steps, here also over a share of the run."""
-    share = left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
-    share = (1 - p) / cfg.warmdown_frac if cfg.warmdown_frac else share
+def is_due(step: int, every: int) -> bool:
+    """Whether `step` is one of every so many; never if `every` is 0."""
+    return every > 0 and step % every == 0
+
+
+def cosine_fall(progress: float, floor: float = 0.1, cycles: float = 1.0) -> float:
+    """Half a cosine from 1 down to `floor` in each cycle: floor + (1 - floor) / 2 (1 + cos(pi phase)).
+
+    The end of the run is the end of a cycle, not the beginning of a new one.
+    """
+    phase = cycles * progress % 1.0
+    if phase == 0.0 and progress >= 1.0:
+        phase = 1.0
+    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * phase))
+
+
+def rise_and_fall(progress: float, rise_until: float, fall_from: float) -> float:
+    """Linear from 0.1 to 1 until `rise_until`, 1 until `fall_from`, then half a cosine back to 0.1."""
+    if progress < rise_until:
+        return 0.1 + 0.9 * progress / rise_until
+    share_of_fall = max(0.0, progress - fall_from) / (1 - fall_from)
+    return cosine_fall(share_of_fall)
+
+
+def warmdown(cfg: Config, progress: float, steps_left: float) -> float:
+    """The official schedule: 1, then linear over the last WARMDOWN_ITERS steps, or a share of the run."""
+    if cfg.warmdown_frac:
+        share = (1 - progress) / cfg.warmdown_frac
+    elif cfg.warmdown_iters:
+        share = steps_left / cfg.warmdown_iters
+    else:
+        share = 1.0
     return cfg.lr_floor + (1 - cfg.lr_floor) * min(1.0, share)
 
 
-def cosine(p: float, floor: float = 0.1, cycles: float = 1.0) -> float:
-    """From 1 down to `floor` in each cycle; the end of the run is the end of a cycle, not a new one."""
-    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * (cycles * p % 1.0 or float(p >= 1.0))))
+@hook("schedule", knob="tidal_lr")
+def tidal(cfg: Config, progress: float, steps_left: float) -> float:
+    """Rise until TIDAL_WARMUP, then fall, with nothing flat between (PR #1434)."""
+    return rise_and_fall(progress, cfg.tidal_warmup, cfg.tidal_warmup)
 
 
-def tide(p: float, rise: float, fall: float) -> float:
-    """Linear 0.1 -> 1 until p = rise, 1 until p = fall, cosine back to 0.1."""
-    return 0.1 + 0.9 * p / rise if p < rise else cosine(max(0.0, p - fall) / (1 - fall))
+@hook("schedule", knob="cosine_lr")
+def cosine(cfg: Config, progress: float, steps_left: float) -> float:
+    """Cosine, in one or several cycles (Loshchilov and Hutter, arXiv 1608.03983; PR #1434)."""
+    floor = GOLDEN_FLOOR if cfg.golden_lr else 0.1
+    return cosine_fall(progress, floor, cfg.cosine_cycles)
 
 
-def whale(p: float) -> float:
-    """Three dives, each a steep rise and a long cosine fall; the last tenth fades out; at least 0.05."""
-    u, peak = 3 * p % 1.0, 0.95 * (1 - 0.3 * p)
-    dive = 0.05 + (peak * u / 0.1 if u < 0.1 else 0.5 * peak * (1 + math.cos(math.pi * (u - 0.1) / 0.9)))
-    return max(0.05, dive * min(1.0, (1 - p) / 0.1))
+def lr_scale_at(cfg: Config, progress: float, steps_left: float) -> float:
+    """The number that every learning rate is multiplied by, from the one curve that is on."""
+    curves = active(cfg, "schedule")
+    curve = curves[0] if curves else warmdown
+    return curve(cfg, progress, steps_left)
+
+
+def muon_momentum_at(cfg: Config, step: int) -> float:
+    """Muon's momentum: linear in steps from its start to its value, as in the official script."""
+    share = 1.0
+    if cfg.muon_momentum_warmup_steps:
+        share = min(1.0, step / cfg.muon_momentum_warmup_steps)
+    start = cfg.muon_momentum_warmup_start
+    return start + share * (cfg.muon_momentum - start)
+
+
+class DepthPhase(NamedTuple):
+    """A stretch of the run that trains one depth, and with that one compiled graph."""
+
+    until: float  # progress at which it ends
+    depth: int | None  # effective layers that train, from the first; None = all
+
+
+def phases(cfg: Config) -> list[DepthPhase]:
+    """The depths that the run trains in turn; the last is the one that is scored."""
+    if cfg.progressive_grow and cfg.num_repeats == 1:
+        return growing_phases(cfg)
+    listed = [DepthPhase(until, repeats * cfg.num_layers) for until, repeats in cfg.depth_phases]
+    return listed or [DepthPhase(1.0, None)]
+
+
+def growing_phases(cfg: Config) -> list[DepthPhase]:
+    """PROGRESSIVE_GROW: from max(3, 0.3 L) layers evenly to L, one more at a time, all by progress 0.9."""
+    shallowest = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
+    depths = range(shallowest, cfg.num_layers + 1)
+    growths = max(len(depths) - 1, 1)
+    return [DepthPhase(0.9 * number / growths, depth) for number, depth in enumerate(depths, 1)]
+
+
+def depth_at(cfg: Config, progress: float) -> int | None:
+    """Effective layers that train at this progress; None = all."""
+    run_phases = phases(cfg)
+    for phase in run_phases:
+        if progress < phase.until:
+            return phase.depth
+    return run_phases[-1].depth
+
+
+def draw_seed(*key) -> int:
+    """A seed below 2^24 (exact in float32) for anything random; the same key gives the same on every rank."""
+    text = "/".join(map(str, key))
+    return zlib.crc32(text.encode()) % 2**24
+
+
+def kept_layers(cfg: Config, step: int) -> tuple[bool, ...]:
+    """LAYER_DROP: whether each effective layer runs in a step; the first of each U-Net half always does."""
+    generator = random.Random(draw_seed(cfg.seed, "layers", step))
+    always_kept = (0, cfg.encoders)
+    kept = []
+    for layer in range(cfg.depth):
+        kept.append(layer in always_kept or generator.random() >= cfg.layer_drop)
+    return tuple(kept)
+
+
+class Dials(NamedTuple):
+    """What compiled code sees of a step: views of the tensor that `StepPlan.dials` makes.
+
+    A NamedTuple, since torch.compile follows those from torch 2.5 on. A Python number in place of the
+    tensor would compile the graph again at each step.
+    """
+
+    noise: Tensor  # scalar: seed of the step's draws
+    progress: Tensor  # scalar
+    layers: Tensor  # [effective layers]: 1 runs, 0 is dropped
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Dials:
+        """Name the parts of StepPlan.dials' tensor."""
+        return cls(tensor[0], tensor[1], tensor[2:])
 
 
 @dataclass(frozen=True)
-class StepPlan:  # everything that changes from step to step, decided before it, equal on every rank
-    progress: float
-    lr_scale: float
+class StepPlan:
+    """Everything that changes from step to step, decided before it and equal on every rank."""
+
+    progress: float  # 0 at the start, 1 at the end of the run
+    lr_scale: float  # every learning rate is multiplied by it
     muon_momentum: float
-    step: int = 0  # completed before this one
+    step: int = 0  # steps completed before this one
     depth: int | None = None  # effective layers that train, from the first; None = all
     layers: tuple[bool, ...] = ()  # LAYER_DROP: whether each runs
     noise: int = 0  # seed of the step's draws inside compiled code
@@ -693,66 +833,82 @@ class StepPlan:  # everything that changes from step to step, decided before it,
         return torch.tensor([self.noise, self.progress, *self.layers], dtype=torch.float32).to(device)
 
 
-def draw(*key) -> int:
-    """A seed below 2^24 (exact in float32) for anything random, the same on every rank."""
-    return zlib.crc32("/".join(map(str, key)).encode()) % 2**24
-
-
-def phases(cfg: Config) -> list[tuple[float, int | None]]:
-    """(until this progress, effective layers) of the depths the run trains in turn; each is a graph."""
-    if cfg.progressive_grow and cfg.num_repeats == 1:
-        depths = range(min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers))), cfg.num_layers + 1)
-        return [(0.9 * i / max(len(depths) - 1, 1), depth) for i, depth in enumerate(depths, 1)]  # all by 0.9
-    return [(until, repeats * cfg.num_layers) for until, repeats in cfg.depth_phases] or [(1.0, None)]
-
-
-def kept_layers(cfg: Config, step: int) -> tuple[bool, ...]:
-    """LAYER_DROP: whether each layer runs this step; the first encoder and the first decoder always do."""
-    rng, always = random.Random(draw(cfg.seed, "layers", step)), (0, cfg.encoders)
-    return tuple(i in always or rng.random() >= cfg.layer_drop for i in range(cfg.depth))
-
-
 def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> StepPlan:
-    """elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown."""
-    p = min(1.0, max(step / max(cfg.iterations, 1), elapsed / cfg.cap))  # the further (PR #1434 review, R1)
-    scale = SCHEDULES[cfg.schedule](cfg, p, steps_left(cfg, step, elapsed, step_seconds))
-    start, warm_up = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps  # as officially
-    momentum = start + (min(1.0, step / warm_up) if warm_up else 1.0) * (cfg.muon_momentum - start)
-    depth = next((depth for until, depth in phases(cfg) if p < until), phases(cfg)[-1][1])
-    return StepPlan(p, scale, momentum, step, depth, kept_layers(cfg, step), draw(cfg.seed, "noise", step))
+    """Decide the step after `step` completed ones.
+
+    elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown.
+    """
+    # The further of steps and clock, so that a schedule ends with the run whichever limit ends it; by steps
+    # alone, PR #1434 stopped at 8 % of its curve.
+    progress = min(1.0, max(step / max(cfg.iterations, 1), elapsed / cfg.cap))
+    steps_left = predict_steps_left(cfg, step, elapsed, step_seconds)
+    return StepPlan(
+        progress=progress,
+        lr_scale=lr_scale_at(cfg, progress, steps_left),
+        muon_momentum=muon_momentum_at(cfg, step),
+        step=step,
+        depth=depth_at(cfg, progress),
+        layers=kept_layers(cfg, step),
+        noise=draw_seed(cfg.seed, "noise", step),
+    )
 
 
-class Clock:  # rank 0's training seconds; on CUDA at most two steps late, and the device never waits for it
+class Clock:
+    """Rank 0's training seconds, pauses left out.
+
+    On CUDA its reading is at most two steps late, and in return the device never waits for it: each tick
+    waits for the event that was recorded two ticks before.
+    """
+
     def __init__(self, runtime: Runtime, step_seconds: float = 0.0):
-        self.runtime, self.total, self.started, self.last = runtime, 0.0, 0.0, None
-        self.recent, self.pending = deque([step_seconds] if step_seconds else [], maxlen=15), deque()
-        self.asked = False  # by a signal, on any rank, to stop
+        """step_seconds: the pace that a warm-up measured, 0 if unknown."""
+        self.runtime = runtime
+        self.total = 0.0  # seconds before the latest start
+        self.started = 0.0  # time.perf_counter() then
+        self.previous_tick: float | None = None  # the last reading that a step can be measured from
+        self.recent_steps: deque[float] = deque(maxlen=PACE_STEPS)  # their seconds
+        if step_seconds:
+            self.recent_steps.append(step_seconds)
+        self.pending_events: deque[torch.cuda.Event] = deque()  # of steps that the device may not have done
+        self.stop_requested = False  # by a signal, on any rank
 
     def start(self) -> None:
+        """Begin, or go on, once the device has done what it was given."""
         self.runtime.synchronize()
-        self.started, self.last = time.perf_counter(), None
+        self.started = time.perf_counter()
+        self.previous_tick = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Stand still while something other than training runs."""
         self.runtime.synchronize()
         self.total = self.seconds()
-        self.pending.clear()
+        self.pending_events.clear()
         yield
         self.start()
 
     def tick(self) -> float:
         """Seconds trained by rank 0's clock, the same on every rank; call once before each step."""
-        paced = not self.runtime.is_cuda or len(self.pending) == 2  # a host that runs ahead measures nothing
-        if self.runtime.is_cuda:
-            self.pending.append(torch.cuda.Event())
-            self.pending[-1].record()
-        if len(self.pending) > 2:
-            self.pending.popleft().synchronize()
-        mine = self.seconds() if self.runtime.rank == 0 else 0.0, bool(self.runtime.stopping)
-        now, self.asked = self.runtime.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-        if self.last is not None and paced:
-            self.recent.append(now - self.last)
-        self.last = now if paced else None
+        is_cuda = self.runtime.is_cuda
+        # A host that runs ahead of its device measures nothing, so a step counts only while two are pending.
+        is_paced = not is_cuda or len(self.pending_events) == 2
+        if is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self.pending_events.append(event)
+        if len(self.pending_events) > 2:
+            self.pending_events.popleft().synchronize()
+
+        reading = self.seconds() if self.runtime.rank == 0 else 0.0
+        is_stopping = bool(self.runtime.stop_signal)
+        # The sum over ranks is rank 0's reading, and how many ranks have had a signal.
+        totals = self.runtime.sum(torch.tensor([reading, is_stopping], dtype=torch.float64))
+        now, stopping_ranks = totals.tolist()
+        self.stop_requested = stopping_ranks > 0
+
+        if self.previous_tick is not None and is_paced:
+            self.recent_steps.append(now - self.previous_tick)
+        self.previous_tick = now if is_paced else None
         return now
 
     def seconds(self) -> float:
@@ -760,188 +916,374 @@ class Clock:  # rank 0's training seconds; on CUDA at most two steps late, and t
         return self.total + time.perf_counter() - self.started
 
     def step_seconds(self) -> float:
-        """Median of recent steps: one slow step (a compile, a hiccup) does not bend the schedule."""
-        return median_low(self.recent) if self.recent else 0.0
+        """Median of the recent steps' seconds, 0 if there are none: one slow step does not bend it."""
+        return median_low(self.recent_steps) if self.recent_steps else 0.0
 
 
+# ----------------------------------------------------------------------------------------------------------
 # 4. DATA: official shards -> the same global batches at any world size
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+#
+# In: a folder of token shards. `TokenStream` reads those of one split as one long sequence; `batches` cuts it
+# into windows of TRAIN_SEQ_LEN targets and gives each rank its part of every step's; `prefetch` makes the
+# next batch on a thread. The windows of a step depend on the seed and the step alone, so that a resumed run,
+# or one on other ranks, reads the same text. The validation split (section 5) is a TokenStream too.
+# ----------------------------------------------------------------------------------------------------------
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_INTS = 256  # int32: magic, version, count of tokens, zeros
+SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-mapped uint16 tokens [count] of an official shard; RunError on anything but a whole one."""
+    """Memory-map the uint16 tokens [count] of an official shard.
+
+    RunError (2) on a file that is not one, or is not as long as its header says.
+    """
     try:
-        size, head = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
-    require(len(head) == 256, f"{path} is no token shard: {size} bytes do not hold a header; fetch it again")
-    magic, version, count = head[:3]
-    require(magic == SHARD_MAGIC, f"{path} is no token shard: magic {magic}, not {SHARD_MAGIC}")
-    require(version == SHARD_VERSION, f"{path} has shard version {version}; this reads {SHARD_VERSION}")
+    if len(header) != SHARD_HEADER_INTS:
+        raise RunError(f"{path} is no token shard: {size} bytes do not hold a header; fetch it again")
+    magic, version, count = header[:3]
+    if magic != SHARD_MAGIC:
+        raise RunError(f"{path} is no token shard: magic {magic}, not {SHARD_MAGIC}")
+    if version != SHARD_VERSION:
+        raise RunError(f"{path} has shard version {version}; this reads {SHARD_VERSION}")
     expected = SHARD_HEADER_BYTES + 2 * int(count)
-    require(size == expected, f"{path} is damaged: {size} bytes, its header says {expected}; fetch it again")
-    require(count > 0, f"{path} holds no tokens")
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES))  # slices faster
+    if size != expected:
+        raise RunError(f"{path} is damaged: {size} bytes, its header says {expected}; fetch it again")
+    if count <= 0:
+        raise RunError(f"{path} holds no tokens")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+    return np.asarray(tokens)  # a plain array over the same map: its slices are made faster
 
 
-class TokenStream:  # the shards of one split as one sequence of tokens
+class TokenStream:
+    """The shards of one split as one sequence of tokens, read from the disk as they are needed."""
+
     def __init__(self, folder: str, split: str, vocab_size: int):
+        """RunError (2) if the folder has no shards of that split, or those of two datasets."""
         self.paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
-        make = "make some with `python data/pydocs.py` or `python data/fineweb.py`, or set DATA_PATH"
-        require(bool(self.paths), f"no *_{split}_*.bin in DATA_PATH={folder}; {make}")
-        kinds = {path.name.partition(f"_{split}_")[0] for path in self.paths}
-        require(len(kinds) == 1, f"DATA_PATH={folder} mixes datasets {sorted(kinds)}; keep one a folder")
+        if not self.paths:
+            raise RunError(
+                f"no *_{split}_*.bin in DATA_PATH={folder}; "
+                "make some with `python data/pydocs.py` or `python data/fineweb.py`, or set DATA_PATH"
+            )
+        datasets = {path.name.partition(f"_{split}_")[0] for path in self.paths}
+        if len(datasets) != 1:
+            raise RunError(f"DATA_PATH={folder} mixes datasets {sorted(datasets)}; keep one a folder")
         self.shards = [open_shard(path) for path in self.paths]
-        self.vocab_size, self.bounds = vocab_size, np.cumsum([0, *map(len, self.shards)])
+        self.vocab_size = vocab_size
+        self.bounds = np.cumsum([0, *map(len, self.shards)])  # where each shard begins; then the total
 
     def __len__(self) -> int:
+        """Count of tokens."""
         return int(self.bounds[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), uint16; RunError if one is outside the vocabulary."""
-        first, stop = np.searchsorted(self.bounds, (start, start + count - 1), side="right") - (1, 0)
-        parts, here = [], slice(first, stop)
-        for path, shard, begin in zip(self.paths[here], self.shards[here], self.bounds[here], strict=True):
-            parts.append(shard[max(0, start - begin) : start + count - begin])
-            wrong = f"{path} holds token {parts[-1].max()}, beyond VOCAB_SIZE={self.vocab_size}"
-            require(int(parts[-1].max()) < self.vocab_size, f"{wrong}: made with another tokenizer?")
-        return np.concatenate(parts)
+        """Tokens [start, start + count), uint16; RunError (2) if one is outside the vocabulary."""
+        end = start + count
+        first_shard = np.searchsorted(self.bounds, start, side="right") - 1
+        end_shard = np.searchsorted(self.bounds, end - 1, side="right")
+        pieces = []
+        for index in range(first_shard, end_shard):
+            begin = self.bounds[index]
+            piece = self.shards[index][max(0, start - begin) : end - begin]
+            highest = int(piece.max())
+            if highest >= self.vocab_size:
+                raise RunError(
+                    f"{self.paths[index]} holds token {highest}, beyond VOCAB_SIZE={self.vocab_size}: "
+                    "made with another tokenizer?"
+                )
+            pieces.append(piece)
+        return np.concatenate(pieces)
 
-    def windows(self, length: int) -> int:
-        """How many training windows of `length` targets it holds; RunError if none."""
-        require(len(self) > length, f"the shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more")
+    def count_windows(self, length: int) -> int:
+        """How many training windows of `length` targets it holds; RunError (2) if none."""
+        if len(self) <= length:
+            raise RunError(f"the shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more")
         return (len(self) - 1) // length
 
     def epoch(self, cfg: Config, step: int) -> int:
         """Which pass over the training windows a step starts in, from 1."""
-        return cfg.sequences * max(step, 0) // self.windows(cfg.train_seq_len) + 1
+        windows_before = cfg.sequences * max(step, 0)
+        return windows_before // self.count_windows(cfg.train_seq_len) + 1
 
 
-def window_order(cfg: Config, windows: int, step: int) -> np.ndarray:
-    """Indices [sequences] of the training windows of one step: a pure function of (seed, step)."""
-    epochs, places = np.divmod(np.arange(step * cfg.sequences, (step + 1) * cfg.sequences), windows)
+def window_order(cfg: Config, window_count: int, step: int) -> np.ndarray:
+    """Indices [cfg.sequences] of the training windows of one step: a pure function of seed and step."""
+    first = step * cfg.sequences
+    epochs, indices = np.divmod(np.arange(first, first + cfg.sequences), window_count)
     if not cfg.data_shuffle:
-        return places
-    return np.array([epoch_order(cfg.seed, int(e), windows)[p] for e, p in zip(epochs, places, strict=True)])
+        return indices
+    order = []
+    for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True):
+        order.append(epoch_order(cfg.seed, epoch, window_count)[index])
+    return np.array(order)
 
 
-@lru_cache(maxsize=2)  # 80 shards have 7.8 M windows: 0.8 s to permute, too long for every step
-def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(windows)
+# 80 shards have 7.8 M windows, which take 0.8 s to permute: too long for every step. A step meets two epochs.
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, window_count: int) -> np.ndarray:
+    """The order [window_count] in which DATA_SHUFFLE visits the windows in one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(window_count)
 
 
-def batches(cfg: Config, stream: TokenStream, runtime: Runtime, first=0) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's (inputs, targets) from a step on, [sequences here, T] int64; windows share a token."""
-    length, windows = cfg.train_seq_len, stream.windows(cfg.train_seq_len)
-    for step in itertools.count(first):
-        order = window_order(cfg, windows, step)[list(runtime.share(cfg.sequences))]
-        rows = [stream.read(window * length, length + 1) for window in order.tolist()]
+def batches(
+    cfg: Config, stream: TokenStream, runtime: Runtime, first_step: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's (input ids, target ids) of each step from `first_step` on, without end.
+
+    Both are int64 [the rank's sequences, T]; targets are the inputs one token on, so that neighbouring
+    windows share a token.
+    """
+    length = cfg.train_seq_len
+    window_count = stream.count_windows(length)
+    for step in itertools.count(first_step):
+        step_windows = window_order(cfg, window_count, step)
+        rank_windows = step_windows[list(runtime.share(cfg.sequences))]
+        rows = [stream.read(window * length, length + 1) for window in rank_windows.tolist()]
         block = torch.from_numpy(np.array(rows, np.int64).reshape(-1, length + 1))
-        pair = block[:, :-1], block[:, 1:]  # a GPU waits for the copy unless it is contiguous and pinned
-        yield tuple(part.contiguous().pin_memory() for part in pair) if runtime.is_cuda else pair
+        input_ids = block[:, :-1]
+        target_ids = block[:, 1:]
+        if runtime.is_cuda:  # which waits for the copy unless its source is contiguous and pinned
+            input_ids = input_ids.contiguous().pin_memory()
+            target_ids = target_ids.contiguous().pin_memory()
+        yield input_ids, target_ids
 
 
 def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
-    """The same endless items, each made on a thread while the one before is used; errors are raised here."""
-    with ThreadPoolExecutor(1, initializer=runtime.claim_device) as pool:  # closing the generator ends it
+    """Yield the same endless items, each made on a thread while the one before is used.
+
+    An error that making an item raised is raised here. Closing the generator ends the thread.
+    """
+    with ThreadPoolExecutor(1, initializer=runtime.claim_device) as pool:
         ahead = pool.submit(next, items)
         while True:
-            item, ahead = ahead.result(), pool.submit(next, items)
+            item = ahead.result()
+            ahead = pool.submit(next, items)
             yield item
 
 
+# ----------------------------------------------------------------------------------------------------------
 # 5. BYTES: the denominator of bits per byte, checked against decoded text
-MARK = "\u2581"  # SentencePiece's space
+#
+# In: a SentencePiece tokenizer and the validation shards. `ByteTable` counts the bytes of text that each
+# token adds; `decoded_bytes` counts those of the text that the tokens decode to. `load_validation` demands
+# that both agree, to the byte, before anything is trained, and gives the Validation that section 9 scores.
+# ----------------------------------------------------------------------------------------------------------
+SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+DECODE_BATCH = 1000  # documents decoded at a time
+REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no UTF-8, three bytes itself
 
 
-class ByteTable:  # by token id: bytes of its own, whether a space mark starts it, whether it is a boundary
+class ByteTable:
+    """What each token of a vocabulary adds to the text, as arrays [V] by token id."""
+
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
-        ids, is_byte = range(tokenizer.vocab_size()), tokenizer.is_byte
-        kinds = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-        self.boundary = np.array([any(kind(i) for kind in kinds) for i in ids])
-        pieces = ["" if self.boundary[i] else "?" if is_byte(i) else tokenizer.id_to_piece(i) for i in ids]
-        self.space = np.array([p.startswith(MARK) for p in pieces])  # marks inside a piece are plain spaces
-        self.own = np.array([len(p.removeprefix(MARK).replace(MARK, " ").encode()) for p in pieces], np.int16)
-        self.mark_bytes = [i for b in MARK.encode() if is_byte(i := tokenizer.piece_to_id(f"<0x{b:02X}>"))]
+        pieces = []
+        is_boundary = []
+        for token in range(tokenizer.vocab_size()):
+            prints_nothing = (
+                tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token)
+            )
+            if prints_nothing:
+                piece = ""
+            elif tokenizer.is_byte(token):
+                piece = "?"  # any one byte
+            else:
+                piece = tokenizer.id_to_piece(token)
+            is_boundary.append(prints_nothing)
+            pieces.append(piece)
+        self.is_boundary = np.array(is_boundary)
+        self.starts_with_space = np.array([piece.startswith(SPACE_MARK) for piece in pieces])
+        # Bytes without a leading space mark, which counts by what stands before it; marks inside a piece
+        # are plain spaces.
+        sizes = [len(piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for piece in pieces]
+        self.piece_bytes = np.array(sizes, np.int16)
+        # The byte tokens that spell the mark, where the vocabulary has no piece for it.
+        self.mark_tokens = []
+        for byte in SPACE_MARK.encode():
+            token = tokenizer.piece_to_id(byte_piece(byte))
+            if tokenizer.is_byte(token):
+                self.mark_tokens.append(token)
 
-    def weigh(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes [N] that each token adds: a space mark counts 1 unless it follows a boundary or the start."""
-        begins = np.concatenate(([True], self.boundary[tokens[:-1]]))
-        weights = self.own[tokens] + (self.space[tokens] & ~begins).astype(np.int16)
-        if len(self.mark_bytes) == 3 and len(tokens) > 2:
-            runs = [tokens[k : len(tokens) - 2 + k] == byte for k, byte in enumerate(self.mark_bytes)]
-            at = np.flatnonzero(np.logical_and.reduce(runs))
-            weights[at] = weights[at + 1] = 0  # one space; as 3 bytes: a fifth too good (parameter-golf #897)
-        return weights
+    def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes [N], int16, that each of the tokens [N] adds to the text.
+
+        A leading space mark counts 1 unless it follows a boundary or the start, where decoding drops it.
+        """
+        follows_boundary = np.concatenate(([True], self.is_boundary[tokens[:-1]]))
+        adds_space = self.starts_with_space[tokens] & ~follows_boundary
+        counts = self.piece_bytes[tokens] + adds_space.astype(np.int16)
+        if len(self.mark_tokens) == 3 and len(tokens) > 2:
+            # A mark spelt in three byte tokens is one space too. Counting it as three bytes made a published
+            # score a fifth too good (parameter-golf #897).
+            starts = len(tokens) - 2
+            matches = [tokens[at : starts + at] == token for at, token in enumerate(self.mark_tokens)]
+            positions = np.flatnonzero(np.logical_and.reduce(matches))
+            counts[positions] = 0
+            counts[positions + 1] = 0
+        return counts
+
+
+def byte_piece(byte: int) -> str:
+    """SentencePiece's name for the token of one byte."""
+    return f"<0x{byte:02X}>"
 
 
 def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
-    path, where = Path(cfg.tokenizer_path), f"TOKENIZER_PATH={cfg.tokenizer_path}"
-    require(path.is_file(), f"no tokenizer at {where}; it comes with the dataset (see data/README.md)")
+    """Read TOKENIZER_PATH; RunError (2) unless it is a SentencePiece model of VOCAB_SIZE pieces."""
+    path = Path(cfg.tokenizer_path)
+    if not path.is_file():
+        raise RunError(
+            f"no tokenizer at TOKENIZER_PATH={cfg.tokenizer_path}; "
+            "it comes with the dataset (see data/README.md)"
+        )
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except Exception as error:  # sentencepiece raises RuntimeError, OSError or its own, by version
-        raise RunError(f"{where} is not a SentencePiece model ({type(error).__name__})") from None
+        raise RunError(
+            f"TOKENIZER_PATH={cfg.tokenizer_path} is not a SentencePiece model ({type(error).__name__})"
+        ) from None
     size = tokenizer.vocab_size()
-    require(size == cfg.vocab_size, f"VOCAB_SIZE={cfg.vocab_size} but {path} has {size} pieces")
+    if size != cfg.vocab_size:
+        raise RunError(f"VOCAB_SIZE={cfg.vocab_size} but {path} has {size} pieces")
     return tokenizer
 
 
-def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int, int]:
-    """(documents, bytes) of the text that `tokens` decode to: the oracle. A leading space adds no byte."""
-    keeps_mark = any(tokenizer.decode([i]).startswith(" ") for i in np.flatnonzero(table.space)[:1].tolist())
-    edges = np.concatenate(([-1], np.flatnonzero(table.boundary[tokens]), [len(tokens)]))
-    spans = [(start + 1, stop) for start, stop in itertools.pairwise(edges.tolist()) if stop > start + 1]
-    bytes_of = {tokenizer.piece_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
-    anchor, total = tokenizer.piece_to_id("<0x61>"), 0  # an 'a' in front keeps decode from dropping a space
-    for at in range(0, len(spans), 1000):
-        documents = [tokens[start:stop].tolist() for start, stop in spans[at : at + 1000]]
-        for ids, text in zip(documents, tokenizer.decode(documents), strict=True):
-            # A U+FFFD may be three bytes of the source or one broken byte token: decode byte tokens apart.
-            broken, raw = "\ufffd" in text and any(map(tokenizer.is_byte, ids)), text.encode()
-            if broken:
-                raw = b"".join(bytes_of.get(i) or tokenizer.decode([anchor, i]).encode()[1:] for i in ids)
-            total += len(raw.replace(MARK.encode(), b" "))
-            total -= bool(table.space[ids[0]]) and (broken or keeps_mark)
-    return len(spans), total
+class TextSize(NamedTuple):
+    """How much text some tokens are."""
+
+    documents: int
+    bytes: int  # of UTF-8
+
+
+def decoded_bytes(
+    tokenizer: sentencepiece.SentencePieceProcessor, table: ByteTable, tokens: np.ndarray
+) -> TextSize:
+    """Measure the text that `tokens` [N] decode to, document by document: the oracle of count_bytes.
+
+    A space at the start of a document adds no byte.
+    """
+    spans = document_spans(table, tokens)
+    keeps_space = decode_keeps_space(tokenizer, table)
+    byte_of_token = {tokenizer.piece_to_id(byte_piece(byte)): bytes([byte]) for byte in range(256)}
+    letter = tokenizer.piece_to_id(byte_piece(ord("a")))
+    total = 0
+    for begin in range(0, len(spans), DECODE_BATCH):
+        documents = [tokens[start:stop].tolist() for start, stop in spans[begin : begin + DECODE_BATCH]]
+        for token_ids, text in zip(documents, tokenizer.decode(documents), strict=True):
+            raw = text.encode()
+            # A replacement character may be three bytes of the source or one broken byte token: then each
+            # token is decoded by itself, after a letter that keeps `decode` from dropping a leading space.
+            is_broken = REPLACEMENT in text and any(map(tokenizer.is_byte, token_ids))
+            if is_broken:
+                parts = []
+                for token in token_ids:
+                    parts.append(byte_of_token.get(token) or tokenizer.decode([letter, token]).encode()[1:])
+                raw = b"".join(parts)
+            total += len(raw.replace(SPACE_MARK.encode(), b" "))
+            if table.starts_with_space[token_ids[0]] and (is_broken or keeps_space):
+                total -= 1
+    return TextSize(len(spans), total)
+
+
+def document_spans(table: ByteTable, tokens: np.ndarray) -> list[tuple[int, int]]:
+    """(start, stop) of every run of tokens between boundaries that is not empty."""
+    boundaries = np.flatnonzero(table.is_boundary[tokens])
+    edges = np.concatenate(([-1], boundaries, [len(tokens)])).tolist()
+    return [(before + 1, after) for before, after in itertools.pairwise(edges) if after > before + 1]
+
+
+def decode_keeps_space(tokenizer: sentencepiece.SentencePieceProcessor, table: ByteTable) -> bool:
+    """Whether `decode` prints the space mark that a text starts with: tokenizers differ in that."""
+    marked_tokens = np.flatnonzero(table.starts_with_space).tolist()
+    return bool(marked_tokens) and tokenizer.decode(marked_tokens[:1]).startswith(" ")
 
 
 @dataclass(frozen=True)
-class Validation:  # the held-out split
+class Validation:
+    """The held-out split, as it is scored: every token but the first is a target."""
+
     tokens: np.ndarray  # [N] uint16
     target_bytes: np.ndarray  # [N - 1] int16, of tokens[1:]
-    documents: int
-    sha256: str
+    documents: int  # 0 where its bytes were not proved
+    sha256: str  # of the tokens
     starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # targets that open a document
-    targets = property(lambda self: len(self.tokens) - 1)
-    bytes = property(lambda self: int(self.target_bytes.sum(dtype=np.int64)))
+
+    @property
+    def targets(self) -> int:
+        """Count of tokens that are scored."""
+        return len(self.tokens) - 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the text of all targets."""
+        return int(self.target_bytes.sum(dtype=np.int64))
 
 
-def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
-    """Read the validation shards. prove: RunError unless the pieces' bytes equal the decoded text's."""
-    where, stream = cfg.data_path, TokenStream(cfg.data_path, "val", cfg.vocab_size)
-    table, tokens = ByteTable(tokenizer), stream.read(0, len(stream))
-    require(len(tokens) > 1, f"the validation shards in {where} hold fewer than two tokens")
-    weights = table.weigh(tokens)
-    starts = 1 + np.flatnonzero(table.boundary[tokens[1:-1]])  # the token read there is a boundary
-    data = Validation(tokens, weights[1:], 0, hashlib.sha256(tokens.tobytes()).hexdigest(), starts)
+def load_validation(
+    cfg: Config, tokenizer: sentencepiece.SentencePieceProcessor, prove: bool = True
+) -> Validation:
+    """Read the validation shards and count their bytes.
+
+    prove: RunError (2) unless the pieces' bytes equal the decoded text's; one rank's proof is enough.
+    """
+    stream = TokenStream(cfg.data_path, "val", cfg.vocab_size)
+    table = ByteTable(tokenizer)
+    tokens = stream.read(0, len(stream))
+    if len(tokens) < 2:
+        raise RunError(f"the validation shards in {cfg.data_path} hold fewer than two tokens")
+    token_bytes = table.count_bytes(tokens)
+    data = Validation(
+        tokens=tokens,
+        target_bytes=token_bytes[1:],
+        documents=0,
+        sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+        # Target i is read off token i: it opens a document where that is a boundary.
+        starts=1 + np.flatnonzero(table.is_boundary[tokens[1:-1]]),
+    )
     if not prove:
         return data
-    require(data.bytes > 0, f"the validation shards in {where} decode to no text")
+    if data.bytes <= 0:
+        raise RunError(f"the validation shards in {cfg.data_path} decode to no text")
+    decoded = measure_text(cfg, tokenizer, table, data)
+    counted = int(token_bytes.sum(dtype=np.int64))
+    if counted != decoded.bytes:
+        raise RunError(
+            f"wrong byte count: {counted} by pieces, {decoded.bytes} by decoding the validation text; "
+            f"does {cfg.tokenizer_path} belong to {cfg.data_path}?"
+        )
+    return replace(data, documents=decoded.documents)
+
+
+def measure_text(
+    cfg: Config, tokenizer: sentencepiece.SentencePieceProcessor, table: ByteTable, data: Validation
+) -> TextSize:
+    """`decoded_bytes` of the validation text, kept beside the shards by hash of tokens and tokenizer."""
     key = data.sha256 + hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
-    cache, documents = Path(where) / f".bytes-{key[:16]}.json", 0
-    with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: count again
+    cache = Path(cfg.data_path) / f".bytes-{key[:16]}.json"
+    cached = read_text_size(cache, key)
+    if cached is not None:
+        return cached
+    measured = decoded_bytes(tokenizer, table, data.tokens)
+    content = json.dumps(dict(key=key, documents=measured.documents, bytes=measured.bytes))
+    with suppress(OSError):  # a read-only dataset only costs the count again next time
+        write_atomic(cache, content.encode())
+    return measured
+
+
+def read_text_size(cache: Path, key: str) -> TextSize | None:
+    """What an earlier run measured under this key; None if that is absent, damaged or of other files."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads(cache.read_text())
-        if saved["key"] == key:
-            documents, decoded = int(saved["documents"]), int(saved["bytes"])
-    if not documents:
-        documents, decoded = decoded_bytes(tokenizer, table, tokens)
-        with suppress(OSError):  # a read-only dataset only costs the count again next time
-            write_atomic(cache, json.dumps(dict(key=key, documents=documents, bytes=decoded)).encode())
-    counted = int(weights.sum(dtype=np.int64))
-    wrong = f"wrong byte count: {counted} by pieces, {decoded} by decoding the validation text"
-    require(counted == decoded, f"{wrong}; does {cfg.tokenizer_path} belong to {where}?")
-    return replace(data, documents=documents)
+        size = TextSize(int(saved["documents"]), int(saved["bytes"]))
+        if saved["key"] == key and size.documents > 0:
+            return size
+    return None
 
 
 # 6. MODEL: official names and shapes, so official checkpoints load
@@ -1344,7 +1686,7 @@ def shake(amount: Callable[..., float], cfg: Config, weights: list[Weight], plan
     """Add amount(cfg, step, p) times a matrix's mean magnitude times N(0, 1), the same on every rank."""
     size = amount(cfg, plan.step + 1, plan.progress)
     for name, p in ((w.name, w.param) for w in weights if w.dense and size > 1e-6):
-        generator = torch.Generator(p.device).manual_seed(draw(cfg.seed, plan.step, name))
+        generator = torch.Generator(p.device).manual_seed(draw_seed(cfg.seed, plan.step, name))
         p.add_(torch.randn(p.shape, generator=generator, device=p.device) * (size * p.abs().mean()))
 
 
@@ -1375,13 +1717,15 @@ GRADIENT_EDITS: dict[str, Callable[..., object]] = dict(
 WEIGHT_EDITS: dict[str, Callable[..., object]] = dict(
     controlled_burn=lambda cfg, ws, plan: [
         x.index_fill_(0, x.abs().topk(int(cfg.controlled_burn * len(x)), largest=False).indices, 0)
-        for x in (w.param.view(-1) for w in ws if w.dense and due(plan.step + 1, cfg.burn_interval))
+        for x in (w.param.view(-1) for w in ws if w.dense and is_due(plan.step + 1, cfg.burn_interval))
     ],
     synaptic_scale=lambda cfg, ws, plan: [
         w.param.mul_((w.memory.setdefault("size", size) / size).clamp(0.95, 1.05))
         for w, size in ((w, w.param.norm().clamp_min(1e-12)) for w in ws if w.dense and plan.progress >= 0.05)
     ],
-    weight_perturb=partial(shake, lambda cfg, step, p: cfg.weight_perturb * due(step, cfg.perturb_interval)),
+    weight_perturb=partial(
+        shake, lambda cfg, step, p: cfg.weight_perturb * is_due(step, cfg.perturb_interval)
+    ),
     mutation_decay=partial(shake, lambda cfg, step, p: cfg.mutation_decay * math.exp(-5 * p) * (p >= 0.05)),
     head_prune=head_prune,
 )
@@ -1490,7 +1834,7 @@ class Average:
     def update(self, plan: StepPlan) -> None:
         """After a plan's step. SWA: at full depth and low learning rate, each SWA_EVERY steps."""
         low = plan.depth in (None, self.cfg.depth) and plan.lr_scale < self.cfg.swa_start_frac
-        if self.kind == "ema" or self.kind == "swa" and low and due(plan.step + 1, self.cfg.swa_every):
+        if self.kind == "ema" or self.kind == "swa" and low and is_due(plan.step + 1, self.cfg.swa_every):
             self.add(plan.step + 1)
 
     def load(self, step: int) -> None:
@@ -2197,7 +2541,9 @@ class Training:  # all that changes from step to step, and with that what a chec
         run, average, clock, weights = self.run, vars(self.average), self.clock, self.run.model.state_dict()
         self.check(weights)
         state = {name: average[name] for name in ("total", "weight", "count", "newest")}
-        state |= dict(step=self.step, scales=self.scales, seconds=clock.total, recent=list(clock.recent))
+        state |= dict(
+            step=self.step, scales=self.scales, seconds=clock.total, recent=list(clock.recent_steps)
+        )
         state |= dict(random=run.runtime.gather(torch.get_rng_state()), optimisers=self.optimisers.state())
         if run.checkpoints.folder:
             run.checkpoints.write(state | dict(model=weights), run.log)
@@ -2213,14 +2559,10 @@ class Training:  # all that changes from step to step, and with that what a chec
         average.total = [total.to(run.runtime.device) for total in state["total"]]
         average.weight, average.count, average.newest = map(state.get, ("weight", "count", "newest"))
         self.step, self.scales, clock.total = state["step"], state["scales"], state["seconds"]
-        clock.recent, self.saved = deque(state["recent"], maxlen=clock.recent.maxlen), clock.total
+        clock.recent_steps, self.saved = deque(state["recent"], maxlen=clock.recent_steps.maxlen), clock.total
         self.sound[0] = self.step
         torch.set_rng_state(state["random"][run.runtime.rank % len(state["random"])])
         return plan_step(run.cfg, self.step - 1, clock.total, clock.step_seconds()) if self.step else None
-
-
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
 
 
 def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> Score:
@@ -2241,7 +2583,7 @@ def report_step(run: Run, stream, before: StepPlan | None, plan: StepPlan, loss:
         turn = repeats if cfg.depth_phases else f"progressive_grow: switched to {plan.depth} layers"
         log.line(f"{turn} at step:{step} frac:{plan.progress:.2f}")
         log.event("phase", step=step, depth=plan.depth, progress=plan.progress)
-    if cfg.train_log_every and (step < 10 or due(step + 1, cfg.train_log_every)):
+    if cfg.train_log_every and (step < 10 or is_due(step + 1, cfg.train_log_every)):
         step, value = step + 1, run.runtime.sum(loss).item()
         rest = f"step_avg:{ms / step:.2f}ms lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
         log.line(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{ms:.0f}ms {rest}")
@@ -2263,22 +2605,23 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     for step in itertools.count(now.step):
         elapsed, before, pace = clock.tick(), plan, clock.step_seconds()
         plan = plan_step(cfg, step, elapsed, pace)
-        done = finished(cfg, step, elapsed + len(clock.pending) * pace, pace)  # pending: two steps on a GPU
-        saves = clock.asked or done or 0 < cfg.checkpoint_seconds <= elapsed - now.saved
-        if saves or due(step, cfg.val_loss_every):
+        behind = len(clock.pending_events) * pace  # two steps on a GPU, whose clock reads late
+        done = is_finished(cfg, step, elapsed + behind, pace)
+        saves = clock.stop_requested or done or 0 < cfg.checkpoint_seconds <= elapsed - now.saved
+        if saves or is_due(step, cfg.val_loss_every):
             with clock.paused():
                 if saves:
                     now.save(elapsed)
-                if clock.asked:
+                if clock.stop_requested:
                     raise KeyboardInterrupt
-                if done or due(step, cfg.val_loss_every):
+                if done or is_due(step, cfg.val_loss_every):
                     result.score = validate(run, step, clock.total, None if done else plan.depth)
         if done:
             break
         loss = train_step(run, optimisers, next(loader), plan, limit)
         now.stepped(plan, loss)
         report_step(run, stream, before, plan, loss, 1000 * clock.seconds())
-        if not runtime.is_cuda or due(step + 1, 50):  # a GPU would be waited for
+        if not runtime.is_cuda or is_due(step + 1, 50):  # a GPU would be waited for
             now.check({})
     loader.close()
     runtime.patient = False
@@ -2304,6 +2647,81 @@ def report_end(run: Run, average: Average, result: Trained) -> None:
         log.line(f"averaged {score.text} live {result.score.text}")
         values = dict(live_val_bpb=result.score.bpb, val_loss=score.loss, val_bpb=score.bpb)
         log.event("average", kind=average.kind, count=average.count, **values)
+
+
+# Learning-rate curves of PR #1434 that did not pay, or whose published code did something else. Each is a
+# hook of the point "schedule" (section 3). The effects are those of 120 steps of a 0.6 M parameter model
+# against COSINE_LR=1, three seeds (experiment_log.md, "every idea of PR #1434 against cosine"). ROOT_FIRST
+# and CORAL_LR have a hook of the point "lr_share" besides.
+
+
+@hook("schedule", knob="breathing_lr")
+def breathing(cfg: Config, progress: float, steps_left: float) -> float:
+    """Breathe in, hold and out as 4 : 7 : 8 (PR #1434). Rejected there; inside noise here."""
+    return rise_and_fall(progress, 4 / 19, 11 / 19)
+
+
+@hook("schedule", knob="whale_lr")
+def whale(cfg: Config, progress: float, steps_left: float) -> float:
+    """Three dives, each lower than the one before (PR #1434). Rejected there; much worse than cosine here.
+
+    A dive rises in its first tenth and falls by a cosine; the last tenth of the run fades out; 0.05 is the
+    least.
+    """
+    dive_progress = 3 * progress % 1.0
+    peak = 0.95 * (1 - 0.3 * progress)
+    if dive_progress < 0.1:
+        scale = 0.05 + peak * dive_progress / 0.1
+    else:
+        scale = 0.05 + 0.5 * peak * (1 + math.cos(math.pi * (dive_progress - 0.1) / 0.9))
+    fade_out = min(1.0, (1 - progress) / 0.1)
+    return max(0.05, scale * fade_out)
+
+
+@hook("schedule", knob="circadian_lr")
+def circadian(cfg: Config, progress: float, steps_left: float) -> float:
+    """Days and nights upon the cosine (PR #1434, there by steps: sin(2 pi s / 50) of 400).
+
+    Rejected there; inside noise here.
+    """
+    wave = 0.15 * (1 - progress) * math.sin(16 * math.pi * progress)
+    return max(0.1, cosine_fall(progress) + wave)
+
+
+@hook("schedule", knob="cosmo_lr")
+def cosmo(cfg: Config, progress: float, steps_left: float) -> float:
+    """Inflation, then a slow cooling (PR #1434). Rejected there; worse than cosine here."""
+    if progress < 0.05:
+        return 0.05 + 19 * progress
+    return (1 + 20 * progress) ** -0.5
+
+
+@hook("schedule", knob="punctuated_lr")
+def punctuated(cfg: Config, progress: float, steps_left: float) -> float:
+    """Stasis and three bursts: 0.1 + 0.9 exp(-(p - c)^2 / 0.005), c the nearest of 1/4, 1/2, 3/4.
+
+    PR #1434, whose code is lost. Rejected there; the worst of the curves here.
+    """
+    bursts = [math.exp(-200 * (progress - centre) ** 2) for centre in (1 / 4, 2 / 4, 3 / 4)]
+    return 0.1 + 0.9 * max(bursts)
+
+
+@hook("schedule", knob="root_first")
+def root_first(cfg: Config, progress: float, steps_left: float) -> float:
+    """Root before the shoot: the cosine that the embedding follows from the start, the rest from 0.2 on.
+
+    PR #1434, whose code was the plain cosine. Inside noise here.
+    """
+    return cosine_fall(progress)
+
+
+@hook("schedule", knob="coral_lr")
+def coral(cfg: Config, progress: float, steps_left: float) -> float:
+    """Grow upon a skeleton: the cosine, while the blocks freeze from the first to the last.
+
+    PR #1434, whose code was the plain cosine. Worse than cosine here.
+    """
+    return cosine_fall(progress)
 
 
 # 11. MAIN
@@ -2567,7 +2985,7 @@ def load_inputs(cfg: Config, rank: int, trains: bool) -> tuple:
     parts = {"validation text": data.sha256.encode(), "train_gpt.py": own_source()}
     if trains:
         stream = TokenStream(cfg.data_path, "train", cfg.vocab_size)
-        stream.windows(cfg.train_seq_len)
+        stream.count_windows(cfg.train_seq_len)
         parts["training shards"] = repr([p.name for p in stream.paths] + stream.bounds.tolist()).encode()
     hashes = {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
     return data, stream, cfg.effective() | dict(SEED=cfg.seed) | hashes
