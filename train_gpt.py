@@ -81,7 +81,14 @@ MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
 CLIP_CHOICES = ("official", "max", "gptq_lite", "grid")
 CURVES = "TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST CORAL_LR"
 NO_SCHEDULE = ",".join(f"{name}=0" for name in CURVES.split())
-TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Adam)
+
+
+def sgd_with_momentum(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
+TTT_OPTIMISERS = {"sgd": sgd_with_momentum, "adam": torch.optim.Adam}
+
 NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"  # published switches that are not here: refused unless off
 COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}  # others' too, as in MAX_JOBS
 # Far beyond any use: a typo, or a forged artifact, cannot ask for endless layers or overflow in torch.
@@ -237,7 +244,7 @@ class Config:
     ttt_steps: int = pack_knob(0, "gradient steps on each chunk of the text once it is scored", low=0)
     ttt_lr: float = pack_knob(1e-4, "their learning rate", low=0, needs="TTT_STEPS!=0")
     ttt_chunk_tokens: int = pack_knob(32_768, "targets of a chunk", low=1, needs="TTT_STEPS!=0")
-    ttt_optimizer: str = pack_knob("sgd", "sgd has momentum 0.9", choices=tuple(TTT_KINDS), **TTT)
+    ttt_optimizer: str = pack_knob("sgd", "sgd has momentum 0.9", choices=tuple(TTT_OPTIMISERS), **TTT)
     ttt_lora_rank: int = pack_knob(0, "train B A beside the blocks' matrices; 0 = all weights", low=0, **TTT)
     ttt_reset: bool = pack_knob(False, "each document alone: packed weights, no text before it", **TTT)
     use_hedge: bool = pack_knob(False, "also mix the last score with n-grams of the text read so far")
@@ -1983,290 +1990,755 @@ def predict_size(cfg: Config, model: GPT) -> int:
 
 
 # 9. SCORE: nats of every validation token, once, divided by the bytes of its text
-SHARES = 0.0, 0.05, 0.15, 0.4, 0.7, 0.95  # the Hedge experts: (1 - a) neural + a n-gram; then the gate's a
-DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (experiment_log.md)
+# Most tokens a pass through the model: what fits a CPU's cache, and what fills a GPU.
+CPU_PASS_TOKENS = 16_384
+GPU_PASS_TOKENS = 65_536
 
 
 @dataclass(frozen=True)
 class Score:
-    nats: float
+    """What a model needs for the validation text, or for a part of it. Checkpoints store the fields."""
+
+    nats: float  # of all scored targets, on all ranks
     tokens: int
     bytes: int
     seconds: float
-    each: Tensor | None = None  # [targets]: nats of what this rank scored, 0 elsewhere
-    left: int = 0  # targets that the clock left unscored: the score is a partial one
-    loss = property(lambda self: self.nats / self.tokens)
-    bpb = property(lambda self: self.nats / math.log(2) / self.bytes)  # the only place where nats become bits
-    text = property(lambda self: f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}")
+    target_nats: Tensor | None = None  # [targets]: of what this rank scored, 0 elsewhere
+    unscored: int = 0  # targets that the clock left without a score: then this is a partial one
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of the text. This is the only place where nats become bits."""
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def text(self) -> str:
+        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
 
 
-def windows(targets: int, length: int, stride: int, begin: int = 0) -> list[tuple[int, int, int]]:
-    """(start, first, stop) of windows of at most `length` that score the targets first .. stop-1: each once,
-    from `begin` on. A window ends with what it scores. stride = length: the official ones and their tail."""
-    chunks = [(first, min(first + stride, targets)) for first in range(begin, targets, stride)]
-    return [(max(begin, first + stride - length), first, stop) for first, stop in chunks]
+# The plan: which windows are scored in which turn, on which rank.
 
 
-def eval_shape(cfg: Config, device: torch.device, stride: int, learns=False) -> tuple[int, int, int]:
-    """(windows a pass, their length, targets each scores), the same at any world size; stride 0: official."""
-    tokens = min(cfg.val_batch_size // 8, 16_384 if device.type == "cpu" else 65_536)  # a CPU wants its cache
-    plain = tokens // cfg.train_seq_len, cfg.train_seq_len, cfg.train_seq_len
-    batch, length, width = (cfg.eval_batch_seqs, cfg.eval_length, stride) if stride else plain
-    return max(1, min(batch, cfg.ttt_chunk_tokens // width) if learns else batch), length, width
+class Window(NamedTuple):
+    """Tokens start .. stop-1, which the model reads at once to score the targets first .. stop-1."""
+
+    start: int
+    first: int
+    stop: int
 
 
-def padded(data: Validation, rows: list, shape: tuple[int, int, int], device: torch.device) -> list[Tensor]:
-    """Windows as inputs [batch, length], and targets, their places in the input and whether they are scored,
-    all [batch, width]. Padded on the right: one graph, and no scored place sees the padding."""
-    batch, length, width = shape
-    ids, targets, places, scored = (np.zeros((batch, n), np.int64) for n in (length, width, width, width))
-    for row, (start, first, stop) in enumerate(rows):
-        ids[row, : stop - start] = data.tokens[start:stop]
-        targets[row, : stop - first] = data.tokens[first + 1 : stop + 1]
-        places[row], scored[row, : stop - first] = first - start + np.arange(width), 1
-    return [torch.from_numpy(part).to(device) for part in (ids, targets, places, scored)]
+class Chunk(NamedTuple):
+    """Targets first .. stop-1, which all have their scores and may now be learnt from."""
+
+    first: int
+    stop: int
+    ends_text: bool  # the document, or all text, ends with it, so that nothing can profit from it
 
 
-def passes(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[list]:
-    """What is scored in turn: [this rank's windows, None or the (first, stop, reset) to learn from then]; as
-    many turns on every rank. Only a learner's end with a chunk; reset: where its text, or all text, ends."""
-    batch, length, width = eval_shape(cfg, runtime.device, stride, learns)
-    alone, turns = learns and cfg.ttt_reset, []
-    for begin, end in itertools.pairwise([0, *(data.starts if alone else ()), data.targets]):
-        todo = windows(end, length, width, begin)
-        size = max(1, cfg.ttt_chunk_tokens // width) if learns else len(todo)
-        for part in (todo[at : at + size] for at in range(0, len(todo), size)):
-            mine, most = [part[i] for i in runtime.share(len(part))], -(-len(part) // runtime.world_size)
-            turns += [[mine[at : at + batch], None] for at in range(0, most, batch)]
-            turns[-1][1] = (part[0][1], part[-1][2], part[-1][2] == end) if learns else None
-    return turns
+@dataclass(frozen=True)
+class ScoreTurn:
+    """What a rank does in one turn: score these windows, then learn with all ranks from the chunk, if any."""
+
+    windows: list[Window]
+    chunk: Chunk | None = None
 
 
-def evaluate(cfg, nats_of, data, runtime, stride=0, limit=math.inf, say=None, learn=None) -> Score:
-    """Score the Validation, sharded over ranks: by the official windows, or by ones that slide by `stride`.
-    nats_of: as token_nats. learn(first, stop, reset): called once those targets have their scores. limit:
-    rank 0's seconds, then the score is a partial one. say(seconds): told early what it will take."""
-    began, shape = time.perf_counter(), eval_shape(cfg, runtime.device, stride, learn is not None)
-    totals, each = torch.zeros(3, dtype=torch.float64), torch.zeros(data.targets)  # nats, tokens, bytes
-    turns, cut = passes(cfg, data, runtime, stride, learn is not None), False
-    for turn, (rows, chunk) in enumerate(turns):
-        spent = runtime.main_number(time.perf_counter() - began) if limit < math.inf else 0.0
-        if say and limit < math.inf and turn == max(3, len(turns) // 8):
-            say(spent / turn * len(turns))
-        if cut := turn > 0 and spent * (turn + 1) / turn > limit:
-            break
-        if rows:
-            *given, scored = padded(data, rows, shape, runtime.device)
-            with torch.no_grad():
-                nats = nats_of(*given[: 3 if stride else 2])[scored > 0].cpu().double()
-            here = slice(rows[0][1], rows[-1][2])
-            each[here], size = nats.float(), int(data.target_bytes[here].sum(dtype=np.int64))
-            totals += torch.tensor((nats.sum().item(), len(nats), size), dtype=torch.float64)
-        if chunk:
-            learn(*chunk)
+class PassShape(NamedTuple):
+    """The shape of every pass of one score; with one shape, one graph is compiled."""
+
+    batch: int  # windows
+    length: int  # tokens that each window reads
+    width: int  # targets that each window scores, the last ones of what it reads
+
+
+def pass_shape(cfg: Config, device: torch.device, stride: int, learns: bool = False) -> PassShape:
+    """Choose the shape of a pass, the same at any world size. stride 0 stands for the official windows; a
+    score that learns takes no more windows at once than a chunk of TTT_CHUNK_TOKENS holds."""
+    if stride:
+        batch = cfg.eval_batch_seqs
+        length = cfg.eval_length
+        width = stride
+    else:
+        device_tokens = CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
+        batch = min(cfg.val_batch_size // 8, device_tokens) // cfg.train_seq_len
+        length = cfg.train_seq_len
+        width = cfg.train_seq_len
+    if learns:
+        batch = min(batch, cfg.ttt_chunk_tokens // width)
+    return PassShape(max(1, batch), length, width)
+
+
+def plan_windows(targets: int, length: int, stride: int, begin: int = 0) -> list[Window]:
+    """Cut the targets begin .. targets-1 into windows that score each of them once.
+
+    A window scores `stride` targets, the last of its at most `length` tokens, and reads no token before
+    `begin`. With stride = length they are the official windows and their tail.
+    """
+    planned = []
+    for first in range(begin, targets, stride):
+        start = max(begin, first + stride - length)
+        stop = min(first + stride, targets)
+        planned.append(Window(start, first, stop))
+    return planned
+
+
+def share_windows(windows: list[Window], runtime: Runtime, batch: int) -> list[ScoreTurn]:
+    """Give this rank its contiguous share of the windows, at most `batch` a turn. Every rank has as many
+    turns as the busiest one, so that all meet at the end of each; its last ones may have no window."""
+    rank_windows = [windows[i] for i in runtime.share(len(windows))]
+    busiest = -(-len(windows) // runtime.world_size)
+    return [ScoreTurn(rank_windows[at : at + batch]) for at in range(0, busiest, batch)]
+
+
+def plan_turns(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[ScoreTurn]:
+    """Plan all turns of a score on this rank; every rank has as many.
+
+    A score that learns takes the text chunk by chunk, and the last turn of each chunk names it; with
+    TTT_RESET no chunk and no window crosses the border between two documents.
+    """
+    shape = pass_shape(cfg, runtime.device, stride, learns)
+    edges = [0, data.targets]
+    if learns and cfg.ttt_reset:
+        edges[1:1] = data.starts.tolist()
+    planned = []
+    for begin, end in itertools.pairwise(edges):
+        windows = plan_windows(end, shape.length, shape.width, begin)
+        chunk_size = max(1, cfg.ttt_chunk_tokens // shape.width) if learns else len(windows)
+        for at in range(0, len(windows), chunk_size):
+            chunk_windows = windows[at : at + chunk_size]
+            turns = share_windows(chunk_windows, runtime, shape.batch)
+            if learns:
+                stop = chunk_windows[-1].stop
+                chunk = Chunk(chunk_windows[0].first, stop, ends_text=stop == end)
+                turns[-1] = replace(turns[-1], chunk=chunk)
+            planned += turns
+    return planned
+
+
+# The pass: windows -> nats.
+
+
+class PaddedWindows(NamedTuple):
+    """Windows as tensors of one PassShape."""
+
+    ids: Tensor  # [batch, length] int64: the tokens that are read
+    targets: Tensor  # [batch, width] int64
+    positions: Tensor  # [batch, width] int64: each target's place in its row of ids
+    is_scored: Tensor  # [batch, width] bool: false where there is only padding
+
+
+def pad_windows(
+    data: Validation, windows: list[Window], shape: PassShape, device: torch.device
+) -> PaddedWindows:
+    """Fill windows into tensors of the shape, at most shape.batch of them. All padding is on the right,
+    where causal attention lets no scored position see it."""
+    ids = np.zeros((shape.batch, shape.length), np.int64)
+    targets = np.zeros((shape.batch, shape.width), np.int64)
+    positions = np.zeros((shape.batch, shape.width), np.int64)
+    is_scored = np.zeros((shape.batch, shape.width), np.bool_)
+    for row, window in enumerate(windows):
+        count = window.stop - window.first
+        ids[row, : window.stop - window.start] = data.tokens[window.start : window.stop]
+        targets[row, :count] = data.tokens[window.first + 1 : window.stop + 1]
+        positions[row] = window.first - window.start + np.arange(shape.width)
+        is_scored[row, :count] = True
+    arrays = (ids, targets, positions, is_scored)
+    return PaddedWindows(*[torch.from_numpy(array).to(device) for array in arrays])
+
+
+@torch.no_grad()
+def score_windows(nats_of: Callable[..., Tensor], padded: PaddedWindows, slides: bool) -> Tensor:
+    """Nats of the windows' targets, float64 [scored], on the CPU, in the order of the text."""
+    if slides:
+        nats = nats_of(padded.ids, padded.targets, padded.positions)
+    else:
+        # The official windows score all that they read: the model needs no positions.
+        nats = nats_of(padded.ids, padded.targets)
+    return nats[padded.is_scored].cpu().double()
+
+
+def evaluate(
+    cfg: Config,
+    nats_of: Callable[..., Tensor],
+    data: Validation,
+    runtime: Runtime,
+    stride: int = 0,
+    limit: float = math.inf,
+    announce: Callable[[float], None] | None = None,
+    learn: Callable[[Chunk], None] | None = None,
+) -> Score:
+    """Score the validation text, its windows shared out over the ranks; all ranks call it together.
+
+    nats_of: gives the nats of targets, as token_nats does.
+    stride: 0 for the official windows, else sliding ones move on by so many targets.
+    limit: seconds by rank 0's clock. No turn starts that would pass them: then the score is a partial one.
+    announce(seconds): is told early how long all turns will take, if there is a limit.
+    learn(chunk): is called when all targets of a chunk have their scores.
+    Raises RunError (5) if the nats are not finite.
+    """
+    began = time.perf_counter()
+    learns = learn is not None
+    shape = pass_shape(cfg, runtime.device, stride, learns)
+    turns = plan_turns(cfg, data, runtime, stride, learns)
+    totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens and bytes that this rank has scored
+    target_nats = torch.zeros(data.targets)
+    is_cut = False
+    for done, turn in enumerate(turns):
+        if limit < math.inf:
+            spent = runtime.main_number(time.perf_counter() - began)
+            if announce and done == max(3, len(turns) // 8):
+                announce(spent / done * len(turns))
+            # The first turn always runs: of nothing there is no partial score.
+            is_cut = done > 0 and spent * (done + 1) / done > limit
+            if is_cut:
+                break
+        if turn.windows:
+            padded = pad_windows(data, turn.windows, shape, runtime.device)
+            nats = score_windows(nats_of, padded, stride > 0)
+            scored = slice(turn.windows[0].first, turn.windows[-1].stop)
+            scored_bytes = int(data.target_bytes[scored].sum(dtype=np.int64))
+            target_nats[scored] = nats.float()
+            totals += torch.tensor((nats.sum().item(), len(nats), scored_bytes), dtype=torch.float64)
+        if turn.chunk:
+            learn(turn.chunk)
     nats, tokens, size = runtime.sum(totals).tolist()
-    require(cut or tokens == data.targets, f"a bug: {tokens:.0f} of {data.targets} targets have a score")
-    require(math.isfinite(nats), "diverged: validation loss is not finite; lower learning rates", DIVERGED)
-    return Score(nats, int(tokens), int(size), time.perf_counter() - began, each, int(data.targets - tokens))
+    if tokens != data.targets and not is_cut:
+        raise RunError(f"a bug: {tokens:.0f} of {data.targets} targets have a score")
+    if not math.isfinite(nats):
+        raise RunError("diverged: validation loss is not finite; lower learning rates", DIVERGED)
+    seconds = time.perf_counter() - began
+    return Score(nats, int(tokens), int(size), seconds, target_nats, int(data.targets - tokens))
 
 
 class TestTimeTraining:
-    """Gradient steps on targets whose scores are final (score first: parameter-golf #461, #549), on all the
-    weights or on W + B A of the blocks' matrices (LoRA, whose gradients follow from that of W)."""
+    """Gradient steps on targets whose scores are final (score first: parameter-golf #461, #549).
+
+    They move all weights W or, with TTT_LORA_RANK = r, only low-rank factors of the blocks' matrices, which
+    become W + B A with A [r, in] and B [out, r] (LoRA, arXiv 2106.09685). The model computes with the sum
+    written into W, so the factors' gradients follow from that of W: dA = B^T dW and dB = dW A^T.
+    """
 
     def __init__(self, run: Run):
-        self.run, weights = run, weights_of(run.cfg, run.model)
-        self.params = [w.param for w in weights if w.role == "matrix" or not run.cfg.ttt_lora_rank]
-        self.start = [p.detach().clone() for p in self.params]
+        self.run = run
+        trains_all = not run.cfg.ttt_lora_rank
+        weights = weights_of(run.cfg, run.model)
+        self.params = [weight.param for weight in weights if trains_all or weight.role == "matrix"]
+        self.packed_weights = [param.detach().clone() for param in self.params]
         self.reset()
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Back to the weights that were packed, with a new optimiser."""
-        cfg, rng = self.run.cfg, torch.Generator().manual_seed(self.run.cfg.seed)
-        rank, lora = cfg.ttt_lora_rank, self.params if cfg.ttt_lora_rank else []
-        torch._foreach_copy_(self.params, self.start)
-        a = [(torch.randn(rank, p.size(1), generator=rng) / p.size(1) ** 0.5).to(p.device) for p in lora]
-        self.factors = [(x, torch.zeros(len(p), rank, device=p.device)) for x, p in zip(a, lora, strict=True)]
-        trained = [*itertools.chain(*self.factors)] or self.params
-        self.optimiser = TTT_KINDS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
+        """Go back to the packed weights, with new factors and a new optimiser."""
+        cfg = self.run.cfg
+        torch._foreach_copy_(self.params, self.packed_weights)
+        self.factors = self.new_factors() if cfg.ttt_lora_rank else []  # (A, B) of each parameter, or none
+        trained = list(itertools.chain.from_iterable(self.factors)) or self.params
+        self.optimiser = TTT_OPTIMISERS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
 
-    def learn(self, first: int, stop: int, reset: bool) -> None:
-        """TTT_STEPS steps on the mean nats of targets first .. stop-1, or a reset, as nothing is left."""
-        if reset:
-            return self.reset()
-        cfg, runtime, data = self.run.cfg, self.run.runtime, self.run.data
-        batch, length, _ = shape = eval_shape(cfg, runtime.device, 0, True)
-        rows = windows(stop, length, length, first)
-        mine, depth = [rows[i] for i in runtime.share(len(rows))], phases(cfg)[-1][1]
+    def new_factors(self) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of each matrix: A random by SEED, B zero, so that their product is zero."""
+        rank = self.run.cfg.ttt_lora_rank
+        rng = torch.Generator().manual_seed(self.run.cfg.seed)
+        factors = []
+        for param in self.params:
+            a = torch.randn(rank, param.size(1), generator=rng) / param.size(1) ** 0.5
+            b = torch.zeros(len(param), rank, device=param.device)
+            factors.append((a.to(param.device), b))
+        return factors
+
+    def learn(self, chunk: Chunk) -> None:
+        """Take TTT_STEPS steps on the mean nats of the chunk's targets, or reset where its text ends. All
+        ranks call it together, each with its share of the chunk's windows."""
+        if chunk.ends_text:
+            self.reset()
+            return
+        cfg = self.run.cfg
+        # Steps are taken on the windows that training has, which do not overlap, however it is scored.
+        windows = plan_windows(chunk.stop, cfg.train_seq_len, cfg.train_seq_len, chunk.first)
+        rank_windows = [windows[i] for i in self.run.runtime.share(len(windows))]
         for _ in range(cfg.ttt_steps):
-            for p in self.params:
-                p.grad = torch.zeros_like(p)
-            for at in range(0, len(mine), batch):
-                ids, targets, _, scored = padded(data, mine[at : at + batch], shape, runtime.device)
-                (self.run.nats(ids, targets, depth=depth) * scored).sum().div(stop - first).backward()
-            for p in self.params:
-                runtime.sum(p.grad)
-            for p, (a, b) in zip(self.params, self.factors, strict=False):
-                a.grad, b.grad = b.mT @ p.grad, p.grad @ a.mT
+            self.fill_gradients(rank_windows, chunk.stop - chunk.first)
+            if self.factors:
+                self.fill_factor_gradients()
             self.optimiser.step()
-            for p, start, (a, b) in zip(self.params, self.start, self.factors, strict=False):
-                p.data.copy_(start + b @ a)
+            if self.factors:
+                self.write_products()
+
+    def fill_gradients(self, rank_windows: list[Window], chunk_targets: int) -> None:
+        """Set each parameter's gradient to that of the chunk's mean nats, summed over the ranks."""
+        run = self.run
+        depth = phases(run.cfg)[-1][1]
+        shape = pass_shape(run.cfg, run.runtime.device, 0, learns=True)
+        for param in self.params:
+            param.grad = torch.zeros_like(param)
+        for at in range(0, len(rank_windows), shape.batch):
+            padded = pad_windows(run.data, rank_windows[at : at + shape.batch], shape, run.runtime.device)
+            nats = run.nats(padded.ids, padded.targets, depth=depth)
+            loss = (nats * padded.is_scored).sum().div(chunk_targets)
+            loss.backward()
+        for param in self.params:
+            run.runtime.sum(param.grad)
+
+    def fill_factor_gradients(self) -> None:
+        """dA = B^T dW, dB = dW A^T."""
+        for param, (a, b) in zip(self.params, self.factors, strict=True):
+            a.grad = b.mT @ param.grad
+            b.grad = param.grad @ a.mT
+
+    def write_products(self) -> None:
+        """Put W + B A into the model."""
+        for param, packed, (a, b) in zip(self.params, self.packed_weights, self.factors, strict=True):
+            param.data.copy_(packed + b @ a)
 
 
-def runs(ordered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sorted keys [N]: the number of each one's run of equals, all runs' lengths, where its own begins."""
-    _, number, count = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
-    return number, count, (count.cumsum(0) - count)[number]
+# The Hedge mixer.
+
+EXPERT_SHARES = (
+    0.0,
+    0.05,
+    0.15,
+    0.4,
+    0.7,
+    0.95,
+)  # of the n-gram in the fixed experts; the first is neural alone
+NEURAL_LOG_PRIOR = 2.0  # the neural expert starts with e^2 times the weight of any other (PR #895)
+DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (experiment_log.md)
+SAMPLE_TARGETS = 100_000  # mixed first, to foretell how long all take
+# Counts are kept as bytes: round(11.5 ln(1 + count)) is 8 for one, and 255 for 2^32.
+COUNT_CODE_SCALE = 11.5
+CODE_OF_ONE = 8
+# The gate: a network with so many hidden units, that reads how the n-gram did over so many last tokens, and
+# learns from blocks that grow from the first size to the last.
+GATE_HIDDEN = 32
+GATE_SPANS = (16, 256)
+GATE_FIRST_BLOCK = 32
+GATE_LAST_BLOCK = 4096
+
+
+# Exact counts and sums.
+
+
+class Groups(NamedTuple):
+    """Where equal keys stand among M sorted ones; G groups of equals."""
+
+    numbers: Tensor  # [M] int64: the number of each key's group, from 0
+    sizes: Tensor  # [G] int64
+    begins: Tensor  # [M] int64: where each key's group begins
+
+
+def group_equal(sorted_keys: Tensor) -> Groups:
+    """Find the groups of equals among sorted keys [M]."""
+    _, numbers, sizes = torch.unique_consecutive(sorted_keys, return_inverse=True, return_counts=True)
+    return Groups(numbers, sizes, begins=(sizes.cumsum(0) - sizes)[numbers])
 
 
 def scatter(index: Tensor, values: Tensor) -> Tensor:
-    """out[index] = values, for a permutation."""
+    """Undo a sort: the result has result[index] = values, for a permutation `index` [N]."""
     return torch.empty_like(values).index_copy_(0, index, values)
 
 
-def contexts(tokens: Tensor, vocab: int, highest: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """For each order k: (places i whose k tokens before i can recur, how often they came earlier, how many
-    distinct tokens followed them, how often tokens[i] did), int64. Exact, by one stable sort an order: a
-    gram's rank among its equals is its count, one that ends at i is the next order's context at i + 1."""
-    at = seen = order = torch.arange(len(tokens), device=tokens.device)
-    gram = start = torch.zeros_like(at)
-    for _ in range(highest + 1):
-        keys, by_gram = torch.sort(gram * vocab + tokens[at], stable=True)  # below 2^43: 100 M grams x 65,536
-        number, count, begin = runs(keys)
-        followed = scatter(by_gram, torch.arange(len(at), device=at.device) - begin)
-        new = (followed == 0)[order].long()
-        kinds = new.cumsum(0) - new
-        yield at, seen, scatter(order, kinds - kinds[start]), followed
-        again = scatter(by_gram, (count > 1)[number]) & (at + 1 < len(tokens))
-        kept, index = again.nonzero()[:, 0], again.cumsum(0) - 1
-        at, seen, gram = at[kept] + 1, followed[kept], scatter(by_gram, number)[kept]
-        kept = again[by_gram].nonzero()[:, 0]
-        order, start = index[by_gram[kept]], runs(number[kept])[2]
-        del keys, by_gram, number, count, begin, followed, new, kinds, again, kept, index
+def exact_prefix_sums(x: Tensor) -> tuple[Tensor, float]:
+    """Sums of the first 0 .. N of x [N], as int64 [N + 1], and the scale by which they are too large.
 
-
-def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
-    """(P of each of tokens[1:] by counts of what stands before it, float64 [N], and what its contexts are
-    like, uint8 [2, orders, N]: 11.5 ln(1 + uses) and 11.5 ln(1 + distinct followers)). Interpolated absolute
-    discounting: P_k(w) = (max(n(w) - D, 0) + D t P_(k-1)(w)) / n, P_(k-1) where n = 0, 1 / vocab below."""
-    p = torch.full((len(tokens),), 1 / vocab, dtype=torch.float64, device=tokens.device)
-    codes = torch.zeros(2, highest + 1, len(tokens), dtype=torch.uint8, device=tokens.device)
-    for k, parts in enumerate(contexts(tokens, vocab, highest)):
-        for known in parts[1].nonzero()[:, 0].split(2**22):
-            at, seen, kinds, followed = (part[known] for part in parts)
-            p[at] = ((followed.double() - DISCOUNT).clamp_min_(0) + DISCOUNT * kinds.double() * p[at]) / seen
-            codes[:, k, at] = torch.stack((seen, kinds)).double().log1p().mul(11.5).round().to(torch.uint8)
-        del parts, known, at, seen, kinds, followed  # of 62 M tokens each takes half a GB
-    return p[1:], codes[..., 1:]
-
-
-def fixed_sums(x: Tensor) -> tuple[Tensor, float]:
-    """Sums [N + 1] of the first 0 .. N of x, cut to +-128, and their scale: integers, exact in any order."""
+    The values are cut to +-128 and rounded to integers, whose sums are exact whatever their order; the scale
+    is the largest power of two with which no sum overflows.
+    """
     scale = 2.0 ** (54 - len(x).bit_length())
-    return F.pad((x.double().clamp(-128, 128) * scale).round().long().cumsum(0), (1, 0)), scale
+    sums = (x.double().clamp(-128, 128) * scale).round().long()
+    sums = sums.cumsum(0)
+    return F.pad(sums, (1, 0)), scale
 
 
-def gate(odds: Tensor, codes: Tensor) -> Tensor:
-    """The n-gram's share of each mixture, float32 [N], from a network of 32 hidden units on what is known
-    before the token: the counts of its contexts, and how the n-gram fared of late. It learns from each block
-    once that has its shares. odds: log P(n-gram) - log P(neural) [N] float32; codes: as ngram gives them."""
-    i, (sums, scale) = torch.arange(len(odds), device=odds.device), fixed_sums(odds.clamp(-5, 5))
-    recent = torch.stack([(sums[:-1] - sums[(i - n).clamp(0)]) / scale / i.clamp(1, n) for n in (16, 256)])
-    facts, rng = 4 * codes.size(1) + 2, torch.Generator().manual_seed(0)
-    hidden = torch.randn(32, facts, generator=rng) / facts**0.5
-    params = [hidden, torch.zeros(32), torch.zeros(1, 32), torch.full((1,), -2.0), torch.zeros(1, facts)]
-    params = [p.to(odds.device).requires_grad_() for p in params]
-    optimiser = torch.optim.Adam(params, lr=0.02, betas=(0.9, 0.99))
-    shares, stop, size = torch.empty_like(odds), 0, 32
-    while stop < len(odds):
-        here, stop, size = slice(stop, stop + size), stop + size, min(4096, 2 * size)
-        seen, kinds = codes[..., here]
-        longest = (seen > 0) & ~F.pad(seen[1:] > 0, (0, 0, 0, 1))
-        x = torch.cat((seen / 32, kinds / 32, kinds == 8, longest, recent[:, here])).T
-        z = (F.linear(F.linear(x, *params[:2]).relu(), *params[2:4]) + F.linear(x, params[4]))[:, 0]
-        shares[here] = z.detach().sigmoid()
+class ContextCounts(NamedTuple):
+    """What is counted before each of M positions, whose contexts are the `order` tokens in front of them."""
+
+    order: int
+    positions: Tensor  # [M] int64: all positions whose context can recur, and perhaps more
+    uses: Tensor  # [M] int64: how often the context came earlier
+    followers: Tensor  # [M] int64: how many distinct tokens followed it then
+    matches: Tensor  # [M] int64: how often the token at the position did
+
+
+def context_counts(tokens: Tensor, vocab: int, highest_order: int) -> Iterator[ContextCounts]:
+    """Yield the exact counts for contexts of 0 .. highest_order tokens, by one stable sort an order.
+
+    A gram is a context and the token that follows it. A stable sort brings equal grams together in the order
+    of the text, so that a gram's rank among its equals is the number of earlier ones. A gram that ends at
+    position i is the context of position i + 1 in the next order; if it stands there once only, that context
+    cannot recur, and the position is dropped.
+    tokens: int64 [T], below `vocab`.
+    """
+    positions = torch.arange(len(tokens), device=tokens.device)
+    uses = positions
+    context_numbers = torch.zeros_like(positions)
+    # Row r of the lists sorted by context, then by position, is row by_context[r] of the lists above; its
+    # context begins at row context_begins[r].
+    by_context = positions
+    context_begins = context_numbers
+    for order in range(highest_order + 1):
+        keys = context_numbers * vocab + tokens[positions]  # below 2^43: 100 M contexts x 65,536 tokens
+        keys, by_gram = torch.sort(keys, stable=True)
+        grams = group_equal(keys)
+        del keys
+        matches = scatter(by_gram, torch.arange(len(by_gram), device=tokens.device) - grams.begins)
+        followers = distinct_followers(matches, by_context, context_begins)
+        yield ContextCounts(order, positions, uses, followers, matches)
+        del followers
+        recurs = scatter(by_gram, (grams.sizes > 1)[grams.numbers]) & (positions + 1 < len(tokens))
+        rows = recurs.nonzero()[:, 0]
+        positions = positions[rows] + 1
+        uses = matches[rows]
+        context_numbers = scatter(by_gram, grams.numbers)[rows]
+        new_rows = recurs.cumsum(0) - 1
+        rows = recurs[by_gram].nonzero()[:, 0]
+        by_context = new_rows[by_gram[rows]]
+        context_begins = group_equal(grams.numbers[rows]).begins
+        del by_gram, grams, matches, recurs, rows, new_rows
+
+
+def distinct_followers(matches: Tensor, by_context: Tensor, context_begins: Tensor) -> Tensor:
+    """How many distinct tokens followed each position's context before it, int64 [M]: among its context's
+    earlier positions, those whose token was the first of its kind there."""
+    is_new = (matches == 0)[by_context].long()
+    earlier_new = is_new.cumsum(0) - is_new
+    return scatter(by_context, earlier_new - earlier_new[context_begins])
+
+
+# The n-gram model.
+
+
+def ngram_probabilities(tokens: Tensor, vocab: int, highest_order: int) -> tuple[Tensor, Tensor]:
+    """Predict each of tokens[1:] by counts of what stands before it.
+
+    Returns the probabilities, float64 [N], and codes of the counts of its contexts, uint8 [2, orders, N]: how
+    often each was used, and by how many distinct tokens it was followed.
+    Interpolated absolute discounting, as in Kneser-Ney smoothing, but with plain counts in all orders:
+    P_k(w) = (max(n(w) - D, 0) + D t P_(k-1)(w)) / n for n uses of the context of k tokens, n(w) of them
+    followed by w, t distinct followers. It is P_(k-1) where n = 0, and 1 / vocab below order 0.
+    """
+    probabilities = torch.full((len(tokens),), 1 / vocab, dtype=torch.float64, device=tokens.device)
+    codes = torch.zeros(2, highest_order + 1, len(tokens), dtype=torch.uint8, device=tokens.device)
+    for counts in context_counts(tokens, vocab, highest_order):
+        # In pieces of 4 M, or the terms of the formula would take more than the counts do.
+        for rows in counts.uses.nonzero()[:, 0].split(2**22):
+            positions = counts.positions[rows]
+            uses = counts.uses[rows]
+            followers = counts.followers[rows]
+            discounted = (counts.matches[rows].double() - DISCOUNT).clamp_min_(0)
+            backed_off = DISCOUNT * followers.double() * probabilities[positions]
+            probabilities[positions] = (discounted + backed_off) / uses
+            codes[:, counts.order, positions] = count_codes(torch.stack((uses, followers)))
+        # Before the next order is counted.
+        del counts, rows, positions, uses, followers, discounted, backed_off
+    return probabilities[1:], codes[..., 1:]
+
+
+def count_codes(counts: Tensor) -> Tensor:
+    """Squeeze counts into uint8, by their logarithm."""
+    return counts.double().log1p().mul(COUNT_CODE_SCALE).round().to(torch.uint8)
+
+
+def context_bins(codes: Tensor) -> Tensor:
+    """Number the kind of each token's context, int64 [N]: the longest one that was seen before, how often it
+    was, and by how many distinct tokens it was followed, these two in steps of a factor 2."""
+    longest = (codes[0] > 0).sum(0, keepdim=True).sub_(1).clamp_min_(0)  # [1, N]; no longer one was seen
+    uses = codes[0].gather(0, longest)[0].long() // CODE_OF_ONE
+    followers = codes[1].gather(0, longest)[0].long() // CODE_OF_ONE
+    return (longest[0] * 11 + uses.clamp(max=10)) * 7 + followers.clamp(max=6)
+
+
+# The gate: a share of the n-gram for each token, learnt on the way.
+
+
+class ShareGate:
+    """A network from F facts of each token to the logit of the n-gram's share: 32 hidden units beside a
+    direct linear part. It starts at the share sigmoid(-2) = 0.12 for all."""
+
+    def __init__(self, facts: int, device: torch.device):
+        rng = torch.Generator().manual_seed(0)  # the same gate in every run
+        initial = [
+            torch.randn(GATE_HIDDEN, facts, generator=rng) / facts**0.5,
+            torch.zeros(GATE_HIDDEN),
+            torch.zeros(1, GATE_HIDDEN),
+            torch.full((1,), -2.0),
+            torch.zeros(1, facts),
+        ]
+        self.parameters = [tensor.to(device).requires_grad_() for tensor in initial]
+
+    def logits(self, facts: Tensor) -> Tensor:
+        """[n, F] -> [n]."""
+        hidden_weight, hidden_bias, output_weight, output_bias, direct_weight = self.parameters
+        hidden = F.linear(facts, hidden_weight, hidden_bias).relu()
+        return (F.linear(hidden, output_weight, output_bias) + F.linear(facts, direct_weight))[:, 0]
+
+
+def gate_shares(odds: Tensor, codes: Tensor) -> Tensor:
+    """The n-gram's share in the gate's mixture, float32 [N], from what is known before each token.
+
+    The gate learns from each block once that has its shares, by one step of Adam.
+    odds: log P(n-gram) - log P(neural) of each token, float32 [N]. codes: as ngram_probabilities gives them.
+    """
+    recent = recent_odds(odds)
+    gate = ShareGate(4 * codes.size(1) + len(GATE_SPANS), odds.device)
+    optimiser = torch.optim.Adam(gate.parameters, lr=0.02, betas=(0.9, 0.99))
+    shares = torch.empty_like(odds)
+    begin = 0
+    size = GATE_FIRST_BLOCK
+    while begin < len(odds):
+        block = slice(begin, begin + size)
+        logits = gate.logits(gate_facts(codes[..., block], recent[:, block]))
+        shares[block] = logits.detach().sigmoid()
         optimiser.zero_grad()
-        (-torch.logaddexp(F.logsigmoid(-z), F.logsigmoid(z) + odds[here]).mean()).backward()
+        # The mixture's nats, less the neural model's, which the gate does not change.
+        loss = -torch.logaddexp(F.logsigmoid(-logits), F.logsigmoid(logits) + odds[block]).mean()
+        loss.backward()
         optimiser.step()
+        begin += size
+        size = min(GATE_LAST_BLOCK, 2 * size)
     return shares
 
 
-def hedge(neural: Tensor, other: Tensor, shares: list, bins: Tensor, eta: float, window: int) -> tuple:
-    """Hedge over the mixtures (1 - a) neural + a other, for a in shares (numbers, or [N]): the weight of one
-    at i is exp(eta * its log-likelihood on the earlier tokens of i's bin), the first one's e^2 times that
-    (PR #895's prior). window: only a bin's last so many tokens count. Takes probabilities, float64 [N]; gives
-    (log of the mixture [N], final weights over all bins [K], each expert's log-likelihood [K])."""
-    (keys, order), place = torch.sort(bins, stable=True), torch.arange(len(bins), device=bins.device)
-    (_, count, start), window = runs(keys), window or len(bins)
-    since, stop = start.maximum(place - window), count.cumsum(0)
-    final, totals, prior = [], [], 2.0
-    mixed = norm = torch.full_like(neural, -torch.inf)
-    # Only exact steps go by the order of the bins: the last bit of a log would depend on its place there.
+def recent_odds(odds: Tensor) -> Tensor:
+    """Mean of the odds, cut to +-5, over the last tokens before each, float32 [spans, N]."""
+    sums, scale = exact_prefix_sums(odds.clamp(-5, 5))
+    ends = torch.arange(len(odds), device=odds.device)
+    means = []
+    for span in GATE_SPANS:
+        means.append((sums[:-1] - sums[(ends - span).clamp(0)]) / scale / ends.clamp(1, span))
+    return torch.stack(means)
+
+
+def gate_facts(codes: Tensor, recent: Tensor) -> Tensor:
+    """What the gate reads of each token, float32 [n, F]: of each order the two codes, whether the context had
+    one follower only, and whether it is the longest one that was seen; and the recent odds."""
+    uses, followers = codes
+    was_seen = uses > 0
+    is_longest = was_seen & ~F.pad(was_seen[1:], (0, 0, 0, 1))
+    return torch.cat((uses / 32, followers / 32, followers == CODE_OF_ONE, is_longest, recent)).T
+
+
+# Hedge.
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A mixture that Hedge weighs: (1 - share) neural + share n-gram."""
+
+    name: float | str  # in the logs: its share, or "gate"
+    share: float | Tensor  # of the n-gram; of each token [N] if they differ
+    log_prior: float = 0.0  # log of its weight before it has seen a token
+
+
+@dataclass(frozen=True)
+class WeighedExpert:
+    """How an expert fared."""
+
+    name: float | str
+    log_likelihood: float  # nats, of all tokens
+    weight: float  # after the last token, a mean over all bins
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What Hedge made of its experts."""
+
+    log_probs: Tensor  # [N] float64
+    experts: list[WeighedExpert]
+
+
+def fixed_experts(shares: tuple[float, ...]) -> list[Expert]:
+    """The experts whose share is the same for all tokens."""
+    experts = []
     for share in shares:
-        logs = torch.log(neural + share * (other - neural))
-        sums, scale = fixed_sums(logs[order])
-        weight = prior + eta / scale * scatter(order, sums[:-1] - sums[since]).double()
-        mixed, norm = torch.logaddexp(mixed, weight + logs), torch.logaddexp(norm, weight)
-        final.append(prior + eta / scale * (sums[stop] - sums[stop - count.clamp_max(window)]).double())
-        totals, prior = [*totals, logs.sum().item()], 0.0
-    weights = torch.stack(final).softmax(0) * (count.double() / len(bins))
-    return mixed - norm, weights.sum(1).tolist(), totals
+        log_prior = 0.0 if share else NEURAL_LOG_PRIOR
+        experts.append(Expert(share, share, log_prior))
+    return experts
 
 
-def mix(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[Tensor, list[float], list[float]]:
-    """The Hedge mixture of a neural score (nats [N]) of tokens[1:] with exact n-grams of the tokens so far;
-    returns what `hedge` does. Bins: the longest context seen before, how often, with how many followers."""
-    other, codes = ngram(tokens, cfg.vocab_size, cfg.hedge_order)
-    share = gate((other.log() + nats).float(), codes)
-    longest = (codes[0] > 0).sum(0, keepdim=True).sub_(1).clamp_min_(0)
-    seen, kinds = (code.gather(0, longest)[0].long() // 8 for code in codes)
-    bins = (longest[0] * 11 + seen.clamp(max=10)) * 7 + kinds.clamp(max=6)
-    return hedge((-nats).exp(), other, [*SHARES, share], bins, cfg.hedge_eta, cfg.hedge_window)
+class BinHistory(NamedTuple):
+    """The N tokens sorted by bin, in each of G bins by their order in the text; ranks are places there."""
+
+    order: Tensor  # [N]: the token at each rank
+    since: Tensor  # [N]: the first rank that counts for the token at a rank; the last is the one before it
+    stops: Tensor  # [G]: one past each bin's last rank
+    final_since: Tensor  # [G]: the first rank that counts for the bin's final weights
+    sizes: Tensor  # [G]
 
 
-def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
-    """Mix `base`, whose `each` has all targets, on rank 0. Its time is foretold from a first part; where all
-    the tokens would take longer than `limit` seconds, it mixes as many as fit."""
-    cfg, data, began, each = run.cfg, run.data, time.perf_counter(), base.each.double()
-    whole, device = data.targets, run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
+def sort_by_bin(bins: Tensor, window: int) -> BinHistory:
+    """Find what counts for each token: the last `window` ones of its bin, or all of them if that is 0."""
+    window = window or len(bins)
+    sorted_bins, order = torch.sort(bins, stable=True)
+    groups = group_equal(sorted_bins)
+    ranks = torch.arange(len(bins), device=bins.device)
+    stops = groups.sizes.cumsum(0)
+    final_since = stops - groups.sizes.clamp_max(window)
+    return BinHistory(order, groups.begins.maximum(ranks - window), stops, final_since, groups.sizes)
 
-    def mixed() -> Score:
-        tokens, nats = torch.from_numpy(data.tokens.astype(np.int64)).to(device), each.to(device)
-        sample, count = 100_000, whole
-        if limit < math.inf and sample < whole:
-            mix(cfg, tokens[: sample + 1], nats[:sample])
-            seconds = (time.perf_counter() - began) * whole / sample
-            say(seconds)
-            count = int(0.8 * whole * limit / seconds) if seconds > limit else whole
-        logs, weights, totals = mix(cfg, tokens[: count + 1], nats[:count])
-        each[:count], size = -logs.cpu(), int(data.target_bytes[:count].sum(dtype=np.int64))
-        experts = [Score(-total, count, size, 0.0) for total in totals]
-        for share, score, weight in zip((*SHARES, "gate"), experts, weights, strict=True):
-            saved = f"{score.text} saved:{experts[0].bpb - score.bpb:.4f}"
-            run.log.line(f"hedge_expert ngram_share:{share} {saved} weight:{weight:.4f}")
-        run.log.event("hedge", shares=[*SHARES, "gate"], val_bpb=[e.bpb for e in experts], weights=weights)
-        return Score(each[:count].sum().item(), count, size, time.perf_counter() - began, left=whole - count)
 
-    return replace(run.runtime.main_decides(mixed), each=each)
+def hedge_mixture(
+    neural: Tensor, ngram: Tensor, experts: list[Expert], bins: Tensor, eta: float, window: int
+) -> Mixture:
+    """Mix the experts by Hedge (Freund and Schapire 1997), each bin of tokens for itself.
+
+    An expert's weight at a token is exp(log_prior + eta * its log-likelihood on the earlier tokens of the
+    bin, the last `window` ones or all if that is 0), over the sum of all weights.
+    neural, ngram: probabilities of the tokens, float64 [N]; bins: int64 [N].
+    """
+    history = sort_by_bin(bins, window)
+    log_mixed = torch.full_like(neural, -torch.inf)
+    log_norm = log_mixed
+    final_log_weights = []
+    log_likelihoods = []
+    # Only exact steps go by the order of the bins: the last bit of a log would depend on its rank there, and
+    # with that on later tokens.
+    for expert in experts:
+        logs = torch.log(neural + expert.share * (ngram - neural))
+        sums, scale = exact_prefix_sums(logs[history.order])
+        log_weight = (
+            expert.log_prior + eta / scale * scatter(history.order, sums[:-1] - sums[history.since]).double()
+        )
+        log_mixed = torch.logaddexp(log_mixed, log_weight + logs)
+        log_norm = torch.logaddexp(log_norm, log_weight)
+        final_sums = sums[history.stops] - sums[history.final_since]
+        final_log_weights.append(expert.log_prior + eta / scale * final_sums.double())
+        log_likelihoods.append(logs.sum().item())
+    weights = torch.stack(final_log_weights).softmax(0) * (history.sizes.double() / len(bins))
+    weighed = []
+    for expert, total, weight in zip(experts, log_likelihoods, weights.sum(1).tolist(), strict=True):
+        weighed.append(WeighedExpert(expert.name, total, weight))
+    return Mixture(log_mixed - log_norm, weighed)
+
+
+def mix_with_ngrams(cfg: Config, tokens: Tensor, nats: Tensor) -> Mixture:
+    """Mix a neural score, nats float64 [N] of tokens[1:], with exact n-grams of the tokens so far."""
+    ngram, codes = ngram_probabilities(tokens, cfg.vocab_size, cfg.hedge_order)
+    shares = gate_shares((ngram.log() + nats).float(), codes)
+    bins = context_bins(codes)
+    del codes
+    experts = [*fixed_experts(EXPERT_SHARES), Expert("gate", shares)]
+    return hedge_mixture((-nats).exp(), ngram, experts, bins, cfg.hedge_eta, cfg.hedge_window)
+
+
+# The scorers of a run, each by (run, the score before it or None, seconds that are left, announce).
+# announce(seconds) says how long the score will take, as soon as that is known.
+
+Scorer = Callable[..., Score]
+
+
+def score_roundtrip(
+    run: Run, previous: Score | None, limit: float, announce: Callable[[float], None]
+) -> Score:
+    """Score the packed weights by the official windows."""
+    return run.score(0, limit, announce)
+
+
+def score_sliding(run: Run, previous: Score | None, limit: float, announce: Callable[[float], None]) -> Score:
+    """Score by windows that slide by EVAL_STRIDE."""
+    return run.score(run.cfg.eval_stride, limit, announce)
+
+
+def score_ttt(run: Run, previous: Score | None, limit: float, announce: Callable[[float], None]) -> Score:
+    """Score by the same windows, or the official ones without a stride, and learn from each chunk after it is
+    scored. The weights are the packed ones again in the end."""
+    return run.score(run.cfg.eval_stride, limit, announce, TestTimeTraining(run).learn)
+
+
+def score_hedge(run: Run, previous: Score, limit: float, announce: Callable[[float], None]) -> Score:
+    """Mix the previous score, which has the nats of all targets, with n-grams. Rank 0 does it alone."""
+    began = time.perf_counter()
+    target_nats = previous.target_nats.double()
+    mix = partial(overwrite_with_mixture, run, target_nats, limit, announce, began)
+    # The other ranks receive the sums only: half a GB of nats for 62 M targets is of no use to them.
+    score = run.runtime.main_decides(mix)
+    return replace(score, target_nats=target_nats)
+
+
+def overwrite_with_mixture(
+    run: Run, target_nats: Tensor, limit: float, announce: Callable[[float], None], began: float
+) -> Score:
+    """Replace the neural nats of each target, float64 [targets], by the mixture's, in place to save memory.
+
+    Where all targets would take longer than `limit` seconds after `began`, only the first ones are mixed.
+    Returns the score without its nats.
+    """
+    data = run.data
+    device = run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
+    tokens = torch.from_numpy(data.tokens.astype(np.int64)).to(device)
+    neural_nats = target_nats.to(device)
+    count = data.targets
+    if limit < math.inf and data.targets > SAMPLE_TARGETS:
+        mix_with_ngrams(run.cfg, tokens[: SAMPLE_TARGETS + 1], neural_nats[:SAMPLE_TARGETS])
+        seconds = (time.perf_counter() - began) * data.targets / SAMPLE_TARGETS
+        announce(seconds)
+        if seconds > limit:
+            count = int(0.8 * data.targets * limit / seconds)
+    mixture = mix_with_ngrams(run.cfg, tokens[: count + 1], neural_nats[:count])
+    target_nats[:count] = -mixture.log_probs.cpu()
+    size = int(data.target_bytes[:count].sum(dtype=np.int64))
+    report_experts(run.log, mixture.experts, count, size)
+    seconds = time.perf_counter() - began
+    return Score(target_nats[:count].sum().item(), count, size, seconds, unscored=data.targets - count)
+
+
+def report_experts(log: RunLog, experts: list[WeighedExpert], tokens: int, size: int) -> None:
+    """Log what each expert would score alone on so many tokens and bytes, and its final weight."""
+    scores = [Score(-expert.log_likelihood, tokens, size, 0.0) for expert in experts]
+    for expert, score in zip(experts, scores, strict=True):
+        saved = scores[0].bpb - score.bpb
+        log.line(
+            f"hedge_expert ngram_share:{expert.name} {score.text} "
+            f"saved:{saved:.4f} weight:{expert.weight:.4f}"
+        )
+    log.event(
+        "hedge",
+        shares=[expert.name for expert in experts],
+        val_bpb=[score.bpb for score in scores],
+        weights=[expert.weight for expert in experts],
+    )
+
+
+def scorers(cfg: Config) -> Iterator[tuple[str, Scorer]]:
+    """Yield name and function of each score that is switched on, in the order in which they are made."""
+    yield "roundtrip", score_roundtrip
+    if cfg.eval_stride:
+        yield "sliding", score_sliding
+    if cfg.ttt_steps:
+        yield "ttt", score_ttt
+    if cfg.use_hedge:
+        yield "hedge", score_hedge
 
 
 def score_all(run: Run) -> Iterator[tuple[str, Score]]:
-    """(name, score) of every score that is switched on, within MAX_EVAL_SECONDS: none after a partial one."""
-    cfg, stride, left = run.cfg, run.cfg.eval_stride, run.cfg.max_eval_seconds or math.inf
-    kinds = dict(roundtrip=partial(run.score, 0), sliding=stride and partial(run.score, stride))
-    kinds["ttt"] = cfg.ttt_steps and (lambda *how: run.score(stride, *how, TestTimeTraining(run).learn))
-    kinds["hedge"] = cfg.use_hedge and (lambda *how: score_hedge(run, score, *how))
-    for name in filter(kinds.get, kinds):
-        text = f"{name}: takes about %.0f s, {left:.0f} s are left"
-        made = run.checkpoints.scores.get(name)
-        score = made or kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
-        if not made and name != "hedge" and (cfg.use_hedge or cfg.score_dump):
-            run.runtime.sum(score.each)
-        left -= run.runtime.main_number(score.seconds)  # one clock, or the ranks would part
+    """Yield name and Score of each score that is switched on, all within MAX_EVAL_SECONDS: none after a
+    partial one. What a checkpoint has kept from before is not made again."""
+    seconds_left = run.cfg.max_eval_seconds or math.inf
+    needs_all_targets = run.cfg.use_hedge or run.cfg.score_dump
+    score = None
+    for name, scorer in scorers(run.cfg):
+        stored = run.checkpoints.scores.get(name)
+        if stored:
+            score = stored
+        else:
+            announce = partial(announce_duration, run.log, name, seconds_left)
+            score = scorer(run, score, seconds_left, announce)
+            # Each rank has the nats of its own windows; of the mixer rank 0 has them all.
+            if needs_all_targets and name != "hedge":
+                run.runtime.sum(score.target_nats)
+        # By one clock, or the ranks would part.
+        seconds_left -= run.runtime.main_number(score.seconds)
         yield name, score
-        if score.left:
+        if score.unscored:
             return
+
+
+def announce_duration(log: RunLog, name: str, seconds_left: float, seconds: float) -> None:
+    log.line(f"{name}: takes about {seconds:.0f} s, {seconds_left:.0f} s are left")
 
 
 # 10. TRAIN
@@ -2392,7 +2864,7 @@ def warm_evaluation(run: Run) -> None:
     early = [(0, depth, False) for depth in turns[:-1] if cfg.val_loss_every]
     late = [(n, turns[-1], learns) for learns in (False, cfg.ttt_steps > 0) for n in (0, cfg.eval_stride)]
     for stride, depth, learns in dict.fromkeys([*late, *early]):
-        batch, length, width = eval_shape(cfg, device, stride, learns)
+        batch, length, width = pass_shape(cfg, device, stride, learns)
         blank = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in (length, width, width)]
         with torch.no_grad():
             run.nats(*blank[: 3 if stride else 2], depth=depth)
@@ -2827,17 +3299,21 @@ def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
     shape = dict(sliding=f"window:{cfg.eval_length} stride:{cfg.eval_stride} ")
     for name, score in score_all(run):
         scores[name], ms = score, f"{shape.get(name, '')}eval_time:{1000 * score.seconds:.0f}ms"
-        if score.left:
+        if score.unscored:
             log.line(f"partial_{names[name]} {score.text} tokens:{score.tokens}/{data.targets} {ms}")
         else:
             log.line(f"final_{names[name]} {score.text} {ms}")
             log.line(f"final_{names[name]}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
         values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
-        log.event("score", name=name, **values, seconds=score.seconds, left=score.left)
+        log.event("score", name=name, **values, seconds=score.seconds, left=score.unscored)
         run.checkpoints.add_score(name, score, log)
     if cfg.score_dump and run.runtime.rank == 0:
         dump = dict(position=np.arange(data.targets), target=data.tokens[1:], bytes=data.target_bytes)
-        dump |= {f"{name}_logprob": -score.each.numpy() for name, score in scores.items() if not score.left}
+        dump |= {
+            f"{name}_logprob": -score.target_nats.numpy()
+            for name, score in scores.items()
+            if not score.unscored
+        }
         write_atomic(Path(cfg.score_dump), lambda file: np.savez(file, **dump))
     return scores
 
@@ -2846,7 +3322,7 @@ def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score],
     """The `end` event and the RESULT line, the last of stdout; returns the exit code, by all limits."""
     run.runtime.patient = True  # it is over: from here a signal changes nothing
     cfg, log, score, seconds = run.cfg, run.log, scores["roundtrip"], sum(s.seconds for s in scores.values())
-    cut = "".join(f" and {n} is a part, {s.tokens} tokens, only" for n, s in scores.items() if s.left)
+    cut = "".join(f" and {n} is a part, {s.tokens} tokens, only" for n, s in scores.items() if s.unscored)
     total, late, slow = artifact["total_bytes"], trained.late_graphs, 0 < cfg.max_eval_seconds < seconds
     size = f"code and model take {total} bytes, the limit is {SIZE_LIMIT}"
     clock = f"evaluation took {seconds:.0f} s{cut}, the limit is {cfg.max_eval_seconds:.0f}"
@@ -2862,8 +3338,8 @@ def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score],
     how = dict(status=status, exit_code=code, train_seconds=round(trained.seconds, 3))
     how |= dict(progress=trained.progress, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
     log.event("end", step=trained.step, **how)
-    named = [(f"{'partial_' * (s.left > 0)}{n}", s) for n, s in scores.items()]
-    numbers = {f"val_{k}": None if score.left else round(getattr(score, k), 8) for k in ("loss", "bpb")}
+    named = [(f"{'partial_' * (s.unscored > 0)}{n}", s) for n, s in scores.items()]
+    numbers = {f"val_{k}": None if score.unscored else round(getattr(score, k), 8) for k in ("loss", "bpb")}
     numbers |= {f"{n}_val_{k}": round(getattr(s, k), 8) for n, s in named for k in ("loss", "bpb")}
     before = dict(live=trained.score, prequant=trained.averaged or trained.score)
     numbers |= {f"{name}_val_bpb": round(s.bpb, 8) if s else None for name, s in before.items()}

@@ -80,8 +80,8 @@ PLACES = {
     "roundtrip": (MANY, dies("token_nats", SIGTERM, call=8), {}),
     "before_sliding": (MANY, dies("evaluate", SIGKILL, call=4), {}),
     "sliding": (MANY, dies("evaluate", SIGTERM, call=4), {}),
-    "hedge": (MANY, dies("ngram", SIGTERM), {}),
-    "hedge_kill": (MANY, dies("ngram", SIGKILL), {}),
+    "hedge": (MANY, dies("ngram_probabilities", SIGTERM), {}),
+    "hedge_kill": (MANY, dies("ngram_probabilities", SIGKILL), {}),
     "before_the_result": (MANY, dies("finish", SIGKILL), {}),
     "before_the_end": (MANY, dies("Checkpoints.clear", SIGKILL), {}),
 }
@@ -113,7 +113,7 @@ TWO = {
     "write_of_a_checkpoint": (dies("os.fsync", call=5), EACH_STEP, [-SIGKILL, LOST]),
     "packing": (dies("sealed", SIGKILL), {}, [-SIGKILL, LOST]),
     "sliding_term_both": (dies("evaluate", SIGTERM, call=4), {}, [STOPPED, STOPPED]),
-    "hedge": (dies("ngram", SIGKILL), {}, [-SIGKILL, LOST]),
+    "hedge": (dies("ngram_probabilities", SIGKILL), {}, [-SIGKILL, LOST]),
 }
 
 
@@ -136,7 +136,7 @@ def test_a_chain_of_stops_in_one_run(new, whole):
     assert folder.resume(dies("os.fsync", call=2)) == [-SIGKILL]
     assert folder.resume(in_step(5, SIGINT)) == [STOPPED]
     assert folder.resume(dies("sealed", SIGTERM)) == [STOPPED]
-    assert folder.resume(dies("ngram", SIGKILL)) == [-SIGKILL]
+    assert folder.resume(dies("ngram_probabilities", SIGKILL)) == [-SIGKILL]
     assert folder.resume() == [0]
     same(folder.left(), expected)
     marks, result = [event["step"] for event in folder.events("resumed")], folder.result()
@@ -357,7 +357,7 @@ def test_a_stop_in_the_warm_up_of_a_resumed_run_keeps_its_checkpoint(copy, whole
 def test_finished_scores_are_not_made_twice(new, whole):
     """Nor after a second stop, as early as the first validation of the resumed run."""
     folder = new(MANY)
-    assert folder.start(dies("ngram", SIGKILL)) == [-SIGKILL]
+    assert folder.start(dies("ngram_probabilities", SIGKILL)) == [-SIGKILL]
     assert folder.resume(dies("validate", SIGKILL)) == [-SIGKILL]
     assert folder.resume(COUNTS.format(names="evaluate score_hedge")) == [0]
     assert folder.text("calls").split() == ["evaluate", "evaluate", "score_hedge"]  # live, average, hedge
@@ -455,7 +455,7 @@ os.fsync = fsync
 def test_scores_do_not_outlive_the_weights_they_are_of(new, whole):
     """The last checkpoint finds the disk full, so the scores that follow stand in the one before."""
     folder = new(MANY | EACH_STEP)
-    assert folder.start(FULL_FOR_ONE + dies("ngram", SIGKILL)) == [-SIGKILL]
+    assert folder.start(FULL_FOR_ONE + dies("ngram_probabilities", SIGKILL)) == [-SIGKILL]
     assert folder.checkpoints()[-1] == "r-00000007.pt"
     assert folder.resume(COUNTS.format(names="evaluate score_hedge")) == [0]
     assert folder.text("calls").split() == ["evaluate"] * 4 + ["score_hedge"]
