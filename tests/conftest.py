@@ -147,7 +147,7 @@ def tokenizer(dataset) -> sentencepiece.SentencePieceProcessor:
 @pytest.fixture(params=["blocked", "sdpa"])
 def path(request, monkeypatch):
     """Each of the two attention paths on short sequences; blocks of 12, so that 32 is no multiple."""
-    monkeypatch.setattr(train_gpt, "BLOCK", 12)
+    monkeypatch.setattr(train_gpt, "QUERY_BLOCK", 12)
     if request.param == "sdpa":
         monkeypatch.setattr(train_gpt, "LONGEST_BLOCKED", 0)
     return request.param

@@ -20,7 +20,7 @@ from train_gpt import (
     Runtime,
     StepPlan,
     TokenStream,
-    orthogonalise,
+    newton_schulz,
     plan_step,
     train,
     train_step,
@@ -97,7 +97,7 @@ def test_three_steps_are_the_reference(shape, momentum):
 @pytest.mark.parametrize("steps", [0, 1, 3, 10])
 def test_the_iteration_count_is_the_knobs(steps):
     (matrix,) = random_stack([(12, 20)], 7)
-    ours = orthogonalise(matrix[None], steps, torch.float32)[0]
+    ours = newton_schulz(matrix[None], steps, torch.float32)[0]
     expected = reference.newton_schulz(matrix.double().numpy(), steps)
     np.testing.assert_allclose(ours.numpy(), expected, atol=1e-3)
 
@@ -113,20 +113,20 @@ def test_a_stack_steps_as_its_matrices_one_by_one():
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (40, 60)])
 def test_singular_values_come_near_one(shape):
     (matrix,) = random_stack([shape], 4)
-    values = torch.linalg.svdvals(orthogonalise(matrix[None], 5, torch.float32)[0])
+    values = torch.linalg.svdvals(newton_schulz(matrix[None], 5, torch.float32)[0])
     assert values.min() > 0.6 and values.max() < 1.3
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_the_scale_of_a_matrix_does_not_matter(scale):
     (matrix,) = random_stack([(16, 24)], 4)
-    small, usual = (orthogonalise(x[None], 5, torch.float32) for x in (scale * matrix, matrix))
+    small, usual = (newton_schulz(x[None], 5, torch.float32) for x in (scale * matrix, matrix))
     torch.testing.assert_close(small, usual, rtol=2e-2, atol=2e-2)
 
 
 def test_bf16_orthogonalises_nearly_as_well():
     (matrix,) = random_stack([(16, 64)], 4)
-    values = torch.linalg.svdvals(orthogonalise(matrix[None], 5, torch.bfloat16)[0].float())
+    values = torch.linalg.svdvals(newton_schulz(matrix[None], 5, torch.bfloat16)[0].float())
     assert values.min() > 0.55 and values.max() < 1.35
 
 

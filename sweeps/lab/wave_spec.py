@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from sweeps.lab.paths import PRESETS
-from train_gpt import Config, RunError, parse
+from train_gpt import Config, RunError, needs_of, parse_knob, unmet_needs
 
 Env = dict[str, str]
 
@@ -236,21 +236,19 @@ def text_of(value) -> str:
 
 def set_values(env: Mapping[str, str]) -> dict[str, object]:
     """The value of every knob under this environment; nothing is checked."""
-    return DEFAULTS | {name: parse(KNOBS[name], text) for name, text in env.items() if name in KNOBS}
+    return DEFAULTS | {name: parse_knob(KNOBS[name], text) for name, text in env.items() if name in KNOBS}
 
 
 def unmet_knobs(values: Mapping[str, object]) -> set[str]:
     """Knobs whose conditions do not hold under these values, whether they are set or not."""
-    unmet = set()
-    for name, f in KNOBS.items():
-        for need, differs, wanted in re.findall(r"(\w+)(!?)=([^,]*)", f.metadata["needs"]):
-            if (values[need] == parse(KNOBS[need], wanted)) == bool(differs):
-                unmet.add(name)
-    return unmet
+    by_field = {name.lower(): value for name, value in values.items()}
+    fields_by_name = Config.__dataclass_fields__
+    return {name for name, f in KNOBS.items() if unmet_needs(f, by_field, fields_by_name)}
 
 
 def needed(name: str) -> list[str]:
-    return re.findall(r"(\w+)!?=", KNOBS[name].metadata["needs"])
+    """The knobs whose values decide whether this one has an effect."""
+    return [need.name for need in needs_of(KNOBS[name])]
 
 
 def one_changed(
