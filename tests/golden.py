@@ -52,7 +52,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("GOLDEN_CACHE", "~/.cache/parameter-golf-golden")).expanduser()
 LONGEST_RUN = 300.0  # seconds; a run that takes longer hangs, and is killed
-PATIENCE = 20.0  # seconds that the other ranks have once one has failed
+PATIENCE = 60.0  # seconds that the other ranks have once one has failed
 RUN_ID = "golden"
 
 
