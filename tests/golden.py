@@ -46,12 +46,13 @@ import traceback
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("GOLDEN_CACHE", "~/.cache/parameter-golf-golden")).expanduser()
 LONGEST_RUN = 300.0  # seconds; a run that takes longer hangs, and is killed
-PATIENCE = 20.0  # seconds that the other ranks have once one has failed
+PATIENCE = 60.0  # seconds that the other ranks have once one has failed
 RUN_ID = "golden"
 
 
@@ -648,7 +649,7 @@ def read_part(folder: Path, part: Part, number: int, codes: list[int]) -> dict:
                 found[kind] = events.pop(kind)
     for rank in range(part.ranks):
         trace = read_trace(folder / f"part{number}.rank{rank}.trace")
-        found[f"rank {rank}, steps counted from the warm-up,"] = trace
+        found[f"rank {rank}, counted from the warm-up,"] = trace
     if events_path.is_file():
         found["events"] = events
         text = (out / "logs" / f"{RUN_ID}.txt").read_text(encoding="utf-8")
@@ -733,11 +734,19 @@ def in_fork(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
+def run_job(job: Job, dataset: Path) -> None:
+    """Run the configuration, write what it left behind, remove its folder."""
+    found = run_configuration(job.script, job.parts, dataset, job.folder)
+    write_whole(job.result, json.dumps(found))
+    shutil.rmtree(job.folder)
+
+
 def run_jobs(jobs: list[Job], temporary: Path, at_once: int) -> None:
     """Run all jobs, at most `at_once` ranks at a time, and write what each found to its result."""
+    print(f"{len(jobs)} configurations are run", file=sys.stderr, flush=True)
     prepare_torch()
     dataset = temporary / "dataset"
-    maker = in_fork(lambda: make_dataset(dataset))
+    maker = in_fork(partial(make_dataset, dataset))
     if os.waitstatus_to_exitcode(os.waitpid(maker, 0)[1]):
         raise ToolError("the data could not be made: see the error above")
     waiting = list(jobs)
@@ -746,13 +755,7 @@ def run_jobs(jobs: list[Job], temporary: Path, at_once: int) -> None:
         busy = sum(job.ranks for job in running.values())
         if waiting and (not running or busy + waiting[0].ranks <= at_once):
             job = waiting.pop(0)
-
-            def work(job: Job = job) -> None:
-                found = run_configuration(job.script, job.parts, dataset, job.folder)
-                write_whole(job.result, json.dumps(found))
-                shutil.rmtree(job.folder)
-
-            running[in_fork(work)] = job
+            running[in_fork(partial(run_job, job, dataset))] = job
             continue
         child, status = os.wait()
         job = running.pop(child)
@@ -829,6 +832,18 @@ def log_difference(old: list[str], new: list[str]) -> tuple[str, int]:
     return "", len(added)
 
 
+def earlier_step(found: str, old: dict, new: dict) -> str:
+    """Where what the optimisers are given departs, which may be some steps before a loss shows it; or ''."""
+    if not found.startswith(("step ", "val ")):
+        return ""
+    for key in old:
+        if key.startswith("rank "):
+            place = first_difference(old[key], new.get(key, {}), key)
+            if place:
+                return f"; {place}"
+    return ""
+
+
 def without(values: dict, key: str) -> dict:
     """A copy that lacks `key`."""
     return {name: value for name, value in values.items() if name != key}
@@ -853,9 +868,9 @@ def compare_part(old: dict, new: dict, expect: int) -> tuple[str, list[str]]:
         remarks.append(f"the artifact's header differs, so its sha256 does: {files}")
         hidden = ("header_sha256", "file_sha256")
         old["final_model.int8.ptz"] = {key: old_file[key] for key in old_file if key not in hidden}
-    found = first_difference(old, new)
+    found = first_difference(old, new).strip()
     if found:
-        return found.strip(), remarks
+        return found + earlier_step(found, old, new), remarks
     found, added = log_difference(old_lines, new_lines)
     if added:
         remarks.append(f"{added} more log lines")
