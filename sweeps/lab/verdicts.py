@@ -32,6 +32,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from data.user_error import UserError
 from sweeps.lab.statistics import Interval, mean, mean_interval, stdev
 
 Row = Mapping[str, Any]
@@ -55,10 +56,6 @@ SIZES = (
 IDLE = 0.001  # an arm with less than this share of the usual variance hardly differs from the control
 UNSTEADY = 2.5  # an arm with an SD of more floors than this; of arms with the usual noise 0.2 % have it (n 3)
 WIDEST_GAP = 0.25  # between two points of a curve, as a share of where it is read
-
-
-class MixedRegimesError(ValueError):
-    """Runs that may not be compared were put in one table."""
 
 
 # Rows
@@ -183,13 +180,13 @@ def joined(parts: Iterable[list[Row]]) -> list[list[Row]]:
 
 
 def require_one_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> None:
-    """Raises MixedRegimesError, which names the facts that differ."""
+    """Raises UserError, which names the facts that differ."""
     groups = by_regime(rows, free)
     if len(groups) > 1:
         first, second = (regime(group[0], free) for group in groups[:2])
         apart = [k for k in first if None not in (first[k], second[k]) and first[k] != second[k]]
         text = f"runs of {len(groups)} regimes in one table; they differ in {', '.join(apart)}"
-        raise MixedRegimesError(text)
+        raise UserError(text)
 
 
 def sharing(rows: Iterable[Row]) -> int:
@@ -409,7 +406,7 @@ def effects(rows: Iterable[Row]) -> list[Effect]:
     """Every arm of one wave in one regime, in the wave's order."""
     rows = latest(rows)
     if len({row.get("wave") for row in rows}) > 1:
-        raise MixedRegimesError("runs of several waves in one table")
+        raise UserError("runs of several waves in one table")
     require_one_regime(valid(rows))
     pairs, control = differences(rows), {seed: len(runs) for seed, runs in by_seed(rows, CONTROL).items()}
     judged = judge(pairs, control, noise(rows).floor)

@@ -27,13 +27,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
+from data.user_error import UserError, tell, tell_os_error
 from sweeps.lab import run_process as process
 from sweeps.lab import run_rows as rows
 from sweeps.lab import validation_halves as halves
 from sweeps.lab.paths import RESULTS, ROOT
-from sweeps.lab.run_process import Misuse
 from sweeps.lab.run_rows import Results, Row
-from sweeps.lab.wave_spec import CONTROL, KNOBS, Env, Run, Sizes, WaveError, expand, parse_wave, warnings_of
+from sweeps.lab.wave_spec import CONTROL, KNOBS, Env, Run, Sizes, expand, parse_wave, warnings_of
 from train_gpt import write_atomic
 
 TICK, PATIENCE = 0.1, 90.0  # seconds between looks at the runs, and until a stopped run is killed
@@ -81,7 +81,7 @@ def early_kill_of(text: str | None) -> tuple[float, float] | None:
     except ValueError:
         found = 0.0, 0.0
     if not (found[0] > 0 and 0 < found[1] < 1):
-        raise Misuse(f"--early-kill wants MARGIN[@PROGRESS], e.g. 0.05@0.4, not {text}")
+        raise UserError(f"--early-kill wants MARGIN[@PROGRESS], e.g. 0.05@0.4, not {text}")
     return found
 
 
@@ -111,19 +111,19 @@ def find_data(options: argparse.Namespace) -> tuple[Path, Path]:
         Path(os.environ["TOKENIZER_PATH"]) if os.environ.get("TOKENIZER_PATH") else None
     )
     if (data is None) != (tokenizer is None):
-        raise Misuse("--data and --tokenizer go together")
+        raise UserError("--data and --tokenizer go together")
     if data is None or tokenizer is None:
         home = ROOT / "data"
         data, tokenizer = home / "datasets/fineweb10B_sp1024", home / "tokenizers/fineweb_1024_bpe.model"
         if not (tokenizer.is_file() and all(any(data.glob(f"*_{s}_*.bin")) for s in ("train", "val"))):
             data, tokenizer = home / "datasets/pydocs_sp1024", home / "tokenizers/pydocs_1024_bpe.model"
             if subprocess.run([sys.executable, str(home / "pydocs.py")]).returncode:
-                raise Misuse("no data: data/pydocs.py failed (above)")
+                raise UserError("no data: data/pydocs.py failed (above)")
     for split in ("train", "val"):
         if not any(data.glob(f"*_{split}_*.bin")):
-            raise Misuse(f"no {split} shards, *_{split}_*.bin, in {data}")
+            raise UserError(f"no {split} shards, *_{split}_*.bin, in {data}")
     if not tokenizer.is_file():
-        raise Misuse(f"no tokenizer {tokenizer}")
+        raise UserError(f"no tokenizer {tokenizer}")
     return data.resolve(), tokenizer.resolve()
 
 
@@ -131,7 +131,9 @@ def check_environment() -> None:
     """Knobs in the environment would be lost, or worse, reach the runs unseen."""
     stray = [name for name in os.environ if name in KNOBS and name not in HERE]
     if stray:
-        raise Misuse(f"{stray[0]} is set in the environment; a wave takes its knobs from its base line only")
+        raise UserError(
+            f"{stray[0]} is set in the environment; a wave takes its knobs from its base line only"
+        )
 
 
 # ------------------------------------------------------------------------------------------- plan
@@ -321,7 +323,7 @@ class Engine:
                 planned.append((run, about | dict(state="duplicate", status="duplicate", message=message)))
             else:
                 if row and self.changed(run, row) and process.is_alive(self.out_dir(run)):
-                    raise Misuse(f"{run.run_id} still runs with other knobs; wait for it, then try again")
+                    raise UserError(f"{run.run_id} still runs with other knobs; wait for it, then try again")
                 self.todo.append(run)
                 if state in (None, "duplicate"):
                     planned.append((run, about | dict(state="planned")))
@@ -534,7 +536,7 @@ def check_same(run: Run, row: Row, about: Row) -> None:
     apart = differences(row["env"] or {}, about["env"])
     if apart and row["state"] != "duplicate":
         mend = "rename the arm, or move the wave's results away"
-        raise Misuse(f"{run.run_id} has a result made with {apart[0]}; {mend}")
+        raise UserError(f"{run.run_id} has a result made with {apart[0]}; {mend}")
 
 
 # --------------------------------------------------------------------------------------- held out
@@ -547,7 +549,7 @@ def score_one(row: Row, options: argparse.Namespace) -> float:
     env, other = dict(about["env"]), out / "held_out"
     data = Path(env["DATA_PATH"])
     if data.name != halves.SELECTION:
-        raise Misuse(f"{row['run_id']} was selected on all of the text; --val-tokens holds a part out")
+        raise UserError(f"{row['run_id']} was selected on all of the text; --val-tokens holds a part out")
     shutil.rmtree(other, ignore_errors=True)
     env |= dict(
         EVAL_ONLY=str(out / MODEL), DATA_PATH=str(data.with_name(halves.HELD_OUT)), OUT_DIR=str(other),
@@ -559,7 +561,7 @@ def score_one(row: Row, options: argparse.Namespace) -> float:
         code = subprocess.run(about["command"], env=hidden | env, stdout=stdout, stderr=stderr).returncode
     result = rows.read_result(other, env["RUN_ID"])
     if code or result.get("val_bpb") is None:
-        raise Misuse(f"{row['run_id']}: no held-out score, exit code {code}: {rows.last_error(other)}")
+        raise UserError(f"{row['run_id']}: no held-out score, exit code {code}: {rows.last_error(other)}")
     return result["val_bpb"]
 
 
@@ -596,7 +598,7 @@ def held_out_only(options: argparse.Namespace) -> int:
     known = {run_id: row for each in results.values() for run_id, row in each.latest().items()}
     for run_id in options.held_out:
         if run_id not in known or known[run_id]["state"] != "ok":
-            raise Misuse(f"{run_id} has no valid result in {options.results}")
+            raise UserError(f"{run_id} has no valid result in {options.results}")
     score_held_out([known[run_id] for run_id in options.held_out], results, options.jobs or 1, options)
     for each in results.values():
         each.compact()
@@ -610,7 +612,7 @@ def claim_results(folder: Path, waves) -> dict[str, Results]:
     results = {name: Results(folder, name) for name in waves}
     for name, each in results.items():
         if not each.claim():
-            raise Misuse(f"another engine is running the wave {name}")
+            raise UserError(f"another engine is running the wave {name}")
     return results
 
 
@@ -618,7 +620,7 @@ def widths(options: argparse.Namespace, gpus: list[str]) -> tuple[int, int]:
     """(runs at once, CPU threads of each)."""
     cores = process.core_count()
     if min(n for n in (1, options.jobs, options.threads) if n is not None) < 1:
-        raise Misuse("--jobs and --threads want at least 1")
+        raise UserError("--jobs and --threads want at least 1")
     usual = options.threads or (1 if options.proxy else None)
     jobs = options.jobs or len(gpus) or max(1, cores // (usual or cores))
     return jobs, usual or max(1, cores // jobs)
@@ -627,7 +629,7 @@ def widths(options: argparse.Namespace, gpus: list[str]) -> tuple[int, int]:
 def selected(runs: list[Run], only: list[str]) -> list[Run]:
     names = {run.arm.name for run in runs}
     if strange := [name for name in only if name not in names]:
-        raise Misuse(f"--only {strange[0]}: no such arm ({' '.join(sorted(names - {CONTROL}))})")
+        raise UserError(f"--only {strange[0]}: no such arm ({' '.join(sorted(names - {CONTROL}))})")
     return [run for run in runs if not only or run.arm.name in only or run.is_control]
 
 
@@ -656,7 +658,7 @@ def run_wave(name: str, words: list[str], options: argparse.Namespace) -> int:
     data, tokenizer = find_data(options)
     tokens = options.val_tokens if options.val_tokens is not None else halves.HALF_TOKENS * options.proxy
     if options.finalists and not tokens:
-        raise Misuse("--finalists wants text that is held out: --val-tokens N, or --proxy")
+        raise UserError("--finalists wants text that is held out: --val-tokens N, or --proxy")
     results = claim_results(options.results, names)
     if tokens:
         data = halves.cut(data, options.out, tokens) / halves.SELECTION
@@ -686,15 +688,13 @@ def main(arguments: list[str]) -> int:
         if options.held_out:
             return held_out_only(options)
         if not words:
-            raise Misuse("run a wave by its script: bash sweeps/WAVE.sh --plan")
+            raise UserError("run a wave by its script: bash sweeps/WAVE.sh --plan")
         return run_wave(words[0], words[1:], options)
-    except (Misuse, WaveError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+    except UserError as error:
+        return tell(error)
     except OSError as error:
-        print(f"error: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        tell_os_error(error)
         return 1
-    return 2
 
 
 if __name__ == "__main__":
