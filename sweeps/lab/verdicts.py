@@ -33,6 +33,7 @@ import numpy as np
 from scipy import stats
 
 from data.user_error import UserError
+from sweeps.lab.run_state import UNFINISHED, RunState
 from sweeps.lab.statistics import Interval, mean, mean_interval, stdev
 
 Row = Mapping[str, Any]
@@ -40,10 +41,6 @@ BySeed = dict[int, float]
 
 CONTROL, LEVEL, DRAWS = "control", 0.05, 20_000
 BETTER, WORSE, INSIDE, UNDECIDED = "better", "worse", "inside noise", "undecided"
-STATES = (
-    "planned", "running", "ok", "crashed", "untrained", "truncated", "diverged", "over_size", "duplicate",
-    "preempted", "killed_early",
-)  # fmt: skip
 # A table holds runs that agree on all of these; those of the second line but for the arm's own knobs.
 MACHINE = (
     "code_sha256", "val_sha256", "val_tokens", "device", "world_size", "dtype", "compile", "torch", "python",
@@ -84,7 +81,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def valid(rows: Iterable[Row]) -> list[Row]:
     """The runs that may be ranked: finished well, with a score."""
-    return [row for row in latest(rows) if row.get("state") == "ok" and final_score(row) is not None]
+    return [row for row in latest(rows) if row.get("state") == RunState.OK and final_score(row) is not None]
 
 
 def final_score(row: Row) -> float | None:
@@ -120,13 +117,19 @@ class Counts(NamedTuple):
 def counts(rows: Iterable[Row]) -> Counts:
     """How many runs came how far. Nothing is counted by hand: states that no run is in are left out."""
     rows = latest(rows)
-    seen = [str(row.get("state") or "planned") for row in rows]
-    order = [*STATES, *sorted(set(seen) - set(STATES))]
-    by_state = {state: seen.count(state) for state in order if state in seen}
-    planned = len(rows) - seen.count("duplicate")
-    finished = planned - sum(seen.count(state) for state in ("planned", "running", "preempted"))
-    scored = sum(final_score(row) is not None for row in rows)
-    return Counts(planned, planned - seen.count("planned"), finished, scored, len(valid(rows)), by_state)
+    states = [str(row.get("state") or RunState.PLANNED) for row in rows]
+    known_states = [state.value for state in RunState]
+    foreign_states = sorted(set(states) - set(known_states))
+    by_state = {state: states.count(state) for state in [*known_states, *foreign_states] if state in states}
+    planned = len(rows) - states.count(RunState.DUPLICATE)
+    return Counts(
+        planned=planned,
+        started=planned - states.count(RunState.PLANNED),
+        finished=planned - sum(states.count(state) for state in UNFINISHED),
+        scored=sum(final_score(row) is not None for row in rows),
+        valid=len(valid(rows)),
+        states=by_state,
+    )
 
 
 # Regimes

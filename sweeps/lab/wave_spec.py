@@ -364,12 +364,12 @@ def sized_knobs(sizes: Sizes) -> set[str]:
 
 def unfit(wave: Wave, sizes: Sizes) -> dict[str, str]:
     """Arms by name that cannot be tried at these sizes, and why: they change a size that is not the preset's
-    here, or are sound at the published sizes only."""
+    here, nor the wave's own, or are sound at the published sizes only."""
     sized, found = sized_knobs(sizes), {}
     for arm in wave.arms if sized else ():
         if fault(wave, Sizes(), arm):
             continue  # wrong at any size: it is told with the other faults
-        if theirs := sorted(sized & {*arm.change}):
+        if theirs := sorted(sized & {*arm.change} - {*dict(wave.own)}):
             found[arm.name] = f"{theirs[0]} is not the preset's at these sizes"
         elif why := fault(wave, sizes, arm):
             found[arm.name] = why
