@@ -33,13 +33,13 @@ from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.shards import (  # noqa: E402
-    Problem,
     command,
     exclusive,
     read_header,
     read_manifest,
     write_manifest,
 )
+from data.user_error import UserError  # noqa: E402
 
 DEFAULT_REPO, DEFAULT_PREFIX = "willdepueoai/parameter-golf", "datasets"
 DEFAULT_TRAIN_SHARDS = 80
@@ -93,17 +93,19 @@ class Damaged(Exception):
 
 
 def hub():
-    """The huggingface_hub package. Raises Problem with the way to install it."""
+    """The huggingface_hub package. Raises UserError with the way to install it."""
     try:
         import huggingface_hub
         import huggingface_hub.errors
     except ImportError:
-        raise Problem("huggingface_hub is not installed; run: pip install -r requirements-lab.txt") from None
+        raise UserError(
+            "huggingface_hub is not installed; run: pip install -r requirements-lab.txt"
+        ) from None
     return huggingface_hub
 
 
 def ask_hub(source: Source, name: str) -> Remote:
-    """Size, hash and address of one file. Raises Problem if the hub does not have it."""
+    """Size, hash and address of one file. Raises UserError if the hub does not have it."""
     library = hub()
     errors = library.errors
     path = f"{source.prefix}/{name}" if source.prefix else name
@@ -113,15 +115,17 @@ def ask_hub(source: Source, name: str) -> Remote:
     try:
         facts = library.get_hf_file_metadata(url, timeout=TIMEOUT, endpoint=source.endpoint)
     except errors.EntryNotFoundError:
-        raise Problem(f"{source.repo} has no {path}; see its file list for the variants and shards") from None
+        raise UserError(
+            f"{source.repo} has no {path}; see its file list for the variants and shards"
+        ) from None
     except errors.RevisionNotFoundError:
-        raise Problem(f"{source.repo}: no revision {source.revision}; start again") from None
+        raise UserError(f"{source.repo}: no revision {source.revision}; start again") from None
     except errors.GatedRepoError:
-        raise Problem(f"{source.repo} asks for a login; run: hf auth login") from None
+        raise UserError(f"{source.repo} asks for a login; run: hf auth login") from None
     except errors.RepositoryNotFoundError:
-        raise Problem(f"no dataset {source.repo} on the hub; check MATCHED_FINEWEB_REPO_ID") from None
+        raise UserError(f"no dataset {source.repo} on the hub; check MATCHED_FINEWEB_REPO_ID") from None
     except errors.OfflineModeIsEnabled:
-        raise Problem("the hub is switched off by HF_HUB_OFFLINE; unset it") from None
+        raise UserError("the hub is switched off by HF_HUB_OFFLINE; unset it") from None
     if facts.size is None:
         raise Damaged(f"the hub does not say how large {path} is")
     # The token is for the hub alone: a signed address elsewhere neither needs it nor may see it.
@@ -131,7 +135,7 @@ def ask_hub(source: Source, name: str) -> Remote:
 
 
 def with_retries(what: str, action: Callable[[], Result], progress: Callable[[], int] = lambda: 0) -> Result:
-    """Run `action`, again after a growing pause when the network fails. Problems are final.
+    """Run `action`, again after a growing pause when the network fails. A UserError is final.
 
     `progress` counts what has been achieved; when it grew, the tries are counted from one again.
     """
@@ -139,7 +143,7 @@ def with_retries(what: str, action: Callable[[], Result], progress: Callable[[],
     while True:
         try:
             return action()
-        except Problem:
+        except UserError:
             raise
         except Exception as error:  # the hub's client raises its own kinds for a broken connection
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
@@ -148,11 +152,11 @@ def with_retries(what: str, action: Callable[[], Result], progress: Callable[[],
         if progress() > reached:
             attempt, pause, reached = 1, FIRST_PAUSE, progress()
         if attempt == TRIES:
-            raise Problem(f"{what}: {reason}; gave up after {TRIES} tries, run the command again")
+            raise UserError(f"{what}: {reason}; gave up after {TRIES} tries, run the command again")
         attempt += 1
         print(f"{what}: {reason}; try {attempt} of {TRIES} in {pause:.0f} s", flush=True)
         if STOP.wait(pause):
-            raise Problem(f"{what}: stopped")
+            raise UserError(f"{what}: stopped")
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
@@ -167,7 +171,7 @@ def download(remote: Remote, part: Path) -> None:
     free = shutil.disk_usage(part.parent).free
     if free < remote.size - have:
         need = (remote.size - have - free) / 1e6
-        raise Problem(
+        raise UserError(
             f"{part.parent}: {need:,.0f} MB too little free space; free some or use --out elsewhere"
         )
     headers = {"Accept-Encoding": "identity"}
@@ -185,7 +189,7 @@ def download(remote: Remote, part: Path) -> None:
                 while block := answer.read(BLOCK):
                     file.write(block)
                     if STOP.is_set():
-                        raise Problem(f"{part}: stopped")
+                        raise UserError(f"{part}: stopped")
                 file.flush()
                 os.fsync(file.fileno())
     except http.client.IncompleteRead as error:
@@ -205,7 +209,7 @@ def check_file(path: Path, remote: Remote, name: str) -> None:
     if name.endswith(".bin"):
         try:
             read_header(path)
-        except Problem as problem:
+        except UserError as problem:
             raise Damaged(str(problem)) from None
     digest = file_digest(path, remote)
     if digest and digest != remote.digest:
@@ -273,7 +277,7 @@ def fetch(source: Source, name: str, target: Path, known: dict) -> Fetched:
 def safe_name(name: str) -> str:
     """A path from the remote manifest, refused if it leads out of the folder it belongs in."""
     if not name or PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
-        raise Problem(f"the hub's manifest names the path {name!r}; refusing to write there")
+        raise UserError(f"the hub's manifest names the path {name!r}; refusing to write there")
     return name
 
 
@@ -287,7 +291,7 @@ def read_catalogue(source: Source, out: Path) -> tuple[dict, Source]:
     try:
         catalogue = json.loads(target.read_bytes())
     except ValueError:
-        raise Problem(f"{target}: the hub's manifest is not JSON; check MATCHED_FINEWEB_REPO_ID") from None
+        raise UserError(f"{target}: the hub's manifest is not JSON; check MATCHED_FINEWEB_REPO_ID") from None
     return catalogue, pinned
 
 
@@ -298,16 +302,16 @@ def choose(catalogue: dict, variant: str, train_shards: int) -> tuple[str, list[
         datasets = {entry["name"]: entry for entry in catalogue["datasets"]}
         tokenizers = {entry["name"]: entry for entry in catalogue["tokenizers"]}
         if name not in datasets:
-            raise Problem(f"the hub has no {name}; --variant may be one of {variants(datasets)}")
+            raise UserError(f"the hub has no {name}; --variant may be one of {variants(datasets)}")
         entry = datasets[name]
         files_train, files_val = int(entry["stats"]["files_train"]), int(entry["stats"]["files_val"])
         tokenizer = tokenizers[entry["tokenizer_name"]]
     except (KeyError, TypeError, ValueError) as error:
-        raise Problem(f"the hub's manifest is not as expected ({error!r}); a newer layout?") from None
+        raise UserError(f"the hub's manifest is not as expected ({error!r}); a newer layout?") from None
     if train_shards > files_train:
-        raise Problem(f"{name} has {files_train} training shards, not {train_shards}; ask for fewer")
+        raise UserError(f"{name} has {files_train} training shards, not {train_shards}; ask for fewer")
     if files_val < 1:
-        raise Problem(f"{name} has no validation shard on the hub; choose another --variant")
+        raise UserError(f"{name} has no validation shard on the hub; choose another --variant")
     shards = [f"datasets/{name}/fineweb_val_{index:06d}.bin" for index in range(files_val)]
     shards += [f"datasets/{name}/fineweb_train_{index:06d}.bin" for index in range(train_shards)]
     paths = [tokenizer[key] for key in ("model_path", "vocab_path", "path") if tokenizer.get(key)]
@@ -320,13 +324,13 @@ def variants(datasets: dict) -> str:
 
 
 def check_validation(variant: str, tokens: int) -> None:
-    """Compare the validation split with the published count. Raises Problem where it is another set."""
+    """Compare the validation split with the published count. Raises UserError where it is another set."""
     scored = (tokens - 1) // SCORED_WINDOW * SCORED_WINDOW
     expected = SCORED_TOKENS.get(variant)
     if expected is None:
         print(f"val: {tokens:,} tokens, {scored:,} scored; no published count to compare for {variant}")
     elif scored != expected:
-        raise Problem(
+        raise UserError(
             f"validation split has {scored:,} scored tokens, {variant} has {expected:,}; "
             "this is not the challenge's set, scores on it compare with nothing"
         )

@@ -32,7 +32,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.shards import (  # noqa: E402
-    Problem,
     SplitWriter,
     atomic_file,
     command,
@@ -50,6 +49,7 @@ from data.tokenize_docs import (  # noqa: E402
     tidy,
     train_tokenizer,
 )
+from data.user_error import UserError  # noqa: E402
 
 NAME, PREFIX, VOCAB_SIZE = "pydocs_sp1024", "pydocs", 1024
 TOKENIZER = "pydocs_1024_bpe.model"
@@ -456,7 +456,7 @@ def build(
         writers = {split: SplitWriter(scratch, PREFIX, split) for split in ("train", "val")}
         written, inexact = encode_splits(pairs, model, writers, workers)
         if inexact or not all(entry["tokens"] for entry in written.values()):
-            raise Problem(
+            raise UserError(
                 f"{inexact} documents do not decode to themselves or a split is empty; please report this"
             )
         manifest = {

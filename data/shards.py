@@ -21,15 +21,13 @@ from typing import IO
 
 import numpy as np
 
+from data.user_error import UserError, tell, tell_os_error
+
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 MAX_SHARD_TOKENS = 100_000_000
 BOS = 1
-
-
-class Problem(Exception):
-    """A fault in the input. Its text is one line: what is wrong, where, and how to mend it."""
 
 
 def command(main: Callable[[], int | None]) -> None:
@@ -40,14 +38,12 @@ def command(main: Callable[[], int | None]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code = main() or 0
-    except Problem as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        code = 2
+    except UserError as error:
+        code = tell(error)
     except BrokenPipeError:
         code = 141
     except OSError as error:
-        print(f"error: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
-        code = 2
+        code = tell_os_error(error)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was kept", file=sys.stderr)
         code = 130
@@ -97,26 +93,26 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 
 
 def read_header(path: Path) -> int:
-    """Number of tokens in a shard. Raises Problem unless magic, version and file size agree."""
+    """Number of tokens in a shard. Raises UserError unless magic, version and file size agree."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
-        raise Problem(f"{path}: {size} bytes is shorter than a shard header; fetch or build it again")
+        raise UserError(f"{path}: {size} bytes is shorter than a shard header; fetch or build it again")
     header = np.fromfile(path, dtype="<i4", count=256)
     magic, version, tokens = (int(value) for value in header[:3])
     if magic != MAGIC:
-        raise Problem(f"{path}: magic {magic}, not {MAGIC}; this is not a token shard")
+        raise UserError(f"{path}: magic {magic}, not {MAGIC}; this is not a token shard")
     if version != VERSION:
-        raise Problem(f"{path}: version {version}, not {VERSION}; made by another tool, build it again")
+        raise UserError(f"{path}: version {version}, not {VERSION}; made by another tool, build it again")
     if not 0 < tokens <= MAX_SHARD_TOKENS:
-        raise Problem(f"{path}: header says {tokens} tokens, allowed are 1 to {MAX_SHARD_TOKENS}")
+        raise UserError(f"{path}: header says {tokens} tokens, allowed are 1 to {MAX_SHARD_TOKENS}")
     expected = HEADER_BYTES + TOKEN_BYTES * tokens
     if size != expected:
-        raise Problem(f"{path}: {size} bytes, its header asks for {expected}; fetch or build it again")
+        raise UserError(f"{path}: {size} bytes, its header asks for {expected}; fetch or build it again")
     return tokens
 
 
 def read_tokens(path: Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped, [tokens] uint16. Raises Problem on a bad shard."""
+    """The tokens of a shard, memory-mapped, [tokens] uint16. Raises UserError on a bad shard."""
     tokens = read_header(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
 

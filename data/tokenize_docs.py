@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.shards import (  # noqa: E402
     BOS,
     MAX_SHARD_TOKENS,
-    Problem,
     Progress,
     SplitWriter,
     atomic_file,
@@ -45,6 +44,7 @@ from data.shards import (  # noqa: E402
     read_manifest,
     scratch_folder,
 )
+from data.user_error import UserError  # noqa: E402
 
 SPACE_MARK = "\u2581"  # how SentencePiece writes a space inside a piece
 BATCH_BYTES = 1 << 20  # text sent to a worker at a time
@@ -104,25 +104,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise Problem(f"no tokenizer from this text: {reason}; give more text") from None
+        raise UserError(f"no tokenizer from this text: {reason}; give more text") from None
     found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if found != vocab_size:
-        raise Problem(
+        raise UserError(
             f"the text yields {found} pieces, not {vocab_size}; give more text or --vocab-size {found}"
         )
     return model.getvalue()
 
 
 def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
-    """Read a tokenizer. Raises Problem if it is none, or cannot be used in a uint16 shard."""
+    """Read a tokenizer. Raises UserError if it is none, or cannot be used in a uint16 shard."""
     try:
         tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError):
-        raise Problem(f"{path}: not a SentencePiece model; pass a .model file") from None
+        raise UserError(f"{path}: not a SentencePiece model; pass a .model file") from None
     if tokenizer.vocab_size() > 65536:
-        raise Problem(f"{path}: {tokenizer.vocab_size()} pieces do not fit in uint16; use 65536 or fewer")
+        raise UserError(f"{path}: {tokenizer.vocab_size()} pieces do not fit in uint16; use 65536 or fewer")
     if tokenizer.bos_id() != BOS:
-        raise Problem(f"{path}: BOS id is {tokenizer.bos_id()}, shards need {BOS}; train one with this tool")
+        raise UserError(
+            f"{path}: BOS id is {tokenizer.bos_id()}, shards need {BOS}; train one with this tool"
+        )
     return tokenizer
 
 
@@ -130,14 +132,14 @@ def encode_documents(tokenizer: sentencepiece.SentencePieceProcessor, texts: lis
     """Encode documents, each with a BOS before it, and check what they decode to.
 
     Returns (tokens [n] uint16, bytes of the decoded text, number of documents whose decoded text
-    is not the document). Raises Problem where the tokenizer has no way to spell a character.
+    is not the document). Raises UserError where the tokenizer has no way to spell a character.
     """
     rows = tokenizer.encode(texts, out_type=int)
     decoded = tokenizer.decode(rows)
     unknown = tokenizer.unk_id()
     for text, row in zip(texts, rows, strict=True):
         if unknown in row:
-            raise Problem(f"the tokenizer cannot spell part of {text[:40]!r}; use one with byte fallback")
+            raise UserError(f"the tokenizer cannot spell part of {text[:40]!r}; use one with byte fallback")
     tokens = np.fromiter(itertools.chain.from_iterable((BOS, *row) for row in rows), dtype=np.uint16)
     inexact = sum(text != back for text, back in zip(texts, decoded, strict=True))
     return tokens, sum(len(back.encode("utf-8")) for back in decoded), inexact
@@ -227,13 +229,13 @@ def encode_splits(
 
 
 def read_documents(path: Path, txt: str) -> Iterator[str]:
-    """The documents of one file, tidied, empty ones left out. Raises Problem at the line at fault."""
+    """The documents of one file, tidied, empty ones left out. Raises UserError at the line at fault."""
     if path.name.endswith((".jsonl", ".jsonl.zst")):
         raw = json_texts(path)
     elif path.name.endswith(".txt"):
         raw = plain_texts(path, txt)
     else:
-        raise Problem(f"{path}: unknown kind of file; give .jsonl, .jsonl.zst or .txt")
+        raise UserError(f"{path}: unknown kind of file; give .jsonl, .jsonl.zst or .txt")
     return (text for text in map(tidy, raw) if text.strip())
 
 
@@ -245,9 +247,9 @@ def open_lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(io.BufferedReader(source, 1 << 20), 1):
                 yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise Problem(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from None
+            raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from None
         except zstandard.ZstdError as error:
-            raise Problem(f"{path}: damaged zstandard file ({error}); fetch it again") from None
+            raise UserError(f"{path}: damaged zstandard file ({error}); fetch it again") from None
 
 
 def json_texts(path: Path) -> Iterator[str]:
@@ -260,7 +262,7 @@ def json_texts(path: Path) -> Iterator[str]:
         except (ValueError, KeyError, TypeError):
             text = None
         if not isinstance(text, str):
-            raise Problem(f'{path}:{number}: not an object with a "text" string; mend or drop the line')
+            raise UserError(f'{path}:{number}: not an object with a "text" string; mend or drop the line')
         yield text
 
 
@@ -297,9 +299,9 @@ def measure(options: argparse.Namespace) -> Counter[str]:
         counts[f"{split} docs"] += 1
         counts[f"{split} chars"] += len(text)
     if not counts["train docs"]:
-        raise Problem("no document is left for training; give more text or a smaller --val-fraction")
+        raise UserError("no document is left for training; give more text or a smaller --val-fraction")
     if options.val_fraction and not counts["val docs"]:
-        raise Problem(
+        raise UserError(
             f"none of {counts['train docs']} documents is held out; give more documents, a larger "
             "--val-fraction, or --val-fraction 0"
         )
@@ -339,7 +341,7 @@ def build(options: argparse.Namespace, dataset: Path, tokenizer: Path, made_from
     with scratch_folder(dataset) as scratch:
         model = tokenizer_model(options, counts["train chars"])
         if tokenizer.exists() and tokenizer.read_bytes() != model and not options.force:
-            raise Problem(
+            raise UserError(
                 f"{tokenizer} is another tokenizer; choose another --name, or --force to replace it"
             )
         with atomic_file(scratch / tokenizer.name) as file:
@@ -424,7 +426,9 @@ def main() -> None:
         manifest = read_manifest(dataset / "manifest.json")
         same = manifest is not None and manifest.get("made_from") == made_from
         if dataset.exists() and not same and not options.force:
-            raise Problem(f"{dataset} holds something else; choose another --name, or --force to replace it")
+            raise UserError(
+                f"{dataset} holds something else; choose another --name, or --force to replace it"
+            )
         if same and is_complete(dataset, options.out) and not options.force:
             print("already there")
         else:

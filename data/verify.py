@@ -20,7 +20,6 @@ import sentencepiece
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.shards import (  # noqa: E402
     BOS,
-    Problem,
     Progress,
     command,
     manifest_files,
@@ -29,6 +28,7 @@ from data.shards import (  # noqa: E402
     sha256_file,
 )
 from data.tokenize_docs import load_tokenizer  # noqa: E402
+from data.user_error import UserError  # noqa: E402
 
 DECODE_TOKENS = 1 << 20  # ids turned into Python lists at a time
 
@@ -60,16 +60,16 @@ class ByteCounter:
 
 
 def check_shard(path: Path, vocab_size: int | None, known: dict | None) -> tuple[np.ndarray, str]:
-    """Read one shard. Returns its tokens and sha256; raises Problem at the first fault."""
+    """Read one shard. Returns its tokens and sha256; raises UserError at the first fault."""
     tokens = read_tokens(path)
     if vocab_size is not None and int(tokens.max()) >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))
-        raise Problem(
+        raise UserError(
             f"{path}: token {tokens[at]} at {at} is not below {vocab_size}; wrong tokenizer or damage"
         )
     digest = sha256_file(path)
     if known and digest != known["sha256"]:
-        raise Problem(
+        raise UserError(
             f"{path}: sha256 {digest[:16]}... is not the manifest's {known['sha256'][:16]}...; rebuild it"
         )
     return tokens, digest
@@ -96,9 +96,9 @@ def check_split(
     for index, path in enumerate(paths):
         try:
             if files and path.name not in files:
-                raise Problem(f"{path}: not in the manifest; a leftover, remove it")
+                raise UserError(f"{path}: not in the manifest; a leftover, remove it")
             tokens, digest = check_shard(path, vocab_size, files.get(path.name))
-        except Problem as problem:
+        except UserError as problem:
             faults.append(str(problem))
             continue
         if index == 0 and tokens[0] != BOS:
@@ -133,10 +133,10 @@ def main() -> int:
     parser.add_argument("--tokenizer", type=Path, help="SentencePiece model: also count bytes by decoding")
     options = parser.parse_args()
     if not options.dataset.is_dir():
-        raise Problem(f"{options.dataset}: no such folder; build one with data/pydocs.py")
+        raise UserError(f"{options.dataset}: no such folder; build one with data/pydocs.py")
     splits = {split: sorted(options.dataset.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
     if not any(splits.values()):
-        raise Problem(f"{options.dataset}: no *_train_*.bin or *_val_*.bin; build them with data/pydocs.py")
+        raise UserError(f"{options.dataset}: no *_train_*.bin or *_val_*.bin; build them with data/pydocs.py")
     manifest = read_manifest(options.dataset / "manifest.json") or {}
     tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else None
     vocab_size = tokenizer.vocab_size() if tokenizer else manifest.get("tokenizer", {}).get("vocab_size")

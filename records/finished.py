@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.user_error import UserError, tell, tell_os_error  # noqa: E402
 from sweeps.lab.run_summary import last, read_events, scores  # noqa: E402
 
 RULE = b"=" * 100  # the official log's line after the source
@@ -32,32 +33,29 @@ NEEDED |= {"model_bytes", "code_bytes", "total_bytes", "steps", "tokens", "train
 NEEDED |= {"quant", "codec", "dtype"}
 
 
-class Refused(Exception):
-    """What is wrong, where, and how to mend it, in one line; exit code 2."""
+Refused = UserError  # its name in records/make.py
 
 
 def require(condition: object, message: str) -> None:
     if not condition:
-        raise Refused(message)
+        raise UserError(message)
 
 
 class Parser(argparse.ArgumentParser):
     """Bad arguments are refused in one line as well."""
 
     def error(self, message: str):
-        raise Refused(f"{message}; see --help")
+        raise UserError(f"{message}; see --help")
 
 
 def guarded(main: Callable[[list[str] | None], int], arguments: list[str] | None) -> int:
     """main's exit code; 2 and one line on stderr where it refuses or cannot read or write."""
     try:
         return main(arguments)
-    except Refused as error:
-        reason = str(error)
+    except UserError as error:
+        return tell(error)
     except OSError as error:
-        reason = f"{error.filename or 'a file'}: {error.strerror}"
-    print(f"error: {reason}", file=sys.stderr)
-    return 2
+        return tell_os_error(error)
 
 
 @dataclass(frozen=True)
@@ -122,7 +120,7 @@ def read_log(path: Path) -> Log:
     try:
         result = json.loads(found[-1])
     except ValueError:
-        raise Refused(f"{path}: its RESULT line is not JSON; it was cut off or edited") from None
+        raise UserError(f"{path}: its RESULT line is not JSON; it was cut off or edited") from None
     status = result.get("status")
     require(status == "ok", f"{path}: its RESULT says {status}; a record needs a run that ended ok")
     missing = ", ".join(sorted(NEEDED - result.keys()))
@@ -147,7 +145,7 @@ def read_run(path: Path) -> Finished:
     try:
         return checked_run(path)
     except KeyError as error:
-        raise Refused(f"{path}: an event has no {error}; run it again with this version") from None
+        raise UserError(f"{path}: an event has no {error}; run it again with this version") from None
 
 
 def checked_run(path: Path) -> Finished:

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records.finished import Log, Parser, Refused, guarded, read_log, require  # noqa: E402
+from data.user_error import UserError  # noqa: E402
+from records.finished import Log, Parser, guarded, read_log, require  # noqa: E402
 from records.page import as_text  # noqa: E402
 
 # What the script's process gets of ours: where programs, libraries, GPUs and scratch space are.
@@ -90,7 +91,7 @@ def read_record(folder: Path) -> Record:
     try:
         claim = json.loads((folder / "submission.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise Refused(f"{folder / 'submission.json'} is not JSON ({error}); {mend}") from None
+        raise UserError(f"{folder / 'submission.json'} is not JSON ({error}); {mend}") from None
     require(isinstance(claim, dict), f"{folder / 'submission.json'} holds no object; {mend}")
     paths = sorted([*folder.glob("train.log"), *folder.glob("train_seed*.log")])
     require(paths, f"{folder} has neither train.log nor train_seed*.log; {mend}")
@@ -161,7 +162,9 @@ def read_result(run: subprocess.Popen, log: Log, data: Path) -> dict:
         if text and text[1] != log.result["val_sha256"]:
             run.terminate()
             both = f"{text[1][:12]}, the record's has {log.result['val_sha256'][:12]}"
-            raise Refused(f"the validation text in {data} has sha256 {both}; name the data it was made with")
+            raise UserError(
+                f"the validation text in {data} has sha256 {both}; name the data it was made with"
+            )
         if line.startswith("RESULT "):
             result = json.loads(line[7:])
     return result

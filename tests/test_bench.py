@@ -1,6 +1,5 @@
 """The throughput benchmark prints numbers that hang together. How fast they are is not a test."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -14,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_gpt
+from sweeps.lab.depth_switches import DepthSwitch, depth_switches
 from sweeps.lab.show import step_flops
 from tests.bench import bench_startup, bench_throughput, official, step_parts
 
@@ -157,8 +157,7 @@ def test_sliding_windows_are_timed_beside_the_plain_score_and_the_naive_way(tmp_
     assert all(len(times) == 2 and min(times) > 0 for times in report["all_seconds"].values())
 
 
-def test_a_switch_costs_its_first_step_less_the_median_of_the_ten_after_it(tmp_path, monkeypatch):
-    depth = importlib.import_module("sweeps.depth")
+def test_a_switch_costs_its_first_step_less_the_median_of_the_ten_after_it(tmp_path):
     lengths = [100] * 5 + [450] + [200, 210] * 6  # the sixth step is the first of its depth
     ends = [sum(lengths[: n + 1]) for n in range(len(lengths))]
     events = [dict(event="step", step=n + 1, train_ms=end) for n, end in enumerate(ends)]
@@ -166,7 +165,7 @@ def test_a_switch_costs_its_first_step_less_the_median_of_the_ten_after_it(tmp_p
     log = tmp_path / "run/logs/run.jsonl"
     log.parent.mkdir(parents=True)
     log.write_text("".join(json.dumps(event) + "\n" for event in events))
-    assert depth.switches(tmp_path) == [dict(step=5, layers=6, first_ms=450, later_ms=205)]
+    assert depth_switches(log) == [DepthSwitch(step=5, layers=6, first_ms=450, later_ms=205)]
 
 
 def test_a_bad_knob_is_one_line(tmp_path):

@@ -47,7 +47,7 @@ def test_a_seed_scores_again(folder, corpus, capsys):
     options = ["--data", shard, "--tokenizer", corpus / "tokenizers/pydocs_1024_bpe.model"]
     try:
         code = rescore.main([str(folder), *map(str, options), "--seed", str(claim["seeds"][0])])
-    except rescore.Refused as refusal:
+    except rescore.UserError as refusal:
         if "validation text" in str(refusal):
             made = json.loads((shard / "manifest.json").read_text())
             pytest.skip(f"another validation text: Python {made['python']} has other documentation")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from data import fineweb, shards
+from data.user_error import UserError
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 pytest.importorskip("huggingface_hub")
@@ -208,7 +209,7 @@ def test_progress_earns_new_tries(hub, get, tmp_path, monkeypatch):
 def test_resumes_in_a_later_run(hub, get, tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "TRIES", 1)
     hub.faults[hub.train(0)] = ["drop", "error"]
-    with pytest.raises(shards.Problem, match="gave up"):
+    with pytest.raises(UserError, match="gave up"):
         get("1")
     assert not local(tmp_path, 0).exists()
     hub.faults.clear()
@@ -232,7 +233,7 @@ def test_wrong_hash_is_fetched_again(hub, get, tmp_path):
 
 def test_persistent_wrong_hash_leaves_no_file(hub, get, tmp_path):
     hub.faults[hub.train(0)] = ["flip"] * 100
-    with pytest.raises(shards.Problem, match="hash .* gave up after"):
+    with pytest.raises(UserError, match="hash .* gave up after"):
         get("1")
     assert not local(tmp_path, 0).exists() and not list(tmp_path.rglob("*.part"))
 
@@ -257,14 +258,14 @@ def test_hub_file_with_a_bad_header_is_refused(hub, get, tmp_path):
     body = bytearray(hub.files[hub.train(0)])
     body[8:12] = (7).to_bytes(4, "little")
     hub.files[hub.train(0)] = bytes(body)
-    with pytest.raises(shards.Problem, match="its header asks for"):
+    with pytest.raises(UserError, match="its header asks for"):
         get("1")
     assert not local(tmp_path, 0).exists()
 
 
 def test_other_validation_set_is_refused(hub, get):
     hub.files[f"datasets/datasets/{NAME}/fineweb_val_000000.bin"] = shard_bytes(SCORED, 0)
-    with pytest.raises(shards.Problem, match="3,072 scored tokens, sp1024 has 4,096"):
+    with pytest.raises(UserError, match="3,072 scored tokens, sp1024 has 4,096"):
         get("0")
 
 
@@ -280,20 +281,20 @@ def test_published_count_is_the_official_one():
     ],
 )
 def test_impossible_wishes_get_one_line(get, arguments, message):
-    with pytest.raises(shards.Problem, match=message):
+    with pytest.raises(UserError, match=message):
         get(*arguments)
 
 
 def test_manifest_cannot_lead_out_of_the_folder(hub, get, tmp_path):
     text = hub.files["datasets/manifest.json"].decode().replace("tokenizers/x.model", "../../evil")
     hub.files["datasets/manifest.json"] = text.encode()
-    with pytest.raises(shards.Problem, match="refusing to write there"):
+    with pytest.raises(UserError, match="refusing to write there"):
         get("1")
 
 
 def test_unknown_repository_is_final(hub, get, monkeypatch):
     monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "someone/else")
-    with pytest.raises(shards.Problem, match="no dataset someone/else"):
+    with pytest.raises(UserError, match="no dataset someone/else"):
         get("1")
     assert len(hub.log) == 1
 

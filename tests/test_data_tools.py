@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from data import shards, verify
 from data import tokenize_docs as tools
+from data.user_error import UserError
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -229,7 +230,7 @@ def test_same_call_again_does_nothing_other_input_is_refused(inputs, tmp_path, m
     capsys.readouterr()
     tokenize(monkeypatch, *arguments, "--val-fraction", 0.2)
     assert capsys.readouterr().out.startswith("already there\n")
-    with pytest.raises(shards.Problem, match="holds something else"):
+    with pytest.raises(UserError, match="holds something else"):
         tokenize(monkeypatch, *arguments, "--val-fraction", 0.3)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     tokenize(monkeypatch, *arguments, "--val-fraction", 0.3, "--force")
@@ -251,14 +252,14 @@ BAD_INPUTS = {
 def test_bad_input_is_named_and_nothing_is_written(tmp_path, monkeypatch, name):
     body, message = BAD_INPUTS[name]
     (tmp_path / name).write_bytes(body)
-    with pytest.raises(shards.Problem, match=message):
+    with pytest.raises(UserError, match=message):
         tokenize(monkeypatch, tmp_path / name, "--name", "n", "--out", tmp_path / "out", "--workers", 1)
     assert contents(tmp_path) == {name: body}
 
 
 def test_too_little_text_for_the_vocabulary(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("tiny\n\ntext\n")
-    with pytest.raises(shards.Problem, match="pieces, not 5000; give more text"):
+    with pytest.raises(UserError, match="pieces, not 5000; give more text"):
         tokenize(
             monkeypatch, tmp_path / "a.txt", "--name", "n", "--out", tmp_path / "out",
             "--vocab-size", 5000, "--val-fraction", 0,

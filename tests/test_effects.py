@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from data.user_error import UserError
 from sweeps.lab import verdicts as effects
-from sweeps.lab.verdicts import CONTROL, MixedRegimesError
+from sweeps.lab.verdicts import CONTROL
 from tests.support.lab_rows import broken_rows, finished, row
 
 SEEDS = 1337, 42, 7
@@ -276,14 +277,14 @@ def test_regimes_are_not_mixed(other):
     rows = [row(CONTROL, 1, 2.0), row("a", 1, 1.9, **other)]
     assert [[r["arm"] for r in group] for group in effects.by_regime(rows)] == [[CONTROL], ["a"]]
     word = next(iter(other)) if "config" not in other else "train_batch_tokens"
-    with pytest.raises(MixedRegimesError, match=word):
+    with pytest.raises(UserError, match=word):
         effects.effects(rows)
 
 
 def test_an_arm_may_change_a_size_and_an_unstarted_run_belongs_anywhere():
     rows = [row(CONTROL, 1, 2.0), row("deep", 1, 1.9, change=dict(NUM_LAYERS="9")), *broken_rows()]
     assert len(effects.by_regime(rows)) == 1 and len(effects.by_regime([])) == 0
-    with pytest.raises(MixedRegimesError, match="waves"):
+    with pytest.raises(UserError, match="waves"):
         effects.effects([row(CONTROL, 1, 2.0), row("a", 1, 1.9, wave="other")])
 
 
@@ -449,7 +450,7 @@ def test_regimes_of_waves_keep_an_arm_with_its_control():
 
 def test_rungs_differ_in_their_length_only():
     rows = ladder_rows({250: -0.02, 1000: -0.01})
-    with pytest.raises(MixedRegimesError, match="device"):
+    with pytest.raises(UserError, match="device"):
         effects.ladders([*rows, row("a", 1, 2.0, wave="h9", device="other")])
 
 

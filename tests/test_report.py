@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.user_error import UserError
 from sweeps.lab import report, report_page
 from sweeps.lab import report_tables as tables
 from sweeps.lab import verdicts as fx
@@ -205,7 +206,7 @@ def test_different_regimes_never_share_a_table(lab):
     first, second = ([e.n for e in fx.effects(group) if e.arm == "a"] for group in wave.regimes)
     assert (first, second) == ([3], [1])
     assert len({step.regime for step in tables.progression([wave])}) == 2
-    with pytest.raises(fx.MixedRegimesError):
+    with pytest.raises(UserError):
         tables.regime_block(wave.rows, "")
 
 

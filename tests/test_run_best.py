@@ -45,6 +45,7 @@ script = next(i for i, word in enumerate(sys.argv) if word.endswith(".py") and i
 sys.exit(1 if subprocess.run([sys.executable, "-S", *sys.argv[script:]]).returncode else 0)
 """
 TRAIN = """
+SIZE_LIMIT = 16_000_000
 import json, os, signal, sys, time
 code = int(os.environ.get("STUB_EXIT", "0"))
 print("ARGS", *sys.argv[1:])
@@ -400,7 +401,7 @@ def test_exit_code_is_trainings_own_and_the_table_follows(project: Project, code
 
 
 def test_a_run_that_left_no_log_keeps_its_exit_code(project: Project):
-    write(project.root / "train_gpt.py", "import sys; sys.exit(5)")
+    write(project.root / "train_gpt.py", "SIZE_LIMIT = 16_000_000\nimport sys; sys.exit(5)")
     for gpus, code in (("1", 5), ("2", 1)):
         run = project.run("baseline", STUB_GPUS=gpus, RUN_ID="gone")
         assert run.code == code and "cannot read runs/gone/logs/gone.jsonl" in run.err

@@ -6,8 +6,9 @@ import subprocess
 import pytest
 
 import train_gpt
+from data.user_error import UserError
 from sweeps.lab import wave_spec as wave
-from sweeps.lab.wave_spec import CONTROL, PLACES, Sizes, WaveError, expand, parse_wave, warnings_of
+from sweeps.lab.wave_spec import CONTROL, PLACES, Sizes, expand, parse_wave, warnings_of
 from tests.conftest import ROOT
 
 PROXY = Sizes(cpu=True, proxy=True)
@@ -57,7 +58,7 @@ def test_words_become_a_wave():
     ],
 )
 def test_wrong_words_are_named(text, what):
-    with pytest.raises(WaveError, match=re.escape(what)) as error:
+    with pytest.raises(UserError, match=re.escape(what)) as error:
         parse_wave("w", words(text))
     assert all(len(line) < 160 for line in error.value.lines)
 
@@ -84,13 +85,13 @@ def test_wrong_words_are_named(text, what):
     ],
 )
 def test_what_cannot_run_is_refused(text, what):
-    with pytest.raises(WaveError, match=re.escape(what)):
+    with pytest.raises(UserError, match=re.escape(what)):
         runs_of(text)
 
 
 def test_all_faults_of_all_arms_are_told_at_once_a_line_each():
     text = f"{HEAD} @arm a why MLP_ACT=no @arm b why QK_GAIN_INIT=2 @arm c why MATRX_LR=1"
-    with pytest.raises(WaveError) as error:
+    with pytest.raises(UserError) as error:
         runs_of(text)
     assert [line.split(":")[1].strip() for line in error.value.lines] == ["arm a", "arm c"]
 
@@ -124,7 +125,7 @@ def test_a_presets_knob_that_a_wave_leaves_idle_is_left_out():
         "WARMDOWN_FRAC"
         not in runs_of("@question Why? @base baseline TIDAL_LR=1 @arm a why QK_GAIN_INIT=2")[0].env
     )
-    with pytest.raises(WaveError, match="WARMDOWN_FRAC has no effect"):
+    with pytest.raises(UserError, match="WARMDOWN_FRAC has no effect"):
         runs_of("@question Why? @base baseline TIDAL_LR=1 WARMDOWN_FRAC=0.2 @arm a why QK_GAIN_INIT=2")
 
 

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 import torch
 
 import train_gpt
+from data.user_error import UserError
 from sweeps.lab.show import step_flops
-from sweeps.lab.wave_spec import Sizes, WaveError, preset_env
+from sweeps.lab.wave_spec import Sizes, preset_env
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def main() -> None:
     try:
         knobs = preset_env(options.preset, Sizes()) | dict(pair.split("=", 1) for pair in options.knobs)
         work = work_of(knobs)
-    except (train_gpt.RunError, WaveError) as error:
+    except (train_gpt.RunError, UserError) as error:
         raise SystemExit(f"error: {error}") from None
     fraction = options.fraction or fraction_of_baseline()
     counted = f"{work.flops / 1e12:.1f} TFLOP a step, {work.orthogonal / 1e12:.2f} of Muon's"

@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from data.user_error import UserError
 from sweeps.lab import run_process as process
 
 try:
@@ -30,13 +31,13 @@ RETRIES, LOOK, REFRESH = 5, 0.2, 2.0  # of a task whose machine died; seconds be
 def connect() -> None:
     """Join the cluster of RAY_ADDRESS, or make one of this machine."""
     if ray is None:
-        raise process.Misuse("--engine ray wants Ray, which is optional: pip install ray==2.60.0")
+        raise UserError("--engine ray wants Ray, which is optional: pip install ray==2.60.0")
     if ray.is_initialized():
         return
     try:
         ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise process.Misuse(f"no Ray cluster at {os.environ.get('RAY_ADDRESS', 'hand')}: {error}") from None
+        raise UserError(f"no Ray cluster at {os.environ.get('RAY_ADDRESS', 'hand')}: {error}") from None
     for module in (process, sys.modules[__name__]):  # so that a worker needs no path to them
         ray.cloudpickle.register_pickle_by_value(module)
 

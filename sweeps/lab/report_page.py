@@ -25,10 +25,10 @@ from sweeps.lab.report_tables import (
     progression,
     regime_line,
 )
+from sweeps.lab.size_limit import SIZE_LIMIT
 from sweeps.lab.verdicts import Ablation, Contrast, Effect, Row
 
 PARTS = Path(__file__).resolve().parent / "page"
-LIMIT = 16_000_000  # bytes of code and packed weights together
 # What the page reads of a run; the rest of a row would only make it heavier.
 SHOWN = """
 wave arm seed rerun hypothesis parent state message steps tokens train_seconds step_ms progress mean_lr_scale
@@ -128,7 +128,13 @@ def payload(waves: Sequence, watch: float | None) -> dict:
     runs = [run(row) for wave in waves for row in wave.rows]
     written = datetime.fromtimestamp(time.time(), timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
     return dict(
-        waves=names, groups=groups, runs=runs, across=across(waves), limit=LIMIT, watch=watch, written=written
+        waves=names,
+        groups=groups,
+        runs=runs,
+        across=across(waves),
+        limit=SIZE_LIMIT,
+        watch=watch,
+        written=written,
     )
 
 

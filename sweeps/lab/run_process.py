@@ -18,10 +18,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
-class Misuse(Exception):
-    """A fault in the command, or what it asks for is not there: one line, exit 2."""
-
-
 @dataclass(frozen=True)
 class Spec:
     """What to run: the command, what it sets in the environment, what it hides there, its cores or none."""

@@ -17,15 +17,16 @@ from statistics import median
 
 from sweeps.lab import run_summary as summary
 from sweeps.lab.paths import ROOT
+from sweeps.lab.run_state import RunState
 from sweeps.lab.run_summary import last as newest
 from train_gpt import write_atomic
 
-FINAL = "ok", "untrained", "truncated", "diverged", "over_size", "duplicate", "killed_early", "crashed"
-TODO = "planned", "running", "preempted"
 TRAINED_SHARE, UNTRAINED_BAND = 0.98, 0.01
 # A run's status, where its state has another name or that is all there is to say. The program's other
 # complaints (recompiled, over_eval_time, ...) make a score that must not be ranked.
-STATES = dict(ok="ok", over_size="over_size", diverged="diverged", preempted="preempted")
+STATES = {
+    state.value: state for state in (RunState.OK, RunState.OVER_SIZE, RunState.DIVERGED, RunState.PREEMPTED)
+}
 MACHINE = "device", "world_size", "dtype", "compile", "torch", "python", "numpy"
 VALIDATION = "val_sha256", "val_tokens", "val_bytes"
 NAMES = """
@@ -147,21 +148,21 @@ def portable(value, root: Path = ROOT):
 # ------------------------------------------------------------------------------------------ state
 
 
-def state_of(row: Row, events: list[Event]) -> tuple[str, str]:
+def state_of(row: Row, events: list[Event]) -> tuple[RunState, str]:
     """(state, why) of a run that ended, from what its row holds by now."""
     status, bpb, plain = row["status"], row["val_bpb"], uniform_bpb(events)
     if status not in STATES:
-        return "crashed", row["message"] or f"ended with exit code {row['exit_code']}, status {status}"
+        return RunState.CRASHED, row["message"] or f"ended with exit code {row['exit_code']}, status {status}"
     if status != "ok" and status != "over_size":
         return STATES[status], row["message"]
     if bpb is None or not math.isfinite(bpb):
-        return "diverged", "its score is not a number"
+        return RunState.DIVERGED, "its score is not a number"
     if not row["train_loss"]:
-        return "untrained", f"its training loss is {row['train_loss']}"
+        return RunState.UNTRAINED, f"its training loss is {row['train_loss']}"
     if plain and abs(bpb / plain - 1) <= UNTRAINED_BAND:
-        return "untrained", f"bpb {bpb:.4f} is that of a model that has learnt nothing, {plain:.4f}"
+        return RunState.UNTRAINED, f"bpb {bpb:.4f} is that of a model that has learnt nothing, {plain:.4f}"
     if row["progress"] is not None and row["progress"] < TRAINED_SHARE:
-        return "truncated", f"its schedule was cut at progress {row['progress']:.3f}"
+        return RunState.TRUNCATED, f"its schedule was cut at progress {row['progress']:.3f}"
     return STATES[status], row["message"]
 
 

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BYTES_LIMIT = 16_000_000  # code and packed weights together, decimal
+from sweeps.lab.size_limit import SIZE_LIMIT
+
 EVALUATION_SECONDS = 600.0  # unless the log says MAX_EVAL_SECONDS
 ABSENT = "-"
 
@@ -81,9 +82,9 @@ def against(value: float | None, limit: float | None, pattern: str, unit: str, s
 
 def size_cell(events: list[Event]) -> str:
     code, model, total = sizes(events)
-    share = show(None if total is None else total / BYTES_LIMIT, "{:.1%}")
+    share = show(None if total is None else total / SIZE_LIMIT, "{:.1%}")
     parts = f"code {show(code, '{:,}')} + model {show(model, '{:,}')}"
-    return f"{against(total, BYTES_LIMIT, '{:,}', 'bytes')} ({share}; {parts})"
+    return f"{against(total, SIZE_LIMIT, '{:,}', 'bytes')} ({share}; {parts})"
 
 
 def bpb_cell(score: Event) -> str:

@@ -32,6 +32,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from data.user_error import UserError
+from sweeps.lab.run_state import UNFINISHED, RunState
 from sweeps.lab.statistics import Interval, mean, mean_interval, stdev
 
 Row = Mapping[str, Any]
@@ -39,10 +41,6 @@ BySeed = dict[int, float]
 
 CONTROL, LEVEL, DRAWS = "control", 0.05, 20_000
 BETTER, WORSE, INSIDE, UNDECIDED = "better", "worse", "inside noise", "undecided"
-STATES = (
-    "planned", "running", "ok", "crashed", "untrained", "truncated", "diverged", "over_size", "duplicate",
-    "preempted", "killed_early",
-)  # fmt: skip
 # A table holds runs that agree on all of these; those of the second line but for the arm's own knobs.
 MACHINE = (
     "code_sha256", "val_sha256", "val_tokens", "device", "world_size", "dtype", "compile", "torch", "python",
@@ -55,10 +53,6 @@ SIZES = (
 IDLE = 0.001  # an arm with less than this share of the usual variance hardly differs from the control
 UNSTEADY = 2.5  # an arm with an SD of more floors than this; of arms with the usual noise 0.2 % have it (n 3)
 WIDEST_GAP = 0.25  # between two points of a curve, as a share of where it is read
-
-
-class MixedRegimesError(ValueError):
-    """Runs that may not be compared were put in one table."""
 
 
 # Rows
@@ -87,7 +81,7 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 
 def valid(rows: Iterable[Row]) -> list[Row]:
     """The runs that may be ranked: finished well, with a score."""
-    return [row for row in latest(rows) if row.get("state") == "ok" and final_score(row) is not None]
+    return [row for row in latest(rows) if row.get("state") == RunState.OK and final_score(row) is not None]
 
 
 def final_score(row: Row) -> float | None:
@@ -123,13 +117,19 @@ class Counts(NamedTuple):
 def counts(rows: Iterable[Row]) -> Counts:
     """How many runs came how far. Nothing is counted by hand: states that no run is in are left out."""
     rows = latest(rows)
-    seen = [str(row.get("state") or "planned") for row in rows]
-    order = [*STATES, *sorted(set(seen) - set(STATES))]
-    by_state = {state: seen.count(state) for state in order if state in seen}
-    planned = len(rows) - seen.count("duplicate")
-    finished = planned - sum(seen.count(state) for state in ("planned", "running", "preempted"))
-    scored = sum(final_score(row) is not None for row in rows)
-    return Counts(planned, planned - seen.count("planned"), finished, scored, len(valid(rows)), by_state)
+    states = [str(row.get("state") or RunState.PLANNED) for row in rows]
+    known_states = [state.value for state in RunState]
+    foreign_states = sorted(set(states) - set(known_states))
+    by_state = {state: states.count(state) for state in [*known_states, *foreign_states] if state in states}
+    planned = len(rows) - states.count(RunState.DUPLICATE)
+    return Counts(
+        planned=planned,
+        started=planned - states.count(RunState.PLANNED),
+        finished=planned - sum(states.count(state) for state in UNFINISHED),
+        scored=sum(final_score(row) is not None for row in rows),
+        valid=len(valid(rows)),
+        states=by_state,
+    )
 
 
 # Regimes
@@ -183,13 +183,13 @@ def joined(parts: Iterable[list[Row]]) -> list[list[Row]]:
 
 
 def require_one_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> None:
-    """Raises MixedRegimesError, which names the facts that differ."""
+    """Raises UserError, which names the facts that differ."""
     groups = by_regime(rows, free)
     if len(groups) > 1:
         first, second = (regime(group[0], free) for group in groups[:2])
         apart = [k for k in first if None not in (first[k], second[k]) and first[k] != second[k]]
         text = f"runs of {len(groups)} regimes in one table; they differ in {', '.join(apart)}"
-        raise MixedRegimesError(text)
+        raise UserError(text)
 
 
 def sharing(rows: Iterable[Row]) -> int:
@@ -409,7 +409,7 @@ def effects(rows: Iterable[Row]) -> list[Effect]:
     """Every arm of one wave in one regime, in the wave's order."""
     rows = latest(rows)
     if len({row.get("wave") for row in rows}) > 1:
-        raise MixedRegimesError("runs of several waves in one table")
+        raise UserError("runs of several waves in one table")
     require_one_regime(valid(rows))
     pairs, control = differences(rows), {seed: len(runs) for seed, runs in by_seed(rows, CONTROL).items()}
     judged = judge(pairs, control, noise(rows).floor)

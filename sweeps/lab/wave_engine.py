@@ -27,13 +27,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 
+from data.user_error import UserError, tell, tell_os_error
 from sweeps.lab import run_process as process
 from sweeps.lab import run_rows as rows
 from sweeps.lab import validation_halves as halves
 from sweeps.lab.paths import RESULTS, ROOT
-from sweeps.lab.run_process import Misuse
 from sweeps.lab.run_rows import Results, Row
-from sweeps.lab.wave_spec import CONTROL, KNOBS, Env, Run, Sizes, WaveError, expand, parse_wave, warnings_of
+from sweeps.lab.run_state import FINISHED, RunState
+from sweeps.lab.wave_spec import CONTROL, KNOBS, Env, Run, Sizes, expand, parse_wave, warnings_of
 from train_gpt import write_atomic
 
 TICK, PATIENCE = 0.1, 90.0  # seconds between looks at the runs, and until a stopped run is killed
@@ -81,7 +82,7 @@ def early_kill_of(text: str | None) -> tuple[float, float] | None:
     except ValueError:
         found = 0.0, 0.0
     if not (found[0] > 0 and 0 < found[1] < 1):
-        raise Misuse(f"--early-kill wants MARGIN[@PROGRESS], e.g. 0.05@0.4, not {text}")
+        raise UserError(f"--early-kill wants MARGIN[@PROGRESS], e.g. 0.05@0.4, not {text}")
     return found
 
 
@@ -111,19 +112,19 @@ def find_data(options: argparse.Namespace) -> tuple[Path, Path]:
         Path(os.environ["TOKENIZER_PATH"]) if os.environ.get("TOKENIZER_PATH") else None
     )
     if (data is None) != (tokenizer is None):
-        raise Misuse("--data and --tokenizer go together")
+        raise UserError("--data and --tokenizer go together")
     if data is None or tokenizer is None:
         home = ROOT / "data"
         data, tokenizer = home / "datasets/fineweb10B_sp1024", home / "tokenizers/fineweb_1024_bpe.model"
         if not (tokenizer.is_file() and all(any(data.glob(f"*_{s}_*.bin")) for s in ("train", "val"))):
             data, tokenizer = home / "datasets/pydocs_sp1024", home / "tokenizers/pydocs_1024_bpe.model"
             if subprocess.run([sys.executable, str(home / "pydocs.py")]).returncode:
-                raise Misuse("no data: data/pydocs.py failed (above)")
+                raise UserError("no data: data/pydocs.py failed (above)")
     for split in ("train", "val"):
         if not any(data.glob(f"*_{split}_*.bin")):
-            raise Misuse(f"no {split} shards, *_{split}_*.bin, in {data}")
+            raise UserError(f"no {split} shards, *_{split}_*.bin, in {data}")
     if not tokenizer.is_file():
-        raise Misuse(f"no tokenizer {tokenizer}")
+        raise UserError(f"no tokenizer {tokenizer}")
     return data.resolve(), tokenizer.resolve()
 
 
@@ -131,7 +132,9 @@ def check_environment() -> None:
     """Knobs in the environment would be lost, or worse, reach the runs unseen."""
     stray = [name for name in os.environ if name in KNOBS and name not in HERE]
     if stray:
-        raise Misuse(f"{stray[0]} is set in the environment; a wave takes its knobs from its base line only")
+        raise UserError(
+            f"{stray[0]} is set in the environment; a wave takes its knobs from its base line only"
+        )
 
 
 # ------------------------------------------------------------------------------------------- plan
@@ -149,7 +152,7 @@ def earlier_seconds(folder: Path) -> dict[tuple, list[float]]:
     found: dict[tuple, list[float]] = {}
     for path in sorted(folder.glob("*.jsonl")):
         for row in Results(folder, path.stem).latest().values():
-            if row.get("state") == "ok" and row.get("run_seconds") and not row.get("resumed"):
+            if row.get("state") == RunState.OK and row.get("run_seconds") and not row.get("resumed"):
                 found.setdefault(size_of(row["config"]), []).append(row["run_seconds"])
     return found
 
@@ -309,22 +312,24 @@ class Engine:
 
     def prepare(self) -> None:
         """Refuse results made with other knobs; state duplicates and plans; queue what is left to do."""
-        again = ("crashed",) if self.options.again else ()
+        again = (RunState.CRASHED,) if self.options.again else ()
         planned = []
         for run in self.runs:
             row, about = self.known.get(run.run_id), self.about(run)
             state = row["state"] if row else None
-            if state in rows.FINAL and state not in ("duplicate", *again):
+            if state in FINISHED and state not in (RunState.DUPLICATE, *again):
                 check_same(run, row, about)
             elif run.duplicate_of:
                 message = f"the same experiment as {run.duplicate_of}"
-                planned.append((run, about | dict(state="duplicate", status="duplicate", message=message)))
+                planned.append(
+                    (run, about | dict(state=RunState.DUPLICATE, status=RunState.DUPLICATE, message=message))
+                )
             else:
                 if row and self.changed(run, row) and process.is_alive(self.out_dir(run)):
-                    raise Misuse(f"{run.run_id} still runs with other knobs; wait for it, then try again")
+                    raise UserError(f"{run.run_id} still runs with other knobs; wait for it, then try again")
                 self.todo.append(run)
-                if state in (None, "duplicate"):
-                    planned.append((run, about | dict(state="planned")))
+                if state in (None, RunState.DUPLICATE):
+                    planned.append((run, about | dict(state=RunState.PLANNED)))
         for run, row in planned:
             self.known[run.run_id] = dict.fromkeys(rows.FIELDS) | row
         for wave in self.results:
@@ -360,20 +365,23 @@ class Engine:
 
     def counts(self) -> str:
         states = Counter(self.known[run.run_id]["state"] for run in self.runs)
-        planned, started = len(self.runs) - states["duplicate"], sum(states.values()) - states["planned"]
-        finished = sum(states[state] for state in rows.FINAL) - states["duplicate"]
+        planned, started = (
+            len(self.runs) - states[RunState.DUPLICATE],
+            sum(states.values()) - states[RunState.PLANNED],
+        )
+        finished = sum(states[state] for state in FINISHED) - states[RunState.DUPLICATE]
         left, eta = len(self.todo) + len(self.jobs), ""
         if left and self.seconds:
             waits = mean(self.seconds) * (len(self.todo) + 0.5 * len(self.jobs)) / self.backend.width()
             eta = f" | about {clock_text(waits)} left"
-        begun = started - states["duplicate"]
-        return f"planned {planned} started {begun} finished {finished} valid {states['ok']}{eta}"
+        begun = started - states[RunState.DUPLICATE]
+        return f"planned {planned} started {begun} finished {finished} valid {states[RunState.OK]}{eta}"
 
     def delta(self, run: Run, row: Row) -> str:
         """Against the control of the same seed."""
         twin = self.known.get(f"{run.wave.name}.{CONTROL}.{run.seed}")
         same = run.is_control and not run.rerun
-        if same or not twin or twin["state"] != "ok" or row["state"] != "ok":
+        if same or not twin or twin["state"] != RunState.OK or row["state"] != RunState.OK:
             return ""
         return f" ({row['val_bpb'] - twin['val_bpb']:+.4f})"
 
@@ -399,7 +407,7 @@ class Engine:
         about["attempts"] -= adopted
         began = (out / "run.json").stat().st_mtime if adopted else time.time()
         self.jobs.append(Job(run, out, about, handle, began, past))
-        self.write(run, about | dict(state="running"))
+        self.write(run, about | dict(state=RunState.RUNNING))
         how = "found running" if adopted else "resume" if past else "start"
         self.say(f"{how:12} {run.run_id}  {diff_text(run)}")
 
@@ -420,7 +428,7 @@ class Engine:
         """End an arm that is too far behind its control."""
         run, (margin, since) = job.run, self.limit
         control = self.known.get(f"{run.wave.name}.{CONTROL}.{run.seed}")
-        if run.is_control or not control or control["state"] != "ok":
+        if run.is_control or not control or control["state"] != RunState.OK:
             return
         arm = rows.measured(rows.read_events(job.out_dir, run.run_id), {})
         found = rows.behind(control, arm, since)
@@ -435,25 +443,29 @@ class Engine:
         """Judge a run that ended: its final row, or another attempt."""
         run, run_id = job.run, job.run.run_id
         row = rows.row_of(job.about, job.out_dir, code)
-        if row["state"] == "ok" and (strange := unknown_knobs(run, row)):
-            row |= dict(state="crashed", message=f"the wave's copy of the script has no {strange[0]}")
+        if row["state"] == RunState.OK and (strange := unknown_knobs(run, row)):
+            row |= dict(state=RunState.CRASHED, message=f"the wave's copy of the script has no {strange[0]}")
         row["attempts"] += getattr(job.handle, "moves", int)()  # by Ray, when a machine died
         row["run_seconds"] = (self.known[run_id]["run_seconds"] or 0.0) + time.time() - job.began
-        if job.verdict and row["state"] in ("preempted", "crashed"):
+        if job.verdict and row["state"] in (RunState.PREEMPTED, RunState.CRASHED):
             shutil.rmtree(job.out_dir / "checkpoints", ignore_errors=True)
-            return self.settle(run, row | dict(state="killed_early", message=job.verdict))
-        if self.stopping and row["state"] in ("preempted", "crashed"):
-            return self.settle(run, row | dict(state="preempted"))
-        if row["state"] == "preempted":  # someone else stopped it
+            return self.settle(run, row | dict(state=RunState.KILLED_EARLY, message=job.verdict))
+        if self.stopping and row["state"] in (RunState.PREEMPTED, RunState.CRASHED):
+            return self.settle(run, row | dict(state=RunState.PREEMPTED))
+        if row["state"] == RunState.PREEMPTED:  # someone else stopped it
             self.write(run, row)
-            self.say(f"{'preempted':12} {run_id}  goes on at once")
+            self.say(f"{RunState.PREEMPTED:12} {run_id}  goes on at once")
             return self.todo.appendleft(run)
-        if row["state"] == "crashed" and row["exit_code"] not in PLAIN_CODES and not self.crashes[run_id]:
+        if (
+            row["state"] == RunState.CRASHED
+            and row["exit_code"] not in PLAIN_CODES
+            and not self.crashes[run_id]
+        ):
             stale = row["exit_code"] == 2 and job.past
             if stale or row["exit_code"] != 2:
                 self.crashes[run_id] += 1
-                self.write(run, row | dict(state="running"))
-                self.say(f"{'crashed':12} {run_id}  once more, after: {row['message']}")
+                self.write(run, row | dict(state=RunState.RUNNING))
+                self.say(f"{RunState.CRASHED:12} {run_id}  once more, after: {row['message']}")
                 if stale:  # left by other code or another setting, so it cannot be gone on with
                     shutil.rmtree(job.out_dir, ignore_errors=True)
                 return self.todo.appendleft(run)
@@ -463,10 +475,16 @@ class Engine:
         """A run's last row of this session."""
         row["ended"] = time.time()
         self.write(run, row)
-        if row["state"] in rows.FINAL:
+        if row["state"] in FINISHED:
             (self.out_dir(run) / "final_model.pt").unlink(missing_ok=True)  # the packed one stays
-            self.seconds += [row["run_seconds"] or 0.0] if row["state"] == "ok" and not row["resumed"] else []
-        score = f"bpb {row['val_bpb']:.4f}{self.delta(run, row)}" if row["state"] == "ok" else row["message"]
+            self.seconds += (
+                [row["run_seconds"] or 0.0] if row["state"] == RunState.OK and not row["resumed"] else []
+            )
+        score = (
+            f"bpb {row['val_bpb']:.4f}{self.delta(run, row)}"
+            if row["state"] == RunState.OK
+            else row["message"]
+        )
         took = f" {row['run_seconds']:.0f} s" if row.get("run_seconds") else ""
         self.say(f"{row['state']:12} {run.run_id}  {score}{took} | {self.counts()}")
 
@@ -513,7 +531,7 @@ class Engine:
             for each in self.results.values():
                 each.compact()
         self.say(f"{'stopped' if self.stopping else 'done'}: {self.counts()}")
-        crashed = any(self.known[run.run_id]["state"] == "crashed" for run in self.runs)
+        crashed = any(self.known[run.run_id]["state"] == RunState.CRASHED for run in self.runs)
         return STOPPED if self.stopping else int(crashed)
 
 
@@ -532,9 +550,9 @@ def unknown_knobs(run: Run, row: Row) -> list[str]:
 def check_same(run: Run, row: Row, about: Row) -> None:
     """Refuse to take a result for this run's that was made with other knobs."""
     apart = differences(row["env"] or {}, about["env"])
-    if apart and row["state"] != "duplicate":
+    if apart and row["state"] != RunState.DUPLICATE:
         mend = "rename the arm, or move the wave's results away"
-        raise Misuse(f"{run.run_id} has a result made with {apart[0]}; {mend}")
+        raise UserError(f"{run.run_id} has a result made with {apart[0]}; {mend}")
 
 
 # --------------------------------------------------------------------------------------- held out
@@ -547,7 +565,7 @@ def score_one(row: Row, options: argparse.Namespace) -> float:
     env, other = dict(about["env"]), out / "held_out"
     data = Path(env["DATA_PATH"])
     if data.name != halves.SELECTION:
-        raise Misuse(f"{row['run_id']} was selected on all of the text; --val-tokens holds a part out")
+        raise UserError(f"{row['run_id']} was selected on all of the text; --val-tokens holds a part out")
     shutil.rmtree(other, ignore_errors=True)
     env |= dict(
         EVAL_ONLY=str(out / MODEL), DATA_PATH=str(data.with_name(halves.HELD_OUT)), OUT_DIR=str(other),
@@ -559,7 +577,7 @@ def score_one(row: Row, options: argparse.Namespace) -> float:
         code = subprocess.run(about["command"], env=hidden | env, stdout=stdout, stderr=stderr).returncode
     result = rows.read_result(other, env["RUN_ID"])
     if code or result.get("val_bpb") is None:
-        raise Misuse(f"{row['run_id']}: no held-out score, exit code {code}: {rows.last_error(other)}")
+        raise UserError(f"{row['run_id']}: no held-out score, exit code {code}: {rows.last_error(other)}")
     return result["val_bpb"]
 
 
@@ -582,7 +600,7 @@ def finalists(known: dict[str, Row], runs: list[Run], count: int) -> list[Row]:
         means = {}
         for name in dict.fromkeys(run.arm.name for run in mine):
             pairs = [(own[name, seed], own[CONTROL, seed]) for seed in wave.seeds]
-            if all(row["state"] == "ok" for pair in pairs for row in pair):
+            if all(row["state"] == RunState.OK for pair in pairs for row in pair):
                 means[name] = mean(a["val_bpb"] - b["val_bpb"] for a, b in pairs)
         best = sorted((name for name in means if name != CONTROL), key=means.get)[:count]
         chosen += [own[name, seed] for name in (CONTROL, *best) if name in means for seed in wave.seeds]
@@ -595,8 +613,8 @@ def held_out_only(options: argparse.Namespace) -> int:
     results = claim_results(options.results, waves)
     known = {run_id: row for each in results.values() for run_id, row in each.latest().items()}
     for run_id in options.held_out:
-        if run_id not in known or known[run_id]["state"] != "ok":
-            raise Misuse(f"{run_id} has no valid result in {options.results}")
+        if run_id not in known or known[run_id]["state"] != RunState.OK:
+            raise UserError(f"{run_id} has no valid result in {options.results}")
     score_held_out([known[run_id] for run_id in options.held_out], results, options.jobs or 1, options)
     for each in results.values():
         each.compact()
@@ -610,7 +628,7 @@ def claim_results(folder: Path, waves) -> dict[str, Results]:
     results = {name: Results(folder, name) for name in waves}
     for name, each in results.items():
         if not each.claim():
-            raise Misuse(f"another engine is running the wave {name}")
+            raise UserError(f"another engine is running the wave {name}")
     return results
 
 
@@ -618,7 +636,7 @@ def widths(options: argparse.Namespace, gpus: list[str]) -> tuple[int, int]:
     """(runs at once, CPU threads of each)."""
     cores = process.core_count()
     if min(n for n in (1, options.jobs, options.threads) if n is not None) < 1:
-        raise Misuse("--jobs and --threads want at least 1")
+        raise UserError("--jobs and --threads want at least 1")
     usual = options.threads or (1 if options.proxy else None)
     jobs = options.jobs or len(gpus) or max(1, cores // (usual or cores))
     return jobs, usual or max(1, cores // jobs)
@@ -627,7 +645,7 @@ def widths(options: argparse.Namespace, gpus: list[str]) -> tuple[int, int]:
 def selected(runs: list[Run], only: list[str]) -> list[Run]:
     names = {run.arm.name for run in runs}
     if strange := [name for name in only if name not in names]:
-        raise Misuse(f"--only {strange[0]}: no such arm ({' '.join(sorted(names - {CONTROL}))})")
+        raise UserError(f"--only {strange[0]}: no such arm ({' '.join(sorted(names - {CONTROL}))})")
     return [run for run in runs if not only or run.arm.name in only or run.is_control]
 
 
@@ -645,7 +663,7 @@ def run_wave(name: str, words: list[str], options: argparse.Namespace) -> int:
     names = dict.fromkeys(run.wave.name for run in runs)
     if options.plan or options.dry:
         known = {i: row for name in names for i, row in Results(options.results, name).latest().items()}
-        done = {i for i, row in known.items() if row["state"] in rows.FINAL}
+        done = {i for i, row in known.items() if row["state"] in FINISHED}
         todo = [run for run in runs if not run.duplicate_of and run.run_id not in done]
         if options.dry:
             for run in runs:
@@ -656,7 +674,7 @@ def run_wave(name: str, words: list[str], options: argparse.Namespace) -> int:
     data, tokenizer = find_data(options)
     tokens = options.val_tokens if options.val_tokens is not None else halves.HALF_TOKENS * options.proxy
     if options.finalists and not tokens:
-        raise Misuse("--finalists wants text that is held out: --val-tokens N, or --proxy")
+        raise UserError("--finalists wants text that is held out: --val-tokens N, or --proxy")
     results = claim_results(options.results, names)
     if tokens:
         data = halves.cut(data, options.out, tokens) / halves.SELECTION
@@ -686,15 +704,13 @@ def main(arguments: list[str]) -> int:
         if options.held_out:
             return held_out_only(options)
         if not words:
-            raise Misuse("run a wave by its script: bash sweeps/WAVE.sh --plan")
+            raise UserError("run a wave by its script: bash sweeps/WAVE.sh --plan")
         return run_wave(words[0], words[1:], options)
-    except (Misuse, WaveError) as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+    except UserError as error:
+        return tell(error)
     except OSError as error:
-        print(f"error: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        tell_os_error(error)
         return 1
-    return 2
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from data.user_error import UserError
 from sweeps.lab.paths import PRESETS
 from train_gpt import Config, RunError, needs_of, parse_knob, unmet_needs
 
@@ -26,14 +27,6 @@ WORDS = dict(
     question=(1, 1), base=(1, 999), arm=(3, 999), control_every=(1, 1), seeds=(1, 999), decide=(1, 1),
     leave_one_out=(0, 999), add_one_in=(0, 1), horizons=(2, 999),
 )  # fmt: skip
-
-
-class WaveError(Exception):
-    """What is wrong with a wave: one line for each fault."""
-
-    def __init__(self, *lines: str):
-        super().__init__("\n".join(lines))
-        self.lines = lines
 
 
 @dataclass(frozen=True)
@@ -95,16 +88,16 @@ class Run:
 
 
 def assignments(words: Iterable[str], where: str) -> Env:
-    """KNOB=VALUE words as a dict; WaveError on anything else, or a knob named twice."""
+    """KNOB=VALUE words as a dict; UserError on anything else, or a knob named twice."""
     found: Env = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
-            raise WaveError(f"{where}: not KNOB=VALUE: {word}")
+            raise UserError(f"{where}: not KNOB=VALUE: {word}")
         if name in found:
-            raise WaveError(f"{where}: {name} is set twice")
+            raise UserError(f"{where}: {name} is set twice")
         if name in PLACES:
-            raise WaveError(f"{where}: {name} is set by the engine for each run, not by a wave")
+            raise UserError(f"{where}: {name} is set by the engine for each run, not by a wave")
         found[name] = value
     return found
 
@@ -112,10 +105,10 @@ def assignments(words: Iterable[str], where: str) -> Env:
 def whole_numbers(words: Iterable[str], what: str, low: int = 0) -> tuple[int, ...]:
     words = list(words)
     if not all(re.fullmatch(r"\d{1,10}", word) and low <= int(word) < 2**32 for word in words):
-        raise WaveError(f"{what} wants whole numbers of at least {low}, not {' '.join(words)}")
+        raise UserError(f"{what} wants whole numbers of at least {low}, not {' '.join(words)}")
     numbers = tuple(map(int, words))
     if len(set(numbers)) < len(numbers):
-        raise WaveError(f"{what} names a number twice: {' '.join(words)}")
+        raise UserError(f"{what} names a number twice: {' '.join(words)}")
     return numbers
 
 
@@ -124,17 +117,17 @@ def sentences(words: list[str]) -> Iterator[tuple[str, list[str]]]:
     tags = {f"@{word}" for word in WORDS}
     starts = [i for i, word in enumerate(words) if word in tags]
     if words and (not starts or starts[0] > 0):
-        raise WaveError(f"not a word of a wave: {words[0]}")
+        raise UserError(f"not a word of a wave: {words[0]}")
     for start, stop in zip(starts, [*starts[1:], len(words)], strict=True):
         word, arguments = words[start][1:], words[start + 1 : stop]
         low, high = WORDS[word]
         if not low <= len(arguments) <= high:
-            raise WaveError(f"{word} has {len(arguments)} arguments: {' '.join(arguments)}")
+            raise UserError(f"{word} has {len(arguments)} arguments: {' '.join(arguments)}")
         yield word, arguments
 
 
 def parse_wave(name: str, words: list[str]) -> Wave:
-    """The wave that these words say; WaveError with a line for every fault that the words alone show."""
+    """The wave that these words say; UserError with a line for every fault that the words alone show."""
     found, arms, generators, errors = {}, [], [], []
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         errors.append(f"a wave's name holds letters, digits, _ and -, not {name!r}")
@@ -148,12 +141,12 @@ def parse_wave(name: str, words: list[str]) -> Wave:
                 errors.append(f"{word} is said twice")
             else:
                 found[word] = parse_word(word, arguments)
-        except WaveError as error:
+        except UserError as error:
             errors += error.lines
     missing = [word for word in ("question", "base") if word not in found and f"{word} " not in str(errors)]
     errors += [f"the wave has no {word}" for word in missing]
     if errors:
-        raise WaveError(*errors)
+        raise UserError(*errors)
     preset, own = found.pop("base")
     said = dict(found, arms=tuple(arms), generators=tuple(generators))
     return Wave(name, preset=preset, own=tuple(own.items()), **said)
@@ -173,9 +166,9 @@ def parse_word(word: str, arguments: list[str]):
 def parse_arm(name: str, hypothesis: str, words: list[str]) -> Arm:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or name == CONTROL:
         wanted = "letters, digits, _ and -, and is not `control`"
-        raise WaveError(f"arm {name!r}: a name holds {wanted}")
+        raise UserError(f"arm {name!r}: a name holds {wanted}")
     if "=" in hypothesis.split(" ")[0] and re.match(r"[A-Z][A-Z0-9_]*=", hypothesis):
-        raise WaveError(f"arm {name}: no hypothesis before {hypothesis}")
+        raise UserError(f"arm {name}: no hypothesis before {hypothesis}")
     return Arm(name, hypothesis, assignments(words, f"arm {name}"))
 
 
@@ -196,7 +189,7 @@ def read_preset(path: Path) -> Env:
 def preset_env(preset: str, sizes: Sizes) -> Env:
     """A preset under its sizes, as run_best.sh lays them: those of its own name win over the general ones."""
     if preset not in preset_names():
-        raise WaveError(f"unknown preset: {preset} (presets: {' '.join(preset_names())})")
+        raise UserError(f"unknown preset: {preset} (presets: {' '.join(preset_names())})")
     layers = [PRESETS / f"{preset}.env"]
     if sizes.cpu or sizes.proxy:
         own = PRESETS / f"proxy/{preset}.env"
@@ -209,7 +202,7 @@ def preset_env(preset: str, sizes: Sizes) -> Env:
 
 
 def configured(env: Mapping[str, str], where: str) -> Config:
-    """The config of these knobs; WaveError with one line if they are wrong, clash, or do nothing."""
+    """The config of these knobs; UserError with one line if they are wrong, clash, or do nothing."""
     unknown = [name for name in env if name not in KNOBS]
     try:
         cfg = Config.from_env(dict(env))
@@ -218,7 +211,7 @@ def configured(env: Mapping[str, str], where: str) -> Config:
         if not cfg.train_log_every:
             raise RunError("TRAIN_LOG_EVERY=0 hides the training loss, which tells whether a run trained")
     except RunError as error:
-        raise WaveError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     return cfg
 
 
@@ -295,9 +288,9 @@ def left_out(wave: Wave, sizes: Sizes, only: tuple[str, ...]) -> list[Arm]:
     plain, own = plain_values(wave, sizes, base), dict(wave.own)
     ideas = [name for name in ideas_of(base, plain) if name not in own]
     if strange := [name for name in only if name not in ideas]:
-        raise WaveError(f"leave_one_out: {strange[0]} is no knob that {wave.preset} sets: {' '.join(ideas)}")
+        raise UserError(f"leave_one_out: {strange[0]} is no knob that {wave.preset} sets: {' '.join(ideas)}")
     if not ideas:
-        raise WaveError(f"leave_one_out: {wave.preset} sets nothing that the baseline does not")
+        raise UserError(f"leave_one_out: {wave.preset} sets nothing that the baseline does not")
     arms = []
     for name in (name for name in ideas if not only or name in only):
         change = one_changed(base, plain, name, refill=True)
@@ -318,7 +311,7 @@ def added_in(wave: Wave, sizes: Sizes, preset: str) -> list[Arm]:
         texts = {other: text_of(value) for other, value in change.items()}
         arms.append(Arm(f"with_{name.lower()}", f"what it brings alone: {doc}", texts))
     if not arms:
-        raise WaveError(f"add_one_in: {preset} sets nothing that {wave.preset} does not")
+        raise UserError(f"add_one_in: {preset} sets nothing that {wave.preset} does not")
     return arms
 
 
@@ -328,7 +321,7 @@ def generated(wave: Wave, sizes: Sizes) -> Wave:
     kinds = [word for word, _ in wave.generators]
     turned = ("add_one_in", ()) in wave.generators
     if turned and "leave_one_out" in kinds:
-        raise WaveError("add_one_in changes the base to `baseline`: leave_one_out wants a wave of its own")
+        raise UserError("add_one_in changes the base to `baseline`: leave_one_out wants a wave of its own")
     stack = wave.preset
     wave = replace(wave, preset="baseline") if turned else wave
     for word, arguments in wave.generators:
@@ -355,7 +348,7 @@ def acting(env: Env, said: Iterable[str]) -> Env:
 
 
 def of_arm(wave: Wave, base: Env, arm: Arm, where: str) -> tuple[Env, Config]:
-    """What is set for an arm of the wave, and its config; WaveError as from `configured`."""
+    """What is set for an arm of the wave, and its config; UserError as from `configured`."""
     env = acting(base | arm.change, {*dict(wave.own), *arm.change})
     return env, configured(env, where)
 
@@ -369,12 +362,12 @@ def sized_knobs(sizes: Sizes) -> set[str]:
 
 def unfit(wave: Wave, sizes: Sizes) -> dict[str, str]:
     """Arms by name that cannot be tried at these sizes, and why: they change a size that is not the preset's
-    here, or are sound at the published sizes only."""
+    here, nor the wave's own, or are sound at the published sizes only."""
     sized, found = sized_knobs(sizes), {}
     for arm in wave.arms if sized else ():
         if fault(wave, Sizes(), arm):
             continue  # wrong at any size: it is told with the other faults
-        if theirs := sorted(sized & {*arm.change}):
+        if theirs := sorted(sized & {*arm.change} - {*dict(wave.own)}):
             found[arm.name] = f"{theirs[0]} is not the preset's at these sizes"
         elif why := fault(wave, sizes, arm):
             found[arm.name] = why
@@ -385,7 +378,7 @@ def fault(wave: Wave, sizes: Sizes, arm: Arm) -> str:
     """What is wrong with the arm's config at these sizes, or ''."""
     try:
         of_arm(wave, preset_env(wave.preset, sizes) | dict(wave.own), arm, "")
-    except WaveError as error:
+    except UserError as error:
         return error.lines[0].lstrip(": ")
     return ""
 
@@ -405,7 +398,7 @@ def waves_of(wave: Wave, sizes: Sizes) -> list[Wave]:
     if not wave.horizons:
         return [wave]
     if "ITERATIONS" in dict(wave.own) or any("ITERATIONS" in arm.change for arm in wave.arms):
-        raise WaveError("horizons sets ITERATIONS: take it off the base line and the arms")
+        raise UserError("horizons sets ITERATIONS: take it off the base line and the arms")
     base = preset_env(wave.preset, sizes) | dict(wave.own)
     return [at_horizon(wave, steps, base) for steps in sorted(wave.horizons)]
 
@@ -421,15 +414,15 @@ def order(wave: Wave, arms: list[Arm]) -> Iterator[tuple[Arm, int]]:
 
 
 def checked_arms(wave: Wave, base: Env) -> dict[str, tuple[Arm, Env, Config, str]]:
-    """Every arm by name with its knobs, its config and the name it duplicates; WaveError with all faults."""
+    """Every arm by name with its knobs, its config and the name it duplicates; UserError with all faults."""
     errors, checked, hashes = [], {}, {}
     for arm in (Arm(CONTROL, "", {}), *wave.arms):
         where = f"arm {arm.name}" if arm.name != CONTROL else f"base {wave.preset}"
         try:
             if arm.name in checked:
-                raise WaveError(f"two arms are named {arm.name}")
+                raise UserError(f"two arms are named {arm.name}")
             env, cfg = of_arm(wave, base, arm, where)
-        except WaveError as error:
+        except UserError as error:
             errors += error.lines
             if arm.name == CONTROL:
                 break  # every arm would say the same
@@ -437,7 +430,7 @@ def checked_arms(wave: Wave, base: Env) -> dict[str, tuple[Arm, Env, Config, str
         twin = hashes.setdefault(cfg.hash, arm.name)
         checked[arm.name] = arm, env, cfg, twin if twin != arm.name else ""
     if errors:
-        raise WaveError(*(f"{wave.name}: {line}" for line in errors))
+        raise UserError(*(f"{wave.name}: {line}" for line in errors))
     return checked
 
 

@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import train_gpt  # noqa: E402
+from data.user_error import UserError  # noqa: E402
 from sweeps.lab.show import step_flops  # noqa: E402
 from sweeps.lab.wave_spec import Sizes, preset_env  # noqa: E402
 from tests.bench import official  # noqa: E402
@@ -301,7 +302,7 @@ def main() -> None:
     measure = over_ranks if options.ranks else against if options.against else here
     try:
         found = measure(options, base)
-    except (train_gpt.RunError, official.Problem, FileNotFoundError) as error:
+    except (train_gpt.RunError, UserError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from None
     if os.environ.get("RANK", "0") != "0":
         return

@@ -15,7 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import train_gpt
-from data.shards import Problem, read_tokens, write_shard  # noqa: F401
+from data.shards import read_tokens, write_shard
 
 ROOT = Path(__file__).resolve().parents[2]
 

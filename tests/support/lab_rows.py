@@ -4,13 +4,8 @@ import json
 import math
 from pathlib import Path
 
-FIELDS = """
-wave arm seed rerun run_id hypothesis question parent change env state status exit_code attempts resumed
-message config_hash code_sha256 config steps tokens train_seconds step_ms progress mean_lr_scale lr_trace
-train_loss curve loss_curve live_val_bpb prequant_val_bpb val_bpb scores held_out_val_bpb code_bytes
-model_bytes total_bytes groups peak_memory_mib device world_size dtype compile torch python numpy val_sha256
-val_tokens started ended out_dir
-"""
+from sweeps.lab.run_rows import FIELDS
+
 MACHINE = dict(
     device="test device", world_size=1, dtype="fp32", compile=False, torch="2.13.0", python="3.11.7",
     numpy="2.4.6", val_sha256="ab" * 32, val_tokens=65536, code_sha256="cd" * 32,
@@ -36,7 +31,9 @@ def row(arm: str, seed: int, bpb: float | None, wave: str = "demo", **more) -> d
     )  # fmt: skip
     if bpb is not None:
         plain |= finished(bpb)
-    return dict.fromkeys(FIELDS.split()) | plain | more
+    made = dict.fromkeys(FIELDS) | plain | more
+    assert list(made) == FIELDS, "a field that the engine does not write"
+    return made
 
 
 def finished(bpb: float) -> dict:

@@ -1,0 +1,34 @@
+"""The one error of everything around train_gpt.py that is the user's to mend, and how it is told.
+
+train_gpt.py runs with nothing beside it, so it has its own, RunError; where one of its functions is called,
+that may come too. This file imports next to nothing, so that every tool can use it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """A fault in the command or in an input: what is wrong, where, and how to mend it. Exit code 2.
+
+    `lines` holds one line for each fault, mostly a single one.
+    """
+
+    def __init__(self, *lines: str):
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+def tell(error: object) -> int:
+    """Print each line of an error to stderr, marked as one; returns the exit code for it."""
+    for line in str(error).splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return EXIT_CODE
+
+
+def tell_os_error(error: OSError) -> int:
+    """The same for a file that cannot be read or written."""
+    return tell(f"{error.filename or 'file system'}: {error.strerror or error}")
