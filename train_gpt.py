@@ -2361,7 +2361,11 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     for phrase in cfg.inert():
         log.warn(True, phrase)
     log.warn(bool(runtime.uncompiled), f"no torch.compile ({runtime.uncompiled}); running eagerly, slower")
-    log.event("config", config=asdict(cfg), config_hash=cfg.hash, code_sha256=sha, code_bytes=len(source))
+    about = dict(code_sha256=sha, code_bytes=len(source))
+    if "READABLE_SHA256" in globals():  # set by records/pack_script.py's loader: `source` is the packed file
+        about["readable_sha256"] = globals()["READABLE_SHA256"]
+        log.line(" ".join(f"{name}:{value}" for name, value in about.items()))
+    log.event("config", config=asdict(cfg), config_hash=cfg.hash, **about)
     log.event("env", **machine, val_tokens=data.targets, val_bytes=data.bytes, val_sha256=data.sha256)
 
 
@@ -2593,8 +2597,9 @@ def complete(run: Run, stream: TokenStream | None, header: Mapping | None, run_i
 
 def tool(path: str) -> dict:
     """The names in a file of the repository that no record needs."""
-    where = Path(__file__).resolve().parent / path
-    require(where.is_file(), f"{path} is not beside this script; use the one in the repository")
+    folders = Path(__file__).resolve().parents  # a packed script may stand in runs/RUN_ID
+    where = next((folder / path for folder in folders if (folder / path).is_file()), None)
+    require(where, f"{path} is not beside this script or above; use the one in the repository")
     sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what it imports is this very program
     return runpy.run_path(str(where))
 
