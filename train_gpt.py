@@ -402,11 +402,21 @@ def own_source() -> bytes:
     return Path(__file__).read_bytes()
 
 
+def readable_sha256() -> str:
+    """sha256 of the readable source that a packed script holds; '' where the script is readable itself.
+
+    The loader that records/pack_script.py writes sets the global name.
+    """
+    return globals().get("READABLE_SHA256", "")
+
+
 def load_tool(path: str) -> dict:
     """The names in a file of the repository that no record needs; RunError (2) if it is not there."""
-    script = Path(__file__).resolve().parent / path
-    if not script.is_file():
-        raise RunError(f"{path} is not beside this script; use the one in the repository")
+    folders = Path(__file__).resolve().parents  # a packed script may stand in runs/RUN_ID
+    scripts = [folder / path for folder in folders if (folder / path).is_file()]
+    if not scripts:
+        raise RunError(f"{path} is not beside this script or above; use the one in the repository")
+    script = scripts[0]
     sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what it imports is this very program
     return runpy.run_path(str(script))
 
@@ -2572,7 +2582,7 @@ class OptimiserKnobs:
     )
     sam_rho: float = knob(
         0.0,
-        "Radius of sharpness-aware minimisation: gradients are taken so far uphill, at twice the cost; 0 = off.",
+        "Radius of sharpness-aware minimisation: gradients are taken that far uphill; 0 = off.",
         low=0,
         source="PR #1434",
         fate="broken",
@@ -5120,13 +5130,11 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     log_inputs(run, run_id, len(stream.paths) if stream else 0)
     log_settings(run, machine)
     log_start_warnings(run)
-    run.log.event(
-        "config",
-        config=asdict(run.cfg),
-        config_hash=run.cfg.hash,
-        code_sha256=hashlib.sha256(source).hexdigest(),
-        code_bytes=len(source),
-    )
+    code = dict(code_sha256=hashlib.sha256(source).hexdigest(), code_bytes=len(source))
+    if readable_sha256():
+        code["readable_sha256"] = readable_sha256()
+        run.log.line(" ".join(f"{name}:{value}" for name, value in code.items()))
+    run.log.event("config", config=asdict(run.cfg), config_hash=run.cfg.hash, **code)
     run.log.event(
         "env",
         **machine,
