@@ -869,7 +869,7 @@ class Clock:
         self.recent_steps: deque[float] = deque(maxlen=PACE_STEPS)  # their seconds
         if step_seconds:
             self.recent_steps.append(step_seconds)
-        self.pending_events: deque[torch.cuda.Event] = deque()  # of steps that the device may not have done
+        self.pending_events = deque()  # CUDA events of steps that the device may not have done yet
         self.stop_requested = False  # by a signal, on any rank
 
     def start(self) -> None:
@@ -900,7 +900,7 @@ class Clock:
             self.pending_events.popleft().synchronize()
 
         reading = self.seconds() if self.runtime.rank == 0 else 0.0
-        is_stopping = bool(self.runtime.stop_signal)
+        is_stopping = bool(self.runtime.stopping)
         # The sum over ranks is rank 0's reading, and how many ranks have had a signal.
         totals = self.runtime.sum(torch.tensor([reading, is_stopping], dtype=torch.float64))
         now, stopping_ranks = totals.tolist()

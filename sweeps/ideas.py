@@ -192,7 +192,7 @@ def time_all(study: Study, out: Path, pairs: int = 41) -> None:
 
 # The functions of an idea that its table does not name.
 FUNCTIONS = dict(sam_rho=["uphill"], layer_drop=["kept_layers"], progressive_grow=["phases"])
-TABLES = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES DECAYS"
+TABLES = "EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES DECAYS"
 
 
 def lines_of(name: str, source: str) -> int:
@@ -203,6 +203,7 @@ def lines_of(name: str, source: str) -> int:
         for t in TABLES.split()
         if name in getattr(train_gpt, t)
     }
+    own |= {hook.__name__ for hooks in train_gpt.HOOKS.values() for knob, hook in hooks if knob == name}
     lines = {n for n, line in enumerate(source.splitlines(), 1) if re.search(rf"\b{name}\b", line)}
     for node in ast.walk(ast.parse(source)):
         named = isinstance(node, ast.keyword) and node.arg == name

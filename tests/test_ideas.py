@@ -13,9 +13,10 @@ from conftest import Traced, env_of, launch, show
 import train_gpt
 from train_gpt import (
     GPT,
-    SCHEDULES,
+    HOOKS,
     STATES,
     Config,
+    Dials,
     Muon,
     Optimisers,
     Run,
@@ -215,12 +216,13 @@ def test_a_schedule_is_its_published_curve(name):
         if name != "whale_lr"
         else np.linspace(0, 1, 998)
     )
-    ours = [SCHEDULES[name](Config(), x, 0.0) for x in p.tolist()]
+    curve = dict(HOOKS["schedule"])[name]
+    ours = [curve(Config(), x, 0.0) for x in p.tolist()]
     np.testing.assert_allclose(ours, CURVES[name](p), rtol=1e-6, atol=1e-6)
 
 
 def test_every_schedule_has_a_curve_and_refuses_company():
-    assert set(SCHEDULES) == {*CURVES, "warmdown"}
+    assert [name for name, _ in HOOKS["schedule"]] == [*CURVES]
     for name in CURVES:
         other = "TIDAL_LR" if name != "tidal_lr" else "COSINE_LR"
         with pytest.raises(train_gpt.RunError, match="two schedules at once"):
@@ -301,6 +303,19 @@ def test_draws_belong_to_the_sequence_not_to_its_place_in_the_batch():
 
 def dials(cfg: Config, p: float = 0.0, noise: int = 3) -> torch.Tensor:
     return StepPlan(p, 1.0, 0.9, layers=(True,) * cfg.num_layers, noise=noise).dials(torch.device("cpu"))
+
+
+def test_the_dials_name_what_compiled_code_sees():
+    plan = StepPlan(0.25, 1.0, 0.9, layers=(True, False, True), noise=2**24 - 1)
+
+    def parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen = Dials.of(tensor)
+        return seen.noise + 0, seen.progress + 0, seen.layers + 0
+
+    runtime, tensor = Traced(), plan.dials(torch.device("cpu"))
+    for noise, progress, layers in (parts(tensor), runtime.compile(parts)(tensor)):
+        assert (noise.item(), progress.item(), layers.tolist()) == (2**24 - 1, 0.25, [1.0, 0.0, 1.0])
+    assert runtime.graphs == 1 and Dials.of(tensor)._fields == ("noise", "progress", "layers")
 
 
 def test_mirrored_sequences_predict_what_is_read_next(tiny, monkeypatch):
@@ -766,9 +781,10 @@ def test_the_list_names_every_idea_with_its_state_and_source():
 
 
 def test_every_table_entry_is_an_idea():
-    tables = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES DECAYS"
+    tables = "EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES DECAYS"
     entries = {name for table in tables.split() for name in getattr(train_gpt, table)}
-    assert entries - {"warmdown", "muon_wd"} <= {f.name for f in fields(Config) if f.metadata["idea"]}
+    entries |= {name for hooks in HOOKS.values() for name, _ in hooks}
+    assert entries - {"muon_wd"} <= {f.name for f in fields(Config) if f.metadata["idea"]}
 
 
 def test_the_list_is_printed(tmp_path, dataset):
