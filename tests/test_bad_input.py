@@ -270,7 +270,9 @@ def another_tokenizer(here: Path) -> None:
     """As many pieces, but leading spaces are dropped: the shard cannot be this tokenizer's work."""
     layout = dict(remove_extra_whitespaces=True, add_dummy_prefix=True)
     (here / MODEL).write_bytes(train_tokenizer(make_texts(400, seed=1), **layout))
-    space = sentencepiece.SentencePieceProcessor(model_file=str(here / MODEL)).piece_to_id(train_gpt.MARK)
+    space = sentencepiece.SentencePieceProcessor(model_file=str(here / MODEL)).piece_to_id(
+        train_gpt.SPACE_MARK
+    )
     write_shard(here / VAL, [BOS, space, space, space, 270, BOS, 271])
 
 

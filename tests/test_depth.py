@@ -489,7 +489,7 @@ def test_validation_uses_the_current_depth_and_the_final_one_all(dataset, monkey
         return token_nats(model, ids, targets, places, depth)
 
     monkeypatch.setattr(train_gpt, "token_nats", spy)
-    monkeypatch.setattr(train_gpt, "finished", lambda cfg, step, *_: step == stop)
+    monkeypatch.setattr(train_gpt, "is_finished", lambda cfg, step, *_: step == stop)
     monkeypatch.setattr(train_gpt, "warm_evaluation", lambda run: None)
     grown(dataset, val_loss_every=2, warmup_steps=0)
     passes = len(seen) // len(depths)

@@ -16,6 +16,7 @@ from train_gpt import (
     GPT,
     HOOKS,
     Config,
+    Dials,
     Muon,
     Optimisers,
     Run,
@@ -218,7 +219,8 @@ def test_a_schedule_is_its_published_curve(name):
         if name != "whale_lr"
         else np.linspace(0, 1, 998)
     )
-    ours = [SCHEDULES[name](Config(), x, 0.0) for x in p.tolist()]
+    curve = dict(HOOKS["schedule"])[name]
+    ours = [curve(Config(), x, 0.0) for x in p.tolist()]
     np.testing.assert_allclose(ours, CURVES[name](p), rtol=1e-6, atol=1e-6)
 
 
@@ -304,6 +306,19 @@ def test_draws_belong_to_the_sequence_not_to_its_place_in_the_batch():
 
 def dials(cfg: Config, p: float = 0.0, noise: int = 3) -> torch.Tensor:
     return StepPlan(p, 1.0, 0.9, layers=(True,) * cfg.num_layers, noise=noise).dials(torch.device("cpu"))
+
+
+def test_the_dials_name_what_compiled_code_sees():
+    plan = StepPlan(0.25, 1.0, 0.9, layers=(True, False, True), noise=2**24 - 1)
+
+    def parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen = Dials.of(tensor)
+        return seen.noise + 0, seen.progress + 0, seen.layers + 0
+
+    runtime, tensor = Traced(), plan.dials(torch.device("cpu"))
+    for noise, progress, layers in (parts(tensor), runtime.compile(parts)(tensor)):
+        assert (noise.item(), progress.item(), layers.tolist()) == (2**24 - 1, 0.25, [1.0, 0.0, 1.0])
+    assert runtime.graphs == 1 and Dials.of(tensor)._fields == ("noise", "progress", "layers")
 
 
 def test_mirrored_sequences_predict_what_is_read_next(tiny, monkeypatch):

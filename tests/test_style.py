@@ -125,8 +125,9 @@ def test_no_error_is_swallowed_whole():
 
 def knobs_read() -> set[str]:
     """Fields of Config that the code reads: as an attribute of a config, or by name in a table."""
-    tables = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES DECAYS"
+    tables = "EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES DECAYS"
     read = {name for table in tables.split() for name in getattr(train_gpt, table)}
+    read |= {name for hooks in train_gpt.HOOKS.values() for name, _ in hooks}
     config = next(node for node in TREE.body if isinstance(node, ast.ClassDef) and node.name == "Config")
     for node in ast.walk(TREE):
         owner = dotted(node.value).split(".")[-1] if isinstance(node, ast.Attribute) else ""

@@ -27,8 +27,8 @@ from train_gpt import (
     micro_batch_limit,
     own_source,
     predict_size,
+    predict_steps_left,
     require,
-    steps_left,
     training_loss,
 )
 
@@ -65,7 +65,7 @@ def dry_run(env: Mapping[str, str]) -> int:
         count, ms = sum(p.numel() for p in model.parameters()), 1000 * step_seconds
         facts += [f"model_params: {count}", f"flops_per_step: {step_flops(cfg, model):.4g}"]
         facts += [f"predicted_artifact_bytes: {size} + code {code} = {size + code} of {SIZE_LIMIT}"]
-        facts += [f"predicted_steps: {steps_left(cfg, 0, 0.0, step_seconds):.0f} at {ms:.0f} ms"]
+        facts += [f"predicted_steps: {predict_steps_left(cfg, 0, 0.0, step_seconds):.0f} at {ms:.0f} ms"]
         facts += [f"predicted_for: one eager process on {describe_machine(runtime)['device']}"]
     print("\n".join(facts))
     return 0
