@@ -49,6 +49,7 @@ from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import median_low
+from typing import TypedDict
 
 import numpy as np
 import sentencepiece
@@ -1238,37 +1239,6 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
     return loss
 
 
-def load_checkpoint(path: str) -> dict[str, Tensor]:
-    """A state dict saved by torch.save, as float32. A tensor may not be larger than what is stored of it."""
-    state, whole = read_saved(path, "INIT_FROM="), False
-    with suppress(AttributeError, RuntimeError):  # of what has no values, or values that are no plain tensors
-        plain = all(t.is_cpu and t.is_floating_point() for t in state.values())
-        whole = plain and all(t.nbytes <= t.untyped_storage().nbytes() for t in state.values())
-    require(whole, f"INIT_FROM={path} is not a state dict of tensors")
-    return {name: tensor.float() for name, tensor in state.items()}
-
-
-def read_saved(path: Path | str, knob_name=""):
-    """What torch.save wrote, whole and on the CPU, or RunError. Nothing in the file is executed."""
-    require(Path(path).is_file(), f"no checkpoint at {knob_name}{path}")
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load ignores its checksums, and would unpack a bomb
-            packed = sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size
-            require(not packed and not file.testzip(), "damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and zipfile have many kinds for a damaged or foreign file
-        raise RunError(f"{knob_name}{path} is no whole checkpoint ({type(error).__name__})") from None
-
-
-def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy a state dict into the model; RunError naming the first differences if it does not fit."""
-    own, given = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.state_dict(), state))
-    names = [name for name in own | given if own.get(name) != given.get(name)]
-    wrong = [f"{n} is {given.get(n, 'missing')} there, {own.get(n, 'unknown')} here" for n in names[:3]]
-    require(not wrong, f"{source} does not fit this model ({len(names)} tensors): {'; '.join(wrong)}")
-    model.load_state_dict(state)
-
-
 # 7. OPTIMISERS: Muon for the blocks' matrices, Adam for the rest
 
 
@@ -1502,121 +1472,79 @@ class Average:
 
 # 8. QUANTISE AND PACK: weights -> integer rows -> one compressed file, and back
 MODEL_FILE = "final_model.int8.ptz"  # the official name; its integers may have fewer levels
-PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}  # kinds of array in the file
-MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
+# The file is PREFIX and a compressed body. The body is the header's length in four bytes, the header as JSON,
+# and all arrays in the order of PLANES: arrays of one type compress better together.
+PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}
+MAGIC = b"PGOLFQ"
+FORMAT_VERSION = 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
-RAW_LIMIT = 1 << 29  # no artifact within the limit unpacks to more; a header that says so is forged
+RAW_LIMIT = 1 << 29  # no artifact within the limit unpacks to more; a prefix that says so is forged
+HEADER_LIMIT = 1 << 22  # a tensor takes about 100 bytes of it
+LEAST_QUANTISED = 65_536  # a matrix of more values is stored as integers: the official script's rule
+LEAST_STEP = 2.0**-24  # the least positive float16
 TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in LowerLR
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
-# |w| [r, c] -> clips [n, r], a row keeps the best; gptq_lite: PR #895. torch.quantile stops at 16 M numbers.
-CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(
-    official=lambda size: np.quantile(size, [0.9999984], axis=1),
-    max=lambda size: size.max(axis=1)[None],
-    gptq_lite=lambda size: np.quantile(size, (0.9999, 0.99995, 0.99999, 0.999995, 0.999999), axis=1),
-    grid=lambda size: np.linspace(1, 0.3, 36)[:, None] * size.max(axis=1),
-)
-CODECS: dict[str, tuple[Callable, Callable]] = {  # (compress(raw, cfg), decompress(body, raw length))
-    "zstd": (
-        lambda raw, cfg: zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw),
-        lambda body, size: zstandard_module().ZstdDecompressor().stream_reader(body).read(size + 1),
-    ),
-    "zlib": (lambda raw, cfg: zlib.compress(raw, 9), lambda b, n: zlib.decompressobj().decompress(b, n + 1)),
+
+# The module that a tensor belongs to decides its group, and with that its levels.
+GROUP_OF_MODULE = {
+    "tok_emb": "embed",
+    "value_embeds": "embed",
+    "lm_head": "embed",
+    "mlp": "mlp",
+    "attn": "attention",
 }
 
 
-def quantise_rows(weight: Tensor, floor: float, levels=127, clip="official") -> tuple[Tensor, Tensor]:
-    """Integers [r, c] in -levels..levels, as int8, float16 steps [r] >= floor: weight = integer * step."""
-    least = max(floor, 2.0**-24)  # the least positive float16
-    steps = (torch.from_numpy(CLIPS[clip](weight.abs().numpy())) / levels).clamp_min(least).half()
-    stored = steps.float()[..., None]  # [n, r, 1]; a step beyond float16 is inf, its error nan
-    errors = [((weight / s).round().clamp(-levels, levels) * s - weight).square().sum(dim=1) for s in stored]
-    step = steps.gather(0, torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True))[0]
-    return (weight / step.float()[:, None]).round().clamp(-levels, levels).to(torch.int8), step
+# -- Clips: sizes |w| [r, c] -> candidates [n, r]; a row keeps the one that loses least --------------------
+# NumPy takes the quantiles, since torch.quantile stops at 16 million numbers.
 
 
-def weight_group(name: str) -> str:
-    """The kind of tensor, for its number of levels and the size report."""
-    marks = dict(tok_emb="embed", value_embeds="embed", lm_head="embed", mlp="mlp", attn="attention")
-    return next((marks[part] for part in name.split(".") if part in marks), "control")
+def clip_official(sizes: np.ndarray) -> np.ndarray:
+    """The official script's one percentile of each row."""
+    return np.quantile(sizes, [0.9999984], axis=1)
 
 
-def levels_of(cfg: Config, name: str) -> int:
-    """The largest integer of a tensor."""
-    own = dict(mlp=cfg.mlp_quant_levels, embed=cfg.embed_quant_levels)
-    return own.get(weight_group(name)) or cfg.quant_levels
+def clip_max(sizes: np.ndarray) -> np.ndarray:
+    """The largest weight of each row, so that none is clipped."""
+    return sizes.max(axis=1)[None]
 
 
-def quant_name(cfg: Config) -> str:
-    """int8, or the levels of attention, MLP and embeddings: 16 levels up and down are no int5."""
-    levels = [levels_of(cfg, name) for name in ("attn", "mlp", "tok_emb")]
-    return "int8" if set(levels) == {127} else "q" + "-".join(map(str, levels))
+def clip_gptq_lite(sizes: np.ndarray) -> np.ndarray:
+    """Five percentiles of each row (PR #895's "GPTQ-lite")."""
+    return np.quantile(sizes, (0.9999, 0.99995, 0.99999, 0.999995, 0.999999), axis=1)
 
 
-def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
-    """Control tensors stay float32, matrices of over 65,536 values (official) become rows, others float16."""
-    if any(part in name for part in cfg.int8_keep_float_fp32_name_patterns):
-        return ["fp32"]
-    return ["int8", "step"] if len(shape) == 2 and math.prod(shape) > 65_536 else ["fp16"]
+def clip_grid(sizes: np.ndarray) -> np.ndarray:
+    """36 shares of each row's largest weight, from all of it down to 0.3."""
+    return np.linspace(1, 0.3, 36)[:, None] * sizes.max(axis=1)
 
 
-def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
-    """The artifact: a checked prefix and a body. Same input, same bytes. RunError (5): inf or nan in it."""
-    table = [[name, list(t.shape), plane_kinds(cfg, name, t.shape)] for name, t in sorted(state.items())]
-    planes: dict[str, list[bytes]] = {kind: [] for kind in PLANES}  # one kind together compresses better
-    for name, _, kinds in table:
-        weight = state[name].detach().float().cpu().contiguous()
-        arrays = (weight.half() if "fp16" in kinds else weight,)
-        if "int8" in kinds:
-            arrays = quantise_rows(weight, cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip)
-        if not all(torch.isfinite(array).all() for array in (weight, *arrays)):
-            raise RunError(f"diverged: {name} is not finite, or too large for the artifact", DIVERGED)
-        for kind, array in zip(kinds, arrays, strict=True):
-            planes[kind].append(array.numpy().astype(PLANES[kind]).tobytes())
-    header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    raw = struct.pack("<I", len(text)) + text + b"".join(itertools.chain(*planes.values()))
-    return sealed(cfg.codec.encode(), len(raw), CODECS[cfg.codec][0](raw, cfg))
+CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "official": clip_official,
+    "max": clip_max,
+    "gptq_lite": clip_gptq_lite,
+    "grid": clip_grid,
+}
 
 
-def sealed(codec: bytes, raw_length: int, body: bytes) -> bytes:
-    """The body behind its prefix, whose checksum covers both."""
-    unchecked = PREFIX.pack(MAGIC, FORMAT_VERSION, codec, bytes(8), raw_length, len(body))
-    check = hashlib.sha256(unchecked + body).digest()[:8]
-    return PREFIX.pack(MAGIC, FORMAT_VERSION, codec, check, raw_length, len(body)) + body
+# -- Codecs ------------------------------------------------------------------------------------------------
 
 
-def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
-    """(float32 state dict, header) of an artifact; RunError on anything damaged. Nothing is executed."""
-    require(len(blob) >= PREFIX.size and blob[:6] == MAGIC, f"{source} is not an artifact of this script")
-    _, version, codec, _, raw_length, _ = PREFIX.unpack_from(blob)
-    require(version == FORMAT_VERSION, f"{source} has format version {version}; this reads {FORMAT_VERSION}")
-    require(codec.decode("latin1") in CODECS, f"{source} is packed with an unknown codec {codec!r}")
-    body = blob[PREFIX.size :]
-    whole = sealed(codec, raw_length, body) == blob and raw_length <= RAW_LIMIT
-    require(whole, f"{source} is damaged: its checksum or length is wrong; copy it again")
-    try:
-        raw = CODECS[codec.decode()][1](body, raw_length)
-        require(len(raw) == raw_length, "another length than it says")
-        at = 4 + struct.unpack_from("<I", raw)[0]
-        require(at < 2**22, "a longer header than any")  # 100 bytes a tensor
-        header, state = json.loads(raw[4:at]), {}
-        table = header["tensors"]
-        shaped = all(len(s) < 9 and all(type(n) is int and n >= 0 for n in s) for _, s, _ in table)
-        require(shaped, "a shape that is none")
-        for kind, code in PLANES.items():
-            for name, shape, _ in (row for row in table if kind in row[2]):
-                shape = [shape[0], 1] if kind == "step" else shape
-                values = np.frombuffer(raw, code, math.prod(shape), at)
-                plane = torch.from_numpy(values.astype(np.float32).reshape(shape))
-                state[name], at = state[name].mul_(plane) if kind == "step" else plane, at + values.nbytes
-        require(at == len(raw), "planes that do not fill it")
-        return {name: state[name] for name, *_ in table}, header
-    except Exception as error:  # a forged body: whatever breaks, the file is to blame
-        raise RunError(f"{source} cannot be unpacked ({type(error).__name__}: {error})") from None
+@dataclass(frozen=True)
+class Codec:
+    """A compressor of the artifact's body."""
+
+    tag: bytes  # four bytes that name it in the prefix
+    compress: Callable[[bytes, Config], bytes]
+    # (body, raw length) -> the raw bytes, or one more than that length: a bomb must not be unpacked.
+    decompress: Callable[[bytes, int], bytes]
 
 
 def zstandard_module():
-    """RunError if it is missing: a silent fall-back to zlib put 30 of 59 published runs over the limit."""
+    """The library of CODEC=zstd; RunError (2) if it is missing.
+
+    A silent fall-back to zlib put 30 of 59 published runs over the limit.
+    """
     try:
         import zstandard
     except ImportError:
@@ -1624,18 +1552,267 @@ def zstandard_module():
     return zstandard
 
 
+def compress_zstd(raw: bytes, cfg: Config) -> bytes:
+    return zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw)
+
+
+def decompress_zstd(body: bytes, raw_length: int) -> bytes:
+    return zstandard_module().ZstdDecompressor().stream_reader(body).read(raw_length + 1)
+
+
+def compress_zlib(raw: bytes, cfg: Config) -> bytes:
+    return zlib.compress(raw, 9)
+
+
+def decompress_zlib(body: bytes, raw_length: int) -> bytes:
+    return zlib.decompressobj().decompress(body, raw_length + 1)
+
+
+CODECS = {
+    "zstd": Codec(b"zstd", compress_zstd, decompress_zstd),
+    "zlib": Codec(b"zlib", compress_zlib, decompress_zlib),
+}
+
+
+def check_codec(cfg: Config) -> None:
+    """RunError (2) if the codec's library is missing: said before the training, not after it."""
+    CODECS[cfg.codec].compress(b"", cfg)
+
+
+# -- How each tensor is stored -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor of the model is stored; made by `plan_tensor` alone."""
+
+    name: str
+    shape: tuple[int, ...]
+    planes: tuple[str, ...]  # the types of its arrays, keys of PLANES
+    levels: int  # its integers lie in -levels..levels; 0: it is stored as floats
+
+    @property
+    def count(self) -> int:
+        """How many weights it has."""
+        return math.prod(self.shape)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of its arrays before compression; there is one step a row."""
+        total = 0
+        for plane in self.planes:
+            length = self.shape[0] if plane == "step" else self.count
+            total += np.dtype(PLANES[plane]).itemsize * length
+        return total
+
+
+def plan_tensor(cfg: Config, name: str, shape: tuple[int, ...]) -> TensorPlan:
+    """Control tensors stay float32, matrices of over 65,536 values (official) become rows, others float16."""
+    shape = tuple(shape)
+    if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns):
+        return TensorPlan(name, shape, ("fp32",), 0)
+    if len(shape) == 2 and math.prod(shape) > LEAST_QUANTISED:
+        return TensorPlan(name, shape, ("int8", "step"), levels_of(cfg, name))
+    return TensorPlan(name, shape, ("fp16",), 0)
+
+
+def plan_tensors(cfg: Config, state: Mapping[str, Tensor]) -> list[TensorPlan]:
+    """The plan of each tensor, in the order of the state dict."""
+    return [plan_tensor(cfg, name, tensor.shape) for name, tensor in state.items()]
+
+
+def weight_group(name: str) -> str:
+    """The group of a tensor, by its name: embed, mlp, attention or control."""
+    for module in name.split("."):
+        if module in GROUP_OF_MODULE:
+            return GROUP_OF_MODULE[module]
+    return "control"
+
+
+def levels_of(cfg: Config, name: str) -> int:
+    """The largest integer of a tensor that is stored as integers."""
+    group = weight_group(name)
+    if group == "mlp" and cfg.mlp_quant_levels:
+        return cfg.mlp_quant_levels
+    if group == "embed" and cfg.embed_quant_levels:
+        return cfg.embed_quant_levels
+    return cfg.quant_levels
+
+
+def quant_name(cfg: Config) -> str:
+    """int8, or the levels of attention, MLP and embeddings: 16 levels up and down are no int5."""
+    levels = [levels_of(cfg, module) for module in ("attn", "mlp", "tok_emb")]
+    if set(levels) == {127}:
+        return "int8"
+    return "q" + "-".join(map(str, levels))
+
+
+# -- Weights to integers -----------------------------------------------------------------------------------
+
+
+def pick_quantiser(cfg: Config) -> Callable[..., tuple[Tensor, Tensor]]:
+    """quantise(weight [r, c], levels, hessian=None) -> (integers [r, c], steps [r]), as the knobs ask."""
+    return partial(quantise_rows, clip=cfg.quant_clip, floor=cfg.quant_scale_floor)
+
+
+def quantise_rows(
+    weight: Tensor,
+    levels: int = 127,
+    hessian: Tensor | None = None,
+    *,
+    clip: str = "official",
+    floor: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Round each row to the nearest multiples of a step of its own: weight ~ integers * steps[:, None].
+
+    Returns int8 [r, c] in -levels..levels and float16 steps [r] >= floor. Of the clip's candidates a row
+    keeps the one of least squared error, with its step as float16 stores it. hessian [c, c]: of the inputs
+    that the weight meets, for quantisers that weigh errors by them; rounding to the nearest ignores it.
+    """
+    clips = torch.from_numpy(CLIPS[clip](weight.abs().numpy()))
+    candidates = (clips / levels).clamp_min(max(floor, LEAST_STEP)).half()  # [n, r]
+    errors = []
+    for steps in candidates.float():
+        restored = round_to_steps(weight, steps, levels) * steps[:, None]
+        errors.append((restored - weight).square().sum(dim=1))
+    # A step beyond float16 is inf, and its error nan.
+    best = torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True)
+    steps = candidates.gather(0, best)[0]
+    integers = round_to_steps(weight, steps.float(), levels)
+    return integers.to(torch.int8), steps
+
+
+def round_to_steps(weight: Tensor, steps: Tensor, levels: int) -> Tensor:
+    """The nearest integers within the levels, as floats: weight [r, c], steps [r] -> [r, c]."""
+    return (weight / steps[:, None]).round().clamp(-levels, levels)
+
+
+# -- The file ----------------------------------------------------------------------------------------------
+
+
+def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
+    """The artifact: a checked prefix and a body. The same input gives the same bytes, in any order of names.
+
+    about: what its header says beside codec, shape of the model and table of tensors. RunError (5) if a
+    weight is not finite, or too large for its type.
+    """
+    plans = plan_tensors(cfg, dict(sorted(state.items())))
+    quantise = pick_quantiser(cfg)
+    planes: dict[str, list[bytes]] = {plane: [] for plane in PLANES}
+    for plan in plans:
+        weight = state[plan.name].detach().float().cpu().contiguous()
+        arrays = encode_tensor(weight, plan, quantise)
+        if not all(torch.isfinite(array).all() for array in (weight, *arrays)):
+            raise RunError(f"diverged: {plan.name} is not finite, or too large for the artifact", DIVERGED)
+        for plane, array in zip(plan.planes, arrays, strict=True):
+            planes[plane].append(array.numpy().astype(PLANES[plane]).tobytes())
+    table = [[plan.name, plan.shape, plan.planes] for plan in plans]
+    header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
+    header_text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    arrays_bytes = b"".join(itertools.chain(*planes.values()))
+    raw = struct.pack("<I", len(header_text)) + header_text + arrays_bytes
+    codec = CODECS[cfg.codec]
+    return seal(codec.tag, len(raw), codec.compress(raw, cfg))
+
+
+def encode_tensor(weight: Tensor, plan: TensorPlan, quantise: Callable) -> tuple[Tensor, ...]:
+    """The arrays of a float32 weight, one for each plane of its plan."""
+    if plan.levels:
+        return quantise(weight, plan.levels)
+    if plan.planes == ("fp16",):
+        return (weight.half(),)
+    return (weight,)
+
+
+def seal(tag: bytes, raw_length: int, body: bytes) -> bytes:
+    """The body behind its prefix, whose checksum covers both."""
+    unchecked = PREFIX.pack(MAGIC, FORMAT_VERSION, tag, bytes(8), raw_length, len(body))
+    checksum = hashlib.sha256(unchecked + body).digest()[:8]
+    return PREFIX.pack(MAGIC, FORMAT_VERSION, tag, checksum, raw_length, len(body)) + body
+
+
+def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
+    """(float32 state dict, header) of an artifact. Nothing in it is executed.
+
+    RunError (2), with `source` in it, on a file that is damaged, forged or of another kind.
+    """
+    codec, raw_length, body = open_seal(blob, source)
+    try:
+        raw = codec.decompress(body, raw_length)
+        if len(raw) != raw_length:
+            raise RunError("another length than it says")
+        header, start = decode_header(raw)
+        return decode_tensors(raw, start, header["tensors"]), header
+    except Exception as error:  # a forged body: whatever breaks, the file is to blame
+        raise RunError(f"{source} cannot be unpacked ({type(error).__name__}: {error})") from None
+
+
+def open_seal(blob: bytes, source: str) -> tuple[Codec, int, bytes]:
+    """(codec, raw length, body) of an artifact; RunError (2) if a byte of it is not as it was written."""
+    if len(blob) < PREFIX.size or not blob.startswith(MAGIC):
+        raise RunError(f"{source} is not an artifact of this script")
+    _, version, tag, _, raw_length, _ = PREFIX.unpack_from(blob)
+    if version != FORMAT_VERSION:
+        raise RunError(f"{source} has format version {version}; this reads {FORMAT_VERSION}")
+    codecs = {codec.tag: codec for codec in CODECS.values()}
+    if tag not in codecs:
+        raise RunError(f"{source} is packed with an unknown codec {tag!r}")
+    body = blob[PREFIX.size :]
+    if seal(tag, raw_length, body) != blob or raw_length > RAW_LIMIT:
+        raise RunError(f"{source} is damaged: its checksum or length is wrong; copy it again")
+    return codecs[tag], raw_length, body
+
+
+def decode_header(raw: bytes) -> tuple[dict, int]:
+    """(header, where the arrays begin) of an unpacked body; raises something on a forged one."""
+    stop = 4 + struct.unpack_from("<I", raw)[0]
+    if stop >= HEADER_LIMIT:
+        raise RunError("a longer header than any")
+    header = json.loads(raw[4:stop])
+    for _, shape, _ in header["tensors"]:
+        # Below 9 axes and with no number below 0, as NumPy would take -1 for "the rest".
+        if len(shape) > 8 or not all(type(length) is int and length >= 0 for length in shape):
+            raise RunError("a shape that is none")
+    return header, stop
+
+
+def decode_tensors(raw: bytes, start: int, table: list) -> dict[str, Tensor]:
+    """The float32 tensors of an unpacked body, its arrays from `start` on; raises something on a forged one.
+
+    table: (name, shape, planes) of each. The arrays must fill the body.
+    """
+    state: dict[str, Tensor] = {}
+    for plane, number_type in PLANES.items():
+        for name, shape, planes in table:
+            if plane not in planes:
+                continue
+            plane_shape = [shape[0], 1] if plane == "step" else shape
+            values = np.frombuffer(raw, number_type, math.prod(plane_shape), start)
+            array = torch.from_numpy(values.astype(np.float32).reshape(plane_shape))
+            if plane == "step":
+                state[name].mul_(array)
+            else:
+                state[name] = array
+            start += values.nbytes
+    if start != len(raw):
+        raise RunError("planes that do not fill it")
+    return {name: state[name] for name, *_ in table}
+
+
+# -- Sizes -------------------------------------------------------------------------------------------------
+
+
 def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
-    """Bytes of the planes before compression, from shapes alone."""
-    planes = [(kind, t) for name, t in state.items() for kind in plane_kinds(cfg, name, t.shape)]
-    return sum(np.dtype(PLANES[k]).itemsize * (len(t) if k == "step" else t.numel()) for k, t in planes)
+    """Bytes of all arrays before compression, from shapes alone."""
+    return sum(plan.payload_bytes for plan in plan_tensors(cfg, state))
 
 
 def predict_size(cfg: Config, model: GPT) -> int:
     """Expected bytes of the trained, packed model; fewer levels take log2 of them less, as PR #1453's did."""
     state = model.state_dict()
-    coded = [(n, t.numel()) for n, t in state.items() if "int8" in plane_kinds(cfg, n, t.shape)]
-    fewer = sum(count * math.log(127 / levels_of(cfg, name), 256) for name, count in coded)
-    return int(TRAINED_RATIO * payload_bytes(cfg, state) - fewer)
+    quantised = [plan for plan in plan_tensors(cfg, state) if plan.levels]
+    saved_bytes = sum(plan.count * math.log(127 / plan.levels, 256) for plan in quantised)
+    return int(TRAINED_RATIO * payload_bytes(cfg, state) - saved_bytes)
 
 
 # 9. SCORE: nats of every validation token, once, divided by the bytes of its text
@@ -1926,8 +2103,229 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
 
 
 # 10. TRAIN
-CHECKPOINT = "parameter golf checkpoint 1"
-PARTS = {dict: "same model optimisers scores", list: "resumed total recent random", float: "scales seconds"}
+CHECKPOINT = "parameter golf checkpoint 1"  # what a checkpoint calls itself; another number, another format
+
+
+class CheckpointState(TypedDict):
+    """What a checkpoint holds. `Checkpoints` adds the first six, `Training` writes and reads the rest."""
+
+    kind: str  # CHECKPOINT
+    run_id: str
+    same: dict[str, object]  # what must not change when a run goes on: knobs, SEED, hashes of data and script
+    dtype: str  # compute type, a key of DTYPES
+    resumed: list[int]  # the steps from which the run has gone on so far
+    scores: dict[str, list]  # scores of the packed model that are done: the values of each Score
+    step: int  # steps done
+    scales: float  # sum of the learning-rate multipliers so far
+    seconds: float  # of the training clock
+    recent: list[float]  # seconds of the latest steps, for the pace
+    random: list[Tensor]  # the state of torch's generator on each rank
+    model: dict[str, Tensor]
+    optimisers: dict
+    total: list[Tensor]  # this and the next three: the running average of the weights
+    weight: float
+    count: int
+    newest: int
+    path: str  # where it was read from; not in the file
+
+
+# What is checked of a file before the run trusts it.
+CHECKED_TYPES = {
+    "same": dict,
+    "dtype": str,
+    "resumed": list,
+    "scores": dict,
+    "step": int,
+    "scales": float,
+    "seconds": float,
+    "recent": list,
+    "random": list,
+    "model": dict,
+    "optimisers": dict,
+    "total": list,
+}
+
+
+# -- Reading what torch.save wrote -------------------------------------------------------------------------
+
+
+def read_saved(path: Path | str, knob_name: str = "") -> object:
+    """What torch.save wrote, on the CPU. Nothing in the file is executed.
+
+    RunError (2), with `knob_name` before the path, if there is no such file or if it is damaged or foreign.
+    """
+    if not Path(path).is_file():
+        raise RunError(f"no checkpoint at {knob_name}{path}")
+    try:
+        with zipfile.ZipFile(path) as file:
+            # torch.load ignores the checksums, and would unpack a bomb.
+            is_compressed = sum(entry.file_size for entry in file.infolist()) > Path(path).stat().st_size
+            if is_compressed or file.testzip():
+                raise RunError("damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and zipfile have many kinds for a damaged or foreign file
+        raise RunError(f"{knob_name}{path} is no whole checkpoint ({type(error).__name__})") from None
+
+
+def load_checkpoint(path: str) -> dict[str, Tensor]:
+    """The state dict that INIT_FROM names, as float32; RunError (2) if the file holds anything else."""
+    state = read_saved(path, "INIT_FROM=")
+    if not is_state_dict(state):
+        raise RunError(f"INIT_FROM={path} is not a state dict of tensors")
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def is_state_dict(state: object) -> bool:
+    """Whether it is a dict of plain CPU tensors of floats, none larger than what is stored of it."""
+    try:
+        tensors = list(state.values())
+        if not all(tensor.is_cpu and tensor.is_floating_point() for tensor in tensors):
+            return False
+        return all(tensor.nbytes <= tensor.untyped_storage().nbytes() for tensor in tensors)
+    except (AttributeError, RuntimeError):  # it has no values, or they are no plain tensors
+        return False
+
+
+def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy a state dict into the model; RunError (2) that names the first differences if it does not fit."""
+    model_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    names = [name for name in model_shapes | state_shapes if model_shapes.get(name) != state_shapes.get(name)]
+    if names:
+        phrases = []
+        for name in names[:3]:
+            stored = state_shapes.get(name, "missing")
+            wanted = model_shapes.get(name, "unknown")
+            phrases.append(f"{name} is {stored} there, {wanted} here")
+        raise RunError(f"{source} does not fit this model ({len(names)} tensors): {'; '.join(phrases)}")
+    model.load_state_dict(state)
+
+
+# -- Checkpoints of a run ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Checkpoints:
+    """A run's files OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the last two, until the RESULT."""
+
+    folder: Path | None = None  # None: nothing is written
+    header: dict[str, object] = field(default_factory=dict)  # kind, run_id, same, dtype, resumed
+    before: CheckpointState | None = None  # the one that this run goes on from
+    paths: list[Path] = field(default_factory=list)  # those written whole, the newest last
+    scores: dict[str, Score] = field(default_factory=dict)  # made since the training ended
+
+    def __post_init__(self) -> None:
+        if self.before:
+            self.header["resumed"] = [*self.before["resumed"], self.before["step"]]
+            self.paths.append(Path(self.before["path"]))
+            self.scores = {name: Score(*values) for name, values in self.before["scores"].items()}
+
+    def write(self, state: Mapping, log: RunLog) -> None:
+        """Add a checkpoint, or warn that it cannot be written: the earlier ones stay, the run goes on."""
+        run_id = self.header["run_id"]
+        path = self.folder / f"{run_id}-{state['step']:08d}.pt"
+        scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
+        content = self.header | state | dict(scores=scores)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_atomic(path, partial(torch.save, content))
+            earlier = [other_path for other_path in self.paths if other_path != path]
+            self.paths = [*earlier, path][-2:]
+            for old_path in checkpoint_files(self.folder, run_id):
+                if old_path not in self.paths:
+                    old_path.unlink()
+        except OSError as error:
+            log.warn(True, f"no checkpoint: {error.filename}: {error.strerror}")
+
+    def add_score(self, name: str, score: Score, log: RunLog) -> None:
+        """Keep a score, so that it is not made twice; the rest of the state is the end of the training's."""
+        self.scores[name] = score
+        if self.folder and self.paths and self.paths[-1].exists():
+            self.write(read_checkpoint(self.paths[-1]), log)
+
+    def clear(self) -> None:
+        """Remove the checkpoints of a finished run, and their folder unless others' are in it."""
+        if self.folder is None:
+            return
+        for path in checkpoint_files(self.folder, self.header["run_id"]):
+            path.unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+def checkpoint_files(folder: Path, run_id: str = "") -> list[Path]:
+    """The checkpoints of a run, or else of the run that wrote the newest; the newest first."""
+    names = folder.glob(f"{run_id or '*'}-{'[0-9]' * 8}.pt")
+    paths = sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    if run_id or not paths:
+        return paths
+    newest_run_id = paths[0].stem[: -len("-00000000")]
+    return checkpoint_files(folder, newest_run_id)
+
+
+def read_checkpoint(path: Path) -> CheckpointState:
+    """The state in a whole checkpoint; RunError (2) on any other file."""
+    state = read_saved(path)
+    if not is_checkpoint(state):
+        raise RunError(f"{path} is no checkpoint of this version of the script")
+    return state
+
+
+def is_checkpoint(state: object) -> bool:
+    """Whether what a file holds is a checkpoint of this version of the script."""
+    if not isinstance(state, dict) or state.get("kind") != CHECKPOINT:
+        return False
+    if not all(isinstance(state.get(name), wanted) for name, wanted in CHECKED_TYPES.items()):
+        return False
+    return state["dtype"] in DTYPES
+
+
+def find_checkpoint(cfg: Config, identity: Mapping[str, object]) -> CheckpointState | None:
+    """The checkpoint that RESUME asks for, if any, and its `path`.
+
+    A damaged file is passed over for the one before, with a warning. RunError (2) if none is whole, or if it
+    was made with another identity: the knobs that shape the result, the seed, the data, the script.
+    """
+    errors = []
+    for path in checkpoint_choices(cfg):
+        try:
+            state = read_checkpoint(path) | dict(path=str(path))
+        except RunError as error:
+            errors.append(str(error))
+            continue
+        if errors:
+            print(f"warning: {'; '.join(errors)}; going on from {path}", file=sys.stderr)
+        differences = describe_differences(cfg, state["same"], identity)
+        if differences:
+            raise RunError(f"{path} was made with {differences}; set that back, or start anew with RESUME=0")
+        return state
+    if errors:
+        raise RunError(f"RESUME={cfg.resume}: {'; '.join(errors)}; RESUME=0 starts anew")
+    return None
+
+
+def checkpoint_choices(cfg: Config) -> list[Path]:
+    """The files that RESUME allows, the one to try first at the front."""
+    if cfg.resume == "0":
+        return []
+    if cfg.resume == "auto":
+        return checkpoint_files(Path(cfg.out_dir) / "checkpoints", cfg.run_id)
+    return [Path(cfg.resume)]
+
+
+def describe_differences(cfg: Config, stored: Mapping[str, object], current: Mapping[str, object]) -> str:
+    """What differs between two identities, as "NAME=1 there, 2 here; ...", or "".
+
+    A knob that one of them does not list is at its default there, or has no effect.
+    """
+    defaults = {knob_field.name.upper(): knob_field.default for knob_field in fields(cfg)}
+    phrases = []
+    for name in dict(stored) | dict(current):
+        value_there = stored.get(name, defaults.get(name))
+        value_here = current.get(name, defaults.get(name))
+        if value_there != value_here:
+            phrases.append(f"{name}={value_there} there, {value_here} here")
+    return "; ".join(phrases)
 
 
 @dataclass
@@ -2087,86 +2485,6 @@ class Trained:  # how training ended
     truncated = property(lambda self: self.step > 0 and self.progress < 0.98)
 
 
-@dataclass
-class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the last two, until the RESULT
-    folder: Path | None = None  # none: nothing is written
-    about: dict[str, object] = field(default_factory=dict)  # kind, run_id, same, dtype, resumed
-    before: dict | None = None  # the one this run goes on from
-    kept: list[Path] = field(default_factory=list)  # whole ones, the newest last
-    scores: dict[str, Score] = field(default_factory=dict)  # made since the training ended
-
-    def __post_init__(self) -> None:
-        if self.before:
-            self.about["resumed"] = [*self.before["resumed"], self.before["step"]]
-            self.kept.append(Path(self.before["path"]))
-            self.scores = {name: Score(*values) for name, values in self.before["scores"].items()}
-
-    def write(self, state: Mapping, log: RunLog) -> None:
-        """Add a checkpoint, or warn that it cannot be written: the earlier ones stay, the run goes on."""
-        path = self.folder / f"{self.about['run_id']}-{state['step']:08d}.pt"
-        scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
-        try:
-            self.folder.mkdir(exist_ok=True)
-            write_atomic(path, partial(torch.save, self.about | state | dict(scores=scores)))
-            self.kept = [*(other for other in self.kept if other != path), path][-2:]
-            for old in {*checkpoint_files(self.folder, self.about["run_id"])} - {*self.kept}:
-                old.unlink()
-        except OSError as error:
-            log.warn(True, f"no checkpoint: {error.filename}: {error.strerror}")
-
-    def add_score(self, name: str, score: Score, log: RunLog) -> None:
-        """So that a score is not made twice; the state is that of the end of the training."""
-        self.scores[name] = score
-        if self.folder and self.kept and self.kept[-1].exists():
-            self.write(read_checkpoint(self.kept[-1]), log)
-
-    def clear(self) -> None:
-        """The run is finished: its checkpoints go, and their folder unless others' are there."""
-        for path in checkpoint_files(self.folder, self.about["run_id"]) if self.folder else ():
-            path.unlink()
-        with suppress(OSError, AttributeError):
-            self.folder.rmdir()
-
-
-def checkpoint_files(folder: Path, run_id: str = "") -> list[Path]:
-    """Newest first, of the run named or else of the one that wrote the newest."""
-    names = folder.glob(f"{run_id or '*'}-{'[0-9]' * 8}.pt")
-    files = sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-    return files if run_id or not files else checkpoint_files(folder, files[0].stem[:-9])
-
-
-def read_checkpoint(path: Path) -> dict:
-    """The state in a whole one; RunError on any other file."""
-    state = read_saved(path)
-    own = isinstance(state, dict) and state.get("kind") == CHECKPOINT and state.get("dtype") in DTYPES
-    own = own and isinstance(state.get("step"), int)
-    own = own and all(isinstance(state.get(n), kind) for kind, names in PARTS.items() for n in names.split())
-    require(own, f"{path} is no checkpoint of this version of the script")
-    return state
-
-
-def find_checkpoint(cfg: Config, same: Mapping[str, object]) -> dict | None:
-    """The one RESUME asks for, if any, and its `path`: a damaged file is passed over for the one before.
-    RunError if none is whole, or if it was made with another config, seed, data or script than `same`."""
-    files = checkpoint_files(Path(cfg.out_dir) / "checkpoints", cfg.run_id)
-    errors, paths = [], files if cfg.resume == "auto" else [Path(cfg.resume)] if cfg.resume != "0" else []
-    for path in paths:
-        try:
-            state = read_checkpoint(path) | dict(path=str(path))
-        except RunError as error:
-            errors.append(str(error))
-            continue
-        if errors:
-            print(f"warning: {'; '.join(errors)}; going on from {path}", file=sys.stderr)
-        there = state["same"]
-        names = [name for name in there | same if there.get(name) != same.get(name)]
-        differ = "; ".join(f"{name}={there.get(name)} there, {same.get(name)} here" for name in names)
-        require(not names, f"{path} was made with {differ}; set that back, or start anew with RESUME=0")
-        return state
-    require(not errors, f"RESUME={cfg.resume}: {'; '.join(errors)}; RESUME=0 starts anew")
-    return None
-
-
 class Training:  # all that changes from step to step, and with that what a checkpoint holds
     def __init__(self, run: Run, optimisers: Optimisers, step_seconds: float):
         self.run, self.optimisers, self.average = run, optimisers, Average(run.cfg, run.model)
@@ -2188,7 +2506,7 @@ class Training:  # all that changes from step to step, and with that what a chec
         bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), "")
         if steps < self.step or bad:
             last = f"loss {self.run.runtime.sum(torch.tensor(loss)).item():.4f}, gradient norm {norm:.4g}"
-            kept = "".join(f"; {path} is from before" for path in self.run.checkpoints.kept[-1:])
+            kept = "".join(f"; {path} is from before" for path in self.run.checkpoints.paths[-1:])
             what = f"diverged: {bad or 'loss or gradient'} is not finite at step {steps + 1:.0f}"
             raise RunError(f"{what} (the step before: {last}); lower the learning rates{kept}", DIVERGED)
 
@@ -2452,7 +2770,7 @@ def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score],
     size = dict(steps=trained.step, tokens=trained.step * cfg.train_batch_tokens, **artifact)
     where = dict(**describe_machine(run.runtime), val_sha256=run.data.sha256, overrides=cfg.overrides())
     whole = dict(run_id=run_id, seed=cfg.seed, config_hash=cfg.hash, eval_seconds=round(seconds, 3))
-    whole["resumed"] = run.checkpoints.about.get("resumed", [])
+    whole["resumed"] = run.checkpoints.header.get("resumed", [])
     log.line("RESULT " + json.dumps(numbers | how | size | whole | where))
     return code
 
@@ -2503,7 +2821,7 @@ def recorded(run: Run, run_id: str) -> Iterator[None]:
         yield
     except BaseException as error:
         run.runtime.patient = True  # torchrun signals what is left of a run that lost a rank
-        known, kept = explained(error), run.checkpoints.kept
+        known, kept = explained(error), run.checkpoints.paths
         if known and known.code in (PREEMPTED, LOST_RANK) and run.runtime.stopping and kept:
             how = f"RESUME=auto RUN_ID={run_id} OUT_DIR={run.cfg.out_dir} goes on from {kept[-1]}"
             known = RunError(f"stopped by {run.runtime.stopping}; {how}", PREEMPTED)
@@ -2526,8 +2844,8 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
     cfg = artifact_config(cfg, env, header) if header else cfg
     restarted = cfg.resume == "0" and env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # --max-restarts
     cfg = replace(cfg, resume="auto") if restarted else cfg
-    if cfg.codec == "zstd" and not header:
-        zstandard_module()
+    if not header:
+        check_codec(cfg)
     with Runtime.launch(cfg, env) as runtime:
         trains = not header and cfg.iterations > 0
         data, stream, same = runtime.agree(lambda: load_inputs(cfg, runtime.rank, trains))

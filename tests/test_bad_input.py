@@ -27,7 +27,7 @@ from conftest import BOS, ROOT, TINY, env_of, make_texts, train_tokenizer, write
 from forkserver import ForkServer
 
 import train_gpt
-from train_gpt import PREFIX, RAW_LIMIT, sealed
+from train_gpt import PREFIX, RAW_LIMIT, seal
 
 UNSET = dict.fromkeys(TINY) | dict(device="cpu")
 # As little address space as a run of this size needs, beyond what is mapped already; no run may hang.
@@ -327,12 +327,12 @@ def edit(blob: bytes, change: Callable) -> bytes:
 
 def forged(text: bytes, planes: bytes) -> bytes:
     raw = struct.pack("<I", len(text)) + text + planes
-    return sealed(b"zstd", len(raw), zstandard.ZstdCompressor().compress(raw))
+    return seal(b"zstd", len(raw), zstandard.ZstdCompressor().compress(raw))
 
 
 def lengths(blob: bytes, raw: int) -> bytes:
     """The artifact, saying it unpacks to so many bytes, and rightly sealed."""
-    return sealed(b"zstd", raw, blob[PREFIX.size :])
+    return seal(b"zstd", raw, blob[PREFIX.size :])
 
 
 def table(*rows, planes: bytes) -> bytes:
@@ -366,12 +366,12 @@ ARTIFACTS = {
     "length_large": (lambda b: lengths(b, RAW_LIMIT), "cannot be unpacked"),
     "length_small": (lambda b: lengths(b, 9), "cannot be unpacked"),
     "zstd_bomb": (
-        lambda b: sealed(b"zstd", 99, zstandard.ZstdCompressor().compress(bytes(2**28))),
+        lambda b: seal(b"zstd", 99, zstandard.ZstdCompressor().compress(bytes(2**28))),
         "cannot be unpacked",
     ),
-    "zlib_bomb": (lambda b: sealed(b"zlib", 99, zlib.compress(bytes(2**28), 1)), "cannot be unpacked"),
+    "zlib_bomb": (lambda b: seal(b"zlib", 99, zlib.compress(bytes(2**28), 1)), "cannot be unpacked"),
     "zlib_bomb_that_fits": (
-        lambda b: sealed(b"zlib", 2**28, zlib.compress(bytes(2**28), 1)),
+        lambda b: seal(b"zlib", 2**28, zlib.compress(bytes(2**28), 1)),
         "cannot be unpacked",
     ),
     "header_bomb": (lambda b: forged(b"[" + b"0," * 2**22 + b"0]", b""), "header"),
