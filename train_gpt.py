@@ -349,8 +349,8 @@ class Config:
         return hashlib.sha256(json.dumps(self.effective(), sort_keys=True).encode()).hexdigest()[:16]
 
     def shape(self) -> dict[str, object]:
-        """The `model` knobs: what an artifact must say to be scored elsewhere."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["role"] == "model"}
+        """The `model` knobs off their default: what an artifact must say to be scored elsewhere."""
+        return {f.name: getattr(self, f.name) for f in self.changed if f.metadata["role"] == "model"}
 
 
 def parse(f: Field, text: str):
@@ -2776,19 +2776,39 @@ def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score],
 
 
 def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Config:
-    """The config with the artifact's shape; RunError if the environment asks for another one."""
-    made, own, source = header.get("model"), cfg.shape(), f"EVAL_ONLY={cfg.eval_only}"
-    known = isinstance(made, dict) and made.keys() == own.keys() and isinstance(header.get("quant"), str)
-    known = known and all(type(made[name]) is type(value) for name, value in own.items())
-    known = known and header.get("codec") in CODECS and header.get("dtype") in DTYPES
-    require(known, f"{source} was made by another version of this script")
-    for name, value in own.items():
-        same = name.upper() not in env or value == made[name]
-        require(same, f"{name.upper()}={value} but {source} was trained with {made[name]}; unset it")
+    """The config with the artifact's shape; RunError (2) if the environment asks for another one.
+
+    The header lists the shape's knobs off their default, so that a knob added later is at its default there.
+    Older artifacts list all knobs of their time.
+    """
+    source = f"EVAL_ONLY={cfg.eval_only}"
+    defaults = {f.name: f.default for f in fields(cfg) if f.metadata["role"] == "model"}
+    if not is_own_header(header, defaults):
+        raise RunError(f"{source} was made by another version of this script")
+    trained = defaults | header["model"]
+    for name, value in trained.items():
+        asked = getattr(cfg, name)
+        if name.upper() in env and asked != value:
+            raise RunError(f"{name.upper()}={asked} but {source} was trained with {value}; unset it")
     # Its dtype and whether it was compiled hold too, unless set: either moves the score's fourth digit.
     compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
     dtype = cfg.dtype if "DTYPE" in env else header["dtype"]
-    return replace(cfg, **made, compile=compiled, dtype=dtype, train_batch_tokens=made["train_seq_len"])
+    return replace(cfg, **trained, compile=compiled, dtype=dtype, train_batch_tokens=trained["train_seq_len"])
+
+
+def is_own_header(header: Mapping, defaults: Mapping[str, object]) -> bool:
+    """Whether a packed model's header holds what this version writes, in the same types; it may be forged.
+
+    defaults: of the knobs of a model's shape. A header may lack some of them, and must hold no others.
+    """
+    stored = header.get("model")
+    if not isinstance(stored, dict) or not stored.keys() <= defaults.keys():
+        return False
+    if any(type(value) is not type(defaults[name]) for name, value in stored.items()):
+        return False
+    if not all(isinstance(header.get(name), str) for name in ("quant", "codec", "dtype")):
+        return False
+    return header["codec"] in CODECS and header["dtype"] in DTYPES
 
 
 def kernel_missing(error: BaseException) -> str:

@@ -32,6 +32,8 @@ from train_gpt import (
     RunError,
     RunLog,
     Runtime,
+    artifact_config,
+    fields,
     levels_of,
     load_weights,
     pack,
@@ -471,6 +473,59 @@ def test_the_report_says_what_each_group_takes_and_loses(tiny, tmp_path):
     assert event["errors"] == pytest.approx(errors, rel=1e-4, abs=1e-12)
     assert sum(told["bytes"] for told in groups.values()) == pytest.approx(len(blob), rel=0.05)
     assert groups["mlp"]["error"] > 2 * groups["embed"]["error"] > 0 == errors["value_scales"]
+
+
+# --- which model a header describes ---
+
+HEAD = dict(quant="int8", codec="zstd", dtype="fp32")
+FULL = {f.name: f.default for f in fields(Config) if f.metadata["role"] == "model"}
+PACKED = sorted((ROOT / "records").glob("20*/*.ptz"))
+
+
+def test_a_header_holds_only_knobs_off_their_default(large):
+    cfg, state = large
+    model = unpack(pack(cfg, state, ABOUT), "x")[1]["model"]
+    assert model == {name: getattr(cfg, name) for name in FULL if getattr(cfg, name) != FULL[name]}
+    assert model["model_dim"] == 256 and "tie_embeddings" not in model
+
+
+@pytest.mark.parametrize("model", [dict(num_layers=3), FULL | dict(num_layers=3)], ids=["short", "full"])
+def test_a_knob_that_a_header_lacks_is_at_its_default(model):
+    """It may have come later than the artifact. Older artifacts list all knobs of their time."""
+    asked = Config(eval_only="x.ptz", model_dim=256, mlp_act="silu2")
+    cfg = artifact_config(asked, {}, HEAD | dict(model=model))
+    assert {name: getattr(cfg, name) for name in FULL} == FULL | dict(num_layers=3)
+
+
+@pytest.mark.parametrize("model", [dict(num_layers=3), FULL | dict(num_layers=3)], ids=["short", "full"])
+@pytest.mark.parametrize("knobs, told", [
+    (dict(num_layers=4), "NUM_LAYERS=4 but EVAL_ONLY=x.ptz was trained with 3"),
+    (dict(mlp_act="silu2"), "MLP_ACT=silu2 but EVAL_ONLY=x.ptz was trained with relu2"),
+])  # fmt: skip
+def test_a_knob_that_contradicts_a_header_is_refused(model, knobs, told):
+    env = {name.upper(): str(value) for name, value in knobs.items()}
+    with pytest.raises(RunError, match=told):
+        artifact_config(Config(eval_only="x.ptz", **knobs), env, HEAD | dict(model=model))
+
+
+@pytest.mark.parametrize("header", [
+    HEAD | dict(model=dict(later_knob=1)), HEAD | dict(model=FULL | dict(later_knob=1)),
+    HEAD | dict(model=dict(num_layers=3.0)), HEAD | dict(model=dict(tie_embeddings=1)),
+    HEAD | dict(model=dict(seed=7)), HEAD | dict(model={}, dtype=["fp32"]),
+    HEAD | dict(model={}, codec=["zstd"]), HEAD | dict(model={}, quant=8),
+])  # fmt: skip
+def test_a_header_with_anything_unknown_is_of_another_version(header):
+    with pytest.raises(RunError, match="EVAL_ONLY=x.ptz was made by another version of this script"):
+        artifact_config(Config(eval_only="x.ptz"), {}, header)
+
+
+@pytest.mark.parametrize("path", PACKED, ids=[f"{path.parent.name}/{path.name}" for path in PACKED])
+def test_the_artifacts_of_the_records_load(path):
+    state, header = unpack(path.read_bytes(), "x.ptz")
+    model = GPT(artifact_config(Config(eval_only="x.ptz"), {}, header))
+    load_weights(model, state, "x.ptz")
+    name = "blocks.0.mlp.fc.weight"
+    assert torch.equal(model.state_dict()[name], state[name])
 
 
 # --- bytes and sizes ---

@@ -554,6 +554,7 @@ CHECKPOINTS = {
     "without_model": (lacks("model"), Case(OURS)),
     "without_same": (lacks("same"), Case(OURS)),
     "dtype": (lambda p: changed(p, lambda state: state.update(dtype="fp8")), Case(OURS)),
+    "dtype_list": (lambda p: changed(p, lambda state: state.update(dtype=["fp32"])), Case(OURS)),
     "other_knob": (lambda p: None, Case("MATRIX_LR=0.04 there, 0.07 here|RESUME=0", dict(matrix_lr=0.07))),
     "other_seed": (lambda p: None, Case("SEED=1337 there, 7 here|set that back", dict(seed=7))),
     "other_script": (lambda p: None, Case("made with train_gpt.py=|RESUME=0", patch=SCRIPT)),

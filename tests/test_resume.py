@@ -297,6 +297,19 @@ def test_other_knobs_are_refused_and_named(copy, knobs, named):
     assert all(name in copy.error() for name in named) and copy.error().count(" there, ") == len(named)
 
 
+@pytest.mark.parametrize("stored, current, told", [
+    (dict(SEED=1), dict(SEED=1), ""),
+    (dict(EMA_DECAY=0.5), {}, "EMA_DECAY=0.5 there, 0.0 here"),
+    ({}, dict(TIE_EMBEDDINGS=False, MATRIX_LR=0.1),
+     "TIE_EMBEDDINGS=True there, False here; MATRIX_LR=0.04 there, 0.1 here"),
+    (dict(MATRIX_LR=0.04, WARMDOWN_ITERS=1200), {}, ""),
+    ({"train_gpt.py": "ab", "NUM_LAYERS": 4}, {"train_gpt.py": "cd"},
+     "train_gpt.py=ab there, cd here; NUM_LAYERS=4 there, 9 here"),
+])  # fmt: skip
+def test_a_knob_that_a_checkpoint_lacks_is_at_its_default(stored, current, told):
+    assert train_gpt.describe_differences(Config(), stored, current) == told
+
+
 def test_other_data_is_refused_and_named(copy, short_dataset, tmp_path):
     data = shutil.copytree(short_dataset, tmp_path / "data")
     (data / "toy_train_000001.bin").unlink()

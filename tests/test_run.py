@@ -584,6 +584,7 @@ FORGED = {
     "no_dtype": lambda header: header.pop("dtype"),
     "unknown_dtype": lambda header: header.update(dtype="fp8"),
     "no_codec": lambda header: header.pop("codec"),
+    "codec_list": lambda header: header.update(codec=["zstd"]),
     "no_model": lambda header: header.pop("model"),
     "model_list": lambda header: header.update(model=[]),
     "no_layers": lambda header: header["model"].pop("num_layers"),
