@@ -371,10 +371,11 @@ def test_the_hash_is_of_values_not_of_spelling():
     assert len({Config.from_env(dict(MATRIX_LR=text)).hash for text in texts}) == 1
 
 
-def test_model_knobs_are_stored_with_the_artifact_and_they_only():
-    stored = Config().shape()
-    assert {"num_layers", "model_dim", "mlp_act", "logit_softcap", "train_seq_len"} <= set(stored)
-    assert not {"seed", "matrix_lr", "codec", "data_path"} & set(stored)
+def test_model_knobs_off_their_default_are_stored_with_the_artifact_and_they_only():
+    shape = dict(num_layers=4, model_dim=384, mlp_act="silu2", logit_softcap=15.0, train_seq_len=512)
+    others = dict(seed=7, matrix_lr=0.1, codec="zlib", data_path="/d", num_heads=8)
+    assert Config(**shape, **others).shape() == shape
+    assert Config().shape() == {}
 
 
 # --- published command lines ---------------------------------------------------------------------

@@ -71,8 +71,8 @@ PLACES = {
     "last_validation": (MANY, dies("validate", SIGTERM), {}),
     "averaging": (MANY, dies("Average.load", SIGKILL), {}),
     "averaging_ema": (MEMORY, dies("Average.load", SIGTERM, after=True), {}),
-    "packing": (MANY, dies("sealed", SIGKILL), {}),
-    "packing_term": (MANY, dies("sealed", SIGTERM), {}),
+    "packing": (MANY, dies("seal", SIGKILL), {}),
+    "packing_term": (MANY, dies("seal", SIGTERM), {}),
     "between_the_models": (MANY, dies("Path.rename", SIGKILL, call=2, after=True), {}),
     "between_the_models_term": (MANY, dies("Path.rename", SIGTERM, call=2, after=True), {}),
     "write_of_the_artifact": (MANY, dies("os.fsync", SIGKILL, call=3), {}),
@@ -111,7 +111,7 @@ TWO = {
     "step_kill_one": (in_step(6, SIGKILL, only=1), EACH_STEP, [LOST, -SIGKILL]),
     "step_kill_main": (in_step(6, SIGKILL, only=0), EACH_STEP, [-SIGKILL, LOST]),
     "write_of_a_checkpoint": (dies("os.fsync", call=5), EACH_STEP, [-SIGKILL, LOST]),
-    "packing": (dies("sealed", SIGKILL), {}, [-SIGKILL, LOST]),
+    "packing": (dies("seal", SIGKILL), {}, [-SIGKILL, LOST]),
     "sliding_term_both": (dies("evaluate", SIGTERM, call=4), {}, [STOPPED, STOPPED]),
     "hedge": (dies("ngram_probabilities", SIGKILL), {}, [-SIGKILL, LOST]),
 }
@@ -135,7 +135,7 @@ def test_a_chain_of_stops_in_one_run(new, whole):
     assert folder.resume(in_step(3, SIGKILL)) == [-SIGKILL]
     assert folder.resume(dies("os.fsync", call=2)) == [-SIGKILL]
     assert folder.resume(in_step(5, SIGINT)) == [STOPPED]
-    assert folder.resume(dies("sealed", SIGTERM)) == [STOPPED]
+    assert folder.resume(dies("seal", SIGTERM)) == [STOPPED]
     assert folder.resume(dies("ngram_probabilities", SIGKILL)) == [-SIGKILL]
     assert folder.resume() == [0]
     same(folder.left(), expected)
@@ -295,6 +295,19 @@ def test_another_run_id_does_not_go_on(copy):
 def test_other_knobs_are_refused_and_named(copy, knobs, named):
     assert copy.resume(**knobs) == [2]
     assert all(name in copy.error() for name in named) and copy.error().count(" there, ") == len(named)
+
+
+@pytest.mark.parametrize("stored, current, told", [
+    (dict(SEED=1), dict(SEED=1), ""),
+    (dict(EMA_DECAY=0.5), {}, "EMA_DECAY=0.5 there, 0.0 here"),
+    ({}, dict(TIE_EMBEDDINGS=False, MATRIX_LR=0.1),
+     "TIE_EMBEDDINGS=True there, False here; MATRIX_LR=0.04 there, 0.1 here"),
+    (dict(MATRIX_LR=0.04, WARMDOWN_ITERS=1200), {}, ""),
+    ({"train_gpt.py": "ab", "NUM_LAYERS": 4}, {"train_gpt.py": "cd"},
+     "train_gpt.py=ab there, cd here; NUM_LAYERS=4 there, 9 here"),
+])  # fmt: skip
+def test_a_knob_that_a_checkpoint_lacks_is_at_its_default(stored, current, told):
+    assert train_gpt.describe_differences(Config(), stored, current) == told
 
 
 def test_other_data_is_refused_and_named(copy, short_dataset, tmp_path):

@@ -101,6 +101,10 @@ def examine(cfg: Config, runtime: Runtime) -> Iterator[tuple[str, bool, Callable
         with tempfile.TemporaryFile(dir=there):
             return ask(free > need, f"{free / 1e9:.1f} GB free at {there}", f"a run takes {need / 1e9:.1f}")
 
+    def codec() -> str:
+        chosen = CODECS[cfg.codec]
+        return chosen.decompress(chosen.compress(b"works", cfg), 5).decode()
+
     def data() -> str:
         inputs = load_inputs(cfg, 0, trains=not cfg.eval_only)
         val, train = inputs.validation, inputs.training
@@ -115,7 +119,7 @@ def examine(cfg: Config, runtime: Runtime) -> Iterator[tuple[str, bool, Callable
     yield "compute", False, lambda: ask(machine["dtype"] == "bf16", machine["dtype"], "bf16 is faster")
     yield "attention", True, attention
     yield "compile", False, lambda: ask(gpu or compiler[:3] != "no ", compiler, "runs are eager, slower")
-    yield "codec", True, lambda: CODECS[cfg.codec][1](CODECS[cfg.codec][0](b"works", cfg), 5).decode()
+    yield "codec", True, codec
     yield "data", True, data
     yield "disk", True, folder
     yield "ranks", gpu, lambda: ask("nccl" in backends or not gpu, " ".join(backends), "no nccl: one GPU")
