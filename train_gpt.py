@@ -1759,11 +1759,9 @@ def plan_turns(cfg: Config, data: Validation, runtime: Runtime, stride: int, lea
     TTT_RESET no chunk and no window crosses the border between two documents.
     """
     shape = pass_shape(cfg, runtime.device, stride, learns)
-    edges = [0, data.targets]
-    if learns and cfg.ttt_reset:
-        edges[1:1] = data.starts.tolist()
+    borders = data.starts.tolist() if learns and cfg.ttt_reset else []
     planned = []
-    for begin, end in itertools.pairwise(edges):
+    for begin, end in itertools.pairwise([0, *borders, data.targets]):
         windows = plan_windows(end, shape.length, shape.width, begin)
         chunk_size = max(1, cfg.ttt_chunk_tokens // shape.width) if learns else len(windows)
         for at in range(0, len(windows), chunk_size):
@@ -2003,7 +2001,7 @@ def exact_prefix_sums(x: Tensor) -> tuple[Tensor, float]:
     """Sums of the first 0 .. N of x [N], as int64 [N + 1], and the scale by which they are too large.
 
     The values are cut to +-128 and rounded to integers, whose sums are exact whatever their order; the scale
-    is the largest power of two with which no sum overflows.
+    is a power of two, small enough that no sum overflows.
     """
     scale = 2.0 ** (54 - len(x).bit_length())
     sums = (x.double().clamp(-128, 128) * scale).round().long()
@@ -2046,11 +2044,13 @@ def context_counts(tokens: Tensor, vocab: int, highest_order: int) -> Iterator[C
         followers = distinct_followers(matches, by_context, context_begins)
         yield ContextCounts(order, positions, uses, followers, matches)
         del followers
+        # The next order's lists: the position after each gram that stands more than once.
         recurs = scatter(by_gram, (grams.sizes > 1)[grams.numbers]) & (positions + 1 < len(tokens))
         rows = recurs.nonzero()[:, 0]
         positions = positions[rows] + 1
         uses = matches[rows]
         context_numbers = scatter(by_gram, grams.numbers)[rows]
+        # The sort by gram is a sort by the next order's contexts: only the dropped rows have to go.
         new_rows = recurs.cumsum(0) - 1
         rows = recurs[by_gram].nonzero()[:, 0]
         by_context = new_rows[by_gram[rows]]
@@ -2096,7 +2096,7 @@ def ngram_probabilities(tokens: Tensor, vocab: int, highest_order: int) -> tuple
 
 
 def count_codes(counts: Tensor) -> Tensor:
-    """Squeeze counts into uint8, by their logarithm."""
+    """Write counts as uint8 by their logarithm, so that small ones keep their value."""
     return counts.double().log1p().mul(COUNT_CODE_SCALE).round().to(torch.uint8)
 
 
