@@ -534,9 +534,7 @@ def is_matrix(name: str, value: np.ndarray) -> bool:
 
 
 def test_centred_gradients_have_no_mean_along_a_row(tiny):
-    optimisers, _, grads = edited(
-        tiny, GRADIENT_EDITS, "grad_central", plan_at(0.5), grad_central=True
-    )
+    optimisers, _, grads = edited(tiny, GRADIENT_EDITS, "grad_central", plan_at(0.5), grad_central=True)
     for name, grad in arrays(optimisers, grads=True).items():
         expected = grads[name] - grads[name].mean(1, keepdims=True) if is_matrix(name, grad) else grads[name]
         np.testing.assert_allclose(grad, expected, atol=1e-6)
@@ -600,9 +598,7 @@ def test_decay_is_the_product_of_scaled_factors_on_block_matrices_alone(tiny, na
 @pytest.mark.parametrize("step, burns", [(8, True), (9, False), (7, False), (17, True)])
 def test_a_burn_zeroes_exactly_the_smallest_share(tiny, step, burns):
     knobs = dict(controlled_burn=0.1, burn_interval=9)
-    optimisers, before, _ = edited(
-        tiny, WEIGHT_EDITS, "controlled_burn", plan_at(0.5, step), **knobs
-    )
+    optimisers, before, _ = edited(tiny, WEIGHT_EDITS, "controlled_burn", plan_at(0.5, step), **knobs)
     for name, value in arrays(optimisers).items():
         expected = before[name].copy()
         if burns and is_matrix(name, value):
@@ -640,9 +636,7 @@ def test_noise_has_the_published_size_and_repeats(tiny, name, p, step, amount):
 
 
 def test_mutations_end_when_they_are_tiny(tiny):
-    optimisers, before, _ = edited(
-        tiny, WEIGHT_EDITS, "mutation_decay", plan_at(1.0), mutation_decay=1.4e-4
-    )
+    optimisers, before, _ = edited(tiny, WEIGHT_EDITS, "mutation_decay", plan_at(1.0), mutation_decay=1.4e-4)
     assert all(np.array_equal(value, before[key]) for key, value in arrays(optimisers).items())
 
 

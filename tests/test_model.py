@@ -23,9 +23,9 @@ from train_gpt import (
     RunError,
     Seen,
     head_diversity,
-    plan_layers,
     load_checkpoint,
     load_weights,
+    plan_layers,
     token_nats,
     training_loss,
 )
