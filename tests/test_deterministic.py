@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, env_of
 
 import train_gpt
+from tests.conftest import ROOT, env_of
 from train_gpt import Config, Runtime, pick_dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

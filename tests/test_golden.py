@@ -5,8 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import golden
 import pytest
+
+from tests import golden
 
 SCRIPT = golden.ROOT / "train_gpt.py"
 ONE = "lr_tidal"  # the shortest of the configurations

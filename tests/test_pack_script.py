@@ -16,13 +16,13 @@ from pathlib import Path
 from signal import SIGKILL
 
 import pytest
-from conftest import ROOT, launch
-from forkserver import ForkServer
-from stops import Folder, dies, in_step
 
 from records import finished, lint, make, pack_script, rescore
 from records.pack_script import is_same_program, outline, pack, source_text, strip
 from records.unpack_script import LIMIT, Unreadable, unpack
+from tests.conftest import ROOT, launch
+from tests.support.forkserver import ForkServer
+from tests.support.stops import Folder, dies, in_step
 
 SCRIPT = ROOT / "train_gpt.py"
 LARGEST = 64_000  # bytes that the packed script may take of the 16,000,000

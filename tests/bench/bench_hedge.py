@@ -52,12 +52,14 @@ def zipf_markov(count: int, vocab: int, seed: int = 0) -> np.ndarray:
 
 def open_tokens(path: Path, count: int) -> np.ndarray:
     """The first tokens of an official shard or of bare uint16, on disk; RunError where there are too few."""
-    train_gpt.require(path.is_file() and path.stat().st_size > 1, f"{path} holds no tokens")
+    if not path.is_file() or path.stat().st_size < 2:
+        raise train_gpt.RunError(f"{path} holds no tokens")
     head = np.fromfile(path, dtype="<i4", count=1)
     is_shard = len(head) and head[0] == train_gpt.SHARD_MAGIC
     tokens = train_gpt.open_shard(path) if is_shard else np.memmap(path, dtype="<u2", mode="r")
     few = f"{path} holds {len(tokens)} tokens, {count} are needed; to repeat them would flatter the mixer"
-    train_gpt.require(len(tokens) >= count, few)
+    if len(tokens) < count:
+        raise train_gpt.RunError(few)
     return tokens[:count]
 
 
@@ -66,7 +68,8 @@ def make_text(options: argparse.Namespace, count: int) -> np.ndarray:
     if not options.tokens:
         return zipf_markov(count, options.vocab)
     tokens = np.array(open_tokens(options.tokens, count))
-    train_gpt.require(tokens.max() < options.vocab, f"{options.tokens} has token {tokens.max()}; set --vocab")
+    if tokens.max() >= options.vocab:
+        raise train_gpt.RunError(f"{options.tokens} has token {tokens.max()}; set --vocab")
     return tokens
 
 
@@ -104,7 +107,8 @@ def measure(options: argparse.Namespace, count: int, order: int) -> dict:
             before = torch.cuda.memory_allocated() // 2**20
         mixture = timed(runtime, seconds, "total", train_gpt.mix_with_ngrams)(cfg, tokens, nats)
         logs = mixture.log_probs
-        train_gpt.require(bool(logs.isfinite().all()), "the mixture is not finite")
+        if not logs.isfinite().all():
+            raise train_gpt.RunError("the mixture is not finite")
         memory = dict(before_mib=before, peak_mib=runtime.peak_memory_mib()[0])
         neural, *_, gate = (-expert.log_likelihood for expert in mixture.experts)
         nats = dict(mixture=-logs.sum().item(), neural=neural, gate=gate)
