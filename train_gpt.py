@@ -5,7 +5,8 @@
     SEED=7 MATRIX_LR=0.03 python train_gpt.py              every knob is an environment variable
     python train_gpt.py --help                             all knobs: default, range, meaning
     python train_gpt.py --version                          this script's version and the hash of its bytes
-    python train_gpt.py --list-ideas                       the published ideas: state, source, formula
+    python train_gpt.py --list-ideas                       the published ideas: what became of each
+    python train_gpt.py --knob-table                       all knobs as Markdown: sweeps/KNOBS.md
     python train_gpt.py --dry-run                          what this run would be; trains nothing
     python train_gpt.py --doctor                           is all that it needs here?
     EVAL_ONLY=final_model.int8.ptz python train_gpt.py     score a packed model again
@@ -18,16 +19,20 @@ What is in it:
   - scores of every validation token exactly once: official windows, sliding windows, test-time training
     that scores first, a Hedge mixture with exact n-grams
   - exact resume, one log line for every surprise, exit codes
-  - a museum of published ideas that did not pay (section 17), each behind its own knob
+  - a museum of published ideas that did not pay (section 17), each behind its own knob; those that no hook
+    fits (weight sharing, layer drop, progressive growing, SAM, recycled attention) stay where they act
 
-Exit codes: 0 ok, 2 bad knob or input, 3 over 16,000,000 bytes, 4 over the evaluation budget, 5 diverged,
-6 a graph was compiled inside the training clock, 7 a score fails SCORE_CHECK, 8 another rank was lost,
-75 stopped by SIGTERM or SIGINT, to go on from a checkpoint with RESUME=auto.
+Exit codes: 0 ok, 1 a bug (with its traceback), 2 bad knob or input, or no memory or disk left, 3 over
+16,000,000 bytes, 4 over the evaluation budget, 5 diverged, 6 a graph was compiled inside the training clock,
+7 a score fails SCORE_CHECK, 8 another rank was lost, 75 stopped by SIGTERM or SIGINT, to go on from a
+checkpoint with RESUME=auto.
 
-Sections follow the life of a run, and each names only those above it: 1 Head, 2 Knob machinery,
+Sections follow the life of a run: 1 Head, 2 Knob machinery,
 3 Runtime and logs, 4 Schedules, 5 Data, 6 Bytes, 7 Model, 8 Loss and hooks, 9 Optimisers, 10 Averages,
 11 Quantise and pack, 12 Score, 13 Hedge mixer, 14 Checkpoints, 15 Train, 16 Report, 17 Museum,
 18 Config and main.
+A section calls only what stands above it. What it reads of `cfg` may be declared anywhere: `Config` joins all
+knobs. "Progress" is 0 at the start of a run and 1 at its end: the further of steps and training clock.
 
 Where to start reading: `train` (section 15) is the loop; `GPT.logits` (7) the forward pass; `training_loss`
 (8) what is minimised; `Optimisers.step` (9) the update; `execute` (18) a whole run.
@@ -140,9 +145,11 @@ def knob(
     where and how the run happens, and stays out of the config hash.
     source: the paper, pull request or record that it comes from; "official" is the baseline's own script.
     effect: what it was measured to do here; "" = not measured. fate: of a published idea, one of FATES;
-    "broken" means that the published code did something else than its description, nothing, or crashed, and
-    that ours does what was described.
+    "broken" means that the published code did something else than its description, nothing, or crashed; ours
+    does what was described.
     """
+    if role not in KNOB_ROLES or fate not in ("", *FATES):
+        raise ValueError(f"role {role!r} is not in {KNOB_ROLES}, or fate {fate!r} not in {FATES}")
     metadata = dict(
         doc=doc,
         source=source,
@@ -291,12 +298,13 @@ def knob_row(knob_field: Field, group: str) -> KnobRow:
 
 
 # What a hook of each point takes and gives. All of a point's hooks run, in the order written; of the
-# schedules one may be on.
+# schedules one may be on. Those of "embedding", "input" and "loss" are compiled into the graph (fullgraph: no
+# Python `if` on a tensor) and see one micro-batch, so that a loss must be a mean, not a sum.
 HOOK_POINTS = {
     "schedule": "(cfg, progress, steps_left) -> learning-rate multiplier, instead of the linear warmdown",
     "embedding": "(cfg, x [B, T, d], ids [B, T], dials) -> x, before the embedding's norm; training only",
     "input": "(cfg, x [B, T, d], ids [B, T], dials) -> x, after the embedding's norm; training only",
-    "loss": "(cfg, seen) -> scalar that is added to the mean nats per token; training only",
+    "loss": "(cfg, seen) -> scalar, a mean over positions, added to the mean nats per token; training only",
     "edit_gradients": "(cfg, weights, plan) -> None, of the gradients summed over ranks, before the clip",
     "edit_weights": "(cfg, weights, plan) -> None, after the step",
     "lr_share": "(weight, progress, blocks) -> the share of its step that a weight makes",
@@ -306,7 +314,10 @@ HOOKS: dict[str, list[tuple[str, Callable]]] = {point: [] for point in HOOK_POIN
 
 
 def hook(point: str, knob: str) -> Callable[[Callable], Callable]:
-    """Decorator: run this function at that point whenever that knob is off its default."""
+    """Decorator: run this function at that point whenever that knob is off its default.
+
+    So the knob's default must be the value at which the idea is off.
+    """
 
     def register(function: Callable) -> Callable:
         HOOKS[point].append((knob, function))
@@ -916,7 +927,7 @@ class ScheduleKnobs:
         1200,
         "Last steps, over which the learning rate falls linearly to LR_FLOOR; 0 keeps it constant.",
         low=0,
-        needs="WARMDOWN_FRAC=0,no other schedule",
+        needs=f"WARMDOWN_FRAC=0,{NO_OTHER_SCHEDULE}",
         source="official",
     )
     warmdown_frac: float = knob(
@@ -924,7 +935,7 @@ class ScheduleKnobs:
         "Length of that linear fall as a share of the run; 0 goes by the steps of WARMDOWN_ITERS.",
         low=0,
         high=1,
-        needs="no other schedule",
+        needs=NO_OTHER_SCHEDULE,
         source="ours",
     )
     lr_floor: float = knob(
@@ -932,7 +943,7 @@ class ScheduleKnobs:
         "Learning-rate multiplier at which the linear fall ends; 0 falls to nothing.",
         low=0,
         high=1,
-        needs="no other schedule",
+        needs=NO_OTHER_SCHEDULE,
         source="ours",
     )
     tidal_lr: bool = knob(
@@ -1024,7 +1035,7 @@ def is_due(step: int, every: int) -> bool:
 def cosine_fall(progress: float, floor: float = 0.1, cycles: float = 1.0) -> float:
     """Half a cosine from 1 down to `floor` in each cycle: floor + (1 - floor) / 2 (1 + cos(pi phase)).
 
-    The end of the run is the end of a cycle, not the beginning of a new one.
+    Where the end of the run ends a cycle, it does not begin a new one.
     """
     phase = cycles * progress % 1.0
     if phase == 0.0 and progress >= 1.0:
@@ -1093,6 +1104,11 @@ def phases(cfg: Config) -> list[DepthPhase]:
         return growing_phases(cfg)
     listed = [DepthPhase(until, repeats * cfg.num_layers) for until, repeats in cfg.depth_phases]
     return listed or [DepthPhase(1.0, None)]
+
+
+def final_depth(cfg: Config) -> int | None:
+    """Effective layers that train at the end, and that are scored; None = all."""
+    return phases(cfg)[-1].depth
 
 
 def growing_phases(cfg: Config) -> list[DepthPhase]:
@@ -1219,7 +1235,8 @@ class Clock:
     def tick(self) -> float:
         """Seconds trained by rank 0's clock, the same on every rank; call once before each step."""
         is_cuda = self.runtime.is_cuda
-        # A host that runs ahead of its device measures nothing, so a step counts only while two are pending.
+        # A host that runs ahead of its device measures nothing: a tick measures only if it waits for an
+        # event, as each does from the third on.
         is_paced = not is_cuda or len(self.pending_events) == 2
         if is_cuda:
             event = torch.cuda.Event()
@@ -1683,8 +1700,10 @@ def read_text_size(cache: Path, key: str) -> TextSize | None:
 # 7. MODEL
 #
 # Token ids go in, softcapped logits come out. `plan_layers` decides once what each effective layer does;
-# the forward pass walks that plan. Names and shapes in the state dict are the official script's, so its
-# checkpoints load. Each parameter says, where it is made, which optimiser trains it (`with_role`).
+# the forward pass walks that plan. Shapes: B sequences, T tokens, d MODEL_DIM, V VOCAB_SIZE, H query heads,
+# Hkv key heads, D the width of a head, S the positions that are scored. Names and shapes in the state dict
+# are the official script's, so that its checkpoints load. Each parameter says, where it is made, which
+# optimiser trains it (`with_role`).
 # ----------------------------------------------------------------------------------------------------------
 MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
 REPEATED = "NUM_REPEATS!=1"
@@ -1693,6 +1712,8 @@ NOT_REPEATED = "NUM_REPEATS=1"
 
 @dataclass(frozen=True)
 class ModelKnobs:
+    """The shape of the model: what an artifact must say to be scored elsewhere, and how deep it trains."""
+
     num_layers: int = knob(
         9,
         "Transformer blocks with weights of their own.",
@@ -1943,6 +1964,7 @@ class ModelKnobs:
             self.refuse_prog_depth()
 
     def refuse_prog_depth(self) -> None:
+        """Raise the RunError (2) of a PROG_DEPTH that does not fit the repeats."""
         raise RunError(
             f"PROG_DEPTH={self.prog_depth} needs progress in (0, 1], repeats of 1 to "
             f"NUM_REPEATS={self.num_repeats} and these last: they are scored"
@@ -2330,10 +2352,16 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [B, T] -> embeddings [B, T, d], before their norm."""
+        return self.tok_emb(ids) * self.embed_scale
+
     def forward(self, ids: Tensor, depth: int | None = None, positions: Tensor | None = None) -> Tensor:
-        """ids [B, T] -> logits [B, T, V]; what `depth` and `positions` do, `logits` says."""
-        x0 = norm(self.tok_emb(ids) * self.embed_scale)
-        return self.logits(x0, ids, depth=depth, positions=positions)
+        """ids [B, T] -> logits [B, T, V]; what `depth` and `positions` do, `logits` says.
+
+        The path of evaluation. Training takes `training_loss`, which has hooks before and after the norm.
+        """
+        return self.logits(norm(self.embed(ids)), ids, depth=depth, positions=positions)
 
     def logits(
         self,
@@ -2409,6 +2437,8 @@ def token_nats(
 # ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class LossKnobs:
+    """Changes of what training sees that no hook fits."""
+
     mirror_train: float = knob(
         0.0,
         "Share of the training sequences that are read backwards, their targets too; 0 = off.",
@@ -2420,13 +2450,16 @@ class LossKnobs:
 
 
 class Seen(NamedTuple):
-    """What a term of the loss may read."""
+    """What a term of the loss may read, of one micro-batch of B sequences."""
 
     logits: Tensor  # [B, T, V], softcapped, float32
     target_ids: Tensor  # [B, T]
     nats: Tensor  # [B, T]: -log p(target)
     progress: Tensor  # scalar, 0 to 1
     model: GPT
+
+
+SALTS = {"mirror": 0, "embed_mixup": 1, "token_drop": 2, "metamorphosis": 3}
 
 
 def scramble(x: Tensor) -> Tensor:
@@ -2437,10 +2470,13 @@ def scramble(x: Tensor) -> Tensor:
 
 
 def uniform(ids: Tensor, noise: Tensor, salt: int, count: int) -> Tensor:
-    """Draws in [0, 1), float32 [B, count], from each sequence's ids [B, T], the step's noise and a salt."""
+    """Draws in [0, 1), float32 [B, count], from each sequence's ids [B, T], the step's noise and a salt.
+
+    The noise is below 2^24, which leaves 8 bits for the salt: one of SALTS, for each use its own.
+    """
     positions = torch.arange(ids.size(1), device=ids.device)
     draws = torch.arange(count, device=ids.device)
-    # Below 2^59: no overflow.
+    # Below 2^59 to 4,096 tokens of a vocabulary of 65,536; beyond, int64 wraps, the same on every device.
     content = (ids * (scramble(positions + 1) >> 1)).sum(dim=1, keepdim=True)
     sequence = scramble((content + (noise.long() << 8) + salt) & 0xFFFFFFFF)
     return (scramble(sequence ^ scramble(draws)) >> 8).float() / 2**24
@@ -2451,7 +2487,7 @@ def mirror(cfg: Config, ids: Tensor, target_ids: Tensor, dials: Dials) -> tuple[
 
     The target of a position is still the token that is read next.
     """
-    is_mirrored = uniform(ids, dials.noise, 0, 1) < cfg.mirror_train  # [B, 1]
+    is_mirrored = uniform(ids, dials.noise, SALTS["mirror"], 1) < cfg.mirror_train  # [B, 1]
     mirrored_ids = torch.where(is_mirrored, target_ids.flip(1), ids)
     mirrored_targets = torch.where(is_mirrored, ids.flip(1), target_ids)
     return mirrored_ids, mirrored_targets
@@ -2468,26 +2504,27 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
     loss_hooks = active(cfg, "loss")
 
     def loss(
-        ids: Tensor, target_ids: Tensor, dials: Tensor | None = None, depth: int | None = None
+        ids: Tensor, target_ids: Tensor, step_dials: Tensor | None = None, depth: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        if dials is None:
-            dials = plan_step(cfg, 0, 0.0, 0.0).dials(ids.device)
-        dials = Dials.of(dials)
+        """See training_loss."""
+        if step_dials is None:
+            step_dials = plan_step(cfg, 0, 0.0, 0.0).dials(ids.device)
+        dials = Dials.of(step_dials)
         if cfg.mirror_train:
             ids, target_ids = mirror(cfg, ids, target_ids, dials)
-        x = model.tok_emb(ids) * model.embed_scale
-        for change in embedding_hooks:
-            x = change(cfg, x, ids, dials)
+        x = model.embed(ids)  # [B, T, d]
+        for embedding_hook in embedding_hooks:
+            x = embedding_hook(cfg, x, ids, dials)
         x = norm(x)
-        for change in input_hooks:
-            x = change(cfg, x, ids, dials)
+        for input_hook in input_hooks:
+            x = input_hook(cfg, x, ids, dials)
         keep = dials.layers if cfg.layer_drop else None
         logits = model.logits(x, ids, keep=keep, depth=depth)
         nats = cross_entropy(logits, target_ids)
         objective = nats.mean()
         seen = Seen(logits, target_ids, nats, dials.progress, model)
-        for term in loss_hooks:
-            objective = objective + term(cfg, seen)
+        for loss_hook in loss_hooks:
+            objective = objective + loss_hook(cfg, seen)
         return objective, nats.detach().mean()
 
     return loss
@@ -2500,7 +2537,7 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 # its optimiser and learning rate. All gradients live in one flat buffer: backward adds into it, one
 # all-reduce sums it. `Optimisers.step` is the whole update, in order.
 # ----------------------------------------------------------------------------------------------------------
-# The official control tensors, then those of PR #895: they are float32 wherever they are kept.
+# The official control tensors, then those of PR #895: trained by Adam with SCALAR_LR, packed as float32.
 CONTROL_NAMES = (
     "attn_scale",
     "attn_scales",
@@ -2520,9 +2557,11 @@ CONTROL_NAMES = (
 
 @dataclass(frozen=True)
 class OptimiserKnobs:
+    """Learning rates by role, and the constants of Muon and Adam."""
+
     embed_lr: float = knob(
         0.6,
-        "Adam's learning rate of an embedding that is not the output head too.",
+        "Adam's learning rate of the embedding and of value embeddings, beside a head of its own.",
         low=0,
         needs="TIE_EMBEDDINGS=0",
         source="official",
@@ -2536,7 +2575,7 @@ class OptimiserKnobs:
     )
     tied_embed_lr: float = knob(
         0.05,
-        "Adam's learning rate of the embedding that is the output head too.",
+        "Adam's learning rate of the embedding that is the output head too, and of value embeddings.",
         low=0,
         needs="TIE_EMBEDDINGS=1",
         source="official",
@@ -2579,7 +2618,8 @@ class OptimiserKnobs:
     )
     control_tensor_name_patterns: tuple[str, ...] = knob(
         CONTROL_NAMES,
-        "Parameters whose name contains one of these are trained with SCALAR_LR.",
+        "Off its default: Muon trains a block's two-dimensional tensors whose names contain none of these, "
+        "SCALAR_LR all else but embeddings and head. At its default the model says which is which.",
         source="official",
     )
     sam_rho: float = knob(
@@ -2599,9 +2639,10 @@ class RoleSettings:
 
 
 def role_settings(cfg: Config) -> dict[str, RoleSettings]:
-    """The settings of each role: the one place where a weight's learning rate is decided.
+    """The settings of each role, which says where a parameter is made (`with_role`).
 
-    Schedules multiply it for all weights (`plan_step`), hooks of "lr_share" for some.
+    The learning rate here is multiplied at each step by the schedule (`plan_step`). Muon's update of a tall
+    matrix is larger (`Muon.fill_updates`); hooks of "lr_share" let some weights make a part of their step.
     """
     embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
     return {
@@ -2623,7 +2664,7 @@ class Weight:
 
     @property
     def is_dense(self) -> bool:
-        """No gain, gate or other control tensor."""
+        """Whether it is a matrix or table: no gain, gate or other control tensor."""
         return self.role != "scalar"
 
     @property
@@ -2647,7 +2688,8 @@ def role_of(cfg: Config, name: str, parameter: nn.Parameter) -> str:
     With CONTROL_TENSOR_NAME_PATTERNS of a user's own it is the official rule: a block's two-dimensional
     tensor is a matrix unless a pattern is in its name.
     """
-    if cfg.control_tensor_name_patterns == CONTROL_NAMES or parameter.role in ("embed", "head"):
+    has_own_patterns = cfg.is_changed("control_tensor_name_patterns")
+    if not has_own_patterns or parameter.role in ("embed", "head"):
         return parameter.role
     is_control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
     is_matrix = parameter.ndim == 2 and name.startswith("blocks.") and not is_control
@@ -2736,7 +2778,7 @@ class Muon(torch.optim.Optimizer):
 
 @hook("decay", knob="muon_wd")
 def muon_weight_decay(cfg: Config, progress: float) -> float:
-    """The same throughout (PR #895)."""
+    """MUON_WD is the same throughout the run (PR #895)."""
     return cfg.muon_wd
 
 
@@ -2749,9 +2791,9 @@ class Optimisers:
         self.blocks = len(model.blocks)
         self.weights = weights_of(cfg, model)
         settings = role_settings(cfg)
-        params_of_role = {
-            name: [weight.param for weight in self.weights if weight.role == name] for name in settings
-        }
+        params_of_role: dict[str, list[nn.Parameter]] = {name: [] for name in settings}
+        for weight in self.weights:
+            params_of_role[weight.role].append(weight.param)
         matrices = params_of_role.pop("matrix")
         adam_groups = []
         for name, params in params_of_role.items():
@@ -2799,30 +2841,31 @@ class Optimisers:
         self.norm = self.flat.norm()
         if self.cfg.grad_clip_norm:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.norm + 1e-6)).clamp(max=1.0))
-        decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
+        decay = sum(weight_decay(self.cfg, plan.progress) for weight_decay in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
-        slowed = self.weights_that_step_less(plan)
+        partial_steps = self.plan_partial_steps(plan)
         for optimiser in self.both:
             for group in optimiser.param_groups:
                 group["lr"] = group["base_lr"] * plan.lr_scale
             optimiser.step()
-        for parameter, before, share in slowed:
-            parameter.lerp_(before, 1 - share)
+        for parameter, before, share in partial_steps:
+            parameter.lerp_(before, 1 - share)  # before + share * (what the step added)
         for edit in self.weight_edits:
             edit(self.cfg, self.weights, plan)
 
-    def weights_that_step_less(self, plan: StepPlan) -> list[tuple[nn.Parameter, Tensor, float]]:
+    def plan_partial_steps(self, plan: StepPlan) -> list[tuple[nn.Parameter, Tensor, float]]:
         """(parameter, its values before the step, the share of the step that it makes) where that is not 1.
 
         The share is of the step, since Muon and Adam both cancel a factor of the gradient.
         """
-        slowed = []
+        partial_steps = []
         if self.lr_shares:
             for weight in self.weights:
-                share = math.prod(rate(weight, plan.progress, self.blocks) for rate in self.lr_shares)
+                shares = [lr_share(weight, plan.progress, self.blocks) for lr_share in self.lr_shares]
+                share = math.prod(shares)
                 if share != 1:
-                    slowed.append((weight.param, weight.param.clone(), share))
-        return slowed
+                    partial_steps.append((weight.param, weight.param.clone(), share))
+        return partial_steps
 
     @contextmanager
     @torch.no_grad()  # its own code alone, not what is run inside it
@@ -2867,6 +2910,8 @@ class Optimisers:
 # ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class AverageKnobs:
+    """Which average of the weights is packed."""
+
     swa_enabled: bool = knob(
         False,
         "Pack the mean of snapshots of the weights, taken at full depth and low learning rate.",
@@ -3053,6 +3098,8 @@ def check_codec(cfg: Config) -> None:
 
 @dataclass(frozen=True)
 class QuantiseKnobs:
+    """How weights become integers and bytes."""
+
     quant_levels: int = knob(
         127,
         "Largest integer that a matrix is rounded to, up and down: 127 is int8, 63 int7, 31 int6.",
@@ -3354,7 +3401,7 @@ def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
 
 
 def predict_size(cfg: Config, model: GPT) -> int:
-    """Expected bytes of the trained, packed model; fewer levels take log2 of them less, as PR #1453's did."""
+    """Expected bytes of the trained, packed model; 127 / levels saves its log_256 bytes a weight."""
     state = model.state_dict()
     quantised = [plan for plan in plan_tensors(cfg, state) if plan.levels]
     saved_bytes = sum(plan.count * math.log(127 / plan.levels, 256) for plan in quantised)
@@ -3780,7 +3827,7 @@ class TestTimeTraining:
     def fill_gradients(self, rank_windows: list[Window], chunk_targets: int) -> None:
         """Set each parameter's gradient to that of the chunk's mean nats, summed over the ranks."""
         run = self.run
-        depth = phases(run.cfg)[-1][1]
+        depth = final_depth(run.cfg)
         shape = pass_shape(run.cfg, run.runtime.device, 0, learns=True)
         for param in self.params:
             param.grad = torch.zeros_like(param)
@@ -4266,6 +4313,10 @@ def report_experts(log: RunLog, experts: list[WeighedExpert], tokens: int, size:
     )
 
 
+# What the final lines of a log call a score, if not by its own name; the roundtrip goes by the artifact's.
+OFFICIAL_SCORE_NAMES = {"sliding": "sliding_window", "hedge": "hedge_mixer"}
+
+
 def scorers(cfg: Config) -> Iterator[tuple[str, Scorer]]:
     """Yield name and function of each score that is switched on, in the order in which they are made."""
     yield "roundtrip", score_roundtrip
@@ -4316,6 +4367,8 @@ CHECKPOINT = "parameter golf checkpoint 1"  # what a checkpoint calls itself; an
 
 @dataclass(frozen=True)
 class CheckpointKnobs:
+    """When the state of a run is saved, and what a run starts from."""
+
     checkpoint_seconds: float = knob(
         0.0,
         "Training seconds between two checkpoints; 0 = one only, at the end of the training.",
@@ -4398,7 +4451,7 @@ def read_saved(path: Path | str, knob_name: str = "") -> object:
         raise RunError(f"{knob_name}{path} is no whole checkpoint ({type(error).__name__})") from None
 
 
-def load_checkpoint(path: str) -> dict[str, Tensor]:
+def load_initial_weights(path: str) -> dict[str, Tensor]:
     """The state dict that INIT_FROM names, as float32; RunError (2) if the file holds anything else."""
     state = read_saved(path, "INIT_FROM=")
     if not is_state_dict(state):
@@ -4567,9 +4620,12 @@ def describe_differences(cfg: Config, stored: Mapping[str, object], current: Map
 # ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class TrainKnobs:
+    """The loop: its micro-batches, its warm-up and what it logs."""
+
     micro_batch_tokens: int = knob(
         0,
-        "Most tokens of a pass on a rank; 0 = 65,536 on a GPU, 4,096 on a CPU, halved if memory runs out.",
+        "Most tokens of a pass on a rank; 0 = 65,536 on a GPU, 4,096 on a CPU. The warm-up halves it until a "
+        "pass fits the memory.",
         low=0,
         role="place",
         source="ours",
@@ -4607,12 +4663,14 @@ class Run:
     model: GPT
     data: Validation
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    loss: Callable = field(init=False)  # (ids, target_ids, dials, depth) -> (objective, mean nats): training
+    nats: Callable = field(init=False)  # (ids, target_ids, positions, depth) -> nats of each: evaluation
 
     def __post_init__(self) -> None:
         self.make_graphs()
 
     def make_graphs(self) -> None:
-        """The two functions that run the model, `loss` and `nats`, compiled if the runtime compiles."""
+        """Make the two functions that run the model, `loss` and `nats`, compiled if the runtime compiles."""
         self.loss = self.runtime.compile(training_loss(self.cfg, self.model))
         model = self.model
 
@@ -4622,7 +4680,11 @@ class Run:
         self.nats = self.runtime.compile(nats)
 
     def settle(self, warm: Callable):
-        """warm() compiled; if that fails (no C++ compiler, torch 2.5's bf16), eager unless COMPILE=1."""
+        """Call `warm`, which runs the graphs for the first time and so compiles them; returns its result.
+
+        If that fails (no C++ compiler, torch 2.5's bf16), nothing is compiled from now on and it is called
+        again, unless COMPILE=1 insists.
+        """
         try:
             return warm()
         except Exception as error:
@@ -4634,10 +4696,20 @@ class Run:
             self.make_graphs()
             return warm()
 
-    def score(self, stride: int = 0, *how, depth: int | None = None) -> Score:
-        """By official or sliding windows; at the last training depth, unless said. how: as `evaluate`'s."""
-        nats = partial(self.nats, depth=depth or phases(self.cfg)[-1][1])
-        return evaluate(self.cfg, nats, self.data, self.runtime, stride, *how)
+    def score(
+        self,
+        stride: int = 0,
+        limit: float = math.inf,
+        announce: Callable[[float], None] | None = None,
+        learn: Callable[[Chunk], None] | None = None,
+        depth: int | None = None,
+    ) -> Score:
+        """Score the validation text by official windows, or ones that slide by `stride`; as `evaluate`.
+
+        depth: effective layers that run; None = those that train at the end.
+        """
+        nats = partial(self.nats, depth=depth or final_depth(self.cfg))
+        return evaluate(self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn)
 
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:
@@ -4646,27 +4718,27 @@ def micro_batch_limit(cfg: Config, device: torch.device) -> int:
     return max(1, tokens // cfg.train_seq_len)
 
 
-def micro_batches(batch: tuple[Tensor, Tensor], limit: int) -> list[tuple[Tensor, Tensor]]:
-    """Split a rank's (ids, targets) [sequences, T] into the fewest near-equal parts of at most `limit` rows.
+def micro_batches(batch: tuple[Tensor, Tensor], max_sequences: int) -> list[tuple[Tensor, Tensor]]:
+    """Split a rank's (ids, targets) [sequences, T] into the fewest near-equal parts of at most so many rows.
 
     They have at most two shapes, so that there are at most two graphs.
     """
     ids, target_ids = batch
-    count = -(-len(ids) // limit)
+    count = -(-len(ids) // max_sequences)
     if count == 0:
         return []
     return list(zip(ids.tensor_split(count), target_ids.tensor_split(count), strict=True))
 
 
 def accumulate_gradient(
-    run: Run, optimisers: Optimisers, batch: tuple[Tensor, Tensor], plan: StepPlan, limit: int
+    run: Run, optimisers: Optimisers, batch: tuple[Tensor, Tensor], plan: StepPlan, max_sequences: int
 ) -> Tensor:
     """Leave this rank's share of the gradient in the buffer; returns its share of the mean nats per token."""
     device = run.runtime.device
     optimisers.flat.zero_()
     nats_share = torch.zeros((), device=device)
     dials = plan.dials(device)
-    for ids, target_ids in micro_batches(batch, limit):
+    for ids, target_ids in micro_batches(batch, max_sequences):
         ids = ids.to(device, non_blocking=True)
         target_ids = target_ids.to(device, non_blocking=True)
         share = len(ids) / run.cfg.sequences
@@ -4677,13 +4749,13 @@ def accumulate_gradient(
 
 
 def train_step(
-    run: Run, optimisers: Optimisers, batch: tuple[Tensor, Tensor], plan: StepPlan, limit: int
+    run: Run, optimisers: Optimisers, batch: tuple[Tensor, Tensor], plan: StepPlan, max_sequences: int
 ) -> Tensor:
     """One optimiser step; returns this rank's share of the mean nats per token."""
-    nats_share = accumulate_gradient(run, optimisers, batch, plan, limit)
+    nats_share = accumulate_gradient(run, optimisers, batch, plan, max_sequences)
     if run.cfg.sam_rho:
         with optimisers.uphill(run.cfg.sam_rho):
-            accumulate_gradient(run, optimisers, batch, plan, limit)
+            accumulate_gradient(run, optimisers, batch, plan, max_sequences)
     optimisers.step(plan)
     return nats_share
 
@@ -4696,61 +4768,61 @@ def fit_micro_batch(run: Run, batch: tuple[Tensor, Tensor]) -> int:
     cfg = run.cfg
     device = run.runtime.device
     plan = plan_step(cfg, 0, 0.0, 0.0)
-    deepest = phases(cfg)[-1][1]
-    limit = min(micro_batch_limit(cfg, device), max(1, len(batch[0])))
+    deepest = final_depth(cfg)
+    max_sequences = min(micro_batch_limit(cfg, device), max(1, len(batch[0])))
     while True:
         try:
-            for ids, target_ids in micro_batches(batch, limit)[:1]:
+            for ids, target_ids in micro_batches(batch, max_sequences)[:1]:
                 objective, _ = run.loss(ids.to(device), target_ids.to(device), plan.dials(device), deepest)
                 objective.backward()
-            return limit
+            return max_sequences
         except torch.OutOfMemoryError:
-            if limit == 1:
+            if max_sequences == 1:
                 raise
-            limit //= 2
+            max_sequences //= 2
             torch.cuda.empty_cache()
-            print(f"warning: out of memory, micro-batch is now {limit} sequences", file=sys.stderr)
+            print(f"warning: out of memory, micro-batch is now {max_sequences} sequences", file=sys.stderr)
 
 
 def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int, list[float]]:
     """Compile every graph, untimed, then undo it all.
 
-    Returns the micro-batch limit in sequences and the seconds of a step in each phase of depth.
+    Returns the most sequences of a pass and the seconds of a step in each phase of depth.
     """
     cfg = run.cfg
     runtime = run.runtime
-    run.settle(lambda: warm_evaluation(run))
+    run.settle(partial(warm_evaluation, run))
     if not cfg.warmup_steps:
         return micro_batch_limit(cfg, runtime.device), [0.0] * len(phases(cfg))
     weights_before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     optimisers_before = optimisers.state()  # empty as yet
     random_before = torch.get_rng_state()
     source = batches(cfg, stream, runtime)
-    limit = run.settle(lambda: fit_micro_batch(run, next(source)))
-    deepest = phases(cfg)[-1][1]
+    max_sequences = run.settle(partial(fit_micro_batch, run, next(source)))
+    deepest = final_depth(cfg)
     seconds_of_phase = []
     for _, depth in phases(cfg):
         plan = replace(plan_step(cfg, 0, 0.0, 0.0), depth=depth)
         is_last = depth == deepest
         steps = cfg.warmup_steps if is_last else 2  # of a shallow depth the second is timed
         for step in range(steps):
-            seconds = timed_step(run, optimisers, next(source), plan, limit)
+            seconds = timed_step(run, optimisers, next(source), plan, max_sequences)
             if is_last:
                 run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
         seconds_of_phase.append(runtime.main_number(seconds))
     run.model.load_state_dict(weights_before)
     optimisers.load(optimisers_before)
     torch.set_rng_state(random_before)
-    return limit, seconds_of_phase
+    return max_sequences, seconds_of_phase
 
 
 def timed_step(
-    run: Run, optimisers: Optimisers, batch: tuple[Tensor, Tensor], plan: StepPlan, limit: int
+    run: Run, optimisers: Optimisers, batch: tuple[Tensor, Tensor], plan: StepPlan, max_sequences: int
 ) -> float:
     """Seconds of one step on this rank, the device waited for."""
     clock = Clock(run.runtime)
     clock.start()
-    train_step(run, optimisers, batch, plan, limit)
+    train_step(run, optimisers, batch, plan, max_sequences)
     run.runtime.synchronize()
     return clock.seconds()
 
@@ -4784,7 +4856,7 @@ def evaluation_graphs(cfg: Config) -> list[tuple[int, int | None, bool]]:
     return list(dict.fromkeys(graphs))
 
 
-def forecast(run: Run, stream: TokenStream, limit: int, seconds_of_phase: list[float]) -> None:
+def forecast(run: Run, stream: TokenStream, max_sequences: int, seconds_of_phase: list[float]) -> None:
     """Say before the clock starts what the run will reach, given the seconds of a step in each phase."""
     cfg = run.cfg
     log = run.log
@@ -4798,8 +4870,9 @@ def forecast(run: Run, stream: TokenStream, limit: int, seconds_of_phase: list[f
     seconds = step_counts @ seconds_of_phase
     epochs = steps * cfg.train_batch_tokens / len(stream)
     step_ms = ",".join(f"{1000 * s:.0f}" for s in seconds_of_phase)
+    micro_batch_tokens = max_sequences * cfg.train_seq_len
     log.line(
-        f"forecast: steps:{steps:.0f} step_ms:{step_ms} micro_batch_tokens:{limit * cfg.train_seq_len} "
+        f"forecast: steps:{steps:.0f} step_ms:{step_ms} micro_batch_tokens:{micro_batch_tokens} "
         f"epochs:{epochs:.2f} bytes:{size}"
     )
     if size > SIZE_LIMIT:
@@ -4845,8 +4918,8 @@ class Training:
         self.average = Average(run.cfg, run.model)
         self.clock = Clock(run.runtime, step_seconds)
         self.step = 0  # steps done
-        self.scales = 0.0  # sum of the learning-rate multipliers so far
-        self.saved = 0.0  # training seconds at the last checkpoint
+        self.lr_scale_sum = 0.0  # of all steps so far
+        self.saved_at = 0.0  # training seconds at the last checkpoint
         # [steps that were finite, loss and gradient norm of the last of them], on the device: see `check`.
         self.sound = torch.zeros(3, dtype=torch.float64, device=run.runtime.device)
 
@@ -4858,7 +4931,7 @@ class Training:
         is_finite = (self.sound[0] == self.step) & gradient_norm.isfinite()
         self.sound = torch.where(is_finite, new, self.sound)
         self.step += 1
-        self.scales += plan.lr_scale
+        self.lr_scale_sum += plan.lr_scale
         # If a disk was full, scores may stand beside earlier weights.
         self.run.checkpoints.scores.clear()
 
@@ -4897,7 +4970,7 @@ class Training:
             count=average.count,
             newest=average.newest,
             step=self.step,
-            scales=self.scales,
+            scales=self.lr_scale_sum,
             seconds=self.clock.total,
             recent=list(self.clock.recent_steps),
             random=run.runtime.gather(torch.get_rng_state()),
@@ -4906,7 +4979,7 @@ class Training:
         )
         if run.checkpoints.folder:
             run.checkpoints.write(state, run.log)
-        self.saved = elapsed
+        self.saved_at = elapsed
 
     def resume(self) -> StepPlan | None:
         """Go to the checkpoint's state, if there is one; returns the plan of the step before it."""
@@ -4923,10 +4996,10 @@ class Training:
         average.count = state["count"]
         average.newest = state["newest"]
         self.step = state["step"]
-        self.scales = state["scales"]
+        self.lr_scale_sum = state["scales"]
         clock.total = state["seconds"]
         clock.recent_steps = deque(state["recent"], maxlen=clock.recent_steps.maxlen)
-        self.saved = clock.total
+        self.saved_at = clock.total
         self.sound[0] = self.step
         torch.set_rng_state(state["random"][run.runtime.rank % len(state["random"])])
         if not self.step:
@@ -4941,8 +5014,8 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     """
     cfg = run.cfg
     runtime = run.runtime
-    limit, seconds_of_phase = warm_up(run, optimisers, stream)
-    forecast(run, stream, limit, seconds_of_phase)
+    max_sequences, seconds_of_phase = warm_up(run, optimisers, stream)
+    forecast(run, stream, max_sequences, seconds_of_phase)
     graphs_before = compiled_graphs()
     training = Training(run, optimisers, seconds_of_phase[0])
     clock = training.clock
@@ -4958,7 +5031,8 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         pending_seconds = len(clock.pending_events) * pace  # two steps on a GPU, which the host runs ahead of
         is_done = is_finished(cfg, step, elapsed + pending_seconds, pace)
         validates = is_done or is_due(step, cfg.val_loss_every)
-        saves = clock.stop_requested or is_done or 0 < cfg.checkpoint_seconds <= elapsed - training.saved
+        checkpoint_is_due = 0 < cfg.checkpoint_seconds <= elapsed - training.saved_at
+        saves = clock.stop_requested or is_done or checkpoint_is_due
         if saves or validates:
             with clock.paused():
                 if saves:
@@ -4969,7 +5043,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
                     score = validate(run, step, clock.total, None if is_done else plan.depth)
         if is_done:
             break
-        loss = train_step(run, optimisers, next(loader), plan, limit)
+        loss = train_step(run, optimisers, next(loader), plan, max_sequences)
         training.count_step(plan, loss)
         report_step(run, stream, plan_before, plan, loss, 1000 * clock.seconds())
         if not runtime.is_cuda or is_due(step + 1, 50):  # a GPU would be waited for
@@ -4983,7 +5057,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         step=step,
         seconds=clock.total,
         progress=plan.progress,
-        mean_lr_scale=training.scales / max(step, 1),
+        mean_lr_scale=training.lr_scale_sum / max(step, 1),
         late_graphs=compiled_graphs() - graphs_before,
     )
     report_end_of_training(run, trained)
@@ -5132,7 +5206,7 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     log_inputs(run, run_id, len(stream.paths) if stream else 0)
     log_settings(run, machine)
     log_start_warnings(run)
-    code = dict(code_sha256=hashlib.sha256(source).hexdigest(), code_bytes=len(source))
+    code = dict(version=VERSION, code_sha256=hashlib.sha256(source).hexdigest(), code_bytes=len(source))
     if readable_sha256():
         code["readable_sha256"] = readable_sha256()
         run.log.line(" ".join(f"{name}:{value}" for name, value in code.items()))
@@ -5193,7 +5267,7 @@ def log_settings(run: Run, machine: Mapping) -> None:
     log.line(f"world_size:{run.runtime.world_size} grad_accum_steps:{accumulation_steps}")
     log.line(" ".join(f"{name}:{value}" for name, value in machine.items()))
     log.line(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}")
-    embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
+    embed_lr = role_settings(cfg)["embed"].learning_rate
     head_lr = 0.0 if cfg.tie_embeddings else cfg.head_lr
     log.line(
         f"tie_embeddings:{cfg.tie_embeddings} embed_lr:{embed_lr} head_lr:{head_lr} "
@@ -5328,13 +5402,9 @@ def check_scores(run: Run) -> None:
 def report_score(run: Run, artifact: Artifact, name: str, score: Score) -> None:
     """Log the two official final lines of a score; of a partial one a line of another name."""
     cfg = run.cfg
-    official_names = dict(
-        roundtrip=f"{artifact.quant}_{artifact.codec}_roundtrip",
-        sliding="sliding_window",
-        ttt="ttt",
-        hedge="hedge_mixer",
-    )
-    official_name = official_names[name]
+    official_name = OFFICIAL_SCORE_NAMES.get(name, name)
+    if name == "roundtrip":
+        official_name = f"{artifact.quant}_{artifact.codec}_roundtrip"
     timing = f"eval_time:{1000 * score.seconds:.0f}ms"
     if name == "sliding":
         timing = f"window:{cfg.eval_length} stride:{cfg.eval_stride} {timing}"
@@ -5429,6 +5499,7 @@ def finish(run: Run, trained: Trained, artifact: Artifact, scores: Mapping[str, 
     log.event("end", step=trained.step, **end)
     identity = dict(
         run_id=run_id,
+        version=VERSION,
         seed=run.cfg.seed,
         config_hash=run.cfg.hash,
         eval_seconds=round(evaluation_seconds(scores), 3),
@@ -5542,6 +5613,8 @@ def record_failure(log: RunLog, run_id: str, error: BaseException, explained: Ru
 # ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class MuseumKnobs:
+    """Published ideas that did not pay."""
+
     breathing_lr: bool = knob(
         False,
         "Raise the learning rate from 0.1 to 1 until progress 4/19, keep it to 11/19, then fall to 0.1.",
@@ -5857,7 +5930,7 @@ def embed_mixup(cfg: Config, x: Tensor, ids: Tensor, dials: Dials) -> Tensor:
 
     PR #1434: rejected; its first token was mixed with the last one.
     """
-    r = (cfg.embed_mixup * uniform(ids, dials.noise, 1, ids.size(1)))[:, 1:, None]
+    r = (cfg.embed_mixup * uniform(ids, dials.noise, SALTS["embed_mixup"], ids.size(1)))[:, 1:, None]
     return torch.cat((x[:, :1], (1 - r) * x[:, 1:] + r * x[:, :-1]), dim=1)
 
 
@@ -5870,14 +5943,14 @@ def dropout(x: Tensor, draws: Tensor, rate: float | Tensor) -> Tensor:
 @hook("input", knob="token_drop")
 def token_drop(cfg: Config, x: Tensor, ids: Tensor, dials: Dials) -> Tensor:
     """Dropout of whole positions. PR #1434: rejected."""
-    return dropout(x, uniform(ids, dials.noise, 2, ids.size(1)), cfg.token_drop)
+    return dropout(x, uniform(ids, dials.noise, SALTS["token_drop"], ids.size(1)), cfg.token_drop)
 
 
 @hook("input", knob="metamorphosis")
 def metamorphosis(cfg: Config, x: Tensor, ids: Tensor, dials: Dials) -> Tensor:
     """Dropout of single numbers, METAMORPHOSIS (1 - 2p), none from p = 1/2. PR #1434: its code is lost."""
     rate = cfg.metamorphosis * (1 - 2 * dials.progress).clamp_min(0)
-    return dropout(x, uniform(ids, dials.noise, 3, x[0].numel()), rate)
+    return dropout(x, uniform(ids, dials.noise, SALTS["metamorphosis"], x[0].numel()), rate)
 
 
 # -- Terms of the loss -----------------------------------------------------------------------------------
@@ -6114,6 +6187,8 @@ COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
 
 @dataclass(frozen=True)
 class EnvironmentKnobs:
+    """How the environment is read."""
+
     allow_inert: bool = knob(
         False,
         "Warn of a knob that has no effect instead of refusing it.",
@@ -6385,7 +6460,7 @@ def make_model(cfg: Config, runtime: Runtime) -> GPT:
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, runtime.dtype)
     if cfg.init_from:
-        state = runtime.agree(partial(load_checkpoint, cfg.init_from))
+        state = runtime.agree(partial(load_initial_weights, cfg.init_from))
         load_weights(model, state, f"INIT_FROM={cfg.init_from}")
     return model
 
@@ -6448,7 +6523,7 @@ REPORTS = ("--dry-run", "--doctor", "--list-ideas", "--knob-table")  # made by s
 
 
 def describe_version() -> str:
-    """This script's version and the hash of its bytes, as the log's head and RESULT name them."""
+    """This script's version and the hash of its bytes, as the `config` event and RESULT have them."""
     return f"train_gpt.py {VERSION} sha256:{hashlib.sha256(own_source()).hexdigest()}"
 
 

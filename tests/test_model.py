@@ -23,7 +23,7 @@ from train_gpt import (
     RunError,
     Seen,
     head_diversity,
-    load_checkpoint,
+    load_initial_weights,
     load_weights,
     plan_layers,
     token_nats,
@@ -203,7 +203,7 @@ def test_an_official_checkpoint_loads_and_computes_the_same(tiny, tmp_path):
     state, ids = official_checkpoint(cfg), random_ids(cfg, 1, 32)
     torch.save(state, tmp_path / "final_model.pt")
     model = GPT(cfg)
-    load_weights(model, load_checkpoint(str(tmp_path / "final_model.pt")), "checkpoint")
+    load_weights(model, load_initial_weights(str(tmp_path / "final_model.pt")), "checkpoint")
     expected = reference.logits(reference.as_float64(state), ids[0], cfg)
     with torch.no_grad():
         np.testing.assert_allclose(model(ids)[0].numpy(), expected, rtol=1e-4, atol=1e-4)
@@ -266,20 +266,20 @@ FOREIGN = {
 def test_a_foreign_file_is_refused(tmp_path, kind):
     FOREIGN[kind](tmp_path / "x.pt")
     with pytest.raises(RunError) as refusal:
-        load_checkpoint(str(tmp_path / "x.pt"))
+        load_initial_weights(str(tmp_path / "x.pt"))
     assert "INIT_FROM" in one_line(refusal)
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
     with pytest.raises(RunError) as refusal:
-        load_checkpoint(str(tmp_path / "absent.pt"))
+        load_initial_weights(str(tmp_path / "absent.pt"))
     assert "absent.pt" in one_line(refusal)
 
 
 def test_code_in_a_checkpoint_is_not_executed(tmp_path):
     torch.save({"tok_emb.weight": torch.ones(2), "trap": Trap(tmp_path / "sprung")}, tmp_path / "x.pt")
     with pytest.raises(RunError):
-        load_checkpoint(str(tmp_path / "x.pt"))
+        load_initial_weights(str(tmp_path / "x.pt"))
     assert not (tmp_path / "sprung").exists()
 
 

@@ -37,7 +37,7 @@ def measure(knobs: dict[str, str], path: str) -> dict:
     data = train_gpt.load_validation(cfg, train_gpt.load_tokenizer(cfg))
     with train_gpt.Runtime.launch(cfg, {}) as runtime:
         model = train_gpt.GPT(cfg, runtime.dtype).to(runtime.device)
-        state = train_gpt.load_checkpoint(path)
+        state = train_gpt.load_initial_weights(path)
         train_gpt.load_weights(model, state, path)
         run = train_gpt.Run(cfg, runtime, train_gpt.RunLog(None, ""), model, data)
         run.settle(lambda: train_gpt.warm_evaluation(run))
