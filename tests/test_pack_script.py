@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -128,13 +129,13 @@ value = number + \\
 '''
 
 
-def test_every_line_keeps_its_number_and_every_string_that_is_used():
+def test_every_line_keeps_its_number_and_every_string_that_is_used(tmp_path):
     stripped = strip(ODD)
     assert outline(stripped) == outline(ODD) and stripped.count("\n") == ODD.count("\n")
     assert "comment, " not in stripped and "Nothing but" not in stripped and "brackets" not in stripped
     assert stripped.count("# no comment") == 1 and "before a class" not in stripped
-    space: dict = {}
-    exec(stripped, space)
+    (tmp_path / "odd.py").write_text(stripped)
+    space = runpy.run_path(str(tmp_path / "odd.py"))
     assert space["Thing"]().method() == '# # """' and space["text"] == "\n# no comment\n    "
     assert (space["number"], space["other"], space["value"]) == (1, 2, 3)
     assert inspect.getdoc(space["Empty"]) == "" and strip(stripped) == stripped
