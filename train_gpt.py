@@ -307,7 +307,7 @@ HOOK_POINTS = {
     "loss": "(cfg, seen) -> scalar, a mean over positions, added to the mean nats per token; training only",
     "edit_gradients": "(cfg, weights, plan) -> None, of the gradients summed over ranks, before the clip",
     "edit_weights": "(cfg, weights, plan) -> None, after the step",
-    "lr_share": "(weight, progress, blocks) -> the share of its step that a weight makes",
+    "lr_share": "(cfg, weight, progress, blocks) -> the share of its step that a weight makes",
     "decay": "(cfg, progress) -> weight decay of the blocks' matrices, multiplied by their learning rate",
 }
 HOOKS: dict[str, list[tuple[str, Callable]]] = {point: [] for point in HOOK_POINTS}
@@ -408,6 +408,7 @@ class RuntimeKnobs:
 # -- This file and its neighbours ------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)  # as it was when the run began, whatever an editor does to the file meanwhile
 def own_source() -> bytes:
     """The bytes of the file that was started: they ship with the model and count."""
     return Path(__file__).read_bytes()
@@ -553,7 +554,7 @@ def cpu_flags() -> list[str]:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed: new pages take time (cpu_memory.json). Other C libraries do without."""
+    """Let glibc keep what is freed: new pages take time (records/benchmarks/cpu_memory.json)."""
     trim_threshold = -1  # M_TRIM_THRESHOLD in malloc.h
     mmap_threshold = -3  # M_MMAP_THRESHOLD
     with suppress(OSError, AttributeError):
@@ -725,7 +726,7 @@ class Runtime:
         return range(first, stop)
 
     def peak_memory_mib(self) -> tuple[int, int]:
-        """Most memory (allocated, reserved) on CUDA; elsewhere twice the process's resident set."""
+        """Most memory (allocated, reserved) on CUDA; elsewhere the peak resident set, given for both."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated() // 2**20, torch.cuda.max_memory_reserved() // 2**20
         resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
@@ -1801,7 +1802,7 @@ class ModelKnobs:
     )
     encoder_layers: int = knob(
         -1,
-        "First layers whose outputs feed the U-Net skips into the later ones; -1 = half, 0 = no skips.",
+        "First layers, whose outputs feed U-Net skips into later ones; -1 = half, 0 = no skips.",
         low=-1,
         needs=NOT_REPEATED,
         role="model",
@@ -1899,7 +1900,8 @@ class ModelKnobs:
     )
     layer_drop: float = knob(
         0.0,
-        "Chance that a step skips a layer; the first layer and the first after the encoder always run.",
+        "Chance that a layer is passed over in a step, which saves no time; the first layer and the first "
+        "after the encoder always run.",
         low=0,
         high=0.999,
         source="PR #1434",
@@ -2021,14 +2023,16 @@ class Linear(nn.Linear):
 
 # -- Attention on a CPU: speed only. A reader who runs on a GPU can skip to `attend`. --------------------
 QUERY_BLOCK = 128  # queries that are scored together
-LONGEST_BLOCKED = 2048  # tokens; beyond, scaled_dot_product_attention is as fast (benchmarks/NOTES.md)
+LONGEST_BLOCKED = (
+    2048  # tokens; beyond, scaled_dot_product_attention is as fast (records/benchmarks/NOTES.md)
+)
 
 
 @torch.library.custom_op("golf::causal_softmax_", mutates_args=["scores"], schema="(Tensor(a!) scores) -> ()")
 def causal_softmax_(scores: Tensor) -> None:
     """Softmax in place over the last dimension of scores [..., rows, past], the last rows of a causal square.
 
-    One piece to torch.compile, which would take each exponential twice (benchmarks/NOTES.md).
+    One piece to torch.compile, which would take each exponential twice (records/benchmarks/NOTES.md).
     """
     rows = scores.size(-2)
     scores[..., -rows:].add_(scores.new_full((rows, rows), -torch.inf).triu_(1))
@@ -2211,7 +2215,7 @@ class Layer:
     skip_from: int | None = None  # the layer whose output that is
     repeat_from: int | None = None  # the layer of the block's run before, for CROSS_REPEAT_SKIP
     omits_own_value: bool = False  # XSA
-    runs: bool = True  # False: beyond the depth that trains, so that its U-Net skip alone is added
+    runs: bool = True  # False: beyond the depth that trains: passed over, but its U-Net skip is added
 
 
 def plan_layers(cfg: Config, depth: int | None = None) -> tuple[Layer, ...]:
@@ -2303,11 +2307,13 @@ class GPT(nn.Module):
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         width = cfg.model_dim
+        self.cfg = cfg
         self.dtype = dtype
         self.softcap = cfg.logit_softcap
         self.embed_scale = cfg.embed_scale or 1.0
-        # One plan for each depth that may train; the graph of each is compiled before the clock starts.
-        self.plans = {depth: plan_layers(cfg, depth) for depth in (None, *range(1, cfg.depth + 1))}
+        # One plan for each depth that trains in its turn; the graph of each is compiled before the clock.
+        depths = [None, *(phase.depth for phase in phases(cfg))]
+        self.plans = {depth: plan_layers(cfg, depth) for depth in depths}
         layers = self.plans[None]
         skips = sum(layer.skip is not None for layer in layers)
         blocks = 1 + max(layer.block for layer in layers)
@@ -2383,7 +2389,7 @@ class GPT(nn.Module):
         token_values = [table(ids).to(x.dtype) for table in self.value_embeds]
         first_values = None
         outputs = []
-        for layer in self.plans[depth]:
+        for layer in self.layers(depth):
             if layer.skip is not None:
                 x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.skip_from]
             if layer.runs:
@@ -2398,6 +2404,12 @@ class GPT(nn.Module):
         head = self.tok_emb if self.lm_head is None else self.lm_head
         z = F.linear(norm(x), head.weight.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
+
+    def layers(self, depth: int | None) -> tuple[Layer, ...]:
+        """The plan of a depth, made now if the run does not train that one."""
+        if depth not in self.plans:
+            self.plans[depth] = plan_layers(self.cfg, depth)
+        return self.plans[depth]
 
     def layer_input(
         self, x: Tensor, layer: Layer, token_values: list[Tensor], outputs: list[Tensor]
@@ -2459,7 +2471,7 @@ class Seen(NamedTuple):
     model: GPT
 
 
-SALTS = {"mirror": 0, "embed_mixup": 1, "token_drop": 2, "metamorphosis": 3}
+MIRROR_SALT = 0
 
 
 def scramble(x: Tensor) -> Tensor:
@@ -2472,7 +2484,7 @@ def scramble(x: Tensor) -> Tensor:
 def uniform(ids: Tensor, noise: Tensor, salt: int, count: int) -> Tensor:
     """Draws in [0, 1), float32 [B, count], from each sequence's ids [B, T], the step's noise and a salt.
 
-    The noise is below 2^24, which leaves 8 bits for the salt: one of SALTS, for each use its own.
+    The noise is below 2^24, which leaves 8 bits for the salt: each use has one of its own.
     """
     positions = torch.arange(ids.size(1), device=ids.device)
     draws = torch.arange(count, device=ids.device)
@@ -2487,7 +2499,7 @@ def mirror(cfg: Config, ids: Tensor, target_ids: Tensor, dials: Dials) -> tuple[
 
     The target of a position is still the token that is read next.
     """
-    is_mirrored = uniform(ids, dials.noise, SALTS["mirror"], 1) < cfg.mirror_train  # [B, 1]
+    is_mirrored = uniform(ids, dials.noise, MIRROR_SALT, 1) < cfg.mirror_train  # [B, 1]
     mirrored_ids = torch.where(is_mirrored, target_ids.flip(1), ids)
     mirrored_targets = torch.where(is_mirrored, ids.flip(1), target_ids)
     return mirrored_ids, mirrored_targets
@@ -2854,14 +2866,16 @@ class Optimisers:
             edit(self.cfg, self.weights, plan)
 
     def plan_partial_steps(self, plan: StepPlan) -> list[tuple[nn.Parameter, Tensor, float]]:
-        """(parameter, its values before the step, the share of the step that it makes) where that is not 1.
+        """(parameter, its values before the step, its lr_share) of the weights whose lr_share is not 1.
 
         The share is of the step, since Muon and Adam both cancel a factor of the gradient.
         """
         partial_steps = []
         if self.lr_shares:
             for weight in self.weights:
-                shares = [lr_share(weight, plan.progress, self.blocks) for lr_share in self.lr_shares]
+                shares = [
+                    lr_share(self.cfg, weight, plan.progress, self.blocks) for lr_share in self.lr_shares
+                ]
                 share = math.prod(shares)
                 if share != 1:
                     partial_steps.append((weight.param, weight.param.clone(), share))
@@ -2997,9 +3011,9 @@ FORMAT_VERSION = 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
 RAW_LIMIT = 1 << 29  # no artifact within the limit unpacks to more; a prefix that says so is forged
 HEADER_LIMIT = 1 << 22  # a tensor takes about 100 bytes of it
-LEAST_QUANTISED = 65_536  # a matrix of more values is stored as integers: the official script's rule
+LARGEST_FLOAT_MATRIX = 65_536  # values; a larger matrix is stored as integers: the official script's rule
 LEAST_STEP = 2.0**-24  # the least positive float16
-TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in LowerLR
+TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in the LowerLR record
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
 
 # The module that a tensor belongs to decides its group, and with that its levels.
@@ -3160,7 +3174,8 @@ class QuantiseKnobs:
     )
     int8_keep_float_fp32_name_patterns: tuple[str, ...] = knob(
         CONTROL_NAMES,
-        "Parts of names, comma-separated: a tensor with one in its name is packed as float32.",
+        "Parts of names, comma-separated, instead of the default's: what has one in its name is packed as "
+        "float32.",
         role="pack",
         source="official",
     )
@@ -3204,7 +3219,7 @@ def plan_tensor(cfg: Config, name: str, shape: tuple[int, ...]) -> TensorPlan:
     shape = tuple(shape)
     if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns):
         return TensorPlan(name, shape, ("fp32",), 0)
-    if len(shape) == 2 and math.prod(shape) > LEAST_QUANTISED:
+    if len(shape) == 2 and math.prod(shape) > LARGEST_FLOAT_MATRIX:
         return TensorPlan(name, shape, ("int8", "step"), levels_of(cfg, name))
     return TensorPlan(name, shape, ("fp16",), 0)
 
@@ -3443,7 +3458,8 @@ class ScoreKnobs:
     )
     val_batch_size: int = knob(
         524_288,
-        "Validation tokens in one pass over eight devices, so each device takes an eighth of them at once.",
+        "Validation tokens of eight official passes: a pass takes an eighth of them, at most 65,536 on a GPU "
+        "and 16,384 on a CPU.",
         source="official",
         role="place",
         low=8,
@@ -4713,7 +4729,7 @@ class Run:
 
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:
-    """Most sequences of a pass: 64 K tokens on a GPU, as officially; 4 K on a CPU, by benchmarks/NOTES.md."""
+    """Most sequences of a pass: 64 K tokens on a GPU, as officially, 4 K on a CPU (records/benchmarks)."""
     tokens = cfg.micro_batch_tokens or (65_536 if device.type == "cuda" else 4_096)
     return max(1, tokens // cfg.train_seq_len)
 
@@ -4936,7 +4952,10 @@ class Training:
         self.run.checkpoints.scores.clear()
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
-        """RunError (5) if a weight, or a gradient so far, is not finite; no gradient is after such a loss."""
+        """RunError (5) if a weight, or a gradient so far, is not finite.
+
+        A loss that is not finite leaves no finite gradient, so that losses need no check of their own.
+        """
         finite_steps, loss, gradient_norm = self.sound.tolist()
         broken = ""
         for name, weight in weights.items():
@@ -5733,7 +5752,7 @@ class MuseumKnobs:
     )
     entropy_bonus: float = knob(
         0.0,
-        "Weight of the predictions' mean entropy, taken off the loss; negative rewards confidence; 0 = off.",
+        "Weight of the predictions' mean entropy, added to the loss: it rewards confidence; 0 = off.",
         source="PR #1434",
         fate="not run",
     )
@@ -5924,13 +5943,18 @@ def coral(cfg: Config, progress: float, steps_left: float) -> float:
 # -- What training sees ----------------------------------------------------------------------------------
 
 
+MIXUP_SALT = 1  # of `uniform`; MIRROR_SALT is 0
+TOKEN_DROP_SALT = 2
+METAMORPHOSIS_SALT = 3
+
+
 @hook("embedding", knob="embed_mixup")
 def embed_mixup(cfg: Config, x: Tensor, ids: Tensor, dials: Dials) -> Tensor:
     """x_t + r (x_(t-1) - x_t) with r ~ U(0, EMBED_MIXUP); the first token has none before it.
 
     PR #1434: rejected; its first token was mixed with the last one.
     """
-    r = (cfg.embed_mixup * uniform(ids, dials.noise, SALTS["embed_mixup"], ids.size(1)))[:, 1:, None]
+    r = (cfg.embed_mixup * uniform(ids, dials.noise, MIXUP_SALT, ids.size(1)))[:, 1:, None]
     return torch.cat((x[:, :1], (1 - r) * x[:, 1:] + r * x[:, :-1]), dim=1)
 
 
@@ -5943,14 +5967,14 @@ def dropout(x: Tensor, draws: Tensor, rate: float | Tensor) -> Tensor:
 @hook("input", knob="token_drop")
 def token_drop(cfg: Config, x: Tensor, ids: Tensor, dials: Dials) -> Tensor:
     """Dropout of whole positions. PR #1434: rejected."""
-    return dropout(x, uniform(ids, dials.noise, SALTS["token_drop"], ids.size(1)), cfg.token_drop)
+    return dropout(x, uniform(ids, dials.noise, TOKEN_DROP_SALT, ids.size(1)), cfg.token_drop)
 
 
 @hook("input", knob="metamorphosis")
 def metamorphosis(cfg: Config, x: Tensor, ids: Tensor, dials: Dials) -> Tensor:
     """Dropout of single numbers, METAMORPHOSIS (1 - 2p), none from p = 1/2. PR #1434: its code is lost."""
     rate = cfg.metamorphosis * (1 - 2 * dials.progress).clamp_min(0)
-    return dropout(x, uniform(ids, dials.noise, SALTS["metamorphosis"], x[0].numel()), rate)
+    return dropout(x, uniform(ids, dials.noise, METAMORPHOSIS_SALT, x[0].numel()), rate)
 
 
 # -- Terms of the loss -----------------------------------------------------------------------------------
@@ -5994,7 +6018,7 @@ def logit_temperature(cfg: Config, seen: Seen) -> Tensor:
 
 @hook("loss", knob="entropy_bonus")
 def entropy_bonus(cfg: Config, seen: Seen) -> Tensor:
-    """Reward uncertain predictions. PR #1434: not run."""
+    """Reward confident predictions; negative, uncertain ones. PR #1434: not run; its text is the reverse."""
     z = seen.logits
     return -cfg.entropy_bonus * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()
 
@@ -6142,7 +6166,7 @@ def prune_heads_weights(cfg: Config, weights: list[Weight], plan: StepPlan) -> N
 
 
 @hook("lr_share", knob="canopy_lr")
-def canopy_share(weight: Weight, progress: float, blocks: int) -> float:
+def canopy_share(cfg: Config, weight: Weight, progress: float, blocks: int) -> float:
     """Early blocks step less. PR #1434: broken, it scaled the gradient, which Muon ignores."""
     if weight.block is None:
         return 1.0
@@ -6150,13 +6174,13 @@ def canopy_share(weight: Weight, progress: float, blocks: int) -> float:
 
 
 @hook("lr_share", knob="root_first")
-def root_first_share(weight: Weight, progress: float, blocks: int) -> float:
+def root_first_share(cfg: Config, weight: Weight, progress: float, blocks: int) -> float:
     """All but the embedding rise 0.1 -> 1 until p = 0.2. PR #1434: broken, it was a plain cosine."""
     return 1.0 if weight.role == "embed" else min(1.0, 0.1 + 4.5 * progress)
 
 
 @hook("lr_share", knob="coral_lr")
-def coral_share(weight: Weight, progress: float, blocks: int) -> float:
+def coral_share(cfg: Config, weight: Weight, progress: float, blocks: int) -> float:
     """Block i of n freezes at p = (1 + (i+1)/n) / 2. PR #1434: broken, it was a plain cosine."""
     if weight.block is None:
         return 1.0
@@ -6222,7 +6246,11 @@ class Config(
     ScheduleKnobs,
     RuntimeKnobs,
 ):
-    """All knobs of a run. Defaults are the official baseline's (openai/parameter-golf train_gpt.py)."""
+    """All knobs of a run.
+
+    Defaults are the official baseline's (openai/parameter-golf train_gpt.py), but for QUANT_SCALE_FLOOR and
+    CODEC.
+    """
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> Config:

@@ -60,10 +60,10 @@ class Counted(train_gpt.Training):
 
     def __init__(self, run, _, step_seconds: float):
         self.clock, self.average = Clock(run.runtime, step_seconds), SimpleNamespace(kind="")
-        self.step, self.scales, self.saved = 0, 0.0, 0.0
+        self.step, self.lr_scale_sum, self.saved_at = 0, 0.0, 0.0
 
     def count_step(self, plan: StepPlan, loss) -> None:
-        self.step, self.scales = self.step + 1, self.scales + plan.lr_scale
+        self.step, self.lr_scale_sum = self.step + 1, self.lr_scale_sum + plan.lr_scale
 
     check = save = resume = lambda *_: None
 
