@@ -50,7 +50,7 @@ def packed_from(folder: Path, source: str) -> Path:
 
 def python(*arguments, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=240)
 
 
 # -- how much it weighs --
