@@ -8,7 +8,8 @@ import pytest
 import train_gpt
 from data.user_error import UserError
 from sweeps.lab import wave_spec as wave
-from sweeps.lab.wave_spec import CONTROL, PLACES, Sizes, expand, parse_wave, warnings_of
+from sweeps.lab.wave_plan import expand, warnings_of
+from sweeps.lab.wave_spec import CONTROL, PLACES, Sizes, parse_wave
 from tests.conftest import ROOT
 
 PROXY = Sizes(cpu=True, proxy=True)
@@ -33,7 +34,11 @@ def test_words_become_a_wave():
     arm = "@arm a because MLP_ACT=relu2 QK_GAIN_INIT=2"
     text = f"{HEAD} ITERATIONS=300 {arm} @control_every 5 @seeds 1 2 @decide so"
     found = parse_wave("w", words(text))
-    assert (found.question, found.preset, found.own) == ("Why?", "tidal_1434", (("ITERATIONS", "300"),))
+    assert (found.question, found.preset, found.base_changes) == (
+        "Why?",
+        "tidal_1434",
+        (("ITERATIONS", "300"),),
+    )
     assert found.arms == (wave.Arm("a", "because", dict(MLP_ACT="relu2", QK_GAIN_INIT="2")),)
     assert (found.control_every, found.seeds, found.decide) == (5, (1, 2), "so")
 

@@ -101,7 +101,7 @@ def starts(out: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-class Ray:
+class RayBackend:
     """Places in a cluster, as many as it has at the moment."""
 
     def __init__(self, on_gpus: bool, jobs: int | None, threads: int):
