@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +46,7 @@ FAMILIES = {
     "plain": "",
     "tidal_1434": """
         TIDAL_LR=1 LOGIT_SOFTCAP=15 ROPE_BASE=5000 PARALLEL_BLOCK=1 MLP_ACT=silu2 HEAD_DIVERSITY=1e-4
-        EMBED_LR=0.8 MATRIX_LR=0.11 ENCODER_LAYERS=0 TIE_EMBEDDINGS=0
+        EMBED_LR=0.8 MATRIX_LR=0.11 ENCODER_LAYERS=0 TIE_EMBEDDINGS=0 ALLOW_INERT=1
     """,
     "depth": "NUM_REPEATS=3 PROG_DEPTH=0.35:1,0.65:2,1.0:3",
     "swa": "SWA_ENABLED=1 SWA_EVERY=2 SWA_START_FRAC=0.9",
@@ -193,16 +194,14 @@ class Family:
         os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
         return 1
 
-    def compare(self) -> tuple[Trace, dict[str, str]]:
-        """The first run's trace, and for each way of running where it leaves the first ('' if nowhere)."""
-        first = self.uninterrupted("first")
-        others = {
+    def traces(self) -> dict[str, Trace]:
+        """What each way of running it leaves, the undisturbed one first."""
+        return {
+            "first": self.uninterrupted("first"),
             "again": self.uninterrupted("again"),
             "SIGTERM": self.stopped("term", self.terminate),
             "SIGKILL": self.stopped("kill", self.kill, CHECKPOINT_SECONDS="0.2"),
         }
-        self.resumed = [others[name].resumed[0] for name in ("SIGTERM", "SIGKILL")]
-        return first, {name: first.difference(trace) for name, trace in others.items()}
 
 
 def environment(words: str, data: dict[str, str]) -> dict[str, str]:
@@ -220,19 +219,36 @@ def try_family(title: str, family: Family) -> bool:
     """Run a family and print its line; whether all was equal."""
     began = time.monotonic()
     try:
-        first, differences = family.compare()
+        traces = family.traces()
     except (Failed, subprocess.TimeoutExpired) as error:
-        print(f"{title:<28} FAILED   {error}", flush=True)
+        print(f"{title:<24} FAILED   {error}", flush=True)
         return False
-    seconds = f"{time.monotonic() - began:.0f} s"
-    apart = [f"{name} at {where}" for name, where in differences.items() if where]
-    if apart:
-        print(f"{title:<28} DIFFERS  {', '.join(apart)}; {seconds}", flush=True)
+    first, seconds = traces["first"], f"{time.monotonic() - began:.0f} s"
+    apart = {name: first.difference(trace) for name, trace in traces.items()}
+    if any(apart.values()):
+        places = ", ".join(f"{name} at {place}" for name, place in apart.items() if place)
+        print(f"{title:<24} DIFFERS  {places}; {seconds}", flush=True)
         return False
     counts = f"{len(first.losses)} losses, {len(first.scores)} scores"
-    resumed = "resumed from steps {} and {}".format(*family.resumed)
-    print(f"{title:<28} equal    {counts}; {resumed}; {seconds}", flush=True)
+    steps = " and ".join(str(trace.resumed[0]) for trace in traces.values() if trace.resumed)
+    print(f"{title:<24} equal    {counts}; resumed from steps {steps}; {seconds}", flush=True)
     return True
+
+
+def try_families(titles: list[str], options: argparse.Namespace, folder: Path) -> bool:
+    """Run these families, some at once; whether all was equal in all of them."""
+    (folder / "data").mkdir()
+    data = embedded_corpus(folder / "data")
+    with ThreadPoolExecutor(options.jobs) as pool:
+        verdicts = []
+        for title in titles:
+            for ranks in (1, 2) if title in TWO_RANKS else (1,):
+                if options.ranks in (None, ranks):
+                    env, where = environment(FAMILIES[title], data), folder / f"{title}-{ranks}"
+                    family = Family(options.script.resolve(), env, where, ranks)
+                    label = title if ranks == 1 else f"{title}, {ranks} ranks"
+                    verdicts.append(pool.submit(try_family, label, family))
+        return all([verdict.result() for verdict in verdicts])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -240,6 +256,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"default all: {' '.join(FAMILIES)}")
     parser.add_argument("--script", type=Path, default=ROOT / "train_gpt.py", help="a version of the script")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="families at once: half of each run is one thread"
+    )
     parser.add_argument("--ranks", type=int, choices=(1, 2), help="only with so many ranks")
     options = parser.parse_args()
     unknown = [name for name in options.families if name not in FAMILIES]
@@ -252,19 +271,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
-    all_equal = True
     with tempfile.TemporaryDirectory(prefix="as_users_run-") as name:
-        folder = Path(name)
-        (folder / "data").mkdir()
-        data = embedded_corpus(folder / "data")
-        for title in options.families or FAMILIES:
-            for ranks in (1, 2) if title in TWO_RANKS else (1,):
-                if options.ranks not in (None, ranks):
-                    continue
-                env, where = environment(FAMILIES[title], data), folder / f"{title}-{ranks}"
-                family = Family(options.script.resolve(), env, where, ranks)
-                label = title if ranks == 1 else f"{title}, {ranks} ranks"
-                all_equal &= try_family(label, family)
+        all_equal = try_families(options.families or list(FAMILIES), options, Path(name))
     return 0 if all_equal else 1
 
 
