@@ -284,7 +284,7 @@ def knob_row(knob_field: Field, group: str) -> KnobRow:
         allowed = "0 1"
     doc = about["doc"]
     if about["needs"]:
-        doc += f" [needs {about['needs']}]"
+        doc += f" [needs {about['needs'].replace(',', ' and ')}]"
     return KnobRow(
         name=knob_field.name.upper(),
         default=knob_text(knob_field.default),
@@ -6347,6 +6347,8 @@ def refuse_strangers(cfg: Config, env: Mapping[str, str]) -> None:
 def help_text() -> str:
     """The head of this file and all knobs, by the section that declares them."""
     lines = [__doc__]
+    if readable_sha256():
+        lines.append("This script is packed: train_gpt_readable.py --help says what each knob does.")
     group = ""
     for row in knob_rows(Config):
         if row.group != group:

@@ -4,8 +4,9 @@
     python records/pack_script.py SCRIPT -o OUT.py       OUT.py and OUT_readable.py
     python records/pack_script.py --unpack SCRIPT        the source that a packed script holds, ours or not
 
-Comments and bare strings (docstrings) become empty, every line keeps its number, and the rest is compressed
-(xz, base85). What runs is the packed file; its tracebacks name the functions and lines of the readable one.
+Comments, bare strings (docstrings) and the texts of knobs become empty, every line keeps its number, and the
+rest is compressed (xz, base85). --help then names the readable file for what each knob does.
+What runs is the packed file; its tracebacks name the functions and lines of the readable one.
 The stripped source is the same for any Python from 3.10 on, the packed bytes too where liblzma is the same.
 Exit code 2, one line and nothing written where the input or the output will not do.
 """
@@ -96,8 +97,30 @@ def kept_strings(tree: ast.Module) -> set[ast.AST]:
     return kept
 
 
+def knob_texts(tree: ast.Module) -> list[ast.Constant]:
+    """The texts of knobs that only tables show: what it does, its source, its effect.
+
+    They take 5.8 KB packed. A script has them if it defines `knob(default, doc, *, source, effect, ...)`.
+    """
+    declares_knobs = any(
+        isinstance(node, ast.FunctionDef)
+        and node.name == "knob"
+        and [argument.arg for argument in node.args.args] == ["default", "doc"]
+        for node in tree.body
+    )
+    texts = []
+    for node in ast.walk(tree) if declares_knobs else ():
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "knob":
+            shown = [keyword.value for keyword in node.keywords if keyword.arg in ("source", "effect")]
+            texts += [value for value in [*node.args[1:2], *shown] if isinstance(value, ast.Constant)]
+    return texts
+
+
 def cuts(text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int], str]]:
-    """(start, end, replacement) of each comment and bare string; (line from 0, column in characters)."""
+    """(start, end, replacement) of each comment, bare string and text of a knob.
+
+    start, end: (line from 0, column in characters).
+    """
     lines = text.split("\n")
 
     def place(line: int, offset: int) -> tuple[int, int]:
@@ -111,13 +134,15 @@ def cuts(text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int], str]]:
             start = place(node.lineno, node.col_offset)
             end = place(node.end_lineno, node.end_col_offset)
             yield start, end, '""'
+    for node in knob_texts(tree):
+        yield place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset), '""'
     for token in tokenize.generate_tokens(io.StringIO(text, newline="\n").readline):
         if token.type == tokenize.COMMENT:
             yield (token.start[0] - 1, token.start[1]), (token.end[0] - 1, token.end[1]), ""
 
 
 def strip(text: str) -> str:
-    """The same program without comments and with empty bare strings; each line keeps its number.
+    """The same program without comments, bare strings and knobs' texts; each line keeps its number.
 
     Only positions are taken from the parser, and no code is written anew, so that the result does not depend
     on the Python that makes it.
@@ -143,6 +168,9 @@ def outline(text: str) -> tuple[str, list[int]]:
 
 
 def without_bare_strings(tree: ast.Module) -> ast.Module:
+    """The tree without what packing takes away: bare strings and the texts of knobs."""
+    for text in knob_texts(tree):
+        text.value = ""
     for node in ast.walk(tree):
         for name in ("body", "orelse", "finalbody"):
             statements = getattr(node, name, None)

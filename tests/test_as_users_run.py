@@ -2,10 +2,11 @@
 
 import dataclasses
 
-import as_users_run
 import pytest
-from as_users_run import Family, Trace, environment, read_events, try_family
-from conftest import ROOT, VOCAB
+
+from tests import as_users_run
+from tests.as_users_run import Family, Trace, environment, read_events, try_family
+from tests.conftest import ROOT, VOCAB
 
 DATA_KNOBS = f"VOCAB_SIZE={VOCAB} ITERATIONS=16 WARMDOWN_ITERS=4"
 
