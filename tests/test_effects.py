@@ -409,6 +409,7 @@ def test_an_effect_that_flips_with_the_horizon():
     (found,) = effects.ladders(ladder_rows({250: -0.02, 500: 0.0, 1000: 0.02}))
     assert [rung.length for rung in found.rungs] == [250, 500, 1000] and found.unit == "steps"
     assert found.change == "MATRIX_LR=0.08" and found.says == "sign flips"
+    assert found.parent == "tidal_1434"
     assert found.slope.mean == pytest.approx(0.02) and found.slope.n == 3
 
 

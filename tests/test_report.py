@@ -1,5 +1,6 @@
-"""The report of waves: what it writes in the log and what it leaves alone, its figures, and its page."""
+"""The report of waves: pages of tables, the list in the log when asked to, figures, and the HTML page."""
 
+import dataclasses
 import http.server
 import json
 import re
@@ -8,13 +9,14 @@ import subprocess
 import threading
 from contextlib import contextmanager
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.user_error import UserError
-from sweeps.lab import report, report_page
+from sweeps.lab import report, report_figures, report_page
 from sweeps.lab import report_tables as tables
 from sweeps.lab import verdicts as fx
 from tests.support.lab_rows import broken_rows, row, write_rows
@@ -105,66 +107,98 @@ def test_a_running_run_is_followed_in_its_own_log(lab, tmp_path):
 )  # fmt: skip
 @settings(max_examples=60)
 def test_what_is_outside_of_the_markers_stays(before, after, block):
-    text = f"{before}<!-- wave x -->old<!-- /wave x -->{after}"
-    if text.count("<!-- wave x -->") == 1:
-        new = report.place_block(text, "wave x", block, "")
+    text = f"{before}<!-- waves -->old<!-- /waves -->{after}"
+    if text.count("<!-- waves -->") == 1:
+        new = report.place_block(text, block)
         newline = "\r\n" if "\r\n" in text else "\n"
         block = block.replace("\n", newline)
-        assert new == f"{before}<!-- wave x -->{newline}{block}<!-- /wave x -->{after}"
+        assert new == f"{before}<!-- waves -->{newline}{block}<!-- /waves -->{after}"
 
 
 @pytest.mark.parametrize(
-    "text", ["<!-- wave x -->", "<!-- /wave x --><!-- wave x -->", "<!-- wave x --><!-- /wave x -->" * 2]
+    "text", ["<!-- waves -->", "<!-- /waves --><!-- waves -->", "<!-- waves --><!-- /waves -->" * 2]
 )
-def test_a_log_with_broken_markers_is_not_touched(text, lab):
+def test_a_log_with_broken_markers_is_not_touched(text, lab, capsys):
     lab(x=[row("control", 1, 2.0, "x")])
     lab.log.write_text(text)
-    with pytest.raises(ValueError, match="wave x"):
-        report.write_log(lab.log, tables.read_waves(lab.results), ["x"], {})
+    assert lab.run("--publish") == 2 and "<!-- waves -->" in capsys.readouterr().err
     assert lab.log.read_text() == text
 
 
-def test_new_entries_go_to_the_top_newest_first_and_hand_written_text_stays(lab):
+def test_the_log_is_written_only_when_asked_to(lab):
     lab.log.write_bytes(HAND.encode())
     lab(first=some_rows("first", 1.7e9))
+    written = lab.log.stat().st_mtime_ns
     assert lab.run() == 0
-    text = lab.log.read_text()
-    for part in HAND.split("## 2026"):
-        assert part in text
-    text = text.replace("(the finding, to be written)", "A matters").replace(
-        "(to be written)", "Keep A.\n\nMore."
-    )
-    lab.log.write_text(text)
+    assert (lab.log.read_bytes(), lab.log.stat().st_mtime_ns) == (HAND.encode(), written)
+    lab.log.unlink()
+    assert lab.run() == 0 and not lab.log.exists()
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_the_list_in_the_log_is_oldest_first_and_hand_written_text_stays(newline, lab):
+    hand = HAND.replace("\n", newline)
+    lab.log.write_bytes(hand.encode())
     lab(second=some_rows("second", 1.8e9))
-    assert lab.run() == 0
-    new = lab.log.read_text()
-    heads = re.findall(r"^## (.*)$", new, re.M)
-    assert [head.split(" · ")[-2:] for head in heads] == [
-        ["All waves"], ["second", "(the finding, to be written)"], ["first", "A matters"],
-        ["2026-11-01", "old entry"],
-    ]  # fmt: skip
-    assert "Question  Does it hold?" in new and "Conclusion  Keep A.\n\nMore." in new
-    assert new.index("<!-- wave second -->") < new.index("<!-- wave first -->") < new.index("old entry")
+    assert lab.run("--publish") == 0
+    assert lab.log.read_bytes().startswith(hand.encode())
+    after = f"{newline}More by hand.{newline}"
+    lab.log.write_bytes(lab.log.read_bytes() + after.encode())
+    lab(first=some_rows("first", 1.7e9))
+    assert lab.run("--publish") == 0
+    text = lab.log.read_bytes().decode()
+    assert text.startswith(hand) and text.endswith(after) and text.count("## All waves") == 1
+    assert re.findall(r"^\| \[(\w+)\]\(results/\w+\.md\) \|", text, re.M) == ["first", "second"]
+    assert "62 runs planned" in text and text.count("\n") == text.count(newline)
+    for name in re.findall(r"\]\((results/[^)]+)\)", text):
+        assert (lab.log.parent / name).is_file()
     before = lab.log.read_bytes(), lab.log.stat().st_mtime_ns
-    assert lab.run() == 0  # nothing new: not even written
+    assert lab.run("--publish") == 0  # nothing new: not even written
     assert (lab.log.read_bytes(), lab.log.stat().st_mtime_ns) == before
 
 
-def test_only_the_named_waves_entries_are_written(lab):
+# The pages
+
+
+def test_each_wave_has_a_page_beside_its_results(lab):
+    waves = lab(one=some_rows("one"), two=some_rows("two"))
+    assert lab.run() == 0
+    for wave in waves:
+        text = (lab.results / f"{wave.name}.md").read_text()
+        assert text.startswith(tables.GENERATED) and f"# {wave.name}\n\nQuestion  Does it hold?" in text
+        assert tables.wave_block(wave).partition("\n![")[0] in text
+        for name in re.findall(r"\]\(([^)]+)\)", text):
+            assert (lab.results / name).is_file(), name
+    together = (lab.results / "all_waves.md").read_text()
+    assert "[one](one.md)" in together and "[two](two.md)" in together
+    pages = sorted(lab.results.glob("*.md"))
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in pages]
+    assert lab.run() == 0  # nothing new: not even written
+    assert [(path.read_bytes(), path.stat().st_mtime_ns) for path in pages] == before
+
+
+def test_only_the_named_waves_pages_are_written(lab):
     lab(one=some_rows("one"), two=some_rows("two"))
     assert lab.run("two") == 0
-    text = lab.log.read_text()
-    assert "<!-- wave two -->" in text and "<!-- wave one -->" not in text
-    assert text.startswith("# Experiment log") and "| `one` |" in text  # it is in the table of all waves
-    assert not list(lab.figures.glob("one*")) and [
-        w["name"] for w in payload(lab.page.read_text())["waves"]
-    ] == ["two"]
+    assert sorted(path.name for path in lab.results.glob("*.md")) == ["all_waves.md", "two.md"]
+    assert "| [one](one.md) |" in (lab.results / "all_waves.md").read_text()
+    assert not list(lab.figures.glob("one*"))
+    assert [w["name"] for w in payload(lab.page.read_text())["waves"]] == ["two"]
+
+
+@pytest.mark.parametrize("name", ["one.md", "all_waves.md"])
+def test_a_page_by_hand_is_never_overwritten(name, lab, capsys):
+    lab(one=some_rows("one"))
+    (lab.results / name).write_text(HAND)
+    assert lab.run("--publish") == 2 and name in capsys.readouterr().err
+    assert (lab.results / name).read_text() == HAND
+    assert len(list(lab.results.glob("*.md"))) == 1 and not lab.log.exists() and not lab.figures.exists()
 
 
 def test_an_unknown_wave_is_an_error(lab, capsys):
     lab(one=[])
     assert lab.run("other") == 2 and "other" in capsys.readouterr().err
-    assert not lab.page.exists() and not lab.log.exists()
+    assert not lab.page.exists() and not lab.log.exists() and not list(lab.results.glob("*.md"))
 
 
 def test_the_tables_say_what_the_effects_are(lab):
@@ -185,7 +219,7 @@ def test_the_tables_say_what_the_effects_are(lab):
         assert fact in block, fact
 
 
-def test_no_text_of_a_run_can_break_the_log(lab):
+def test_no_text_of_a_run_can_break_a_page(lab):
     (wave,) = lab(demo=some_rows())
     block = tables.wave_block(wave)
     assert "<!--" not in block and "<img" not in block and "</script" not in block
@@ -219,7 +253,9 @@ def test_progression_keeps_what_is_better_beyond_noise(lab):
     assert steps[1].best is None and steps[1].best_bpb is None
 
 
-def test_ladders_and_parts_across_waves(lab):
+def ladder_waves() -> dict[str, list[dict]]:
+    """Two lengths of run at which a change has opposite signs; a part that is added, and taken out again."""
+
     def wave(name, steps, gain, base=False, arm="lr", change=None):
         more = dict(steps=steps, config=dict(iterations=steps, tidal_lr=base))
         change = change or dict(MATRIX_LR="0.08")
@@ -228,18 +264,23 @@ def test_ladders_and_parts_across_waves(lab):
             for s in SEEDS
         ]
 
-    waves = lab(
+    return dict(
         h250=wave("h250", 250, -0.02), h1000=wave("h1000", 1000, 0.01),
         add=wave("add", 500, -0.08, arm="tidal", change=dict(TIDAL_LR="1")),
         drop=wave("drop", 500, 0.09, base=True, arm="no_tidal", change=dict(TIDAL_LR="0")),
     )  # fmt: skip
+
+
+def test_ladders_and_parts_across_waves(lab):
+    waves = lab(**ladder_waves())
     block = tables.across_block(waves)
     runs = sum(len(wave.rows) for wave in waves)
     assert block.startswith(f"All 4 waves: {runs} runs planned, {runs} started, {runs} finished, ")
-    assert re.search(r"`MATRIX_LR=0.08` \| steps \| 250: -0.0.* \| sign flips \|", block)
+    assert re.search(r"`MATRIX_LR=0.08` \| `tidal_1434` \| steps \| 250: -0.0.* \| sign flips \|", block)
     assert "Parts added one by one in `add`, taken out one by one in `drop`" in block
     together = report_page.across(waves)
     assert together["ladders"][0]["says"] == "sign flips" and len(together["ablations"]) == 1
+    assert together["ladders"][0]["parent"] == "tidal_1434"
 
 
 FEW = dict(
@@ -254,28 +295,46 @@ FEW = dict(
 @pytest.mark.parametrize("name", FEW)
 def test_it_works_with_almost_nothing(name, lab):
     waves = lab(**{name: FEW[name]})
-    assert tables.wave_block(waves[0]) and tables.across_block(waves)
+    assert tables.wave_page(waves[0]) and tables.across_page(waves) and tables.index_block(waves, "results")
     page = payload(report_page.page(waves))
     assert len(page["runs"]) == len(FEW[name]) and len(page["waves"]) == 1
 
 
 def test_it_works_without_results(lab):
-    assert lab.run() == 0 and not lab.log.exists()
+    assert lab.run("--publish") == 0 and not lab.log.exists() and not lab.results.exists()
     assert payload(lab.page.read_text())["runs"] == []
 
 
 # Figures
 
 
-def test_figures_are_drawn_and_named_in_the_log(lab):
-    lab(demo=some_rows(), few=FEW["one"])
-    assert lab.run() == 0
+def test_figures_are_drawn_and_named_in_the_pages(lab):
+    lab(demo=some_rows(), few=FEW["one"], **ladder_waves())
+    assert lab.run("demo", "few") == 0
     names = sorted(path.name for path in lab.figures.iterdir())
-    assert names == ["demo_curves.png", "demo_effects.png", "few_curves.png", "progression.png"]
+    assert names == ["demo_curves.png", "demo_effects.png", "few_curves.png", "ladders.png"]
     first = {name: (lab.figures / name).read_bytes() for name in names}
     assert all(content[:8] == b"\x89PNG\r\n\x1a\n" and len(content) > 3000 for content in first.values())
-    text = lab.log.read_text()
-    assert all(f"(figures/{name})" in text for name in names)
+    text = "".join((lab.results / f"{page}.md").read_text() for page in ("demo", "few", "all_waves"))
+    assert all(f"(../figures/{name})" in text for name in names)
+
+
+def test_the_figure_of_ladders_has_a_panel_for_each_change(lab, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report_figures, "save", lambda figure, path: drawn.append(figure) or path)
+    (one,) = tables.all_ladders(lab(**ladder_waves()))
+    others = [dataclasses.replace(one, change=f"KNOB_{place}=1") for place in range(5)]
+    assert report_figures.ladders([one, *others], tmp_path / "x.png")
+    panels = [axes for axes in drawn[0].axes if axes.get_title()]
+    assert [axes.get_title().split("\n")[0] for axes in panels] == [
+        ladder.change for ladder in [one, *others]
+    ]
+    dots = [line for line in panels[0].lines if line.get_marker() == "o"]
+    assert [line.get_ydata()[0] for line in dots] == [rung.effect.mean for rung in one.rungs]
+    assert [line.get_color() for line in dots] == [report_figures.COLOURS[v] for v in ("better", "worse")]
+    assert [label.get_text() for label in panels[0].get_xticklabels()] == ["250", "1000"]
+    plt.close(drawn[0])
+    assert report_figures.ladders([], tmp_path / "x.png") is None
 
 
 # The page
@@ -367,7 +426,9 @@ def test_a_browser_draws_it_and_fetches_nothing(lab, tmp_path):
     ]
     body = dom[dom.index("<body") :]
     assert re.search(r'<body[^>]* data-fetched="0"[^>]* data-drawn="yes"', dom)
-    assert body.count('class="main-svg"') >= 2 * 6  # effects, curves, rates, parts, progression, sizes
+    assert body.count('class="main-svg"') >= 2 * 5  # effects, curves, rates, parts, sizes
+    together = body[body.index("Wave after wave") : body.index("Size by group")]
+    assert "<td>demo</td>" in together and "<td>ab</td>" in together
     table = re.search(r'<table id="runs">.*?</table>', body, re.S)[0]
     assert table.count("<tr>") == 33 and "demo.crasher.1" in table and "32 of 32 runs" in body
     assert "<title>Waves: demo</title>" in dom and "<img src=x" not in re.sub(

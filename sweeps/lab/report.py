@@ -1,95 +1,43 @@
-"""What waves found, for people: tables in experiment_log.md, figures, and one offline HTML page.
+"""What waves found, for people: a page of tables for each wave, figures, and one offline HTML page.
 
     python sweeps/report.py                      everything in sweeps/results
-    python sweeps/report.py stack loo            write the log's entries of these waves only
-    python sweeps/report.py --watch 30           rewrite the page every 30 s while waves run; log left alone
+    python sweeps/report.py stack loo            the pages and figures of these waves only
+    python sweeps/report.py --publish            and the list of all waves in experiment_log.md
+    python sweeps/report.py --watch 30           rewrite the HTML page alone every 30 s while waves run
 
-In the log only what stands between `<!-- wave NAME -->` and `<!-- /wave NAME -->`, and between the two
-`across` markers, is written; a wave without its markers gets an entry at the top to be filled in by hand. All
-numbers are computed by verdicts.py from the result rows, and runs of different regimes never share a table.
+The tables of WAVE.jsonl go to WAVE.md beside it, those of all waves together to all_waves.md. Each is written
+as a whole; a page by another hand is never overwritten. experiment_log.md is written by hand: `--publish`
+fills in what stands between its two markers `waves` and touches nothing else. All numbers are computed by
+verdicts.py from the result rows, and runs of different regimes never share a table.
 """
 
 import argparse
 import os
-import re
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 
+from data.user_error import UserError, tell
 from sweeps.lab import report_figures, report_page
 from sweeps.lab.paths import FIGURES, RESULTS, ROOT
-from sweeps.lab.report_tables import Wave, across_block, cell, progression, read_waves, wave_block
+from sweeps.lab.report_tables import (
+    ALL_WAVES,
+    GENERATED,
+    Wave,
+    across_page,
+    all_ladders,
+    index_block,
+    read_waves,
+    wave_page,
+)
 
-LOG_HEAD = "# Experiment log\n\nNewest first.\n"
-
-
-# The log
-
-
-def day(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%d")
-
-
-def markers(name: str) -> tuple[str, str]:
-    return f"<!-- {name} -->", f"<!-- /{name} -->"
-
-
-def place_block(text: str, name: str, block: str, skeleton: str) -> str:
-    """The log with `block` between the markers of `name`; `skeleton`, which has them, where there are none.
-
-    All that stands outside of the markers stays as it is, byte for byte."""
-    opening, closing = markers(name)
-    newline = "\r\n" if "\r\n" in text else "\n"
-    if text.count(opening) > 1 or text.count(closing) > 1 or (opening in text) != (closing in text):
-        raise ValueError(f"the log must hold {opening} and {closing} once each, or neither")
-    if opening not in text:
-        top = text.find(markers("across")[1]) if name != "across" else 0  # entries stand below that table
-        found = re.compile(r"^## ", re.M).search(text, max(0, top))
-        at = found.start() if found else len(text)
-        text = text[:at] + skeleton.replace("\n", newline) + text[at:]
-    before, _, rest = text.partition(opening)
-    _, found, after = rest.partition(closing)
-    if not found:
-        raise ValueError(f"{closing} stands before {opening} in the log")
-    return before + opening + newline + block.replace("\n", newline) + closing + after
+OPENING, CLOSING = "<!-- waves -->", "<!-- /waves -->"
+LOG_HEAD = "# Experiment log\n"
+INDEX_HEAD = "## All waves\n\n"
 
 
-def wave_skeleton(wave: Wave) -> str:
-    when = day(wave.began or time.time())
-    opening, closing = markers(f"wave {wave.name}")
-    question = cell(wave.question) or "(to be written)"
-    return (
-        f"## {when} · {wave.name} · (the finding, to be written)\n\nQuestion  {question}\n\n"
-        f"{opening}\n{closing}\n\nConclusion  (to be written)\n\n"
-    )
-
-
-def across_skeleton() -> str:
-    opening, closing = markers("across")
-    return f"## All waves\n\n{opening}\n{closing}\n\n"
-
-
-def write_log(
-    path: Path, waves: Sequence[Wave], chosen: Iterable[str], figures: dict[str, list[str]]
-) -> None:
-    """New entries go to the top, the newest wave first; the table across waves stands above them."""
-    text = read_text(path) if path.exists() else LOG_HEAD + "\n"
-    names = set(chosen)
-    if not waves:
-        return
-    for wave in waves:  # each new one lands above those before it
-        if wave.name in names:
-            block = wave_block(wave, figures.get(wave.name, ()))
-            text = place_block(text, f"wave {wave.name}", block, wave_skeleton(wave))
-    text = place_block(text, "across", across_block(waves, figures.get("", ())), across_skeleton())
-    replace(path, text.encode())
-
-
-def read_text(path: Path) -> str:
-    """Without any change to its line ends."""
-    return path.read_bytes().decode()
+# Files
 
 
 def replace(path: Path, content: bytes) -> None:
@@ -105,6 +53,59 @@ def replace(path: Path, content: bytes) -> None:
         part.unlink(missing_ok=True)
 
 
+def refuse_hand_written(paths: Iterable[Path]) -> None:
+    """Raise UserError if a page that is to be written holds what somebody wrote by hand."""
+    for path in paths:
+        if path.exists() and not path.read_bytes().startswith(GENERATED.encode()):
+            raise UserError(
+                f"{path} was not written by this program; move it away, or delete it, "
+                "so that the tables can stand there"
+            )
+
+
+def write_pages(
+    folder: Path, waves: Sequence[Wave], chosen: Iterable[str], figures: dict[str, list[str]]
+) -> int:
+    """The pages of the chosen waves and the one of all waves; how many there are."""
+    texts = {}
+    names = set(chosen)
+    for wave in waves:
+        if wave.name in names:
+            texts[folder / f"{wave.name}.md"] = wave_page(wave, figures.get(wave.name, ()))
+    if waves:
+        texts[folder / f"{ALL_WAVES}.md"] = across_page(waves, figures.get("", ()))
+    for path, text in texts.items():
+        replace(path, text.encode())
+    return len(texts)
+
+
+# The list in the log
+
+
+def place_block(text: str, block: str) -> str:
+    """The log with `block` between its markers; where it has none, they are added at its end.
+
+    All that stands outside of the markers stays as it is, byte for byte."""
+    newline = "\r\n" if "\r\n" in text else "\n"
+    if text.count(OPENING) > 1 or text.count(CLOSING) > 1 or (OPENING in text) != (CLOSING in text):
+        raise UserError(f"the log must hold {OPENING} and {CLOSING} once each, or neither")
+    if OPENING not in text:
+        text += (newline if text.endswith("\n") else 2 * newline) + INDEX_HEAD.replace("\n", newline)
+        text += OPENING + newline + CLOSING + newline
+    before, _, rest = text.partition(OPENING)
+    _, closing, after = rest.partition(CLOSING)
+    if not closing:
+        raise UserError(f"{CLOSING} stands before {OPENING} in the log")
+    return before + OPENING + newline + block.replace("\n", newline) + closing + after
+
+
+def publish(log: Path, waves: Sequence[Wave], folder: Path) -> None:
+    """Write the list of all waves into the log, with links to their pages in `folder`."""
+    text = log.read_bytes().decode() if log.exists() else LOG_HEAD  # bytes: the line ends stay as they are
+    pages = Path(os.path.relpath(folder, log.parent)).as_posix()
+    replace(log, place_block(text, index_block(waves, pages)).encode())
+
+
 # Command line
 
 
@@ -112,24 +113,41 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    parser.add_argument("waves", nargs="*", metavar="WAVE", help="write these entries only; default all")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of WAVE.jsonl")
+    parser.add_argument("waves", nargs="*", metavar="WAVE", help="write these pages only; default all")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of WAVE.jsonl and WAVE.md")
+    parser.add_argument("--publish", action="store_true", help="write the list of all waves into the log")
     parser.add_argument("--log", type=Path, default=ROOT / "experiment_log.md")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="folder for the PNGs")
     parser.add_argument("--html", type=Path, default=ROOT / "runs/report.html")
-    parser.add_argument("--only-html", action="store_true", help="leave the log and the figures alone")
-    parser.add_argument("--watch", type=float, metavar="S", help="rewrite the page every S seconds; only it")
+    parser.add_argument("--only-html", action="store_true", help="leave all other files alone")
+    parser.add_argument(
+        "--watch", type=float, metavar="S", help="rewrite the HTML page every S seconds; only it"
+    )
     asked = parser.parse_args(arguments)
     if asked.watch is not None and asked.watch <= 0:
         parser.error("--watch takes a number of seconds above zero")
     return asked
 
 
-def write_page(asked: argparse.Namespace) -> list[Wave]:
+def write_html(asked: argparse.Namespace) -> list[Wave]:
+    """Write the HTML page; returns all waves of the results, asked for or not."""
     waves = read_waves(asked.results)
     shown = [wave for wave in waves if not asked.waves or wave.name in asked.waves]
     replace(asked.html, report_page.page(shown, asked.watch).encode())
     return waves
+
+
+def write_rest(asked: argparse.Namespace, waves: Sequence[Wave]) -> None:
+    """Draw the figures, write the pages, and the list in the log if that was asked for."""
+    chosen = asked.waves or [wave.name for wave in waves]
+    refuse_hand_written(asked.results / f"{name}.md" for name in [*chosen, ALL_WAVES])
+    figures = report_figures.draw(waves, all_ladders(waves), chosen, asked.figures, asked.results)
+    written = write_pages(asked.results, waves, chosen, figures)
+    drawn = sum(len(paths) for paths in figures.values())
+    print(f"wrote {written} pages in {asked.results} and {drawn} figures in {asked.figures}")
+    if asked.publish and waves:
+        publish(asked.log, waves, asked.results)
+        print(f"wrote the list of waves in {asked.log}")
 
 
 def unknown(asked: argparse.Namespace) -> list[str]:
@@ -141,14 +159,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if missing := unknown(asked):
         print(f"no results of {', '.join(missing)} in {asked.results}", file=sys.stderr)
         return 2
-    waves = write_page(asked)
+    waves = write_html(asked)
     print(f"wrote {asked.html}")
     while asked.watch:
         time.sleep(asked.watch)
-        write_page(asked)
-    if not asked.only_html:
-        chosen = asked.waves or [wave.name for wave in waves]
-        figures = report_figures.draw(waves, progression(waves), chosen, asked.figures, asked.log.parent)
-        write_log(asked.log, waves, chosen, figures)
-        print(f"wrote {asked.log} and {sum(map(len, figures.values()))} figures in {asked.figures}")
+        write_html(asked)
+    if asked.only_html:
+        return 0
+    try:
+        write_rest(asked, waves)
+    except UserError as error:
+        return tell(error)
     return 0

@@ -1,4 +1,4 @@
-"""The figures of sweeps/report.py: effects with their intervals, validation curves, and the progression."""
+"""The figures of sweeps/report.py: effects with their intervals, validation curves, and ladders."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -11,10 +11,11 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 from sweeps.lab import verdicts as fx  # noqa: E402
 from sweeps.lab.statistics import mean  # noqa: E402
-from sweeps.lab.verdicts import Effect, Row  # noqa: E402
+from sweeps.lab.verdicts import Effect, Ladder, Row  # noqa: E402
 
 COLOURS = {fx.BETTER: "#1a7f37", fx.WORSE: "#c4372c", fx.INSIDE: "#57606a", fx.UNDECIDED: "#a8b0b8"}
 MOST_CURVES = 10
+LADDER_COLUMNS = 4
 plt.rcParams.update({
     "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.titlesize": 10,
     "figure.dpi": 110, "savefig.bbox": "tight", "legend.frameon": False,
@@ -95,35 +96,59 @@ def curves(rows: Sequence[Row], title: str, path: Path) -> Path | None:
     return save(figure, path)
 
 
-def progression(steps: Sequence, path: Path) -> Path | None:
-    """Control and best arm of wave after wave, a line for each regime."""
-    shown = [step for step in steps if step.control is not None]
-    if not shown:
+def ladders(found: Sequence[Ladder], path: Path) -> Path | None:
+    """A small panel for each change: its effect (95 %) at every length of run that was tried.
+
+    All panels share their axes, so that what shrinks with length is seen to shrink."""
+    if not found:
         return None
-    names = list(dict.fromkeys(step.wave for step in shown))
-    figure, axes = plt.subplots(figsize=(max(4.5, 1.2 + 0.9 * len(names)), 3.6))
-    colours = plt.get_cmap("tab10")
-    for regime in sorted({step.regime for step in shown}):
-        own = [step for step in shown if step.regime == regime]
-        x, colour = [names.index(step.wave) for step in own], colours((regime - 1) % 10)
-        axes.plot(
-            x, [s.control for s in own], "o:", color=colour, mfc="white", label=f"control, regime {regime}"
-        )
-        best = [s.control if s.best_bpb is None else s.best_bpb for s in own]
-        axes.plot(x, best, "D-", color=colour, label=f"best beyond noise, regime {regime}")
-    axes.set_xticks(range(len(names)), [plain(name) for name in names], rotation=30, ha="right")
-    axes.set(ylabel="bpb of the packed model", xlim=(-0.5, len(names) - 0.5))
-    axes.set_title("Wave after wave", loc="left")
-    axes.grid(axis="y", color="#eaeef2", lw=0.6)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
+    columns = min(LADDER_COLUMNS, len(found))
+    rows = -(-len(found) // columns)
+    size = (2.6 * columns, 0.8 + 2.1 * rows)
+    figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
+    panels = list(grid.flat)
+    for axes, one in zip(panels, found, strict=False):
+        draw_ladder(axes, one)
+        lengths = [rung.length for ladder in found if ladder.unit == one.unit for rung in ladder.rungs]
+        axes.set_xlim(min(lengths) / 1.3, max(lengths) * 1.3)
+    for axes in panels[len(found) :]:
+        axes.axis("off")
+    figure.suptitle(
+        "Effect against length of run, 95 % intervals: green is better, red worse, grey holds zero",
+        fontsize=10,
+    )
+    figure.supylabel("bpb less the control's (below zero is better)", fontsize=9)
+    figure.tight_layout()
     return save(figure, path)
 
 
+def draw_ladder(axes, one: Ladder) -> None:
+    """One change: a dot and its interval at each length, coloured where the interval leaves out zero."""
+    lengths = [rung.length for rung in one.rungs]
+    axes.axhline(0, color="#24292f", lw=0.8)
+    axes.plot(lengths, [rung.effect.mean for rung in one.rungs], color="#8c959f", lw=1)
+    for rung in one.rungs:
+        colour = COLOURS[fx.INSIDE]
+        if rung.effect.clear:
+            colour = COLOURS[fx.BETTER if rung.effect.mean < 0 else fx.WORSE]
+        if rung.effect.interval:
+            axes.plot([rung.length, rung.length], rung.effect.interval, color=colour, lw=1.6)
+        axes.plot([rung.length], [rung.effect.mean], "o", ms=4.5, color=colour)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length:g}" for length in lengths])
+    axes.minorticks_off()
+    axes.set_title(plain("\n".join([*one.change.split(), f"on {one.parent}"])), fontsize=7.5)
+    axes.set_xlabel(one.unit, fontsize=8)
+    axes.grid(axis="y", color="#eaeef2", lw=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8)
+
+
 def draw(
-    waves: Sequence, steps: Sequence, chosen: Iterable[str], folder: Path, base: Path
+    waves: Sequence, found: Sequence[Ladder], chosen: Iterable[str], folder: Path, base: Path
 ) -> dict[str, list[str]]:
-    """All figures: wave name, or "" for those of all waves -> paths as the log in `base` names them."""
-    drawn: dict[str, list[Path | None]] = {"": [progression(steps, folder / "progression.png")]}
+    """All figures: wave name, or "" for those of all waves -> paths as a page in `base` names them."""
+    drawn: dict[str, list[Path | None]] = {"": [ladders(found, folder / "ladders.png")]}
     for wave in (wave for wave in waves if wave.name in set(chosen)):
         groups = wave.regimes
         for place, rows in enumerate(groups, 1):

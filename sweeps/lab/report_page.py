@@ -105,7 +105,7 @@ def across(waves: Sequence) -> dict:
         [s.wave, s.regime, s.control, s.best.arm if s.best else None, s.best_bpb] for s in progression(waves)
     ]
     ladders = [
-        dict(change=one.change, unit=one.unit, says=one.says, slope=bars(one.slope),
+        dict(change=one.change, parent=one.parent, unit=one.unit, says=one.says, slope=bars(one.slope),
              rungs=[[rung.length, bars(rung.effect)] for rung in one.rungs])
         for one in all_ladders(waves)
     ]  # fmt: skip

@@ -14,6 +14,9 @@ from sweeps.lab.statistics import Interval, mean
 from sweeps.lab.verdicts import Contrast, Effect, Row
 
 ABSENT, NAME = "–", re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+# The first line of every file that the report owns as a whole.
+GENERATED = "<!-- Written by sweeps/report.py from the .jsonl files beside it; changes by hand are lost. -->"
+ALL_WAVES = "all_waves"  # the page of all waves together
 
 
 # Rows
@@ -142,7 +145,7 @@ def spread(values: Iterable[float | None], pattern: str = "{:,.0f}") -> str:
     return low if low == high else f"{low} to {high}"
 
 
-# One wave in the log
+# One wave
 
 
 def common(rows: Iterable[Row], name: str) -> str:
@@ -295,7 +298,7 @@ def regime_block(rows: Sequence[Row], title: str) -> list[str]:
 
 
 def wave_block(wave: Wave, figures: Sequence[str] = ()) -> str:
-    """What stands between the markers of a wave."""
+    """The tables of a wave, one set for each regime, then its figures."""
     groups = wave.regimes
     lines = []
     for place, rows in enumerate(groups, 1):
@@ -309,6 +312,14 @@ def wave_block(wave: Wave, figures: Sequence[str] = ()) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def wave_page(wave: Wave, figures: Sequence[str] = ()) -> str:
+    """The file WAVE.md beside WAVE.jsonl; `figures` are paths as that file names them."""
+    question = cell(wave.question) or "(none in the results)"
+    together = f"All waves together: [{ALL_WAVES}.md]({ALL_WAVES}.md)."
+    head = [GENERATED, "", f"# {wave.name}", "", f"Question  {question}", "", together, ""]
+    return "\n".join(head) + "\n" + wave_block(wave, figures)
+
+
 # Across waves
 
 
@@ -318,6 +329,8 @@ class Step:
 
     wave: str
     regime: int
+    length: str  # steps that its runs made
+    parent: str  # the preset that its arms are changes of
     control: float | None
     best: Effect | None
     best_bpb: float | None
@@ -362,7 +375,10 @@ def progression(waves: Iterable[Wave]) -> list[Step]:
             best = min(better, key=lambda e: e.mean, default=None)
             control = list(fx.scores(rows, fx.CONTROL).values())
             bpb = mean(list(fx.scores(rows, best.arm).values())) if best else None
-            steps.append(Step(name, place, mean(control) if control else None, best, bpb))
+            ran = fx.valid(rows) or rows
+            length = spread(fx.number(row.get("steps")) for row in ran)
+            parent = common(ran, "parent")
+            steps.append(Step(name, place, length, parent, mean(control) if control else None, best, bpb))
     order = {wave.name: place for place, wave in enumerate(waves)}
     return sorted(steps, key=lambda step: (order[step.wave], step.regime))
 
@@ -371,23 +387,29 @@ def ladder_table(waves: Sequence[Wave]) -> list[str]:
     lines = []
     for one in all_ladders(waves):
         rungs = "; ".join(f"{r.length:g}: {of_contrast(r.effect)}" for r in one.rungs)
-        lines.append([code(one.change), one.unit, rungs, of_contrast(one.slope), one.says])
-    head = "change|length in|effect at each length (95 %)|slope a doubling|sign"
-    return ["", *table(head, "lllll", lines)] if lines else []
+        change, parent = code(one.change), code(one.parent)
+        lines.append([change, parent, one.unit, rungs, of_contrast(one.slope), one.says])
+    head = "change|made to|length in|effect at each length (95 %)|slope a doubling|sign"
+    return ["", *table(head, "llllll", lines)] if lines else []
+
+
+def best_of(step: Step) -> str:
+    return code(step.best.arm) if step.best else "none beyond noise"
 
 
 def across_block(waves: Sequence[Wave], figures: Sequence[str] = ()) -> str:
+    """What all waves say together: regimes, a line for each wave, ladders of length, parts and wholes."""
     lines = [f"All {len(waves)} waves: {cell(counts_line(all_rows(waves)))}", ""]
     for place, rows in enumerate(all_regimes(waves), 1):
         lines += [f"Regime {place}  {cell(regime_line(rows))}", ""]
-    cells = [
-        [
-            code(step.wave), str(step.regime), plain(step.control),
-            code(step.best.arm) if step.best else "none beyond noise", plain(step.best_bpb),
-            signed(step.best.mean if step.best else None), between(step.best.family if step.best else None),
-        ]
-        for step in progression(waves)
-    ]  # fmt: skip
+    cells = []
+    for step in progression(waves):
+        best_bpb = plain(step.best_bpb)
+        less_control = signed(step.best.mean if step.best else None)
+        family = between(step.best.family if step.best else None)
+        link = f"[{step.wave}]({step.wave}.md)"
+        control = plain(step.control)
+        cells.append([link, str(step.regime), control, best_of(step), best_bpb, less_control, family])
     lines += table("wave|regime|control bpb|best arm|its bpb|less control|family", "lrrlrrr", cells)
     lines += ladder_table(waves)
     for adds, drops, found in all_ablations(waves):
@@ -395,3 +417,22 @@ def across_block(waves: Sequence[Wave], figures: Sequence[str] = ()) -> str:
         lines += ablation_table(found, title)
     lines += ["", *(f"![{Path(path).stem}]({path})" for path in figures)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def across_page(waves: Sequence[Wave], figures: Sequence[str] = ()) -> str:
+    """The file all_waves.md."""
+    head = [GENERATED, "", "# All waves together", ""]
+    return "\n".join(head) + "\n" + across_block(waves, figures)
+
+
+def index_block(waves: Sequence[Wave], folder: str) -> str:
+    """The list of all waves for experiment_log.md; `folder` is where that file finds their pages."""
+    cells = []
+    for step in progression(waves):
+        link = f"[{step.wave}]({folder}/{step.wave}.md)"
+        less_control = signed(step.best.mean if step.best else None)
+        cells.append([link, step.length, cell(step.parent), plain(step.control), best_of(step), less_control])
+    counts = cell(counts_line(all_rows(waves)))
+    together = f"All {len(waves)} waves: {counts}. Together: [{ALL_WAVES}.md]({folder}/{ALL_WAVES}.md)."
+    head = "wave, oldest first|steps|preset|control bpb|best arm|less control"
+    return "\n".join([together, "", *table(head, "lrlrlr", cells)]) + "\n"

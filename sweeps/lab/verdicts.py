@@ -704,6 +704,7 @@ class Ladder:
     """One change at several lengths. slope: bpb per doubling, over the seeds that have all lengths."""
 
     change: str
+    parent: str  # the preset that the change was made to
     unit: str
     rungs: list[Rung]
     slope: Contrast | None
@@ -757,6 +758,7 @@ def ladders(rows: Iterable[Row]) -> list[Ladder]:
     require_one_regime(rows := valid(rows), HORIZON)
     groups: dict[tuple, dict[str, dict[int, list[float]]]] = {}
     bases: dict[tuple, str] = {}
+    parents: dict[str, str] = {}
     for row in rows:
         if at := horizon(row):
             key, arm = (*at, row.get("wave")), rest(row)
@@ -764,6 +766,7 @@ def ladders(rows: Iterable[Row]) -> list[Ladder]:
             seeds.setdefault(row.get("seed"), []).append(row["val_bpb"])
             if not arm:
                 bases[key] = base_of(row)
+                parents.setdefault(bases[key], str(row.get("parent") or ""))
     found: dict[tuple[str, str, str], dict[float, BySeed]] = {}
     for key, arms in groups.items():
         averages = {arm: {seed: mean(v) for seed, v in seeds.items()} for arm, seeds in arms.items()}
@@ -771,10 +774,14 @@ def ladders(rows: Iterable[Row]) -> list[Ladder]:
             if pairs := subtract(values, averages.get("", {})) if arm else {}:
                 rungs = found.setdefault((arm, key[1], bases[key]), {})
                 rungs.setdefault(key[0], {}).update(pairs)
-    return [ladder(arm, unit, rungs) for (arm, unit, _), rungs in found.items() if len(rungs) > 1]
+    return [
+        ladder(arm, parents[base], unit, rungs)
+        for (arm, unit, base), rungs in found.items()
+        if len(rungs) > 1
+    ]
 
 
-def ladder(name: str, unit: str, lengths: Mapping[float, BySeed]) -> Ladder:
+def ladder(name: str, parent: str, unit: str, lengths: Mapping[float, BySeed]) -> Ladder:
     """From length -> seed -> difference. The slope is fitted to each seed for itself."""
     order = sorted(lengths)
     seeds = set.intersection(*(set(lengths[length]) for length in order))
@@ -783,7 +790,8 @@ def ladder(name: str, unit: str, lengths: Mapping[float, BySeed]) -> Ladder:
         seed: float(stats.linregress(x, [lengths[length][seed] for length in order]).slope)
         for seed in sorted(seeds)
     }
-    return Ladder(name, unit, [Rung(length, contrast(lengths[length])) for length in order], contrast(slopes))
+    rungs = [Rung(length, contrast(lengths[length])) for length in order]
+    return Ladder(name, parent, unit, rungs, contrast(slopes))
 
 
 # The held-out half

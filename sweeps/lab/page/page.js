@@ -320,22 +320,15 @@ function ablations() {
 }
 
 function together() {
-  const steps = DATA.across.steps.filter((step) => known(step[2])), traces = [];
-  for (const regime of [...new Set(steps.map((step) => step[1]))]) {
-    const own = steps.filter((step) => step[1] === regime), color = COLOURS[(regime - 1) % COLOURS.length];
-    const x = own.map((step) => plain(step[0]));
-    traces.push({x, y: own.map((step) => step[2]), name: `control, regime ${regime}`, mode: "lines+markers",
-      line: {color, dash: "dot"}, marker: {symbol: "circle-open", size: 8}});
-    traces.push({x, y: own.map((step) => step[4] ?? step[2]), name: `best beyond noise, regime ${regime}`,
-      mode: "lines+markers", line: {color}, marker: {symbol: "diamond", size: 9},
-      text: own.map((step) => plain(step[3] || "none")), hovertemplate: "%{x}: %{text} %{y:.4f}<extra></extra>"});
-  }
-  draw("progress", traces, {height: 330, xaxis: {type: "category"}, yaxis: {title: {text: "bpb of the packed model"}}});
-  const rows = DATA.across.ladders.map((one) => [[one.change], [one.rungs.map(([length, effect]) =>
+  const heads = [["wave"], ["regime", "number"], ["control bpb", "number"], ["best arm beyond noise"], ["its bpb", "number"]];
+  const waves = DATA.across.steps.map(([wave, regime, control, best, bpb]) => [[wave], [regime, "number"],
+    [fixed(control), "number"], [best || "none"], [fixed(bpb), "number"]]);
+  $("progress").replaceChildren(...(waves.length ? [makeTable(heads, waves)] : []));
+  const rows = DATA.across.ladders.map((one) => [[one.change], [one.parent], [one.rungs.map(([length, effect]) =>
     `${length} ${one.unit}: ${signed(effect.mean)}`).join("; ")], [one.slope ? signed(one.slope.mean) : "", "number"],
   [one.says, one.says === "sign flips" ? "worse" : ""]]);
   $("ladders").replaceChildren(...(rows.length ? [element("h3", "Effects at several lengths of run"),
-    makeTable([["change"], ["effect"], ["slope a doubling", "number"], ["sign"]], rows)] : []));
+    makeTable([["change"], ["made to"], ["effect"], ["slope a doubling", "number"], ["sign"]], rows)] : []));
 }
 
 function refresh() {
