@@ -3876,7 +3876,7 @@ class TestTimeTraining:
 # `hedge_mixture` weighs that expert and the six of EXPERT_SHARES by how each has fared in like contexts.
 # What a token is charged depends on earlier tokens only, and every expert is a true distribution.
 # Memory: of 62 M tokens an int64 or float64 tensor takes half a GB, and the peak is 14 GiB
-# (experiment_log.md, 2026-11-24). So a large tensor is dropped at its last use, by `del` or because the
+# (sweeps/results/study_hedge.md). So a large tensor is dropped at its last use, by `del` or because the
 # function that holds it returns.
 # The list of all scorers closes the section, since this is the last of them.
 # ----------------------------------------------------------------------------------------------------------
@@ -3890,7 +3890,7 @@ EXPERT_SHARES = (
     0.95,
 )  # of the n-gram in the fixed experts; the first is neural alone
 NEURAL_LOG_PRIOR = 2.0  # the neural expert starts with e^2 times the weight of any other (PR #895)
-DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (experiment_log.md)
+DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (sweeps/results/study_hedge.md)
 SAMPLE_TARGETS = 100_000  # mixed first, to foretell how long all take
 # Counts are kept as bytes: round(11.5 ln(1 + count)) is 8 for one, and 255 for 2^32.
 COUNT_CODE_SCALE = 11.5
@@ -5868,7 +5868,7 @@ class MuseumKnobs:
 
 # -- Learning-rate curves --------------------------------------------------------------------------------
 # Effects are those of 120 steps of a 0.6 M parameter model against COSINE_LR=1, three seeds
-# (experiment_log.md). ROOT_FIRST and CORAL_LR have a hook of the point "lr_share" besides.
+# (sweeps/results/study_ideas.md). ROOT_FIRST and CORAL_LR have a hook of the point "lr_share" besides.
 
 
 @hook("schedule", knob="breathing_lr")

@@ -25,6 +25,26 @@ from train_gpt import GPT, SHARD_MAGIC, SHARD_VERSION, Config, Runtime, fields
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Files whose tests are all quick: pure functions, config, bytes, schedules, a model's forward pass. They are
+# marked `fast`. Seconds of one core beside the imports stand behind each, where there are more than a few.
+FAST_FILES = {
+    "test_bytes.py",
+    "test_config.py",
+    "test_data_tools.py",
+    "test_docs.py",  # 6
+    "test_effects.py",  # 6
+    "test_lint.py",
+    "test_model.py",  # 6
+    "test_optim.py",  # 5
+    "test_scale.py",  # 6
+    "test_schedules.py",  # 11
+    "test_settle.py",
+    "test_significance.py",
+    "test_stream.py",
+    "test_style.py",  # 6
+    "test_wave.py",
+}
+
 PAD, BOS, EOS, UNK = range(4)
 VOCAB = 320  # 4 controls, 256 bytes, the letters and some pairs
 TINY = dict(
@@ -85,6 +105,18 @@ def show(page: str) -> str:
     with redirect_stdout(printed):
         assert train_gpt.load_tool("sweeps/lab/show.py")[page[2:].replace("-", "_")]({}) == 0
     return printed.getvalue().strip()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        if item.path.name in FAST_FILES:
+            item.add_marker("fast")
+
+
+def pytest_ignore_collect(collection_path: Path, config) -> bool | None:
+    """With `-m fast` no other file is read: importing all of them takes longer than many of the tests."""
+    is_slow_file = collection_path.suffix == ".py" and collection_path.name not in FAST_FILES
+    return True if is_slow_file and config.option.markexpr == "fast" else None
 
 
 @pytest.fixture(scope="session")  # so that hypothesis can use it
