@@ -1684,7 +1684,7 @@ def read_text_size(cache: Path, key: str) -> TextSize | None:
 #
 # Token ids go in, softcapped logits come out. `plan_layers` decides once what each effective layer does;
 # the forward pass walks that plan. Names and shapes in the state dict are the official script's, so its
-# checkpoints load. Each parameter says, where it is made, which optimiser trains it (`role`).
+# checkpoints load. Each parameter says, where it is made, which optimiser trains it (`with_role`).
 # ----------------------------------------------------------------------------------------------------------
 MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
 REPEATED = "NUM_REPEATS!=1"
@@ -1949,7 +1949,7 @@ class ModelKnobs:
         )
 
 
-def role(parameter: nn.Parameter, name: str) -> nn.Parameter:
+def with_role(parameter: nn.Parameter, name: str) -> nn.Parameter:
     """Say which optimiser settings train a parameter; the table is `role_settings` in section 9.
 
     "matrix": Muon; "embed", "head", "scalar": Adam, each with a learning rate of its own.
@@ -1979,14 +1979,14 @@ class Linear(nn.Linear):
         trained_as: str = "matrix",
     ):
         super().__init__(inputs, outputs, bias=False)
-        role(self.weight, trained_as)
+        with_role(self.weight, trained_as)
         if zero_init:
             nn.init.zeros_(self.weight)
         self.lora_a = None
         self.lora_b = None
         if rank:
-            self.lora_a = role(nn.Parameter(torch.randn(repeats, rank, inputs) / inputs**0.5), "scalar")
-            self.lora_b = role(nn.Parameter(torch.zeros(repeats, outputs, rank)), "scalar")
+            self.lora_a = with_role(nn.Parameter(torch.randn(repeats, rank, inputs) / inputs**0.5), "scalar")
+            self.lora_b = with_role(nn.Parameter(torch.zeros(repeats, outputs, rank)), "scalar")
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
         """x [..., inputs] -> [..., outputs], for the block's run number `repeat`."""
@@ -1997,7 +1997,7 @@ class Linear(nn.Linear):
         return y + F.linear(inner, self.lora_b[repeat].to(x.dtype))
 
 
-# -- Attention on a CPU: speed only. A reader who runs on a GPU can skip to `attend`. -----------------------
+# -- Attention on a CPU: speed only. A reader who runs on a GPU can skip to `attend`. --------------------
 QUERY_BLOCK = 128  # queries that are scored together
 LONGEST_BLOCKED = 2048  # tokens; beyond, scaled_dot_product_attention is as fast (benchmarks/NOTES.md)
 
@@ -2115,7 +2115,7 @@ class Attention(nn.Module):
         self.c_k = Linear(width, cfg.num_kv_heads * cfg.head_dim)
         self.c_v = Linear(width, cfg.num_kv_heads * cfg.head_dim)
         self.proj = Linear(width, width, zero_init=True, repeats=cfg.num_repeats, rank=cfg.repeat_lora_rank)
-        self.q_gain = role(nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)), "scalar")
+        self.q_gain = with_role(nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)), "scalar")
 
     def forward(
         self,
@@ -2229,9 +2229,11 @@ class Block(nn.Module):
         width = cfg.model_dim
         self.attn = Attention(cfg)
         self.mlp = MLP(cfg)
-        self.attn_scale = role(nn.Parameter(torch.ones(width)), "scalar")
-        self.mlp_scale = role(nn.Parameter(torch.ones(width)), "scalar")
-        self.resid_mix = role(nn.Parameter(torch.stack((torch.ones(width), torch.zeros(width)))), "scalar")
+        self.attn_scale = with_role(nn.Parameter(torch.ones(width)), "scalar")
+        self.mlp_scale = with_role(nn.Parameter(torch.ones(width)), "scalar")
+        self.resid_mix = with_role(
+            nn.Parameter(torch.stack((torch.ones(width), torch.zeros(width)))), "scalar"
+        )
         self.is_parallel = cfg.parallel_block
         self.norms_attention = cfg.sandwich_norm and not cfg.parallel_block
         self.attentions = 2 if cfg.attn_recycle else 1
@@ -2290,8 +2292,8 @@ class GPT(nn.Module):
 
         # The order in which weights are made is part of what a seed means.
         self.tok_emb = nn.Embedding(cfg.vocab_size, width)
-        role(self.tok_emb.weight, "embed")
-        self.skip_weights = role(nn.Parameter(torch.ones(skips, width)), "scalar")
+        with_role(self.tok_emb.weight, "embed")
+        self.skip_weights = with_role(nn.Parameter(torch.ones(skips, width)), "scalar")
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(blocks))
         self.lm_head = None
         if cfg.tie_embeddings:
@@ -2304,21 +2306,21 @@ class GPT(nn.Module):
             nn.Embedding(cfg.vocab_size, width) for _ in range(cfg.num_value_embeds)
         )
         for table in self.value_embeds:
-            role(table.weight, "embed")
+            with_role(table.weight, "embed")
         self.value_scales = None
         if cfg.num_value_embeds:
             scales = torch.zeros(cfg.depth, cfg.num_value_embeds, width)
-            self.value_scales = role(nn.Parameter(scales), "scalar")
+            self.value_scales = with_role(nn.Parameter(scales), "scalar")
         self.loop_embed = None
         self.cross_repeat_scales = None
         if cfg.num_repeats > 1:
-            self.loop_embed = role(nn.Parameter(torch.zeros(cfg.depth, width)), "scalar")
+            self.loop_embed = with_role(nn.Parameter(torch.zeros(cfg.depth, width)), "scalar")
             if cfg.cross_repeat_skip:
                 scales = torch.zeros(cfg.num_layers, cfg.num_repeats - 1, width)
-                self.cross_repeat_scales = role(nn.Parameter(scales), "scalar")
+                self.cross_repeat_scales = with_role(nn.Parameter(scales), "scalar")
         self.value_mix = None
         if cfg.value_residual:
-            self.value_mix = role(nn.Parameter(torch.full((cfg.depth, 2), 0.5)), "scalar")
+            self.value_mix = with_role(nn.Parameter(torch.full((cfg.depth, 2), 0.5)), "scalar")
 
     def register_rotation(self, cfg: Config) -> None:
         """Buffers of the rotary positions, cos and sin [T, head_dim / 2], for the longest context used."""
@@ -2965,7 +2967,7 @@ GROUP_OF_MODULE = {
 }
 
 
-# -- Clips: sizes |w| [r, c] -> candidates [n, r]; a row keeps the one that loses least --------------------
+# -- Clips: sizes |w| [r, c] -> candidates [n, r]; a row keeps the one that loses least ------------------
 # NumPy takes the quantiles, since torch.quantile stops at 16 million numbers.
 
 
@@ -2997,7 +2999,7 @@ CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-# -- Codecs ------------------------------------------------------------------------------------------------
+# -- Codecs ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -3123,7 +3125,7 @@ class QuantiseKnobs:
     )
 
 
-# -- How each tensor is stored -----------------------------------------------------------------------------
+# -- How each tensor is stored ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -3191,7 +3193,7 @@ def quant_name(cfg: Config) -> str:
     return "q" + "-".join(map(str, levels))
 
 
-# -- Weights to integers -----------------------------------------------------------------------------------
+# -- Weights to integers ---------------------------------------------------------------------------------
 
 
 def pick_quantiser(cfg: Config) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -3231,7 +3233,7 @@ def round_to_steps(weight: Tensor, steps: Tensor, levels: int) -> Tensor:
     return (weight / steps[:, None]).round().clamp(-levels, levels)
 
 
-# -- The file ----------------------------------------------------------------------------------------------
+# -- The file --------------------------------------------------------------------------------------------
 
 
 def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
@@ -3343,7 +3345,7 @@ def decode_tensors(raw: bytes, start: int, table: list) -> dict[str, Tensor]:
     return {name: state[name] for name, *_ in table}
 
 
-# -- Sizes -------------------------------------------------------------------------------------------------
+# -- Sizes -----------------------------------------------------------------------------------------------
 
 
 def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
@@ -3359,7 +3361,7 @@ def predict_size(cfg: Config, model: GPT) -> int:
     return int(TRAINED_RATIO * payload_bytes(cfg, state) - saved_bytes)
 
 
-# ----------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 12. SCORE: windows, test-time training
 #
 # A model and the Validation of section 6 flow in, a Score flows out: the nats of every target, each counted
@@ -3367,7 +3369,7 @@ def predict_size(cfg: Config, model: GPT) -> int:
 # to i for it. `evaluate` scores a model, in training and at the end: it plans the turns of all ranks, scores
 # the windows of each, and lets test-time training learn from a chunk once all its targets have a score.
 # The scorers that a run ends with stand after the Hedge mixer, the last of them, in section 13.
-# ----------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def sgd_with_momentum(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
@@ -3802,7 +3804,7 @@ class TestTimeTraining:
             param.data.copy_(packed + b @ a)
 
 
-# ----------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # 13. HEDGE MIXER: the last score, mixed with n-grams of the text read so far
 #
 # The validation tokens and their nats by the neural model flow in, their nats by the mixture flow out, all on
@@ -3814,7 +3816,7 @@ class TestTimeTraining:
 # (experiment_log.md, 2026-11-24). So a large tensor is dropped at its last use, by `del` or because the
 # function that holds it returns.
 # The list of all scorers closes the section, since this is the last of them.
-# ----------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 EXPERT_SHARES = (
     0.0,
@@ -4375,7 +4377,7 @@ CHECKED_TYPES = {
 }
 
 
-# -- Reading what torch.save wrote -------------------------------------------------------------------------
+# -- Reading what torch.save wrote -----------------------------------------------------------------------
 
 
 def read_saved(path: Path | str, knob_name: str = "") -> object:
@@ -4430,7 +4432,7 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
     model.load_state_dict(state)
 
 
-# -- Checkpoints of a run ----------------------------------------------------------------------------------
+# -- Checkpoints of a run --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -5772,7 +5774,7 @@ class MuseumKnobs:
     )
 
 
-# -- Learning-rate curves ----------------------------------------------------------------------------------
+# -- Learning-rate curves --------------------------------------------------------------------------------
 # Effects are those of 120 steps of a 0.6 M parameter model against COSINE_LR=1, three seeds
 # (experiment_log.md). ROOT_FIRST and CORAL_LR have a hook of the point "lr_share" besides.
 
@@ -6253,7 +6255,7 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-# -- A run, from knobs to exit code (section 18) -----------------------------------------------------------
+# -- A run, from knobs to exit code (section 18) ---------------------------------------------------------
 
 
 def execute(cfg: Config, env: Mapping[str, str]) -> int:
@@ -6442,7 +6444,7 @@ def pack_artifact(run: Run) -> Artifact:
     return artifact
 
 
-REPORTS = ("--dry-run", "--doctor", "--list-ideas", "--knob-table")  # made by sweeps/show.py
+REPORTS = ("--dry-run", "--doctor", "--list-ideas", "--knob-table")  # made by sweeps/lab/show.py
 
 
 def describe_version() -> str:
@@ -6462,7 +6464,7 @@ def run_command(arguments: list[str], env: Mapping[str, str]) -> int:
         return 0
     if len(arguments) == 1 and arguments[0] in REPORTS:
         report = arguments[0].removeprefix("--").replace("-", "_")
-        return load_tool("sweeps/show.py")[report](env)
+        return load_tool("sweeps/lab/show.py")[report](env)
     raise RunError(f"unknown argument {arguments}: knobs are environment variables; --help")
 
 

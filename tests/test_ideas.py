@@ -339,7 +339,7 @@ def test_mirrored_sequences_predict_what_is_read_next(tiny, monkeypatch):
 def test_mixup_moves_towards_the_token_before_and_leaves_the_first(tiny):
     cfg, x = Config(embed_mixup=0.5), torch.randn(3, 7, 4)
     ids = torch.randint(99, (3, 7))
-    mixed = train_gpt.embed_mixup(cfg, x, ids, dials(cfg))
+    mixed = train_gpt.embed_mixup(cfg, x, ids, Dials.of(dials(cfg)))
     assert torch.equal(mixed[:, 0], x[:, 0])
     r = ((mixed - x)[:, 1:] / (x[:, :-1] - x[:, 1:])).double()
     assert (r.std(-1) < 1e-4).all() and r.min() >= 0 and r.max() <= 0.5 and r.mean(-1).std() > 0.05
@@ -350,7 +350,7 @@ def test_mixup_moves_towards_the_token_before_and_leaves_the_first(tiny):
 )
 def test_dropped_inputs_are_zero_and_the_others_made_up_for(name, p, share):
     cfg, x = Config(**{name: 0.3}), torch.ones(16, 32, 24)
-    out = dict(HOOKS["input"])[name](cfg, x, torch.randint(99, (16, 32)), dials(cfg, p))
+    out = dict(HOOKS["input"])[name](cfg, x, torch.randint(99, (16, 32)), Dials.of(dials(cfg, p)))
     values, counts = out.unique(return_counts=True)
     assert values.tolist() == pytest.approx([0, 1 / (1 - share)] if share else [1])
     by_place = (out == 0).float().mean(-1)
@@ -768,13 +768,17 @@ def test_the_transforms_no_optimiser_feels_are_named(optimiser):
 # --- the command line and whole runs ---
 
 
-def test_the_list_names_every_idea_with_its_state_and_source():
-    rows = {line.split()[0]: line for line in show("--list-ideas").splitlines()[3:]}
+def test_the_list_names_every_idea_with_its_state_source_and_meaning():
+    lines = show("--list-ideas").splitlines()
+    rows = {
+        line.split()[0]: (line, lines[number + 1]) for number, line in enumerate(lines) if line[:1].isupper()
+    }
     ideas = {f.name.upper(): f.metadata for f in fields(Config) if f.metadata["fate"]}
-    assert set(rows) == set(ideas)
+    assert set(rows) - {"How"} == set(ideas)
     for name, about in ideas.items():
-        assert about["fate"] in FATES and about["fate"] in rows[name]
-        assert about["source"] in rows[name] and about["doc"] in rows[name]
+        head, meaning = rows[name]
+        assert about["fate"] in FATES and about["fate"] in head and about["source"] in head
+        assert meaning.strip().startswith(about["doc"])
 
 
 def test_every_table_entry_is_an_idea():

@@ -479,7 +479,7 @@ def test_a_model_knob_changes_the_logits(tiny, name):
 
 def test_no_model_knob_is_left_untested():
     known = {f.name for f in fields(Config) if f.metadata["role"] == "model"}
-    ideas = {f.name for f in fields(Config) if f.metadata["idea"]}  # test_ideas.py
+    ideas = {f.name for f in fields(Config) if f.metadata["fate"]}  # test_ideas.py
     assert known - ideas == (set(ACTS) | ACT_ELSEWHERE) - ideas
 
 
