@@ -3691,7 +3691,7 @@ def plan_turns(cfg: Config, data: Validation, runtime: Runtime, stride: int, lea
     return planned
 
 
-# The pass: windows -> nats.
+# -- The pass: windows -> nats ---------------------------------------------------------------------------
 
 
 class PaddedWindows(NamedTuple):
@@ -3944,7 +3944,7 @@ class HedgeKnobs:
     )
 
 
-# Exact counts and sums.
+# -- Exact counts and sums -------------------------------------------------------------------------------
 
 
 class Groups(NamedTuple):
@@ -4035,7 +4035,7 @@ def distinct_followers(matches: Tensor, by_context: Tensor, context_begins: Tens
     return scatter(by_context, earlier_new - earlier_new[context_begins])
 
 
-# The n-gram model.
+# -- The n-gram model ------------------------------------------------------------------------------------
 
 
 def ngram_probabilities(tokens: Tensor, vocab: int, highest_order: int) -> tuple[Tensor, Tensor]:
@@ -4148,7 +4148,7 @@ def gate_facts(codes: Tensor, recent: Tensor) -> Tensor:
     return torch.cat((uses / 32, followers / 32, followers == CODE_OF_ONE, is_longest, recent)).T
 
 
-# Hedge.
+# -- Hedge -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -4691,7 +4691,7 @@ class Run:
         model = self.model
 
         def nats(ids, target_ids, positions=None, depth=None):
-            return token_nats(model, ids, target_ids, positions, depth)
+            return token_nats(model, ids, target_ids, positions, depth=depth)
 
         self.nats = self.runtime.compile(nats)
 
