@@ -60,7 +60,7 @@ TWO_RANKS = ("depth", "sliding_hedge")  # run with one rank and with two
 
 VALIDATION_TOKENS = 16_384  # of the corpus's 362,211: the scores take a second, not ten
 STOP_AFTER = 12  # steps; a checkpoint is there by then, and the first change of depth is over
-PATIENCE = 600  # seconds that any of the processes may take
+PATIENCE = 1200  # seconds that a run may take; on idle cores it takes 10 to 30
 
 
 class Failed(Exception):

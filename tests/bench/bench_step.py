@@ -54,6 +54,8 @@ class Version:
         m, began = self.module, time.perf_counter()
         cfg = m.Config.from_env(self.knobs)
         device = torch.device("cuda" if torch.cuda.is_available() and cfg.device != "cpu" else "cpu")
+        setting = getattr(cfg, "deterministic", "0")  # older versions have no such knob
+        self.deterministic = setting == "1" or setting == "auto" and device.type == "cpu"
         compiles = m.pick_compile(cfg.compile, device)[0]
         runtime = m.Runtime(device, dtype=m.DTYPES[m.pick_dtype(cfg.dtype, device)], compiles=compiles)
         torch.manual_seed(cfg.seed)
@@ -70,6 +72,8 @@ class Version:
     def step(self) -> float:
         """Take one step, note its milliseconds; returns the loss."""
         torch.set_num_threads(self.threads)
+        torch.use_deterministic_algorithms(self.deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = False
         self.run.runtime.synchronize()
         began = time.perf_counter()
         loss = self.module.train_step(self.run, self.optimisers, self.batch, self.plan, self.limit)
@@ -77,11 +81,18 @@ class Version:
         self.times.append(1000 * (time.perf_counter() - began))
         return loss.item()
 
+    def describe_machine(self) -> dict[str, object]:
+        """The device and the setting; of a version whose Runtime knows less, too."""
+        runtime = self.run.runtime
+        known = train_gpt.Runtime(runtime.device, dtype=runtime.dtype, compiles=runtime.compiles)
+        return train_gpt.describe_machine(known)
+
     def row(self, first: Version) -> dict[str, object]:
         """What is printed and kept; quartiles in brackets in the text, all times in the JSON."""
         ratios = [a / b for a, b in zip(first.times, self.times, strict=True)]
         low, _, high = quantiles(ratios, n=4)
-        found = dict(script=self.path.name, threads=self.threads, ms=round(median(self.times), 1))
+        found = dict(script=self.path.name, threads=self.threads, deterministic=self.deterministic)
+        found |= dict(ms=round(median(self.times), 1))
         found |= dict(speed=round(median(ratios), 3), quartiles=[round(low, 3), round(high, 3)])
         found |= dict(first_two_steps_seconds=round(self.built, 1), second_loss=self.loss)
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()
@@ -113,7 +124,8 @@ def main() -> None:
         start = f"first two steps {row['first_two_steps_seconds']} s, loss {row['second_loss']:.6f}"
         print(f"{row['script']} threads:{row['threads']} {pace}; {start}")
     torch.set_num_threads(threads[0])  # the device is described with the first version's threads
-    machine = train_gpt.describe_machine(versions[0].run.runtime)
+    machine = versions[0].describe_machine()
+    machine.pop("deterministic")  # each version has its own
     report = dict(benchmark="steps in turn", commit=commit(), knobs=knobs, rounds=options.rounds)
     text = json.dumps(report | dict(machine=machine, versions=rows), indent=1)
     if options.out:
