@@ -3594,7 +3594,7 @@ class Score:
         return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
 
 
-# The plan: which windows are scored in which turn, on which rank.
+# -- The plan: which windows are scored in which turn, on which rank -------------------------------------
 
 
 class Window(NamedTuple):
@@ -4078,7 +4078,7 @@ def context_bins(codes: Tensor) -> Tensor:
     return (longest[0] * 11 + uses.clamp(max=10)) * 7 + followers.clamp(max=6)
 
 
-# The gate: a share of the n-gram for each token, learnt on the way.
+# -- The gate: a share of the n-gram for each token, learnt on the way -----------------------------------
 
 
 class ShareGate:

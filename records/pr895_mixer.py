@@ -119,7 +119,8 @@ def compare(artifact: str, folder: str, tokenizer_path: str, stride: int) -> dic
     state, header = ours.unpack(Path(artifact).read_bytes(), artifact)
     asked = replace(ours.Config(), data_path=folder, tokenizer_path=tokenizer_path, eval_only=artifact)
     cfg = replace(ours.artifact_config(asked, {}, header), compile="0")
-    ours.require(1 <= stride <= cfg.eval_length, f"--stride {stride} is not in 1 .. {cfg.eval_length}")
+    if not 1 <= stride <= cfg.eval_length:
+        raise ours.RunError(f"--stride {stride} is not in 1 .. {cfg.eval_length}")
     data = ours.load_validation(cfg, ours.load_tokenizer(cfg))
     with ours.Runtime.launch(cfg, {}) as runtime:
         nats, entropy = neural(cfg, runtime, state, data, artifact, stride)
