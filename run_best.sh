@@ -26,6 +26,7 @@ usage() {
   echo
   echo "KNOB=VALUE wins over the environment, that over $overlay (laid on where torch"
   echo "sees no CUDA GPU or DEVICE=cpu), that over the preset. --dry-run, --check: do not train."
+  echo "PACKED=1 packs the script into OUT_DIR and runs it as it would ship (records/README.md)."
   echo "Relative paths count from the script's folder. All knobs: python train_gpt.py --help"
 }
 
@@ -94,6 +95,17 @@ supervise() {
   trap - TERM INT
 }
 
+# Packs train_gpt.py into a folder and leaves its path in `script`. A run that goes on keeps the packed script
+# that it began with: its checkpoints belong to that.
+pack_into() {
+  script=$1/train_gpt.py
+  if [[ ${RESUME:-0} != 0 && -f $script ]]; then
+    say "goes on with the packed script in $1"
+  else
+    "$PYTHON" records/pack_script.py -o "$script"
+  fi
+}
+
 preset='' dry_run=''
 for argument in "$@"; do
   case $argument in
@@ -115,6 +127,9 @@ for argument in "$@"; do
   esac
 done
 preset=${preset:-best}
+packed=${PACKED:-0} script=train_gpt.py
+[[ $packed == [01] ]] || misuse "PACKED=$packed is neither 0 nor 1"
+unset PACKED  # it is no knob
 
 use_python requirements.txt
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
@@ -133,11 +148,21 @@ if [[ ${RESUME:-} == auto && -z ${RUN_ID-}${OUT_DIR-} ]]; then RUN_ID=$(unfinish
 export RUN_ID=${RUN_ID:-$preset-$(date -u +%Y%m%d-%H%M%S)}
 export OUT_DIR=${OUT_DIR:-runs/$RUN_ID}
 
-if [[ -n $dry_run ]]; then exec "$PYTHON" train_gpt.py --dry-run; fi
+if [[ -n $dry_run ]]; then
+  if ((packed)); then
+    mkdir -p runs
+    folder=$(mktemp -d runs/.packed-XXXXXX)
+    trap 'rm -rf "$folder"' EXIT
+    pack_into "$folder"
+  fi
+  "$PYTHON" "$script" --dry-run
+  exit
+fi
+if ((packed)); then pack_into "$OUT_DIR"; fi
 run=("$PYTHON")
 ((gpus < 2)) || run+=(-m torch.distributed.run --standalone "--nproc_per_node=$gpus")
 say "run $RUN_ID on $gpus GPU, files in $OUT_DIR"
-supervise "${run[@]}" train_gpt.py
+supervise "${run[@]}" "$script"
 
 log=$OUT_DIR/logs/$RUN_ID.jsonl
 # torchrun turns every failure into 1; the run's own code stands in its log.

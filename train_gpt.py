@@ -4,22 +4,39 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py  the same run on eight GPUs
     SEED=7 MATRIX_LR=0.03 python train_gpt.py              every knob is an environment variable
     python train_gpt.py --help                             all knobs: default, range, meaning
+    python train_gpt.py --version                          this script's version and the hash of its bytes
     python train_gpt.py --list-ideas                       the published ideas: state, source, formula
     python train_gpt.py --dry-run                          what this run would be; trains nothing
     python train_gpt.py --doctor                           is all that it needs here?
     EVAL_ONLY=final_model.int8.ptz python train_gpt.py     score a packed model again
 
+What is in it:
+  - a GPT with grouped-query attention, RoPE, QK norm, U-Net skips, tied or untied head; blocks that repeat
+    (PR #895) with progressive depth, value embeddings, value residual, XSA
+  - Muon for the blocks' matrices, Adam for the rest, over any number of ranks; SWA, EMA
+  - int8 and fewer levels, four ways to clip, zstd or zlib, a container that loads without executing anything
+  - scores of every validation token exactly once: official windows, sliding windows, test-time training
+    that scores first, a Hedge mixture with exact n-grams
+  - exact resume, one log line for every surprise, exit codes
+  - a museum of published ideas that did not pay (section 17), each behind its own knob
+
 Exit codes: 0 ok, 2 bad knob or input, 3 over 16,000,000 bytes, 4 over the evaluation budget, 5 diverged,
 6 a graph was compiled inside the training clock, 7 a score fails SCORE_CHECK, 8 another rank was lost,
 75 stopped by SIGTERM or SIGINT, to go on from a checkpoint with RESUME=auto.
 
-Sections: 1 Knobs, 2 Runtime and logs, 3 Progress and schedules, 4 Data, 5 Bytes, 6 Model, 7 Optimisers,
-8 Quantise and pack, 9 Score, 10 Train, 11 Main.
+Sections follow the life of a run, and each names only those above it: 1 Head, 2 Knob machinery,
+3 Runtime and logs, 4 Schedules, 5 Data, 6 Bytes, 7 Model, 8 Loss and hooks, 9 Optimisers, 10 Averages,
+11 Quantise and pack, 12 Score, 13 Hedge mixer, 14 Checkpoints, 15 Train, 16 Report, 17 Museum,
+18 Config and main.
+
+Where to start reading: `train` (section 15) is the loop; `GPT.logits` (7) the forward pass; `training_loss`
+(8) what is minimised; `Optimisers.step` (9) the update; `execute` (18) a whole run.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import itertools
@@ -37,7 +54,6 @@ import struct
 import subprocess
 import sys
 import time
-import timeit
 import traceback
 import zipfile
 import zlib
@@ -45,11 +61,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache, partial
 from pathlib import Path
-from statistics import median, median_low
+from statistics import median_low
+from typing import NamedTuple, TextIO, TypedDict
 
 import numpy as np
 import sentencepiece
@@ -58,401 +75,589 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-OVER_SIZE, OVER_EVAL_TIME, DIVERGED, RECOMPILED, ILLEGAL_SCORE, LOST_RANK, PREEMPTED = 3, 4, 5, 6, 7, 8, 75
-SIZE_LIMIT = 16_000_000  # decimal bytes of code + packed model, the challenge's rule
+VERSION = "1.0.0"
+
+# Exit codes, as the head of this file lists them.
+BAD_INPUT = 2
+OVER_SIZE = 3
+OVER_EVAL_TIME = 4
+DIVERGED = 5
+RECOMPILED = 6
+ILLEGAL_SCORE = 7
+LOST_RANK = 8
+PREEMPTED = 75
+
+SIZE_LIMIT = 16_000_000  # decimal bytes of code + packed model: the challenge's rule
 
 
-class RunError(Exception):  # ends the run with one line for the user; exit code 2, a bad input, unless said
-    def __init__(self, message: str, code: int = 2, alone: bool | None = None):
+class RunError(Exception):
+    """Ends the run with one line for the user and an exit code.
+
+    lone_rank: True where the other ranks do not know of the error, so that this rank must print it itself;
+    None until that is decided.
+    """
+
+    def __init__(self, message: str, code: int = BAD_INPUT, lone_rank: bool | None = None):
         super().__init__(message)
-        self.code, self.alone = code, alone  # alone: other ranks do not know it
+        self.code = code
+        self.lone_rank = lone_rank
 
 
-def require(condition: object, message: str, code: int = 2, alone: bool | None = None) -> None:
-    if not condition:
-        raise RunError(message, code, alone)
+# ----------------------------------------------------------------------------------------------------------
+# 2. KNOB MACHINERY
+#
+# A knob is a field of a frozen dataclass: DataKnobs, ModelKnobs, ... stand by the code that they steer and
+# section 18 joins them into `Config`. Each is set by the environment variable of its name in capitals.
+# A hook is a function that hangs a term or an edit on one of eight points of the training; it runs when its
+# knob is off its default. To add an idea that fits a point: one knob, one hook, nothing else.
+# ----------------------------------------------------------------------------------------------------------
+KNOB_ROLES = ("train", "model", "pack", "place")
+FATES = ("works", "rejected", "broken", "not run")
 
-
-# 1. KNOBS: everything a run can be told, declared once
-# The official control tensors, then those of PR #895: they too are float32 wherever they are kept.
-OFFICIAL = "attn_scale attn_scales mlp_scale mlp_scales resid_mix resid_mixes q_gain skip_weight skip_weights"
-CONTROL_NAMES = (*OFFICIAL.split(), "loop_embed", "value_scales", "cross_repeat_scales", "value_mix")
-MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
-CLIP_CHOICES = ("official", "max", "gptq_lite", "grid")
-CURVES = "TIDAL_LR COSINE_LR BREATHING_LR WHALE_LR CIRCADIAN_LR COSMO_LR PUNCTUATED_LR ROOT_FIRST CORAL_LR"
-NO_SCHEDULE = ",".join(f"{name}=0" for name in CURVES.split())
-TTT_KINDS = dict(sgd=partial(torch.optim.SGD, momentum=0.9), adam=torch.optim.Adam)
-NOT_BUILT = "BIGRAM_VOCAB_SIZE BIGRAM_DIM"  # published switches that are not here: refused unless off
-COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}  # others' too, as in MAX_JOBS
 # Far beyond any use: a typo, or a forged artifact, cannot ask for endless layers or overflow in torch.
-FEW = dict.fromkeys(["num_layers", "num_repeats", "num_value_embeds", "mlp_mult", "muon_backend_steps"], 999)
-MOST = FEW | dict(model_dim=2**16, train_seq_len=2**20, eval_seq_len=2**20, int=2**32, float=2.0**100)
-# broken: it did something else than its description, nothing, or crashed; ours does what was described.
-STATES = "works", "rejected", "broken", "not run"
+MOST_OF_TYPE = {"int": 2**32, "float": 2.0**100}
 
 
-def knob(default, doc: str, *, low=None, high=None, choices=(), needs="", role="train", **about):
-    """A Config field, set by the environment variable of its name in capitals. needs: comma list of
-    `NAME=VALUE` / `NAME!=VALUE` without which it does nothing. role: "train" and "pack" shape the result, so
-    does "model", stored in the artifact; "place" stays out of the config hash. idea: its fate, of STATES."""
-    limits = dict(low=low, high=high, choices=choices, needs=needs, role=role)
-    return field(default=default, metadata=dict(doc=doc, idea="", source="PR #1434") | limits | about)
+def knob(
+    default,
+    doc: str,
+    *,
+    source: str,
+    low: float | None = None,
+    high: float | None = None,
+    most: float | None = None,
+    choices: tuple[str, ...] = (),
+    needs: str = "",
+    role: str = "train",
+    effect: str = "",
+    fate: str = "",
+):
+    """Declare a Config field.
+
+    low, high: the range that makes sense, shown by --help. most: a bound against typos only.
+    needs: comma list of `NAME=VALUE`, `NAME!=VALUE` or NO_OTHER_SCHEDULE, without which it does nothing.
+    role: "train" and "pack" shape the result; so does "model", which an artifact stores as well; "place" is
+    where and how the run happens, and stays out of the config hash.
+    source: the paper, pull request or record that it comes from; "official" is the baseline's own script.
+    effect: what it was measured to do here; "" = not measured. fate: of a published idea, one of FATES;
+    "broken" means that the published code did something else than its description, nothing, or crashed, and
+    that ours does what was described.
+    """
+    metadata = dict(
+        doc=doc,
+        source=source,
+        low=low,
+        high=high,
+        most=most,
+        choices=choices,
+        needs=needs,
+        role=role,
+        effect=effect,
+        fate=fate,
+    )
+    return field(default=default, metadata=metadata)
 
 
-shape_knob, place, pack_knob = (partial(knob, role=role) for role in ("model", "place", "pack"))
-works, rejected, broken, not_run = (partial(knob, idea=state) for state in STATES)
-SHARE, TTT, HEDGE = dict(low=0, high=0.999), dict(needs="TTT_STEPS!=0"), dict(needs="USE_HEDGE=1")
-FLAT, FLAT_WON = dict(needs="NUM_REPEATS=1"), dict(needs="NUM_REPEATS=1", idea="works")
-linear, REPEATS = partial(knob, low=0, needs=NO_SCHEDULE), "NUM_REPEATS!=1"
+NO_OTHER_SCHEDULE = "no other schedule"  # in `needs`: each knob with a hook of the point "schedule" is off
+
+
+class Need(NamedTuple):
+    """One condition without which a knob has no effect: another knob's value, or that it is not so."""
+
+    name: str
+    operator: str  # "=" or "!="
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.operator}{self.text}"
+
+
+def needs_of(knob_field: Field) -> list[Need]:
+    """The conditions in a knob's `needs`, one by one."""
+    needs = []
+    for condition in filter(None, knob_field.metadata["needs"].split(",")):
+        if condition == NO_OTHER_SCHEDULE:
+            needs += [Need(name.upper(), "=", "0") for name, _ in HOOKS["schedule"]]
+        else:
+            needs.append(Need(*re.fullmatch(r"(\w+)(!?=)(.*)", condition).groups()))
+    return needs
+
+
+def unmet_needs(
+    knob_field: Field, values: Mapping[str, object], knob_fields: Mapping[str, Field]
+) -> list[Need]:
+    """The conditions that do not hold. values, knob_fields: of every knob, by its field's name."""
+    unmet = []
+    for need in needs_of(knob_field):
+        name = need.name.lower()
+        is_equal = values[name] == parse_knob(knob_fields[name], need.text)
+        if is_equal != (need.operator == "="):
+            unmet.append(need)
+    return unmet
+
+
+def parse_knob(knob_field: Field, text: str):
+    """The knob's value from the text of its environment variable; RunError if it does not fit the type."""
+    wanted = "text"
+    try:
+        if knob_field.type == "bool":
+            wanted = "0 or 1"
+            return {"0": False, "1": True}[text]
+        if knob_field.type == "int":
+            wanted = "a whole number"
+            return int(text)
+        if knob_field.type == "float":
+            wanted = "a finite number"
+            value = float(text)
+            if math.isfinite(value):
+                return value
+            raise ValueError
+        if knob_field.type == "tuple[str, ...]":
+            return tuple(filter(None, text.split(",")))
+        return text
+    except (KeyError, ValueError):
+        raise RunError(f"{knob_field.name.upper()}={text!r} is not {wanted}") from None
+
+
+def check_limits(knob_field: Field, value) -> None:
+    """RunError if a value is outside its knob's range or choices."""
+    name = knob_field.name.upper()
+    limits = knob_field.metadata
+    most = limits["most"] or MOST_OF_TYPE.get(knob_field.type)
+    if most and not abs(value) <= most:  # NaN is above nothing, so that the comparison must not be turned
+        raise RunError(f"{name}={value} is beyond any use; {most} is the most")
+    if limits["low"] is not None and value < limits["low"]:
+        raise RunError(f"{name}={value} is below {limits['low']}")
+    if limits["high"] is not None and value > limits["high"]:
+        raise RunError(f"{name}={value} is above {limits['high']}")
+    if limits["choices"] and value not in limits["choices"]:
+        raise RunError(f"{name}={value!r} is not one of {', '.join(limits['choices'])}")
+
+
+def knob_text(value) -> str:
+    """A knob's value as its environment variable would spell it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value)
+
+
+class KnobRow(NamedTuple):
+    """What tables say of a knob: --help, --knob-table and --list-ideas are made of these."""
+
+    name: str
+    default: str
+    allowed: str
+    doc: str
+    fate: str
+    source: str
+    effect: str
+    group: str
+
+
+def knob_rows(config_type: type) -> Iterator[KnobRow]:
+    """A row for every knob, grouped by the section that declares it, in the order of the sections."""
+    for group in reversed(config_type.__mro__):
+        if is_dataclass(group) and group is not config_type:
+            for knob_field in fields(group):
+                yield knob_row(knob_field, group.__name__.removesuffix("Knobs"))
+
+
+def knob_row(knob_field: Field, group: str) -> KnobRow:
+    """The table row of one knob."""
+    about = knob_field.metadata
+    limits = []
+    if about["low"] is not None:
+        limits.append(f">= {about['low']}")
+    if about["high"] is not None:
+        limits.append(f"<= {about['high']}")
+    allowed = " ".join(about["choices"]) or " ".join(limits)
+    if knob_field.type == "bool":
+        allowed = "0 1"
+    doc = about["doc"]
+    if about["needs"]:
+        doc += f" [needs {about['needs']}]"
+    return KnobRow(
+        name=knob_field.name.upper(),
+        default=knob_text(knob_field.default),
+        allowed=allowed,
+        doc=doc,
+        fate=about["fate"],
+        source=about["source"],
+        effect=about["effect"],
+        group=group,
+    )
+
+
+# What a hook of each point takes and gives. All of a point's hooks run, in the order written; of the
+# schedules one may be on.
+HOOK_POINTS = {
+    "schedule": "(cfg, progress, steps_left) -> learning-rate multiplier, instead of the linear warmdown",
+    "embedding": "(cfg, x [B, T, d], ids [B, T], dials) -> x, before the embedding's norm; training only",
+    "input": "(cfg, x [B, T, d], ids [B, T], dials) -> x, after the embedding's norm; training only",
+    "loss": "(cfg, seen) -> scalar that is added to the mean nats per token; training only",
+    "edit_gradients": "(cfg, weights, plan) -> None, of the gradients summed over ranks, before the clip",
+    "edit_weights": "(cfg, weights, plan) -> None, after the step",
+    "lr_share": "(weight, progress, blocks) -> the share of its step that a weight makes",
+    "decay": "(cfg, progress) -> weight decay of the blocks' matrices, multiplied by their learning rate",
+}
+HOOKS: dict[str, list[tuple[str, Callable]]] = {point: [] for point in HOOK_POINTS}
+
+
+def hook(point: str, knob: str) -> Callable[[Callable], Callable]:
+    """Decorator: run this function at that point whenever that knob is off its default."""
+
+    def register(function: Callable) -> Callable:
+        HOOKS[point].append((knob, function))
+        return function
+
+    return register
+
+
+def active(cfg: Config, point: str) -> list[Callable]:
+    """The hooks of a point whose knob is off its default, in the order written."""
+    return [function for knob_name, function in HOOKS[point] if cfg.is_changed(knob_name)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 3. RUNTIME AND LOGS: the only code that knows about devices, ranks and files
+#
+# `Runtime.launch` takes the knobs and torchrun's environment and gives the `Runtime` that a whole run is
+# handed: device, compute type, compiler, and how ranks talk. One process on a CPU is the same code, where
+# every method is a no-op or the identity. `claim_outputs` makes sure that no run writes over another, RunLog
+# writes both logs, `write_atomic` every other file. Section 18 calls these in that order.
+# ----------------------------------------------------------------------------------------------------------
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM: 4 times float32's products on an EPYC
+
+# The model files in OUT_DIR, by their official names; the integers of the second may have fewer levels.
+WEIGHTS_FILE = "final_model.pt"
+MODEL_FILE = "final_model.int8.ptz"
 
 
 @dataclass(frozen=True)
-class Config:
-    """All knobs of a run. Defaults are the official baseline's (openai/parameter-golf train_gpt.py)."""
+class RuntimeKnobs:
+    """Where a run happens and what its files are called; of these only DTYPE shapes the result."""
 
-    # -- data and length --
-    data_path: str = place("./data/datasets/fineweb10B_sp1024", "folder of *_{train,val}_*.bin shards")
-    tokenizer_path: str = place("./data/tokenizers/fineweb_1024_bpe.model", "its SentencePiece model")
-    data_shuffle: bool = knob(False, "visit training windows in an order drawn from SEED; 0 = shard order")
-    iterations: int = knob(20_000, "most optimiser steps; 0 = validate, pack and score only", low=0)
-    max_wallclock_seconds: float = knob(600.0, "training clock; 0 = none", low=0)
-    max_eval_seconds: float = place(600.0, "clock of the final scores; 0 = none", low=0)
-    checkpoint_seconds: float = place(0.0, "training seconds between checkpoints; 0 = at its end", low=0)
-    resume: str = place("0", "auto = go on from OUT_DIR's newest checkpoint, if any; or a checkpoint's path")
-    warmup_steps: int = place(20, "untimed steps that compile, then are undone", low=0)
-    train_batch_tokens: int = knob(524_288, "tokens per step over all ranks", low=1)
-    train_seq_len: int = shape_knob(1024, "training and validation context", low=2)
-    micro_batch_tokens: int = place(0, "tokens per forward pass and rank; 0 = fit the device", low=0)
-    val_batch_size: int = place(524_288, "validation tokens per pass, over eight devices", low=8)
-    # -- schedule --
-    warmdown_iters: int = linear(1200, "last steps of linear decay", needs=f"WARMDOWN_FRAC=0,{NO_SCHEDULE}")
-    warmdown_frac: float = linear(0.0, "the same as a share of the run; 0 = by steps", high=1)
-    lr_floor: float = linear(0.0, "where the linear decay ends", high=1)
-    tidal_lr: bool = works(False, "LR 0.1 -> 1 until p = TIDAL_WARMUP, then cosine back to 0.1")
-    tidal_warmup: float = broken(0.382, "share of the run Tidal rises; unread", **SHARE, needs="TIDAL_LR=1")
-    cosine_lr: bool = works(False, "LR f + (1-f)/2 (1 + cos(pi frac(COSINE_CYCLES p))), f = 0.1")
-    cosine_cycles: float = rejected(1.0, "cosine periods, each from the top", low=0.01, needs="COSINE_LR=1")
-    golden_lr: bool = broken(False, "cosine floor f = 0.382; its one run never trained", needs="COSINE_LR=1")
-    breathing_lr: bool = rejected(False, "LR 0.1 -> 1 until p = 4/19, 1 until 11/19, cosine back to 0.1")
-    whale_lr: bool = rejected(False, "3 dives: LR peaks at 1 - 0.285 p, each a tenth rise, cosine to 0.05")
-    circadian_lr: bool = rejected(False, "LR cosine + 0.15 (1-p) sin(16 pi p), >= 0.1; there sin(2 pi s/50)")
-    cosmo_lr: bool = rejected(False, "LR 0.05 -> 1 until p = 0.05, then (1 + 20 p)^-1/2")
-    punctuated_lr: bool = rejected(False, "LR 0.1 + 0.9 exp(-(p-c)^2 / 0.005), c = 1/4 1/2 3/4; code lost")
-    root_first: bool = broken(False, "cosine; all but the embedding rise 0.1 -> 1 until p = 0.2; was cosine")
-    coral_lr: bool = broken(False, "cosine; block i of n freezes at p = (1 + (i+1)/n) / 2; was plain cosine")
-    # -- model --
-    vocab_size: int = shape_knob(1024, "must equal the tokenizer's size", low=2, high=65_536)
-    num_layers: int = shape_knob(9, "transformer blocks", low=1)
-    num_repeats: int = shape_knob(1, "times the blocks run in turn, PR #895; above 1: no U-Net", low=1)
-    prog_depth: str = knob("", "progress:repeats,... e.g. 0.4:2,0.65:3,1.0:4; empty = off", needs=REPEATS)
-    cross_repeat_skip: bool = shape_knob(True, "+ scales * the block's output a repeat ago", needs=REPEATS)
-    repeat_lora_rank: int = shape_knob(0, "W + B_r A_r of proj in repeat r; lost there", low=0, needs=REPEATS)
-    num_value_embeds: int = shape_knob(0, "token tables added before each layer, scaled", low=0)
-    value_residual: bool = shape_knob(False, "values: a * the first layer's + b * own; lost there")
-    xsa_last_n: int = shape_knob(0, "last layers whose heads omit their own value; -1 all", low=-1)
-    encoder_layers: int = shape_knob(-1, "layers that feed U-Net skips; -1 half; 0 won", low=-1, **FLAT_WON)
-    weight_share: int = shape_knob(0, "layer i runs block i mod this; 0 off; crashed", low=0, idea="broken")
-    model_dim: int = shape_knob(512, "residual width", low=2)
-    num_heads: int = shape_knob(8, "query heads", low=1)
-    num_kv_heads: int = shape_knob(4, "key/value heads", low=1)
-    mlp_mult: float = shape_knob(2.0, "MLP hidden width / MODEL_DIM", low=0.01)
-    mlp_act: str = shape_knob("relu2", "MLP nonlinearity; silu2 won there", choices=MLP_ACTS, idea="works")
-    leaky_slope: float = shape_knob(0.01, "negative slope before squaring", needs="MLP_ACT=leaky_relu2")
-    parallel_block: bool = shape_knob(False, "attention and MLP read one norm, add together", idea="works")
-    sandwich_norm: bool = shape_knob(False, "RMS-normed attention", needs="PARALLEL_BLOCK=0", idea="rejected")
-    attn_recycle: bool = shape_knob(False, "attentions run twice; there one, in training only", idea="broken")
-    embed_scale: float = shape_knob(0.0, "embedding factor, but its norm cancels it; 0 off", idea="broken")
-    tie_embeddings: bool = shape_knob(True, "the output head is the embedding table")
-    tied_embed_init_std: float = knob(0.005, "embedding init", low=0, needs="TIE_EMBEDDINGS=1")
-    rope_base: float = shape_knob(10_000.0, "rotary wavelength base", low=1)
-    logit_softcap: float = shape_knob(30.0, "logits are c*tanh(z/c)", low=1e-3)
-    qk_gain_init: float = knob(1.5, "initial per-head gain of queries")
-    init_from: str = knob("", "start from this state dict, e.g. the official script's final_model.pt")
-    # -- optimisers --
-    embed_lr: float = knob(0.6, "Adam, embedding", low=0, needs="TIE_EMBEDDINGS=0")
-    head_lr: float = knob(0.008, "Adam, output head", low=0, needs="TIE_EMBEDDINGS=0")
-    tied_embed_lr: float = knob(0.05, "Adam, shared embedding", low=0, needs="TIE_EMBEDDINGS=1")
-    matrix_lr: float = knob(0.04, "Muon, matrices of the blocks", low=0)
-    scalar_lr: float = knob(0.04, "Adam, vectors and control tensors", low=0)
-    muon_momentum: float = knob(0.95, "Nesterov momentum after its warm-up", low=0, high=1)
-    muon_wd: float = knob(0.0, "block matrices w (1 - lr this) before the step, PR #895", low=0)
-    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", low=0)
-    muon_momentum_warmup_start: float = knob(0.85, "Muon momentum at step 0", low=0, high=1)
-    muon_momentum_warmup_steps: int = knob(500, "steps of linear momentum warm-up", low=0)
-    beta1: float = knob(0.9, "Adam first moment", low=0, high=0.999999)
-    beta2: float = knob(0.95, "Adam second moment", low=0, high=0.999999)
-    adam_eps: float = knob(1e-8, "Adam epsilon", low=0)
-    grad_clip_norm: float = knob(0.0, "global L2 clip of the gradient; 0 = off", low=0)
-    control_tensor_name_patterns: tuple[str, ...] = knob(CONTROL_NAMES, "names that SCALAR_LR trains")
-    # -- ideas: what the training sees (x embedding, z logits, y target, p progress) --
-    mirror_train: float = broken(0.0, "share of sequences read backwards; targets were not", low=0, high=1)
-    embed_mixup: float = rejected(0.0, "x_t += r (x_(t-1) - x_t), r ~ U(0, this); x_0 was mixed too", **SHARE)
-    token_drop: float = rejected(0.0, "share of positions whose input is 0, the rest / (1 - share)", **SHARE)
-    metamorphosis: float = broken(0.0, "input dropout, falling to 0 at p = 1/2; code lost", **SHARE)
-    focal_gamma: float = rejected(0.0, "loss (1 - P(y))^gamma CE", low=0, source="PR #1380")
-    gamma_anneal: bool = broken(False, "gamma (1-p)", needs="FOCAL_GAMMA!=0")
-    label_smooth: float = rejected(0.0, "loss (1-e) CE + e mean over v of -log P(v)", low=0, high=1)
-    z_loss: float = rejected(0.0, "+ this * mean of (log sum exp z)^2", low=0)
-    logit_penalty: float = rejected(0.0, "+ this * mean of z^2", low=0)
-    logit_temp: float = not_run(1.0, "loss CE(z / this); the terms above and below see z", low=0.01)
-    entropy_bonus: float = not_run(0.0, "+ this * mean entropy of P; negative rewards confidence")
-    multi_token: float = broken(0.0, "+ this * CE of z and the target after next; last one repeated", low=0)
-    head_diversity: float = broken(0.0, "+ this * mean squared cosine of heads' parts of proj, all blocks")
-    # -- ideas: gradients g, weights w, structure; "matrices" leave out control tensors --
-    grad_central: bool = not_run(False, "g - its mean over all axes but the first, matrices")
-    mycorrhizal: float = rejected(0.0, "from p = 0.025 g_i += c g_(i+3), g_(i+3) += c g_i, blocks in order")
-    thermal_vent: float = rejected(0.0, "from p = 0.025 two random blocks a step: g (1 + this)")
-    sam_rho: float = broken(0.0, "g taken at w + rho g/norm(g), twice the cost; there a step uphill", low=0)
-    canopy_lr: bool = broken(False, "LR of block i of n times 0.3 + 0.7 i/(n-1); there g, which Muon ignores")
-    wd_schedule: float = broken(0.0, "block matrices w (1 - lr p this); without lr there: too strong", low=0)
-    predprey_lr: bool = broken(False, "block matrices w (1 - lr (1 - (1-p)/2 sin(12 pi p)) / 100); no lr")
-    controlled_burn: float = rejected(0.0, "share of smallest w zeroed each BURN_INTERVAL, matrices", **SHARE)
-    burn_interval: int = rejected(50, "steps between burns", low=1, needs="CONTROLLED_BURN!=0")
-    synaptic_scale: bool = broken(False, "norm(w) drawn to that at p = 0.05, 5 % a step; lost the LR")
-    weight_perturb: float = rejected(0.0, "w += this mean(abs w) N(0,1) each PERTURB_INTERVAL", low=0)
-    perturb_interval: int = rejected(100, "steps between perturbations", low=1, needs="WEIGHT_PERTURB!=0")
-    mutation_decay: float = rejected(0.0, "from p = 0.05 w += this exp(-5p) mean(abs w) N(0,1)", low=0)
-    layer_drop: float = broken(0.0, "chance a step skips a layer, but each half's first; crashed", **SHARE)
-    progressive_grow: bool = broken(False, "train max(3, 0.3 L) layers, L from p = 0.9; unused there", **FLAT)
-    head_prune: float = not_run(0.0, "share of heads, least norm(proj) first, zeroed; code lost", **SHARE)
-    head_prune_at: float = not_run(0.25, "progress p of that", low=0, high=1, needs="HEAD_PRUNE!=0")
-    # -- weight averages: what is packed is the average --
-    swa_enabled: bool = knob(False, "mean of snapshots at full depth and low LR, PR #895")
-    swa_start_frac: float = knob(0.4, "LR multiplier they are taken below", low=0, needs="SWA_ENABLED=1")
-    swa_every: int = knob(50, "steps between snapshots", low=1, needs="SWA_ENABLED=1")
-    ema_decay: float = knob(0.0, "exponential mean; 0 off", low=0, high=0.99999, needs="SWA_ENABLED=0")
-    # -- artifact --
-    quant_levels: int = pack_knob(127, "largest integer: 127 int8, 63 int7, 31 int6", low=1, high=127)
-    mlp_quant_levels: int = pack_knob(0, "the same for MLP matrices; 0 = QUANT_LEVELS", low=0, high=127)
-    embed_quant_levels: int = pack_knob(0, "for embeddings and head; 0 = QUANT_LEVELS", low=0, high=127)
-    quant_clip: str = pack_knob("official", "how rows are clipped", choices=CLIP_CHOICES)
-    codec: str = pack_knob("zstd", "compressor of the artifact", choices=("zstd", "zlib"))
-    zstd_level: int = pack_knob(22, "zstd effort", low=1, high=22, needs="CODEC=zstd")
-    quant_scale_floor: float = pack_knob(0.0, "least int8 step; official scripts have 1/127 = 0.00787", low=0)
-    int8_keep_float_fp32_name_patterns: tuple[str, ...] = pack_knob(CONTROL_NAMES, "names packed as float32")
-    eval_only: str = place("", "score this artifact instead of training")
-    eval_stride: int = pack_knob(0, "targets scored by each sliding window; 0 = no such score", low=0)
-    eval_seq_len: int = pack_knob(0, "its length; 0 = TRAIN_SEQ_LEN", low=0, needs="EVAL_STRIDE!=0")
-    eval_batch_seqs: int = place(32, "sliding windows per pass and rank", low=1, needs="EVAL_STRIDE!=0")
-    ttt_steps: int = pack_knob(0, "gradient steps on each chunk of the text once it is scored", low=0)
-    ttt_lr: float = pack_knob(1e-4, "their learning rate", low=0, needs="TTT_STEPS!=0")
-    ttt_chunk_tokens: int = pack_knob(32_768, "targets of a chunk", low=1, needs="TTT_STEPS!=0")
-    ttt_optimizer: str = pack_knob("sgd", "sgd has momentum 0.9", choices=tuple(TTT_KINDS), **TTT)
-    ttt_lora_rank: int = pack_knob(0, "train B A beside the blocks' matrices; 0 = all weights", low=0, **TTT)
-    ttt_reset: bool = pack_knob(False, "each document alone: packed weights, no text before it", **TTT)
-    use_hedge: bool = pack_knob(False, "also mix the last score with n-grams of the text read so far")
-    hedge_eta: float = pack_knob(0.1, "weight of an expert ~ exp(this * its log-likelihood)", low=0, **HEDGE)
-    hedge_order: int = pack_knob(6, "longest context of the n-grams", low=0, high=99, **HEDGE)
-    hedge_window: int = pack_knob(1000, "only a bin's last so many tokens count; 0 = all", low=0, **HEDGE)
-    score_dump: str = place("", "write each target's position, bytes and log-probs to this .npz")
-    score_check: bool = place(False, "first try every score against the four conditions; exit 7 if one fails")
-    # -- reports, place --
-    val_loss_every: int = place(1000, "validate every so many steps; 0 = only at the end", low=0)
-    train_log_every: int = place(200, "log the first ten steps, then one in so many; 0 = none", low=0)
-    run_id: str = place("", "names the logs; empty = a new id")
-    out_dir: str = place(".", "holds logs/ and the model files")
-    seed: int = place(1337, "seeds weights and every random choice", low=0, high=2**32 - 1)
-    device: str = place("auto", "where to run; mps is untested", choices=("auto", "cuda", "cpu", "mps"))
-    dtype: str = knob("auto", "compute type; auto = bf16 where faster", choices=("auto", "bf16", "fp32"))
-    compile: str = place("auto", "torch.compile; auto = where it works", choices=("auto", "0", "1"))
-    allow_inert: bool = place(False, "a knob without effect is a warning, not an error")
-    allow_env: tuple[str, ...] = place((), "variables that look like knobs but are not ours")
+    run_id: str = knob(
+        "",
+        "Name of the run's logs, OUT_DIR/logs/RUN_ID.txt and .jsonl; empty makes one from date and time.",
+        role="place",
+        source="official",
+    )
+    out_dir: str = knob(
+        ".",
+        "Folder for logs/, checkpoints/ and the model files; it is made if it is not there.",
+        role="place",
+        source="ours",
+    )
+    seed: int = knob(
+        1337,
+        "Seed of the initial weights and of every random choice.",
+        low=0,
+        high=2**32 - 1,
+        role="place",
+        source="official",
+    )
+    device: str = knob(
+        "auto",
+        "Where to run; auto takes CUDA if torch sees a GPU, else the CPU. mps is untested.",
+        choices=("auto", "cuda", "cpu", "mps"),
+        role="place",
+        source="ours",
+    )
+    dtype: str = knob(
+        "auto",
+        "Type that the model computes in; auto takes bf16 where the device has bf16 products, else fp32.",
+        choices=("auto", "bf16", "fp32"),
+        source="ours",
+    )
+    compile: str = knob(
+        "auto",
+        "torch.compile: 1 insists on it, 0 runs eagerly, auto compiles where that works.",
+        choices=("auto", "0", "1"),
+        role="place",
+        source="ours",
+    )
+    deterministic: str = knob(
+        "auto",
+        "Deterministic kernels alone, so that the same seed gives the same bits; auto is 1 on CPUs, else 0.",
+        choices=("auto", "0", "1"),
+        role="place",
+        source="ours",
+    )
+
+    def check(self) -> None:
+        """RunError (2) if RUN_ID could not name a file."""
+        if not re.fullmatch(r"[\w.+-]*", self.run_id):
+            raise RunError(f"RUN_ID={self.run_id!r} may hold only letters, digits and . _ + -")
+
+
+# -- This file and its neighbours ------------------------------------------------------------------------
+
+
+def own_source() -> bytes:
+    """The bytes of the file that was started: they ship with the model and count."""
+    return Path(__file__).read_bytes()
+
+
+def readable_sha256() -> str:
+    """sha256 of the readable source that a packed script holds; '' where the script is readable itself.
+
+    The loader that records/pack_script.py writes sets the global name.
+    """
+    return globals().get("READABLE_SHA256", "")
+
+
+def load_tool(path: str) -> dict:
+    """The names in a file of the repository that no record needs; RunError (2) if it is not there."""
+    folders = Path(__file__).resolve().parents  # a packed script may stand in runs/RUN_ID
+    scripts = [folder / path for folder in folders if (folder / path).is_file()]
+    if not scripts:
+        raise RunError(f"{path} is not beside this script or above; use the one in the repository")
+    script = scripts[0]
+    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what it imports is this very program
+    return runpy.run_path(str(script))
+
+
+# -- Which process this is, and what it runs on ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProcessRank:
+    """Which of torchrun's processes this is; a process on its own is rank 0 of 1."""
+
+    local_rank: int  # on its machine: the number of its GPU
+    rank: int
+    world_size: int
 
     @classmethod
-    def from_env(cls, env: Mapping[str, str]) -> Config:
-        """Read every knob; RunError on a bad value, a clash, a knob without effect, or a name close to a knob
-        (difflib ratio >= 0.88) or that starts like two: JEPA_PRETRAIN_FRAC, unread, for JEPA_PURE_FRAC."""
-        known = {f.name.upper(): f for f in fields(cls)}
-        cfg = cls(**{f.name: parse(f, env[name]) for name, f in known.items() if name in env})
-        words = Counter(name.partition("_")[0] for name in known if "_" in name)
-        families = {word for word, count in words.items() if count > 1} - COMMON_WORDS
-        others = [name for name in env if name not in known and name not in cfg.allow_env]
-        for name in filter(re.compile(r"[A-Z0-9_]+").fullmatch, others):
-            built, off = name not in NOT_BUILT.split(), env[name] in ("", "0", "0.0")
-            require(built or off, f"{name}={env[name]} is a published switch that is not built yet; unset it")
-            near = get_close_matches(name, known, n=1, cutoff=0.88) if built else []
-            stranger = built and "_" in name and name.partition("_")[0] in families
-            hint = f"did you mean {near[0]}?" if near else "see --help"
-            require(not (near or stranger), f"{name} is not a knob; {hint} (ALLOW_ENV={name} ignores it)")
-        inert = "; ".join(cfg.inert())
-        require(not inert or cfg.allow_inert, f"{inert} (ALLOW_INERT=1 makes this a warning)")
-        return cfg
-
-    def __post_init__(self) -> None:
-        for f in fields(self):
-            name, value = f.name.upper(), getattr(self, f.name)
-            low, high, choices = (f.metadata[key] for key in ("low", "high", "choices"))
-            most = MOST.get(f.name) or MOST.get(f.type)
-            require(not most or abs(value) <= most, f"{name}={value} is beyond any use; {most} is the most")
-            require(low is None or value >= low, f"{name}={value} is below {low}")
-            require(high is None or value <= high, f"{name}={value} is above {high}")
-            require(not choices or value in choices, f"{name}={value!r} is not one of {', '.join(choices)}")
-        schedules = [name.upper() for name in SCHEDULES if getattr(self, name, False)]
-        require(len(schedules) < 2, f"two schedules at once: {', '.join(schedules)}; set one to 0")
-        sizes = ("model_dim num_heads", "num_heads num_kv_heads", "train_batch_tokens train_seq_len")
-        for whole, part in map(str.split, sizes):
-            a, b = getattr(self, whole), getattr(self, part)
-            require(a % b == 0, f"{whole.upper()}={a} is not a multiple of {part.upper()}={b}")
-        require(self.head_dim % 2 == 0, f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotation")
-        require(self.encoder_layers <= self.num_layers, "ENCODER_LAYERS must not exceed NUM_LAYERS")
-        turns, whole, hop, own = self.depth_phases, self.num_repeats, self.eval_stride, self.eval_length
-        require(hop <= own, f"EVAL_STRIDE={hop} is longer than its window of {own} tokens; set EVAL_SEQ_LEN")
-        fits = all(0 < until <= 1 and 0 < repeats <= whole for until, repeats in turns)
-        wrong = f"PROG_DEPTH={self.prog_depth} needs progress in (0, 1], repeats of 1 to NUM_REPEATS={whole}"
-        require(fits and (not turns or turns[-1][1] == whole), f"{wrong} and these last: they are scored")
-        named = bool(re.fullmatch(r"[\w.+-]*", self.run_id))
-        require(named, f"RUN_ID={self.run_id!r} may hold only letters, digits and . _ + -")
-
-    schedule = property(lambda self: next((n for n in SCHEDULES if getattr(self, n, False)), "warmdown"))
-    cap = property(lambda self: self.max_wallclock_seconds or math.inf)  # of the training clock
-    head_dim = property(lambda self: self.model_dim // self.num_heads)
-    depth = property(lambda self: self.num_layers * self.num_repeats)  # effective layers
-    half = property(lambda self: self.num_layers // 2 if self.encoder_layers < 0 else self.encoder_layers)
-    encoders = property(lambda self: self.half if self.num_repeats == 1 else 0)
-    eval_length = property(lambda self: self.eval_seq_len or self.train_seq_len)
-    changed = property(lambda self: [f for f in fields(self) if getattr(self, f.name) != f.default])
-    sequences = property(lambda self: self.train_batch_tokens // self.train_seq_len)  # of a step, all ranks
-
-    @property
-    def depth_phases(self) -> list[tuple[float, int]]:
-        """PROG_DEPTH as (until this progress, repeats), in order of progress."""
-        parts = self.prog_depth.split(",") if self.prog_depth and self.num_repeats > 1 else []
-        with suppress(ValueError):
-            return sorted((float(until), int(n)) for until, _, n in (part.partition(":") for part in parts))
-        raise RunError(f"PROG_DEPTH={self.prog_depth!r} is not like 0.4:2,0.65:3,1.0:4 (progress:repeats)")
-
-    def overrides(self) -> dict[str, object]:
-        """The knobs that differ from their defaults, by environment name."""
-        return {f.name.upper(): getattr(self, f.name) for f in self.changed}
-
-    def unmet(self, f: Field) -> str:
-        """Says which condition in the knob's `needs` does not hold, the first, or ''."""
-        known, needs = self.__dataclass_fields__, f.metadata["needs"]
-        for need, name, differs, value in re.findall(r"((\w+)(!?)=([^,]*))", needs):
-            if (getattr(self, name.lower()) == parse(known[name.lower()], value)) == bool(differs):
-                return f"{f.name.upper()} has no effect without {need}"
-        return ""
-
-    def inert(self) -> list[str]:
-        """One phrase for each changed knob that cannot have an effect."""
-        return list(filter(None, map(self.unmet, self.changed)))
-
-    def effective(self) -> dict[str, object]:
-        """What shapes the result: knobs that act, without seed, paths and other `place` knobs."""
-        acting = [f for f in fields(self) if f.metadata["role"] != "place" and not self.unmet(f)]
-        return {f.name.upper(): getattr(self, f.name) for f in acting}
-
-    @property
-    def hash(self) -> str:
-        """Same hash = same experiment, apart from seed, data and machine."""
-        return hashlib.sha256(json.dumps(self.effective(), sort_keys=True).encode()).hexdigest()[:16]
-
-    def shape(self) -> dict[str, object]:
-        """The `model` knobs: what an artifact must say to be scored elsewhere."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["role"] == "model"}
+    def from_env(cls, env: Mapping[str, str]) -> ProcessRank:
+        """As torchrun's variables say; RunError (2) if they contradict each other or name no meeting."""
+        texts = (env.get("LOCAL_RANK", "0"), env.get("RANK", "0"), env.get("WORLD_SIZE", "1"))
+        local_rank, rank, world_size = (int(text) if text.isdecimal() else -1 for text in texts)
+        has_address = bool(env.get("MASTER_ADDR")) and env.get("MASTER_PORT", "").isdecimal()
+        can_meet = world_size == 1 or has_address
+        if local_rank < 0 or not 0 <= rank < world_size or not can_meet:
+            raise RunError(
+                f"LOCAL_RANK, RANK, WORLD_SIZE={','.join(texts)} or MASTER_ADDR, MASTER_PORT are unsound; "
+                "unset them all, or let torchrun set them",
+                lone_rank=True,
+            )
+        return cls(local_rank, rank, world_size)
 
 
-def parse(f: Field, text: str):
-    """The knob's value; RunError if the text does not fit its type."""
-    wanted = dict(bool="0 or 1", int="a whole number", float="a finite number").get(f.type)
-    reader = {"0": False, "1": True}.__getitem__ if f.type == "bool" else type(f.default)
-    with suppress(KeyError, ValueError):
-        value = tuple(filter(None, text.split(","))) if reader is tuple else reader(text)
-        if f.type != "float" or math.isfinite(value):
-            return value
-    raise RunError(f"{f.name.upper()}={text!r} is not {wanted}")
+def pick_device_type(wanted: str) -> str:
+    """'cuda', 'mps' or 'cpu'; RunError (2) if torch sees no device of the wanted type."""
+    is_available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    device_type = wanted
+    if wanted == "auto":
+        device_type = "cuda" if is_available["cuda"] else "cpu"
+    if not is_available[device_type]:
+        raise RunError(f"DEVICE={device_type} but torch sees none here; set DEVICE=cpu or DEVICE=auto")
+    return device_type
 
 
-def knob_rows() -> Iterator[tuple[str, str, str, str, str, str]]:
-    """(name, default, allowed, meaning, how the idea fared, its source) of every knob."""
-    for f in fields(Config):
-        low, high, choices, needs = (f.metadata[key] for key in ("low", "high", "choices", "needs"))
-        limits = [f">= {low}"] * (low is not None) + [f"<= {high}"] * (high is not None)
-        allowed = " ".join(choices) or " ".join(limits) or ("0 1" if f.type == "bool" else "")
-        default = str({"bool": int, "tuple[str, ...]": ",".join}.get(f.type, str)(f.default))
-        doc = f.metadata["doc"] + (f" [needs {needs}]" if needs else "")
-        yield f.name.upper(), default, allowed, doc, f.metadata["idea"], f.metadata["source"]
+def pick_device(device_type: str, local_rank: int) -> torch.device:
+    """The rank's own GPU, or the CPU or MPS that all share; RunError (2) if there is no GPU left for it."""
+    if device_type != "cuda":
+        return torch.device(device_type)
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise RunError(
+            f"rank {local_rank} has no GPU: torch sees {count}; lower --nproc_per_node", lone_rank=True
+        )
+    return torch.device("cuda", local_rank)
 
 
-def help_text() -> str:
-    rows = [(n, d if len(d) < 42 else "(names)", doc, a and f"({a})") for n, d, a, doc, *_ in knob_rows()]
-    return "\n".join([__doc__, *(f"{n:36} {d:42} {doc} {a}" for n, d, doc, a in rows)])
+def pick_dtype(wanted: str, device: torch.device) -> str:
+    """'bf16' or 'fp32', by what the device can do.
+
+    It is never picked by a race, which load could turn: two runs of one command must compute in one type.
+    GPUs from sm_80 on have bf16 products (T4 and V100 do not), CPUs if Linux names one of BF16_CPU_FLAGS.
+    """
+    if wanted != "auto":
+        return wanted
+    has_bf16 = False
+    if device.type == "cuda":
+        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    elif device.type == "cpu":
+        has_bf16 = not BF16_CPU_FLAGS.isdisjoint(cpu_flags())
+    return "bf16" if has_bf16 else "fp32"
 
 
-# 2. RUNTIME AND LOGS: the only code that knows about devices, ranks and files
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
+    """(whether to compile, why not if that is news to the user).
+
+    torch 2.5.1 drops repeated tokens' gradients silently on CPUs; 2.13 does not.
+    """
+    if wanted != "auto":
+        return wanted == "1", ""
+    if device.type == "cpu" and torch.__version__ < (2, 6):  # a TorchVersion, which compares with tuples
+        return False, f"torch {torch.__version__}'s CPU compiler gives wrong gradients"
+    return device.type != "mps", ""
+
+
+def pick_deterministic(wanted: str, device: torch.device) -> bool:
+    """Whether torch uses deterministic kernels alone."""
+    if wanted == "auto":
+        return device.type == "cpu"
+    return wanted == "1"
+
+
+def use_deterministic_kernels(wanted: bool) -> bool:
+    """Let torch use deterministic kernels alone, or all; returns what it was before.
+
+    Without it the compiler for CPUs adds up the embedding's gradient by atomic additions from several
+    threads, in any order: two runs of one command part after 3 to 14 steps (torch 2.13).
+    """
+    earlier = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it; read at first use
+    torch.use_deterministic_algorithms(wanted)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it fills what is overwritten anyway
+    return earlier
+
+
+def missing_kernel(error: BaseException) -> str:
+    """The operation that DETERMINISTIC=1 asks for and torch lacks on this device, or ''."""
+    match = re.search(r"(\S+) does not have a deterministic implementation", str(error))
+    if match and isinstance(error, RuntimeError):
+        return match[1]
+    return ""
+
+
+# -- CPU only --------------------------------------------------------------------------------------------
+
+
+def cpu_flags() -> list[str]:
+    """The instruction sets of this CPU by Linux's names; none where there is no /proc/cpuinfo."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return []
+    line = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return line[1].split() if line else []
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed: new pages take time (cpu_memory.json). Other C libraries do without."""
+    trim_threshold = -1  # M_TRIM_THRESHOLD in malloc.h
+    mmap_threshold = -3  # M_MMAP_THRESHOLD
+    with suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_threshold, 2**28)
+
+
+# -- The runtime -----------------------------------------------------------------------------------------
 
 
 @dataclass
-class Runtime:  # where the run happens; every method is a no-op or the identity on one CPU process
+class Runtime:
+    """Where the run happens; every method is a no-op or the identity on one CPU process."""
+
     device: torch.device = torch.device("cpu")
     rank: int = 0
     world_size: int = 1
     dtype: torch.dtype = torch.float32
     compiles: bool = False
     backend: str | Callable = "inductor"
-    uncompiled: str = ""  # why not, if that is news to the user
-    patient: bool = False  # a signal waits, so that all ranks stop between the same two steps
-    stopping: str = ""  # the signal that asked for an end
-    is_cuda = property(lambda self: self.device.type == "cuda")
-    dtype_name = property(lambda self: next(name for name, dtype in DTYPES.items() if dtype == self.dtype))
+    eager_reason: str = ""  # why nothing is compiled, if that is news to the user
+    deterministic: bool = False  # torch's deterministic kernels alone: same seed, same bits
+    defers_stop: bool = False  # a signal waits, so that all ranks stop between the same two steps
+    stop_signal: str = ""  # name of the signal that asked for an end, or ''
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether this rank has a GPU of CUDA's."""
+        return self.device.type == "cuda"
+
+    @property
+    def dtype_name(self) -> str:
+        """The compute type as DTYPE spells it."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return names[self.dtype]
 
     @classmethod
     @contextmanager
     def launch(cls, cfg: Config, env: Mapping[str, str]) -> Iterator[Runtime]:
-        """One process, or one of torchrun's: nccl between GPUs, gloo else, so that no GPU is waited for."""
-        there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-        kind = cfg.device if cfg.device != "auto" else "cuda" if there["cuda"] else "cpu"
-        require(there[kind], f"DEVICE={kind} but torch sees none here; set DEVICE=cpu or DEVICE=auto")
-        place = env.get("LOCAL_RANK", "0"), env.get("RANK", "0"), env.get("WORLD_SIZE", "1")
-        local, rank, size = (int(n) if n.isdecimal() else -1 for n in place)
-        found = size == 1 or env.get("MASTER_ADDR") and env.get("MASTER_PORT", "").isdecimal()
-        wrong = f"LOCAL_RANK, RANK, WORLD_SIZE={','.join(place)} or MASTER_ADDR, MASTER_PORT are unsound"
-        sound, count = local >= 0 <= rank < size and found, torch.cuda.device_count()
-        require(sound, f"{wrong}; unset them all, or let torchrun set them", alone=True)
-        missing = f"rank {local} has no GPU: torch sees {count}; lower --nproc_per_node"
-        require(kind != "cuda" or local < count, missing, alone=True)
-        device = torch.device("cuda", local) if kind == "cuda" else torch.device(kind)
-        runtime = cls(device, rank, size)
-        runtime.compiles, runtime.uncompiled = pick_compile(cfg.compile, device)
+        """One process, or one of torchrun's, for the body of a `with`; then all is as it was before.
+
+        RunError (2) if the device or torchrun's variables cannot be used.
+        """
+        device_type = pick_device_type(cfg.device)
+        process = ProcessRank.from_env(env)
+        device = pick_device(device_type, process.local_rank)
+        runtime = cls(device, process.rank, process.world_size)
+        runtime.compiles, runtime.eager_reason = pick_compile(cfg.compile, device)
+        runtime.deterministic = pick_deterministic(cfg.deterministic, device)
+        earlier_kernels = use_deterministic_kernels(runtime.deterministic)
         runtime.claim_device()
-        with suppress(OSError, AttributeError):  # glibc alone: new pages take time (cpu_memory.json)
-            if device.type == "cpu":
-                libc = ctypes.CDLL(None)
-                libc.mallopt(-1, 2**31 - 1), libc.mallopt(-3, 2**28)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        before = {number: signal.signal(number, runtime.stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        if device.type == "cpu":
+            keep_freed_memory()
+        earlier_handlers = runtime.catch_signals()
         try:
-            if runtime.world_size > 1:  # torchrun's store still has the addresses of ranks before a restart
-                turn = env.get("TORCHELASTIC_RESTART_COUNT", "") if env.get("GROUP_WORLD_SIZE") == "1" else ""
-                store = dist.PrefixStore(turn, next(dist.rendezvous("env://"))[0])  # "": nodes count apart
-                where = dict(store=store, rank=runtime.rank, world_size=runtime.world_size)
-                dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", **where)
-            runtime.dtype = DTYPES[runtime.main_decides(lambda: pick_dtype(cfg.dtype, device))]
+            if runtime.world_size > 1:
+                runtime.join_ranks(env)
+            runtime.dtype = DTYPES[runtime.main_decides(partial(pick_dtype, cfg.dtype, device))]
             yield runtime
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
-            for number, handler in before.items():
+            for number, handler in earlier_handlers.items():
                 signal.signal(number, handler)
-
-    def stop(self, number: int, _frame) -> None:
-        """Handler of signals: end now, or where patience ends. One is enough: torchrun doubles Ctrl-C."""
-        known, self.stopping = self.stopping, signal.Signals(number).name
-        if not (known or self.patient):
-            raise KeyboardInterrupt
+            use_deterministic_kernels(earlier_kernels)
 
     def claim_device(self) -> None:
         """Make this rank's GPU the thread's own; a new thread would open a context on the first one."""
         if self.is_cuda:
             torch.cuda.set_device(self.device)
 
-    def compile(self, fn: Callable) -> Callable:
+    def catch_signals(self) -> dict[signal.Signals, object]:
+        """Let SIGTERM and SIGINT stop the run; returns the handlers that they had before."""
+        earlier = {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            earlier[number] = signal.signal(number, self.stop)
+        return earlier
+
+    def stop(self, number: int, _frame) -> None:
+        """Handler of signals: end now, or, while `defers_stop`, where the run looks at `stop_signal`.
+
+        The first signal is enough: torchrun doubles Ctrl-C.
+        """
+        is_first = not self.stop_signal
+        self.stop_signal = signal.Signals(number).name
+        if is_first and not self.defers_stop:
+            raise KeyboardInterrupt
+
+    def join_ranks(self, env: Mapping[str, str]) -> None:
+        """Meet the other ranks: over nccl between GPUs, over gloo else, so that no GPU is waited for."""
+        # torchrun's store still has the addresses of ranks before a restart, so that each start takes a
+        # prefix of its own. Nodes count their restarts apart: with several the count is no common prefix.
+        prefix = ""
+        if env.get("GROUP_WORLD_SIZE") == "1":
+            prefix = env.get("TORCHELASTIC_RESTART_COUNT", "")
+        shared_store = next(dist.rendezvous("env://"))[0]
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if self.is_cuda else "gloo",
+            store=dist.PrefixStore(prefix, shared_store),
+            rank=self.rank,
+            world_size=self.world_size,
+        )
+
+    def compile(self, function: Callable) -> Callable:
+        """The function compiled, one graph for each shape, or as it is where nothing is compiled."""
         if not self.compiles:
-            return fn
+            return function
         torch._dynamo.config.cache_size_limit = 128  # a graph for each depth and shape; 8 would be an error
-        return torch.compile(fn, dynamic=False, fullgraph=True, backend=self.backend)
+        if self.is_cuda and self.deterministic and hasattr(torch._inductor.config, "deterministic"):
+            torch._inductor.config.deterministic = True  # torch 2.9 on: chooses no kernel by timing it
+        return torch.compile(function, dynamic=False, fullgraph=True, backend=self.backend)
 
     def synchronize(self) -> None:
+        """Wait until the GPU has done all that it was given."""
         if self.is_cuda:
             torch.cuda.synchronize()
 
@@ -462,199 +667,492 @@ class Runtime:  # where the run happens; every method is a no-op or the identity
             dist.all_reduce(tensor)
         return tensor
 
-    def gather(self, thing) -> list:
-        """Every rank's thing, on every rank."""
-        things = [thing] * self.world_size
+    def gather(self, value) -> list:
+        """Every rank's value, by rank, on every rank."""
+        values = [value] * self.world_size
         if self.world_size > 1:
-            dist.all_gather_object(things, thing)
-        return things
+            dist.all_gather_object(values, value)
+        return values
 
     def agree(self, make: Callable):
-        """make() on every rank; a RunError of one is raised on all."""
-        made, error = None, None
+        """Call `make` on every rank and return its result there; a RunError of one is raised on all."""
+        result = None
+        failure = None
         try:
-            made = make()
-        except RunError as raised:
-            error = str(raised), raised.code
-        for other in filter(None, self.gather(error)):
-            raise RunError(*other, alone=False)
-        return made
+            result = make()
+        except RunError as error:
+            failure = (str(error), error.code)
+        for rank_failure in filter(None, self.gather(failure)):
+            message, code = rank_failure
+            raise RunError(message, code, lone_rank=False)
+        return result
+
+    def on_main(self, act: Callable):
+        """Call `act` on rank 0 and return its result there, None elsewhere; its RunError is raised on all."""
+
+        def act_if_main():
+            return act() if self.rank == 0 else None
+
+        return self.agree(act_if_main)
 
     def main_decides(self, decide: Callable):
         """Call `decide` on rank 0 and give its result, or its RunError, to every rank."""
-        message = [self.agree(lambda: decide() if self.rank == 0 else None)]
+        decision = [self.on_main(decide)]
         if self.world_size > 1:
-            dist.broadcast_object_list(message, device=torch.device("cpu"))
-        return message[0]
+            dist.broadcast_object_list(decision, device=torch.device("cpu"))
+        return decision[0]
 
     def main_number(self, value: float) -> float:
         """Rank 0's number on every rank, over the host network: no device is waited for."""
-        return self.sum(torch.tensor(value if self.rank == 0 else 0.0, dtype=torch.float64)).item()
+        summand = value if self.rank == 0 else 0.0
+        return self.sum(torch.tensor(summand, dtype=torch.float64)).item()
 
     def share(self, count: int) -> range:
         """This rank's contiguous part of `count` items."""
-        return range(count * self.rank // self.world_size, count * (self.rank + 1) // self.world_size)
+        first = count * self.rank // self.world_size
+        stop = count * (self.rank + 1) // self.world_size
+        return range(first, stop)
 
     def peak_memory_mib(self) -> tuple[int, int]:
         """Most memory (allocated, reserved) on CUDA; elsewhere twice the process's resident set."""
         if self.is_cuda:
             return torch.cuda.max_memory_allocated() // 2**20, torch.cuda.max_memory_reserved() // 2**20
-        return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,) * 2
+        resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        return resident, resident
 
 
-def pick_dtype(wanted: str, device: torch.device) -> str:
-    """'bf16' or 'fp32': by capability on GPUs (T4 and V100 have no bf16), by a 20 ms race on CPUs."""
-    if wanted != "auto" or device.type != "cpu":
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-        return wanted if wanted != "auto" else "bf16" if fast else "fp32"
-    seconds = {}
-    for name, dtype in DTYPES.items():  # a typical size here: 1.07 GFLOP
-        product = partial(torch.mm, torch.ones(2048, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype))
-        seconds[name] = median(timeit.repeat(product, number=1, repeat=9)[2:])
-    return min(seconds, key=seconds.get)
-
-
-def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
-    """(compile or not, why not). torch 2.5.1 drops repeated tokens' gradients silently on CPUs, 2.13 not."""
-    if wanted == "auto" and device.type == "cpu" and torch.__version__ < (2, 6):  # a TorchVersion
-        return False, f"torch {torch.__version__}'s CPU compiler gives wrong gradients"
-    return wanted == "1" or wanted == "auto" and device.type != "mps", ""
+# -- Logs and files --------------------------------------------------------------------------------------
 
 
 class RunLog:
     """Rank 0's two logs: logs/RUN_ID.txt in the official line formats, logs/RUN_ID.jsonl as typed events.
-    again: go on in those of a run that was cut off, perhaps within a line."""
 
-    def __init__(self, folder: Path | None, run_id: str, again: bool = False):
-        paths = [folder / f"{run_id}{end}" for end in (".txt", ".jsonl")] if folder else []
-        for path in filter(Path.exists, paths if again else ()):
-            os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-        self.again = again and any(path.exists() for path in paths)
-        files = [path.open("a" if again else "x", encoding="utf-8") for path in paths]
-        self.text, self.events = files or [None, None]
+    Other ranks have a log as well, with no folder: it writes and prints nothing. goes_on: append to the logs
+    of a run that was cut off, perhaps within a line.
+    """
+
+    def __init__(self, folder: Path | None, run_id: str, goes_on: bool = False):
+        self.goes_on = False
+        self.text_file = None
+        self.event_file = None
+        if folder is None:
+            return
+        text_path = folder / f"{run_id}.txt"
+        event_path = folder / f"{run_id}.jsonl"
+        earlier = [path for path in (text_path, event_path) if path.exists()]
+        if goes_on and earlier:
+            self.goes_on = True
+            for path in earlier:
+                end_of_last_line = path.read_bytes().rfind(b"\n") + 1
+                os.truncate(path, end_of_last_line)
+        mode = "a" if self.goes_on else "x"
+        self.text_file = text_path.open(mode, encoding="utf-8")
+        self.event_file = event_path.open(mode, encoding="utf-8")
 
     def line(self, text: str, echo: bool = True) -> None:
-        if self.text:
-            print(text, file=self.text, flush=True)
+        """Write a line to the text log and, with echo, to stdout."""
+        if self.text_file is None:
+            return
+        print(text, file=self.text_file, flush=True)
+        if not echo:
+            return
         try:
-            print(text, flush=True) if self.text and echo else None
+            print(text, flush=True)
         except OSError:  # its reader is gone, as `| head` is after ten lines; the run goes on, in the log
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-    def warn(self, when: bool, text: str) -> None:
-        if when:
-            self.line(f"warning: {text}")
+    def warn(self, text: str) -> None:
+        """Write a line that says what the user may want to change."""
+        self.line(f"warning: {text}")
 
     def event(self, event: str, **values) -> None:
-        if self.events:
-            print(json.dumps(dict(event=event, time=time.time(), **values)), file=self.events, flush=True)
+        """Write a typed event, a JSON object, to the event log."""
+        if self.event_file is None:
+            return
+        record = dict(event=event, time=time.time(), **values)
+        print(json.dumps(record), file=self.event_file, flush=True)
 
     def close(self) -> None:
-        for file in filter(None, (self.text, self.events)):
+        """Close both files."""
+        for file in (self.text_file, self.event_file):
+            if file is None:
+                continue
             with suppress(OSError):  # a full disk, which has been said
                 file.close()
 
 
 def write_atomic(path: Path, data: bytes | Callable) -> None:
-    """Whole or not at all: temporary file, fsync, rename. data: bytes, or what writes them to a file."""
+    """Write a file whole or not at all, by a temporary file, fsync and rename.
+
+    data: the bytes, or a function that writes them to the open file it is given. OSError, with the file's
+    name, if that fails.
+    """
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("wb") as file:
-            data(file) if callable(data) else file.write(data)
+            if callable(data):
+                data(file)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.rename(path)
     except (OSError, RuntimeError) as error:  # a full disk's names no file; torch.save's is a RuntimeError
-        why = getattr(error, "strerror", None) or "it could not be written whole; is the disk full?"
-        raise OSError(getattr(error, "errno", None) or 5, why, str(path)) from None
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = getattr(error, "strerror", None) or "it could not be written whole; is the disk full?"
+        raise OSError(number, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def claim_outputs(cfg: Config, run_id: str) -> list:
-    """Refuse to write where another run has written or is writing; with RESUME, what an unfinished RUN_ID
-    left is its own. Returns locks, which hold that name until the run is finished: hold them."""
-    out, dumps = Path(cfg.out_dir), [Path(cfg.score_dump)] if cfg.score_dump else []
-    logs = [out / "logs" / f"{run_id}{end}" for end in (".txt", ".jsonl")]
-    models = [] if cfg.eval_only else [out / "final_model.pt", out / MODEL_FILE]
+@dataclass(frozen=True)
+class Outputs:
+    """The files that a run is going to write, without its checkpoints."""
+
+    folder: Path
+    logs: list[Path]
+    models: list[Path]  # none if an artifact is scored
+    dumps: list[Path]  # SCORE_DUMP, if asked for
+
+    @classmethod
+    def of_run(cls, cfg: Config, run_id: str) -> Outputs:
+        """As the config and the run's name say."""
+        folder = Path(cfg.out_dir)
+        logs = [folder / "logs" / f"{run_id}.txt", folder / "logs" / f"{run_id}.jsonl"]
+        models = [] if cfg.eval_only else [folder / WEIGHTS_FILE, folder / MODEL_FILE]
+        dumps = [Path(cfg.score_dump)] if cfg.score_dump else []
+        return cls(folder, logs, models, dumps)
+
+
+def claim_outputs(cfg: Config, run_id: str) -> list[TextIO]:
+    """Refuse to write where another run has written or is writing; what that run left stays.
+
+    With RESUME, what an unfinished run of this name left is this run's own. Returns locks, which hold that
+    name until the run is finished: hold them. RunError (2) if a place is taken or cannot be written.
+    """
+    outputs = Outputs.of_run(cfg, run_id)
+    owners = lock_outputs(outputs)
+    is_own = {lock: cfg.resume != "0" and owner == run_id for lock, owner in owners.items()}
+    log_lock = next(iter(owners))
+    for path in outputs.dumps:
+        if not os.access(path.parent, os.W_OK):
+            raise RunError(
+                f"cannot write SCORE_DUMP={cfg.score_dump}: no such folder, or no right to; set another"
+            )
+    forbidden = []
+    if not is_own[log_lock]:
+        forbidden += outputs.logs
+    if not all(is_own.values()):
+        forbidden += outputs.models + outputs.dumps
+    for path in forbidden:
+        if path.exists():
+            mend = "RUN_ID" if path in outputs.logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
+            raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
+    if outputs.models:
+        remove_temporary_files(outputs.folder)
+    for lock in owners:
+        if not is_own[lock]:  # a lock is never empty when a run is resumed
+            Path(lock.name).write_text(run_id)
+    return list(owners)
+
+
+def lock_outputs(outputs: Outputs) -> dict[TextIO, str]:
+    """Lock the name of the logs and, if there will be models, of these.
+
+    Returns each lock, that of the logs first, with the RUN_ID in it, '' if no unfinished run left one.
+    RunError (2) if another run holds a lock, or if nothing can be written there.
+    """
     try:
-        (out / "logs").mkdir(parents=True, exist_ok=True)
-        locks = [path.with_name(f".{path.name}.lock").open("a+") for path in logs[:1] + models[:1]]
+        (outputs.folder / "logs").mkdir(parents=True, exist_ok=True)
+        locked_paths = outputs.logs[:1] + outputs.models[:1]
+        locks = [path.with_name(f".{path.name}.lock").open("a+") for path in locked_paths]
         for lock in locks:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        own = [cfg.resume != "0" and Path(lock.name).read_text() == run_id for lock in locks]
+        return {lock: Path(lock.name).read_text() for lock in locks}
     except BlockingIOError:
-        raise RunError(f"another run is writing to OUT_DIR={out}; set another OUT_DIR") from None
+        raise RunError(f"another run is writing to OUT_DIR={outputs.folder}; set another OUT_DIR") from None
     except OSError as error:
-        raise RunError(f"cannot write to OUT_DIR={out} ({error.strerror}); set another OUT_DIR") from None
-    reached = all(os.access(path.parent, os.W_OK) for path in dumps)
-    require(reached, f"cannot write SCORE_DUMP={cfg.score_dump}: no such folder, or no right to; set another")
-    for path in filter(Path.exists, logs * (not own[0]) + (models + dumps) * (not all(own))):
-        mend = "RUN_ID" if path in logs else "OUT_DIR, e.g. OUT_DIR=runs/2"
-        raise RunError(f"{path} is there from an earlier run; move it away or set another {mend}")
-    for part in [*out.glob("final_model.*.tmp-*"), *out.glob("checkpoints/*.tmp-*")] if models else ():
-        part.unlink()  # of a run that was killed as it wrote
-    for lock in (lock for lock, mine in zip(locks, own, strict=True) if not mine):  # never empty when resumed
-        Path(lock.name).write_text(run_id)
-    return locks
+        raise RunError(
+            f"cannot write to OUT_DIR={outputs.folder} ({error.strerror}); set another OUT_DIR"
+        ) from None
 
 
-# 3. PROGRESS AND SCHEDULES: pure functions of how far the run is
-SCHEDULES: dict[str, Callable[[Config, float, float], float]] = dict(  # of the LR; the last if none is on
-    tidal_lr=lambda cfg, p, left: tide(p, cfg.tidal_warmup, cfg.tidal_warmup),
-    cosine_lr=lambda cfg, p, left: cosine(p, 0.382 if cfg.golden_lr else 0.1, cfg.cosine_cycles),
-    breathing_lr=lambda cfg, p, left: tide(p, 4 / 19, 11 / 19),
-    whale_lr=lambda cfg, p, left: whale(p),
-    circadian_lr=lambda cfg, p, left: max(0.1, cosine(p) + 0.15 * (1 - p) * math.sin(16 * math.pi * p)),
-    cosmo_lr=lambda cfg, p, left: 0.05 + 19 * p if p < 0.05 else (1 + 20 * p) ** -0.5,
-    punctuated_lr=lambda cfg, p, left: 0.1 + 0.9 * max(math.exp(-200 * (p - c / 4) ** 2) for c in (1, 2, 3)),
-    root_first=lambda cfg, p, left: cosine(p),
-    coral_lr=lambda cfg, p, left: cosine(p),
-    warmdown=lambda cfg, p, left: warmdown(cfg, p, left),
-)
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what a run that was killed as it wrote a model or a checkpoint has left in its OUT_DIR."""
+    for pattern in ("final_model.*.tmp-*", "checkpoints/*.tmp-*"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
-def steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
-    """Steps until the step limit or, at `step_seconds` a step, until the clock; at least 0."""
-    by_clock = (cfg.cap - elapsed) / step_seconds if step_seconds > 0 else math.inf
-    return max(0.0, min(cfg.iterations - step, by_clock))
-
-
-def finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> bool:
-    """True when the next step would pass a limit. One step always runs, so that a slow machine trains."""
-    return step >= cfg.iterations or (step > 0 and cfg.cap < elapsed + step_seconds)
-
-
-def warmdown(cfg: Config, p: float, left: float) -> float:
-    """Official: 1, then linear over the last WARMDOWN_ITERS steps, here also over a share of the run."""
-    share = left / cfg.warmdown_iters if cfg.warmdown_iters else 1.0
-    share = (1 - p) / cfg.warmdown_frac if cfg.warmdown_frac else share
-    return cfg.lr_floor + (1 - cfg.lr_floor) * min(1.0, share)
-
-
-def cosine(p: float, floor: float = 0.1, cycles: float = 1.0) -> float:
-    """From 1 down to `floor` in each cycle; the end of the run is the end of a cycle, not a new one."""
-    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * (cycles * p % 1.0 or float(p >= 1.0))))
-
-
-def tide(p: float, rise: float, fall: float) -> float:
-    """Linear 0.1 -> 1 until p = rise, 1 until p = fall, cosine back to 0.1."""
-    return 0.1 + 0.9 * p / rise if p < rise else cosine(max(0.0, p - fall) / (1 - fall))
-
-
-def whale(p: float) -> float:
-    """Three dives, each a steep rise and a long cosine fall; the last tenth fades out; at least 0.05."""
-    u, peak = 3 * p % 1.0, 0.95 * (1 - 0.3 * p)
-    dive = 0.05 + (peak * u / 0.1 if u < 0.1 else 0.5 * peak * (1 + math.cos(math.pi * (u - 0.1) / 0.9)))
-    return max(0.05, dive * min(1.0, (1 - p) / 0.1))
+# ----------------------------------------------------------------------------------------------------------
+# 4. SCHEDULES: what the next step does, decided before it
+#
+# In: the config, how many steps are done, the training seconds so far and the pace of recent steps. Out of
+# `plan_step`: a StepPlan with learning rate, momentum, depth and random seeds, a pure function of these and
+# so equal on every rank. `Clock` measures the seconds; `train` (section 15) asks both before each step.
+# A learning-rate curve is a hook of the point "schedule"; the official warmdown runs when none is on.
+# ----------------------------------------------------------------------------------------------------------
+GOLDEN_FLOOR = 0.382  # 1 - 1 / golden ratio: where GOLDEN_LR ends
+PACE_STEPS = 15  # recent steps whose median is the pace: a slow one among them does not bend a schedule
 
 
 @dataclass(frozen=True)
-class StepPlan:  # everything that changes from step to step, decided before it, equal on every rank
-    progress: float
-    lr_scale: float
+class ScheduleKnobs:
+    """How long the run is, and its learning rate over that time."""
+
+    iterations: int = knob(
+        20_000,
+        "Most optimiser steps; 0 trains nothing and only validates, packs and scores.",
+        low=0,
+        source="official",
+    )
+    max_wallclock_seconds: float = knob(
+        600.0,
+        "Seconds of training after which the run ends, warm-up and validations left out; 0 sets no clock.",
+        low=0,
+        source="official",
+    )
+    warmdown_iters: int = knob(
+        1200,
+        "Last steps, over which the learning rate falls linearly to LR_FLOOR; 0 keeps it constant.",
+        low=0,
+        needs="WARMDOWN_FRAC=0,no other schedule",
+        source="official",
+    )
+    warmdown_frac: float = knob(
+        0.0,
+        "Length of that linear fall as a share of the run; 0 goes by the steps of WARMDOWN_ITERS.",
+        low=0,
+        high=1,
+        needs="no other schedule",
+        source="ours",
+    )
+    lr_floor: float = knob(
+        0.0,
+        "Learning-rate multiplier at which the linear fall ends; 0 falls to nothing.",
+        low=0,
+        high=1,
+        needs="no other schedule",
+        source="ours",
+    )
+    tidal_lr: bool = knob(
+        False,
+        "Raise the learning rate from 0.1 to 1 until progress TIDAL_WARMUP, then fall by a cosine to 0.1.",
+        source="PR #1434",
+        effect="-0.034 bpb at 300 steps, 3 seeds, wave15",
+        fate="works",
+    )
+    tidal_warmup: float = knob(
+        0.382,
+        "Share of the run over which Tidal raises the learning rate; 0 starts at the full rate.",
+        low=0,
+        high=0.999,
+        needs="TIDAL_LR=1",
+        source="PR #1434",
+        effect="0.1 instead of 0.382: -0.015 bpb, 3 seeds, 120 steps",
+        fate="broken",
+    )
+    cosine_lr: bool = knob(
+        False,
+        "Let the learning rate fall by half a cosine from 1 to 0.1 over the run.",
+        source="PR #1434",
+        effect="-0.025 bpb against the warmdown, 3 seeds, 120 steps",
+        fate="works",
+    )
+    cosine_cycles: float = knob(
+        1.0,
+        "Number of cosine falls in the run, each from the top; 1 has no restart.",
+        low=0.01,
+        needs="COSINE_LR=1",
+        source="PR #1434",
+        effect="2 falls: +0.022 bpb, 3 seeds, 120 steps",
+        fate="rejected",
+    )
+    golden_lr: bool = knob(
+        False,
+        "Let the cosine end at 0.382 of the learning rate instead of 0.1.",
+        needs="COSINE_LR=1",
+        source="PR #1434",
+        effect="-0.005 bpb, 3 seeds, 120 steps: inside noise",
+        fate="broken",
+    )
+
+    def check(self) -> None:
+        """RunError if two curves are switched on."""
+        switched_on = []
+        for knob_name, _ in HOOKS["schedule"]:
+            if self.is_changed(knob_name):
+                switched_on.append(knob_name.upper())
+        if len(switched_on) > 1:
+            raise RunError(f"two schedules at once: {', '.join(switched_on)}; set one to 0")
+
+    @property
+    def schedule(self) -> str:
+        """Name of the knob whose curve the learning rate follows, or "warmdown"."""
+        for knob_name, _ in HOOKS["schedule"]:
+            if self.is_changed(knob_name):
+                return knob_name
+        return "warmdown"
+
+    @property
+    def cap(self) -> float:
+        """Seconds of the training clock; infinity without one."""
+        return self.max_wallclock_seconds or math.inf
+
+
+def predict_steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
+    """Steps until the step limit or, at `step_seconds` a step, until the clock; at least 0."""
+    steps_by_limit = cfg.iterations - step
+    steps_by_clock = math.inf
+    if step_seconds > 0:
+        steps_by_clock = (cfg.cap - elapsed) / step_seconds
+    return max(0.0, min(steps_by_limit, steps_by_clock))
+
+
+def is_finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> bool:
+    """True when the next step would pass a limit. One step always runs, so that a slow machine trains."""
+    if step >= cfg.iterations:
+        return True
+    return step > 0 and cfg.cap < elapsed + step_seconds
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether `step` is one of every so many; never if `every` is 0."""
+    return every > 0 and step % every == 0
+
+
+def cosine_fall(progress: float, floor: float = 0.1, cycles: float = 1.0) -> float:
+    """Half a cosine from 1 down to `floor` in each cycle: floor + (1 - floor) / 2 (1 + cos(pi phase)).
+
+    The end of the run is the end of a cycle, not the beginning of a new one.
+    """
+    phase = cycles * progress % 1.0
+    if phase == 0.0 and progress >= 1.0:
+        phase = 1.0
+    return floor + 0.5 * (1 - floor) * (1 + math.cos(math.pi * phase))
+
+
+def rise_and_fall(progress: float, rise_until: float, fall_from: float) -> float:
+    """Linear from 0.1 to 1 until `rise_until`, 1 until `fall_from`, then half a cosine back to 0.1."""
+    if progress < rise_until:
+        return 0.1 + 0.9 * progress / rise_until
+    share_of_fall = max(0.0, progress - fall_from) / (1 - fall_from)
+    return cosine_fall(share_of_fall)
+
+
+def warmdown(cfg: Config, progress: float, steps_left: float) -> float:
+    """The official schedule: 1, then linear over the last WARMDOWN_ITERS steps, or a share of the run."""
+    if cfg.warmdown_frac:
+        share = (1 - progress) / cfg.warmdown_frac
+    elif cfg.warmdown_iters:
+        share = steps_left / cfg.warmdown_iters
+    else:
+        share = 1.0
+    return cfg.lr_floor + (1 - cfg.lr_floor) * min(1.0, share)
+
+
+@hook("schedule", knob="tidal_lr")
+def tidal(cfg: Config, progress: float, steps_left: float) -> float:
+    """Rise until TIDAL_WARMUP, then fall, with nothing flat between (PR #1434)."""
+    return rise_and_fall(progress, cfg.tidal_warmup, cfg.tidal_warmup)
+
+
+@hook("schedule", knob="cosine_lr")
+def cosine(cfg: Config, progress: float, steps_left: float) -> float:
+    """Cosine, in one or several cycles (Loshchilov and Hutter, arXiv 1608.03983; PR #1434)."""
+    floor = GOLDEN_FLOOR if cfg.golden_lr else 0.1
+    return cosine_fall(progress, floor, cfg.cosine_cycles)
+
+
+def lr_scale_at(cfg: Config, progress: float, steps_left: float) -> float:
+    """The number that every learning rate is multiplied by, from the one curve that is on."""
+    curves = active(cfg, "schedule")
+    curve = curves[0] if curves else warmdown
+    return curve(cfg, progress, steps_left)
+
+
+def muon_momentum_at(cfg: Config, step: int) -> float:
+    """Muon's momentum: linear in steps from its start to its value, as in the official script."""
+    share = 1.0
+    if cfg.muon_momentum_warmup_steps:
+        share = min(1.0, step / cfg.muon_momentum_warmup_steps)
+    start = cfg.muon_momentum_warmup_start
+    return start + share * (cfg.muon_momentum - start)
+
+
+class DepthPhase(NamedTuple):
+    """A stretch of the run that trains one depth, and with that one compiled graph."""
+
+    until: float  # progress at which it ends
+    depth: int | None  # effective layers that train, from the first; None = all
+
+
+def phases(cfg: Config) -> list[DepthPhase]:
+    """The depths that the run trains in turn; the last is the one that is scored."""
+    if cfg.progressive_grow and cfg.num_repeats == 1:
+        return growing_phases(cfg)
+    listed = [DepthPhase(until, repeats * cfg.num_layers) for until, repeats in cfg.depth_phases]
+    return listed or [DepthPhase(1.0, None)]
+
+
+def growing_phases(cfg: Config) -> list[DepthPhase]:
+    """PROGRESSIVE_GROW: from max(3, 0.3 L) layers evenly to L, one more at a time, all by progress 0.9."""
+    shallowest = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
+    depths = range(shallowest, cfg.num_layers + 1)
+    growths = max(len(depths) - 1, 1)
+    return [DepthPhase(0.9 * number / growths, depth) for number, depth in enumerate(depths, 1)]
+
+
+def depth_at(cfg: Config, progress: float) -> int | None:
+    """Effective layers that train at this progress; None = all."""
+    run_phases = phases(cfg)
+    for phase in run_phases:
+        if progress < phase.until:
+            return phase.depth
+    return run_phases[-1].depth
+
+
+def draw_seed(*key) -> int:
+    """A seed below 2^24 (exact in float32) for anything random; the same key gives the same on every rank."""
+    text = "/".join(map(str, key))
+    return zlib.crc32(text.encode()) % 2**24
+
+
+def kept_layers(cfg: Config, step: int) -> tuple[bool, ...]:
+    """LAYER_DROP: whether each effective layer runs in a step; the first of each U-Net half always does."""
+    generator = random.Random(draw_seed(cfg.seed, "layers", step))
+    always_kept = (0, cfg.encoders)
+    kept = []
+    for layer in range(cfg.depth):
+        kept.append(layer in always_kept or generator.random() >= cfg.layer_drop)
+    return tuple(kept)
+
+
+class Dials(NamedTuple):
+    """What compiled code sees of a step: views of the tensor that `StepPlan.dials` makes.
+
+    A NamedTuple, since torch.compile follows those from torch 2.5 on. A Python number in place of the
+    tensor would compile the graph again at each step.
+    """
+
+    noise: Tensor  # scalar: seed of the step's draws
+    progress: Tensor  # scalar
+    layers: Tensor  # [effective layers]: 1 runs, 0 is dropped
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Dials:
+        """Name the parts of StepPlan.dials' tensor."""
+        return cls(tensor[0], tensor[1], tensor[2:])
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Everything that changes from step to step, decided before it and equal on every rank."""
+
+    progress: float  # 0 at the start, 1 at the end of the run
+    lr_scale: float  # every learning rate is multiplied by it
     muon_momentum: float
-    step: int = 0  # completed before this one
+    step: int = 0  # steps completed before this one
     depth: int | None = None  # effective layers that train, from the first; None = all
     layers: tuple[bool, ...] = ()  # LAYER_DROP: whether each runs
     noise: int = 0  # seed of the step's draws inside compiled code
@@ -664,66 +1162,82 @@ class StepPlan:  # everything that changes from step to step, decided before it,
         return torch.tensor([self.noise, self.progress, *self.layers], dtype=torch.float32).to(device)
 
 
-def draw(*key) -> int:
-    """A seed below 2^24 (exact in float32) for anything random, the same on every rank."""
-    return zlib.crc32("/".join(map(str, key)).encode()) % 2**24
-
-
-def phases(cfg: Config) -> list[tuple[float, int | None]]:
-    """(until this progress, effective layers) of the depths the run trains in turn; each is a graph."""
-    if cfg.progressive_grow and cfg.num_repeats == 1:
-        depths = range(min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers))), cfg.num_layers + 1)
-        return [(0.9 * i / max(len(depths) - 1, 1), depth) for i, depth in enumerate(depths, 1)]  # all by 0.9
-    return [(until, repeats * cfg.num_layers) for until, repeats in cfg.depth_phases] or [(1.0, None)]
-
-
-def kept_layers(cfg: Config, step: int) -> tuple[bool, ...]:
-    """LAYER_DROP: whether each layer runs this step; the first encoder and the first decoder always do."""
-    rng, always = random.Random(draw(cfg.seed, "layers", step)), (0, cfg.encoders)
-    return tuple(i in always or rng.random() >= cfg.layer_drop for i in range(cfg.depth))
-
-
 def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> StepPlan:
-    """elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown."""
-    p = min(1.0, max(step / max(cfg.iterations, 1), elapsed / cfg.cap))  # the further (PR #1434 review, R1)
-    scale = SCHEDULES[cfg.schedule](cfg, p, steps_left(cfg, step, elapsed, step_seconds))
-    start, warm_up = cfg.muon_momentum_warmup_start, cfg.muon_momentum_warmup_steps  # as officially
-    momentum = start + (min(1.0, step / warm_up) if warm_up else 1.0) * (cfg.muon_momentum - start)
-    depth = next((depth for until, depth in phases(cfg) if p < until), phases(cfg)[-1][1])
-    return StepPlan(p, scale, momentum, step, depth, kept_layers(cfg, step), draw(cfg.seed, "noise", step))
+    """Decide the step after `step` completed ones.
+
+    elapsed: rank 0's training seconds; step_seconds: median of its recent steps, 0 if unknown.
+    """
+    # The further of steps and clock, so that a schedule ends with the run whichever limit ends it; by steps
+    # alone, PR #1434 stopped at 8 % of its curve.
+    progress = min(1.0, max(step / max(cfg.iterations, 1), elapsed / cfg.cap))
+    steps_left = predict_steps_left(cfg, step, elapsed, step_seconds)
+    return StepPlan(
+        progress=progress,
+        lr_scale=lr_scale_at(cfg, progress, steps_left),
+        muon_momentum=muon_momentum_at(cfg, step),
+        step=step,
+        depth=depth_at(cfg, progress),
+        layers=kept_layers(cfg, step),
+        noise=draw_seed(cfg.seed, "noise", step),
+    )
 
 
-class Clock:  # rank 0's training seconds; on CUDA at most two steps late, and the device never waits for it
+class Clock:
+    """Rank 0's training seconds, pauses left out.
+
+    On CUDA its reading is at most two steps late, and in return the device never waits for it: each tick
+    waits for the event that was recorded two ticks before.
+    """
+
     def __init__(self, runtime: Runtime, step_seconds: float = 0.0):
-        self.runtime, self.total, self.started, self.last = runtime, 0.0, 0.0, None
-        self.recent, self.pending = deque([step_seconds] if step_seconds else [], maxlen=15), deque()
-        self.asked = False  # by a signal, on any rank, to stop
+        """step_seconds: the pace that a warm-up measured, 0 if unknown."""
+        self.runtime = runtime
+        self.total = 0.0  # seconds before the latest start
+        self.started = 0.0  # time.perf_counter() then
+        self.previous_tick: float | None = None  # the last reading that a step can be measured from
+        self.recent_steps: deque[float] = deque(maxlen=PACE_STEPS)  # their seconds
+        if step_seconds:
+            self.recent_steps.append(step_seconds)
+        self.pending_events = deque()  # CUDA events of steps that the device may not have done yet
+        self.stop_requested = False  # by a signal, on any rank
 
     def start(self) -> None:
+        """Begin, or go on, once the device has done what it was given."""
         self.runtime.synchronize()
-        self.started, self.last = time.perf_counter(), None
+        self.started = time.perf_counter()
+        self.previous_tick = None
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Stand still while something other than training runs."""
         self.runtime.synchronize()
         self.total = self.seconds()
-        self.pending.clear()
+        self.pending_events.clear()
         yield
         self.start()
 
     def tick(self) -> float:
         """Seconds trained by rank 0's clock, the same on every rank; call once before each step."""
-        paced = not self.runtime.is_cuda or len(self.pending) == 2  # a host that runs ahead measures nothing
-        if self.runtime.is_cuda:
-            self.pending.append(torch.cuda.Event())
-            self.pending[-1].record()
-        if len(self.pending) > 2:
-            self.pending.popleft().synchronize()
-        mine = self.seconds() if self.runtime.rank == 0 else 0.0, bool(self.runtime.stopping)
-        now, self.asked = self.runtime.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-        if self.last is not None and paced:
-            self.recent.append(now - self.last)
-        self.last = now if paced else None
+        is_cuda = self.runtime.is_cuda
+        # A host that runs ahead of its device measures nothing, so a step counts only while two are pending.
+        is_paced = not is_cuda or len(self.pending_events) == 2
+        if is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+            self.pending_events.append(event)
+        if len(self.pending_events) > 2:
+            self.pending_events.popleft().synchronize()
+
+        reading = self.seconds() if self.runtime.rank == 0 else 0.0
+        is_stopping = bool(self.runtime.stop_signal)
+        # The sum over ranks is rank 0's reading, and how many ranks have had a signal.
+        totals = self.runtime.sum(torch.tensor([reading, is_stopping], dtype=torch.float64))
+        now, stopping_ranks = totals.tolist()
+        self.stop_requested = stopping_ranks > 0
+
+        if self.previous_tick is not None and is_paced:
+            self.recent_steps.append(now - self.previous_tick)
+        self.previous_tick = now if is_paced else None
         return now
 
     def seconds(self) -> float:
@@ -731,212 +1245,717 @@ class Clock:  # rank 0's training seconds; on CUDA at most two steps late, and t
         return self.total + time.perf_counter() - self.started
 
     def step_seconds(self) -> float:
-        """Median of recent steps: one slow step (a compile, a hiccup) does not bend the schedule."""
-        return median_low(self.recent) if self.recent else 0.0
+        """Median of the recent steps' seconds, 0 if there are none: one slow step does not bend it."""
+        return median_low(self.recent_steps) if self.recent_steps else 0.0
 
 
-# 4. DATA: official shards -> the same global batches at any world size
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+# ----------------------------------------------------------------------------------------------------------
+# 5. DATA: official shards -> the same global batches at any world size
+#
+# In: a folder of token shards. `TokenStream` reads those of one split as one long sequence; `batches` cuts it
+# into windows of TRAIN_SEQ_LEN targets and gives each rank its part of every step's; `prefetch` makes the
+# next batch on a thread. The windows of a step depend on the seed and the step alone, so that a resumed run,
+# or one on other ranks, reads the same text. The validation split (section 6) is a TokenStream too.
+# ----------------------------------------------------------------------------------------------------------
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_INTS = 256  # int32: magic, version, count of tokens, zeros
+SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
+
+
+@dataclass(frozen=True)
+class DataKnobs:
+    """Which tokens the run trains on, and in what portions."""
+
+    data_path: str = knob(
+        "./data/datasets/fineweb10B_sp1024",
+        "Folder that holds the token shards, *_train_*.bin and *_val_*.bin.",
+        role="place",
+        source="official",
+    )
+    data_shuffle: bool = knob(
+        False,
+        "Visit the training windows in an order drawn from SEED, anew each epoch; 0 keeps the shards' order.",
+        source="ours",
+    )
+    train_batch_tokens: int = knob(
+        524_288,
+        "Tokens of one optimiser step, over all ranks; a multiple of TRAIN_SEQ_LEN.",
+        low=1,
+        source="official",
+    )
+    train_seq_len: int = knob(
+        1024,
+        "Tokens of context that a training or validation window holds.",
+        low=2,
+        most=2**20,
+        role="model",
+        source="official",
+    )
+
+    def check(self) -> None:
+        """RunError if a step is not a whole number of windows."""
+        if self.train_batch_tokens % self.train_seq_len:
+            raise RunError(
+                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of "
+                f"TRAIN_SEQ_LEN={self.train_seq_len}"
+            )
+
+    @property
+    def sequences(self) -> int:
+        """Windows of one step, over all ranks."""
+        return self.train_batch_tokens // self.train_seq_len
 
 
 def open_shard(path: Path) -> np.ndarray:
-    """Memory-mapped uint16 tokens [count] of an official shard; RunError on anything but a whole one."""
+    """Memory-map the uint16 tokens [count] of an official shard.
+
+    RunError (2) on a file that is not one, or is not as long as its header says.
+    """
     try:
-        size, head = path.stat().st_size, np.fromfile(path, dtype="<i4", count=256)
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
-    require(len(head) == 256, f"{path} is no token shard: {size} bytes do not hold a header; fetch it again")
-    magic, version, count = head[:3]
-    require(magic == SHARD_MAGIC, f"{path} is no token shard: magic {magic}, not {SHARD_MAGIC}")
-    require(version == SHARD_VERSION, f"{path} has shard version {version}; this reads {SHARD_VERSION}")
+    if len(header) != SHARD_HEADER_INTS:
+        raise RunError(f"{path} is no token shard: {size} bytes do not hold a header; fetch it again")
+    magic, version, count = header[:3]
+    if magic != SHARD_MAGIC:
+        raise RunError(f"{path} is no token shard: magic {magic}, not {SHARD_MAGIC}")
+    if version != SHARD_VERSION:
+        raise RunError(f"{path} has shard version {version}; this reads {SHARD_VERSION}")
     expected = SHARD_HEADER_BYTES + 2 * int(count)
-    require(size == expected, f"{path} is damaged: {size} bytes, its header says {expected}; fetch it again")
-    require(count > 0, f"{path} holds no tokens")
-    return np.asarray(np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES))  # slices faster
+    if size != expected:
+        raise RunError(f"{path} is damaged: {size} bytes, its header says {expected}; fetch it again")
+    if count <= 0:
+        raise RunError(f"{path} holds no tokens")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
+    return np.asarray(tokens)  # a plain array over the same map: its slices are made faster
 
 
-class TokenStream:  # the shards of one split as one sequence of tokens
+class TokenStream:
+    """The shards of one split as one sequence of tokens, read from the disk as they are needed."""
+
     def __init__(self, folder: str, split: str, vocab_size: int):
+        """RunError (2) if the folder has no shards of that split, or those of two datasets."""
         self.paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
-        make = "make some with `python data/pydocs.py` or `python data/fineweb.py`, or set DATA_PATH"
-        require(bool(self.paths), f"no *_{split}_*.bin in DATA_PATH={folder}; {make}")
-        kinds = {path.name.partition(f"_{split}_")[0] for path in self.paths}
-        require(len(kinds) == 1, f"DATA_PATH={folder} mixes datasets {sorted(kinds)}; keep one a folder")
+        if not self.paths:
+            raise RunError(
+                f"no *_{split}_*.bin in DATA_PATH={folder}; "
+                "make some with `python data/pydocs.py` or `python data/fineweb.py`, or set DATA_PATH"
+            )
+        datasets = {path.name.partition(f"_{split}_")[0] for path in self.paths}
+        if len(datasets) != 1:
+            raise RunError(f"DATA_PATH={folder} mixes datasets {sorted(datasets)}; keep one a folder")
         self.shards = [open_shard(path) for path in self.paths]
-        self.vocab_size, self.bounds = vocab_size, np.cumsum([0, *map(len, self.shards)])
+        self.vocab_size = vocab_size
+        self.bounds = np.cumsum([0, *map(len, self.shards)])  # where each shard begins; then the total
 
     def __len__(self) -> int:
+        """Count of tokens."""
         return int(self.bounds[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), uint16; RunError if one is outside the vocabulary."""
-        first, stop = np.searchsorted(self.bounds, (start, start + count - 1), side="right") - (1, 0)
-        parts, here = [], slice(first, stop)
-        for path, shard, begin in zip(self.paths[here], self.shards[here], self.bounds[here], strict=True):
-            parts.append(shard[max(0, start - begin) : start + count - begin])
-            wrong = f"{path} holds token {parts[-1].max()}, beyond VOCAB_SIZE={self.vocab_size}"
-            require(int(parts[-1].max()) < self.vocab_size, f"{wrong}: made with another tokenizer?")
-        return np.concatenate(parts)
+        """Tokens [start, start + count), uint16; RunError (2) if one is outside the vocabulary."""
+        end = start + count
+        first_shard = np.searchsorted(self.bounds, start, side="right") - 1
+        end_shard = np.searchsorted(self.bounds, end - 1, side="right")
+        pieces = []
+        for index in range(first_shard, end_shard):
+            begin = self.bounds[index]
+            piece = self.shards[index][max(0, start - begin) : end - begin]
+            highest = int(piece.max())
+            if highest >= self.vocab_size:
+                raise RunError(
+                    f"{self.paths[index]} holds token {highest}, beyond VOCAB_SIZE={self.vocab_size}: "
+                    "made with another tokenizer?"
+                )
+            pieces.append(piece)
+        return np.concatenate(pieces)
 
-    def windows(self, length: int) -> int:
-        """How many training windows of `length` targets it holds; RunError if none."""
-        require(len(self) > length, f"the shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more")
+    def count_windows(self, length: int) -> int:
+        """How many training windows of `length` targets it holds; RunError (2) if none."""
+        if len(self) <= length:
+            raise RunError(f"the shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more")
         return (len(self) - 1) // length
 
     def epoch(self, cfg: Config, step: int) -> int:
         """Which pass over the training windows a step starts in, from 1."""
-        return cfg.sequences * max(step, 0) // self.windows(cfg.train_seq_len) + 1
+        windows_before = cfg.sequences * max(step, 0)
+        return windows_before // self.count_windows(cfg.train_seq_len) + 1
 
 
-def window_order(cfg: Config, windows: int, step: int) -> np.ndarray:
-    """Indices [sequences] of the training windows of one step: a pure function of (seed, step)."""
-    epochs, places = np.divmod(np.arange(step * cfg.sequences, (step + 1) * cfg.sequences), windows)
+def window_order(cfg: Config, window_count: int, step: int) -> np.ndarray:
+    """Indices [cfg.sequences] of the training windows of one step: a pure function of seed and step."""
+    first = step * cfg.sequences
+    epochs, indices = np.divmod(np.arange(first, first + cfg.sequences), window_count)
     if not cfg.data_shuffle:
-        return places
-    return np.array([epoch_order(cfg.seed, int(e), windows)[p] for e, p in zip(epochs, places, strict=True)])
+        return indices
+    order = []
+    for epoch, index in zip(epochs.tolist(), indices.tolist(), strict=True):
+        order.append(epoch_order(cfg.seed, epoch, window_count)[index])
+    return np.array(order)
 
 
-@lru_cache(maxsize=2)  # 80 shards have 7.8 M windows: 0.8 s to permute, too long for every step
-def epoch_order(seed: int, epoch: int, windows: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(windows)
+# 80 shards have 7.8 M windows, which take 0.8 s to permute: too long for every step. A step meets two epochs.
+@lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, window_count: int) -> np.ndarray:
+    """The order [window_count] in which DATA_SHUFFLE visits the windows in one epoch."""
+    return np.random.default_rng((seed, epoch)).permutation(window_count)
 
 
-def batches(cfg: Config, stream: TokenStream, runtime: Runtime, first=0) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's (inputs, targets) from a step on, [sequences here, T] int64; windows share a token."""
-    length, windows = cfg.train_seq_len, stream.windows(cfg.train_seq_len)
-    for step in itertools.count(first):
-        order = window_order(cfg, windows, step)[list(runtime.share(cfg.sequences))]
-        rows = [stream.read(window * length, length + 1) for window in order.tolist()]
+def batches(
+    cfg: Config, stream: TokenStream, runtime: Runtime, first_step: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's (input ids, target ids) of each step from `first_step` on, without end.
+
+    Both are int64 [the rank's sequences, T]; targets are the inputs one token on, so that neighbouring
+    windows share a token.
+    """
+    length = cfg.train_seq_len
+    window_count = stream.count_windows(length)
+    for step in itertools.count(first_step):
+        step_windows = window_order(cfg, window_count, step)
+        rank_windows = step_windows[list(runtime.share(cfg.sequences))]
+        rows = [stream.read(window * length, length + 1) for window in rank_windows.tolist()]
         block = torch.from_numpy(np.array(rows, np.int64).reshape(-1, length + 1))
-        pair = block[:, :-1], block[:, 1:]  # a GPU waits for the copy unless it is contiguous and pinned
-        yield tuple(part.contiguous().pin_memory() for part in pair) if runtime.is_cuda else pair
+        input_ids = block[:, :-1]
+        target_ids = block[:, 1:]
+        if runtime.is_cuda:  # which waits for the copy unless its source is contiguous and pinned
+            input_ids = input_ids.contiguous().pin_memory()
+            target_ids = target_ids.contiguous().pin_memory()
+        yield input_ids, target_ids
 
 
 def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
-    """The same endless items, each made on a thread while the one before is used; errors are raised here."""
-    with ThreadPoolExecutor(1, initializer=runtime.claim_device) as pool:  # closing the generator ends it
+    """Yield the same endless items, each made on a thread while the one before is used.
+
+    An error that making an item raised is raised here. Closing the generator ends the thread.
+    """
+    with ThreadPoolExecutor(1, initializer=runtime.claim_device) as pool:
         ahead = pool.submit(next, items)
         while True:
-            item, ahead = ahead.result(), pool.submit(next, items)
+            item = ahead.result()
+            ahead = pool.submit(next, items)
             yield item
 
 
-# 5. BYTES: the denominator of bits per byte, checked against decoded text
-MARK = "\u2581"  # SentencePiece's space
-
-
-class ByteTable:  # by token id: bytes of its own, whether a space mark starts it, whether it is a boundary
-    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
-        ids, is_byte = range(tokenizer.vocab_size()), tokenizer.is_byte
-        kinds = (tokenizer.is_control, tokenizer.is_unknown, tokenizer.is_unused)
-        self.boundary = np.array([any(kind(i) for kind in kinds) for i in ids])
-        pieces = ["" if self.boundary[i] else "?" if is_byte(i) else tokenizer.id_to_piece(i) for i in ids]
-        self.space = np.array([p.startswith(MARK) for p in pieces])  # marks inside a piece are plain spaces
-        self.own = np.array([len(p.removeprefix(MARK).replace(MARK, " ").encode()) for p in pieces], np.int16)
-        self.mark_bytes = [i for b in MARK.encode() if is_byte(i := tokenizer.piece_to_id(f"<0x{b:02X}>"))]
-
-    def weigh(self, tokens: np.ndarray) -> np.ndarray:
-        """Bytes [N] that each token adds: a space mark counts 1 unless it follows a boundary or the start."""
-        begins = np.concatenate(([True], self.boundary[tokens[:-1]]))
-        weights = self.own[tokens] + (self.space[tokens] & ~begins).astype(np.int16)
-        if len(self.mark_bytes) == 3 and len(tokens) > 2:
-            runs = [tokens[k : len(tokens) - 2 + k] == byte for k, byte in enumerate(self.mark_bytes)]
-            at = np.flatnonzero(np.logical_and.reduce(runs))
-            weights[at] = weights[at + 1] = 0  # one space; as 3 bytes: a fifth too good (parameter-golf #897)
-        return weights
-
-
-def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
-    path, where = Path(cfg.tokenizer_path), f"TOKENIZER_PATH={cfg.tokenizer_path}"
-    require(path.is_file(), f"no tokenizer at {where}; it comes with the dataset (see data/README.md)")
-    try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except Exception as error:  # sentencepiece raises RuntimeError, OSError or its own, by version
-        raise RunError(f"{where} is not a SentencePiece model ({type(error).__name__})") from None
-    size = tokenizer.vocab_size()
-    require(size == cfg.vocab_size, f"VOCAB_SIZE={cfg.vocab_size} but {path} has {size} pieces")
-    return tokenizer
-
-
-def decoded_bytes(tokenizer, table: ByteTable, tokens: np.ndarray) -> tuple[int, int]:
-    """(documents, bytes) of the text that `tokens` decode to: the oracle. A leading space adds no byte."""
-    keeps_mark = any(tokenizer.decode([i]).startswith(" ") for i in np.flatnonzero(table.space)[:1].tolist())
-    edges = np.concatenate(([-1], np.flatnonzero(table.boundary[tokens]), [len(tokens)]))
-    spans = [(start + 1, stop) for start, stop in itertools.pairwise(edges.tolist()) if stop > start + 1]
-    bytes_of = {tokenizer.piece_to_id(f"<0x{byte:02X}>"): bytes([byte]) for byte in range(256)}
-    anchor, total = tokenizer.piece_to_id("<0x61>"), 0  # an 'a' in front keeps decode from dropping a space
-    for at in range(0, len(spans), 1000):
-        documents = [tokens[start:stop].tolist() for start, stop in spans[at : at + 1000]]
-        for ids, text in zip(documents, tokenizer.decode(documents), strict=True):
-            # A U+FFFD may be three bytes of the source or one broken byte token: decode byte tokens apart.
-            broken, raw = "\ufffd" in text and any(map(tokenizer.is_byte, ids)), text.encode()
-            if broken:
-                raw = b"".join(bytes_of.get(i) or tokenizer.decode([anchor, i]).encode()[1:] for i in ids)
-            total += len(raw.replace(MARK.encode(), b" "))
-            total -= bool(table.space[ids[0]]) and (broken or keeps_mark)
-    return len(spans), total
+# ----------------------------------------------------------------------------------------------------------
+# 6. BYTES: the denominator of bits per byte, checked against decoded text
+#
+# In: a SentencePiece tokenizer and the validation shards. `ByteTable` counts the bytes of text that each
+# token adds; `decoded_bytes` counts those of the text that the tokens decode to. `load_validation` demands
+# that both agree, to the byte, before anything is trained, and gives the Validation that section 12 scores.
+# ----------------------------------------------------------------------------------------------------------
+SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+DECODE_BATCH = 1000  # documents decoded at a time
+REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no UTF-8, three bytes itself
 
 
 @dataclass(frozen=True)
-class Validation:  # the held-out split
+class BytesKnobs:
+    """The tokenizer, which ties tokens to bytes."""
+
+    tokenizer_path: str = knob(
+        "./data/tokenizers/fineweb_1024_bpe.model",
+        "SentencePiece model that the shards in DATA_PATH were made with.",
+        role="place",
+        source="official",
+    )
+    vocab_size: int = knob(
+        1024,
+        "Number of tokens, and rows of the embedding; it must equal the tokenizer's.",
+        low=2,
+        high=65_536,
+        role="model",
+        source="official",
+    )
+
+
+class ByteTable:
+    """What each token of a vocabulary adds to the text, as arrays [V] by token id."""
+
+    def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
+        pieces = []
+        is_boundary = []
+        for token in range(tokenizer.vocab_size()):
+            prints_nothing = (
+                tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token)
+            )
+            if prints_nothing:
+                piece = ""
+            elif tokenizer.is_byte(token):
+                piece = "?"  # any one byte
+            else:
+                piece = tokenizer.id_to_piece(token)
+            is_boundary.append(prints_nothing)
+            pieces.append(piece)
+        self.is_boundary = np.array(is_boundary)
+        self.starts_with_space = np.array([piece.startswith(SPACE_MARK) for piece in pieces])
+        # Bytes without a leading space mark, which counts by what stands before it; marks inside a piece
+        # are plain spaces.
+        sizes = [len(piece.removeprefix(SPACE_MARK).replace(SPACE_MARK, " ").encode()) for piece in pieces]
+        self.piece_bytes = np.array(sizes, np.int16)
+        # The byte tokens that spell the mark, where the vocabulary has no piece for it.
+        self.mark_tokens = []
+        for byte in SPACE_MARK.encode():
+            token = tokenizer.piece_to_id(byte_piece(byte))
+            if tokenizer.is_byte(token):
+                self.mark_tokens.append(token)
+
+    def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
+        """Bytes [N], int16, that each of the tokens [N] adds to the text.
+
+        A leading space mark counts 1 unless it follows a boundary or the start, where decoding drops it.
+        """
+        follows_boundary = np.concatenate(([True], self.is_boundary[tokens[:-1]]))
+        adds_space = self.starts_with_space[tokens] & ~follows_boundary
+        counts = self.piece_bytes[tokens] + adds_space.astype(np.int16)
+        if len(self.mark_tokens) == 3 and len(tokens) > 2:
+            # A mark spelt in three byte tokens is one space too. Counting it as three bytes made a published
+            # score a fifth too good (parameter-golf #897).
+            starts = len(tokens) - 2
+            matches = [tokens[at : starts + at] == token for at, token in enumerate(self.mark_tokens)]
+            positions = np.flatnonzero(np.logical_and.reduce(matches))
+            counts[positions] = 0
+            counts[positions + 1] = 0
+        return counts
+
+
+def byte_piece(byte: int) -> str:
+    """SentencePiece's name for the token of one byte."""
+    return f"<0x{byte:02X}>"
+
+
+def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
+    """Read TOKENIZER_PATH; RunError (2) unless it is a SentencePiece model of VOCAB_SIZE pieces."""
+    path = Path(cfg.tokenizer_path)
+    if not path.is_file():
+        raise RunError(
+            f"no tokenizer at TOKENIZER_PATH={cfg.tokenizer_path}; "
+            "it comes with the dataset (see data/README.md)"
+        )
+    try:
+        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except Exception as error:  # sentencepiece raises RuntimeError, OSError or its own, by version
+        raise RunError(
+            f"TOKENIZER_PATH={cfg.tokenizer_path} is not a SentencePiece model ({type(error).__name__})"
+        ) from None
+    size = tokenizer.vocab_size()
+    if size != cfg.vocab_size:
+        raise RunError(f"VOCAB_SIZE={cfg.vocab_size} but {path} has {size} pieces")
+    return tokenizer
+
+
+class TextSize(NamedTuple):
+    """How much text some tokens are."""
+
+    documents: int
+    bytes: int  # of UTF-8
+
+
+def decoded_bytes(
+    tokenizer: sentencepiece.SentencePieceProcessor, table: ByteTable, tokens: np.ndarray
+) -> TextSize:
+    """Measure the text that `tokens` [N] decode to, document by document: the oracle of count_bytes.
+
+    A space at the start of a document adds no byte.
+    """
+    spans = document_spans(table, tokens)
+    keeps_space = decode_keeps_space(tokenizer, table)
+    byte_of_token = {tokenizer.piece_to_id(byte_piece(byte)): bytes([byte]) for byte in range(256)}
+    letter = tokenizer.piece_to_id(byte_piece(ord("a")))
+    total = 0
+    for begin in range(0, len(spans), DECODE_BATCH):
+        documents = [tokens[start:stop].tolist() for start, stop in spans[begin : begin + DECODE_BATCH]]
+        for token_ids, text in zip(documents, tokenizer.decode(documents), strict=True):
+            raw = text.encode()
+            # A replacement character may be three bytes of the source or one broken byte token: then each
+            # token is decoded by itself, after a letter that keeps `decode` from dropping a leading space.
+            is_broken = REPLACEMENT in text and any(map(tokenizer.is_byte, token_ids))
+            if is_broken:
+                parts = []
+                for token in token_ids:
+                    parts.append(byte_of_token.get(token) or tokenizer.decode([letter, token]).encode()[1:])
+                raw = b"".join(parts)
+            total += len(raw.replace(SPACE_MARK.encode(), b" "))
+            if table.starts_with_space[token_ids[0]] and (is_broken or keeps_space):
+                total -= 1
+    return TextSize(len(spans), total)
+
+
+def document_spans(table: ByteTable, tokens: np.ndarray) -> list[tuple[int, int]]:
+    """(start, stop) of every run of tokens between boundaries that is not empty."""
+    boundaries = np.flatnonzero(table.is_boundary[tokens])
+    edges = np.concatenate(([-1], boundaries, [len(tokens)])).tolist()
+    return [(before + 1, after) for before, after in itertools.pairwise(edges) if after > before + 1]
+
+
+def decode_keeps_space(tokenizer: sentencepiece.SentencePieceProcessor, table: ByteTable) -> bool:
+    """Whether `decode` prints the space mark that a text starts with: tokenizers differ in that."""
+    marked_tokens = np.flatnonzero(table.starts_with_space).tolist()
+    return bool(marked_tokens) and tokenizer.decode(marked_tokens[:1]).startswith(" ")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The held-out split, as it is scored: every token but the first is a target."""
+
     tokens: np.ndarray  # [N] uint16
     target_bytes: np.ndarray  # [N - 1] int16, of tokens[1:]
-    documents: int
-    sha256: str
+    documents: int  # 0 where its bytes were not proved
+    sha256: str  # of the tokens
     starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # targets that open a document
-    targets = property(lambda self: len(self.tokens) - 1)
-    bytes = property(lambda self: int(self.target_bytes.sum(dtype=np.int64)))
+
+    @property
+    def targets(self) -> int:
+        """Count of tokens that are scored."""
+        return len(self.tokens) - 1
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the text of all targets."""
+        return int(self.target_bytes.sum(dtype=np.int64))
 
 
-def load_validation(cfg: Config, tokenizer, prove: bool = True) -> Validation:
-    """Read the validation shards. prove: RunError unless the pieces' bytes equal the decoded text's."""
-    where, stream = cfg.data_path, TokenStream(cfg.data_path, "val", cfg.vocab_size)
-    table, tokens = ByteTable(tokenizer), stream.read(0, len(stream))
-    require(len(tokens) > 1, f"the validation shards in {where} hold fewer than two tokens")
-    weights = table.weigh(tokens)
-    starts = 1 + np.flatnonzero(table.boundary[tokens[1:-1]])  # the token read there is a boundary
-    data = Validation(tokens, weights[1:], 0, hashlib.sha256(tokens.tobytes()).hexdigest(), starts)
+def load_validation(
+    cfg: Config, tokenizer: sentencepiece.SentencePieceProcessor, prove: bool = True
+) -> Validation:
+    """Read the validation shards and count their bytes.
+
+    prove: RunError (2) unless the pieces' bytes equal the decoded text's; one rank's proof is enough.
+    """
+    stream = TokenStream(cfg.data_path, "val", cfg.vocab_size)
+    table = ByteTable(tokenizer)
+    tokens = stream.read(0, len(stream))
+    if len(tokens) < 2:
+        raise RunError(f"the validation shards in {cfg.data_path} hold fewer than two tokens")
+    token_bytes = table.count_bytes(tokens)
+    data = Validation(
+        tokens=tokens,
+        target_bytes=token_bytes[1:],
+        documents=0,
+        sha256=hashlib.sha256(tokens.tobytes()).hexdigest(),
+        # Target i is read off token i: it opens a document where that is a boundary.
+        starts=1 + np.flatnonzero(table.is_boundary[tokens[1:-1]]),
+    )
     if not prove:
         return data
-    require(data.bytes > 0, f"the validation shards in {where} decode to no text")
+    if data.bytes <= 0:
+        raise RunError(f"the validation shards in {cfg.data_path} decode to no text")
+    decoded = measure_text(cfg, tokenizer, table, data)
+    counted = int(token_bytes.sum(dtype=np.int64))
+    if counted != decoded.bytes:
+        raise RunError(
+            f"wrong byte count: {counted} by pieces, {decoded.bytes} by decoding the validation text; "
+            f"does {cfg.tokenizer_path} belong to {cfg.data_path}?"
+        )
+    return replace(data, documents=decoded.documents)
+
+
+def measure_text(
+    cfg: Config, tokenizer: sentencepiece.SentencePieceProcessor, table: ByteTable, data: Validation
+) -> TextSize:
+    """`decoded_bytes` of the validation text, kept beside the shards by hash of tokens and tokenizer."""
     key = data.sha256 + hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
-    cache, documents = Path(where) / f".bytes-{key[:16]}.json", 0
-    with suppress(OSError, ValueError, KeyError, TypeError):  # absent or damaged: count again
+    cache = Path(cfg.data_path) / f".bytes-{key[:16]}.json"
+    cached = read_text_size(cache, key)
+    if cached is not None:
+        return cached
+    measured = decoded_bytes(tokenizer, table, data.tokens)
+    content = json.dumps(dict(key=key, documents=measured.documents, bytes=measured.bytes))
+    with suppress(OSError):  # a read-only dataset only costs the count again next time
+        write_atomic(cache, content.encode())
+    return measured
+
+
+def read_text_size(cache: Path, key: str) -> TextSize | None:
+    """What an earlier run measured under this key; None if that is absent, damaged or of other files."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads(cache.read_text())
-        if saved["key"] == key:
-            documents, decoded = int(saved["documents"]), int(saved["bytes"])
-    if not documents:
-        documents, decoded = decoded_bytes(tokenizer, table, tokens)
-        with suppress(OSError):  # a read-only dataset only costs the count again next time
-            write_atomic(cache, json.dumps(dict(key=key, documents=documents, bytes=decoded)).encode())
-    counted = int(weights.sum(dtype=np.int64))
-    wrong = f"wrong byte count: {counted} by pieces, {decoded} by decoding the validation text"
-    require(counted == decoded, f"{wrong}; does {cfg.tokenizer_path} belong to {where}?")
-    return replace(data, documents=documents)
+        size = TextSize(int(saved["documents"]), int(saved["bytes"]))
+        if saved["key"] == key and size.documents > 0:
+            return size
+    return None
 
 
-# 6. MODEL: official names and shapes, so official checkpoints load
-BLOCK, LONGEST_BLOCKED = 128, 2048  # queries of a block, and the longest sequence, of attention on a CPU
-# Training only, by the knob that switches it on: changes of the input before and after its norm; loss terms.
-EMBEDDING_TERMS: dict[str, Callable[..., Tensor]] = dict(embed_mixup=lambda *given: embed_mixup(*given))
-INPUT_TERMS: dict[str, Callable[..., Tensor]] = dict(
-    token_drop=lambda cfg, x, ids, dials: dropout(x, uniform(ids, dials[0], 2, len(ids[0])), cfg.token_drop),
-    metamorphosis=lambda cfg, x, ids, dials: dropout(
-        x, uniform(ids, dials[0], 3, x[0].numel()), cfg.metamorphosis * (1 - 2 * dials[1]).clamp_min(0)
-    ),
-)
-LOSS_TERMS: dict[str, Callable[..., Tensor]] = dict(  # softcapped logits z, targets y, their nats, progress p
-    focal_gamma=lambda cfg, z, y, nats, p, _: (  # (1 - P(y))^gamma nats, less nats (Lin et al. 1708.02002)
-        ((-torch.expm1(-nats)).clamp_min(1e-7) ** (cfg.focal_gamma * (1 - cfg.gamma_anneal * p)) - 1) * nats
-    ).mean(),
-    label_smooth=lambda cfg, z, y, nats, *_: cfg.label_smooth * (z.logsumexp(-1) - z.mean(-1) - nats).mean(),
-    z_loss=lambda cfg, z, *_: cfg.z_loss * z.logsumexp(-1).square().mean(),
-    logit_penalty=lambda cfg, z, *_: cfg.logit_penalty * z.square().mean(),
-    logit_temp=lambda cfg, z, y, nats, *_: (cross_entropy(z / cfg.logit_temp, y) - nats).mean(),
-    entropy_bonus=lambda cfg, z, *_: -cfg.entropy_bonus * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean(),
-    multi_token=lambda cfg, z, y, *_: cfg.multi_token * cross_entropy(z[:, :-1], y[:, 1:]).mean(),
-    head_diversity=lambda cfg, z, y, nats, p, model: head_diversity(cfg, model),
-)
+# ----------------------------------------------------------------------------------------------------------
+# 7. MODEL
+#
+# Token ids go in, softcapped logits come out. `plan_layers` decides once what each effective layer does;
+# the forward pass walks that plan. Names and shapes in the state dict are the official script's, so its
+# checkpoints load. Each parameter says, where it is made, which optimiser trains it (`with_role`).
+# ----------------------------------------------------------------------------------------------------------
+MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
+REPEATED = "NUM_REPEATS!=1"
+NOT_REPEATED = "NUM_REPEATS=1"
+
+
+@dataclass(frozen=True)
+class ModelKnobs:
+    num_layers: int = knob(
+        9,
+        "Transformer blocks with weights of their own.",
+        low=1,
+        most=999,
+        role="model",
+        source="official",
+    )
+    model_dim: int = knob(
+        512,
+        "Width of the residual stream; a multiple of NUM_HEADS.",
+        low=2,
+        most=2**16,
+        role="model",
+        source="official",
+    )
+    num_heads: int = knob(
+        8,
+        "Query heads of each attention; MODEL_DIM / NUM_HEADS must be even.",
+        low=1,
+        role="model",
+        source="official",
+    )
+    num_kv_heads: int = knob(
+        4,
+        "Key and value heads; each serves NUM_HEADS / NUM_KV_HEADS query heads.",
+        low=1,
+        role="model",
+        source="official",
+    )
+    mlp_mult: float = knob(
+        2.0,
+        "Hidden width of the MLP as a multiple of MODEL_DIM; swiglu uses 2/3 of it, for as many parameters.",
+        low=0.01,
+        most=999,
+        role="model",
+        source="official",
+    )
+    mlp_act: str = knob(
+        "relu2",
+        "Nonlinearity of the MLP: relu2, leaky_relu2, gelu2 and silu2 are squared, swiglu is gated.",
+        choices=MLP_ACTS,
+        role="model",
+        source="PR #1434",
+        fate="works",
+    )
+    leaky_slope: float = knob(
+        0.01,
+        "Slope of leaky_relu2 for negative inputs, before squaring; PR #895 has 0.5.",
+        needs="MLP_ACT=leaky_relu2",
+        role="model",
+        source="PR #1434",
+    )
+    tie_embeddings: bool = knob(
+        True,
+        "Use the embedding table as the output head; 0 gives the head a matrix of its own.",
+        role="model",
+        source="official",
+    )
+    tied_embed_init_std: float = knob(
+        0.005,
+        "Standard deviation of the embedding's initial values.",
+        low=0,
+        needs="TIE_EMBEDDINGS=1",
+        source="official",
+    )
+    rope_base: float = knob(
+        10_000.0,
+        "Base of the rotary positions' wavelengths.",
+        low=1,
+        role="model",
+        source="official",
+    )
+    logit_softcap: float = knob(
+        30.0,
+        "Bound c of the logits: c * tanh(z / c).",
+        low=1e-3,
+        role="model",
+        source="official",
+    )
+    qk_gain_init: float = knob(
+        1.5,
+        "Initial value of the learned gain of each query head.",
+        source="official",
+    )
+    encoder_layers: int = knob(
+        -1,
+        "First layers whose outputs feed the U-Net skips into the later ones; -1 = half, 0 = no skips.",
+        low=-1,
+        needs=NOT_REPEATED,
+        role="model",
+        source="PR #1434",
+        fate="works",
+    )
+    parallel_block: bool = knob(
+        False,
+        "Let attention and MLP of a block read the same input and add their outputs together.",
+        role="model",
+        source="PR #1434",
+        fate="works",
+    )
+    num_repeats: int = knob(
+        1,
+        "Times that the blocks run in turn with the same weights; above 1 there are no U-Net skips.",
+        low=1,
+        most=999,
+        role="model",
+        source="PR #895",
+    )
+    prog_depth: str = knob(
+        "",
+        "Repeats that train until each progress, e.g. 0.4:2,0.65:3,1.0:4; empty = all of them throughout.",
+        needs=REPEATED,
+        source="PR #895",
+    )
+    cross_repeat_skip: bool = knob(
+        True,
+        "Add to a repeated block's input its output of the repeat before, times a learned scale.",
+        needs=REPEATED,
+        role="model",
+        source="PR #895",
+    )
+    repeat_lora_rank: int = knob(
+        0,
+        "Rank of a low-rank change of the output projections for each repeat; 0 = none.",
+        low=0,
+        needs=REPEATED,
+        role="model",
+        source="PR #895",
+    )
+    num_value_embeds: int = knob(
+        0,
+        "Token tables whose rows are added, scaled, to the input of each layer; 0 = none.",
+        low=0,
+        most=999,
+        role="model",
+        source="PR #895",
+        effect="2 tables: -0.046 bpb on the baseline after 600 steps, wave20; within noise on best, wave21",
+    )
+    value_residual: bool = knob(
+        False,
+        "Attend to a learned mixture of the first layer's values and the layer's own.",
+        role="model",
+        source="PR #895",
+        effect="-0.042 bpb on progressive depth after 400 steps, wave19; within noise on best, wave21",
+    )
+    xsa_last_n: int = knob(
+        0,
+        "Last layers whose heads leave out the part along their own value (XSA); -1 = all, 0 = none.",
+        low=-1,
+        role="model",
+        source="PR #895",
+    )
+    weight_share: int = knob(
+        0,
+        "Layer i runs block i mod this, so that only so many blocks have weights; 0 = each its own.",
+        low=0,
+        role="model",
+        source="PR #1434",
+        fate="broken",
+    )
+    sandwich_norm: bool = knob(
+        False,
+        "Also RMS-norm what the attention gives.",
+        needs="PARALLEL_BLOCK=0",
+        role="model",
+        source="PR #1434",
+        fate="rejected",
+    )
+    attn_recycle: bool = knob(
+        False,
+        "Run each attention twice, in training and in evaluation (as published: in training only).",
+        role="model",
+        source="PR #1434",
+        fate="broken",
+    )
+    embed_scale: float = knob(
+        0.0,
+        "Factor of the embeddings, which their norm cancels again; 0 = off.",
+        role="model",
+        source="PR #1434",
+        fate="broken",
+    )
+    layer_drop: float = knob(
+        0.0,
+        "Chance that a step skips a layer; the first layer and the first after the encoder always run.",
+        low=0,
+        high=0.999,
+        source="PR #1434",
+        fate="broken",
+    )
+    progressive_grow: bool = knob(
+        False,
+        "Train the first max(3, 0.3 NUM_LAYERS) layers at first, one more at a time, all from progress 0.9.",
+        needs=NOT_REPEATED,
+        source="PR #1434",
+        fate="broken",
+    )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.model_dim // self.num_heads
+
+    @property
+    def depth(self) -> int:
+        """Effective layers: blocks times repeats."""
+        return self.num_layers * self.num_repeats
+
+    @property
+    def encoders(self) -> int:
+        """Layers that feed U-Net skips: the first half unless said, none where blocks repeat."""
+        if self.num_repeats > 1:
+            return 0
+        return self.num_layers // 2 if self.encoder_layers < 0 else self.encoder_layers
+
+    @property
+    def depth_phases(self) -> list[tuple[float, int]]:
+        """PROG_DEPTH as (until this progress, repeats), in order; RunError if it is no such list."""
+        if not self.prog_depth or self.num_repeats == 1:
+            return []
+        turns = []
+        try:
+            for entry in self.prog_depth.split(","):
+                until, _, repeats = entry.partition(":")
+                turns.append((float(until), int(repeats)))
+        except ValueError:
+            message = f"PROG_DEPTH={self.prog_depth!r} is not like 0.4:2,0.65:3,1.0:4 (progress:repeats)"
+            raise RunError(message) from None
+        return sorted(turns)
+
+    def check(self) -> None:
+        """RunError where shapes do not fit each other."""
+        if self.model_dim % self.num_heads:
+            message = f"MODEL_DIM={self.model_dim} is not a multiple of NUM_HEADS={self.num_heads}"
+            raise RunError(message)
+        if self.num_heads % self.num_kv_heads:
+            message = f"NUM_HEADS={self.num_heads} is not a multiple of NUM_KV_HEADS={self.num_kv_heads}"
+            raise RunError(message)
+        if self.head_dim % 2:
+            raise RunError(f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotation")
+        if self.encoder_layers > self.num_layers:
+            raise RunError("ENCODER_LAYERS must not exceed NUM_LAYERS")
+        for until, repeats in self.depth_phases:
+            if not (0 < until <= 1 and 0 < repeats <= self.num_repeats):
+                self.refuse_prog_depth()
+        if self.depth_phases and self.depth_phases[-1][1] != self.num_repeats:
+            self.refuse_prog_depth()
+
+    def refuse_prog_depth(self) -> None:
+        raise RunError(
+            f"PROG_DEPTH={self.prog_depth} needs progress in (0, 1], repeats of 1 to "
+            f"NUM_REPEATS={self.num_repeats} and these last: they are scored"
+        )
+
+
+def with_role(parameter: nn.Parameter, name: str) -> nn.Parameter:
+    """Say which optimiser settings train a parameter; the table is `role_settings` in section 9.
+
+    "matrix": Muon; "embed", "head", "scalar": Adam, each with a learning rate of its own.
+    """
+    parameter.role = name
+    return parameter
 
 
 def norm(x: Tensor) -> Tensor:
@@ -945,75 +1964,145 @@ def norm(x: Tensor) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """No bias; float32 weights, used in the dtype of the input. With a rank, repeat r uses W + B_r A_r."""
+    """No bias; float32 weights [outputs, inputs], used in the dtype of the input.
 
-    def __init__(self, inputs: int, outputs: int, zero: bool = False, repeats: int = 0, rank: int = 0):
+    rank > 0: repeat r of the block uses W + B_r A_r (PR #895), with `repeats` pairs of factors.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        zero_init: bool = False,
+        repeats: int = 0,
+        rank: int = 0,
+        trained_as: str = "matrix",
+    ):
         super().__init__(inputs, outputs, bias=False)
-        if zero:
+        with_role(self.weight, trained_as)
+        if zero_init:
             nn.init.zeros_(self.weight)
-        self.lora_a = nn.Parameter(torch.randn(repeats, rank, inputs) / inputs**0.5) if rank else None
-        self.lora_b = nn.Parameter(torch.zeros(repeats, outputs, rank)) if rank else None
+        self.lora_a = None
+        self.lora_b = None
+        if rank:
+            self.lora_a = with_role(nn.Parameter(torch.randn(repeats, rank, inputs) / inputs**0.5), "scalar")
+            self.lora_b = with_role(nn.Parameter(torch.zeros(repeats, outputs, rank)), "scalar")
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        y, a, b = F.linear(x, self.weight.to(x.dtype)), self.lora_a, self.lora_b
-        return y if a is None else y + F.linear(F.linear(x, a[repeat].to(x.dtype)), b[repeat].to(x.dtype))
+        """x [..., inputs] -> [..., outputs], for the block's run number `repeat`."""
+        y = F.linear(x, self.weight.to(x.dtype))
+        if self.lora_a is None:
+            return y
+        inner = F.linear(x, self.lora_a[repeat].to(x.dtype))
+        return y + F.linear(inner, self.lora_b[repeat].to(x.dtype))
+
+
+# -- Attention on a CPU: speed only. A reader who runs on a GPU can skip to `attend`. --------------------
+QUERY_BLOCK = 128  # queries that are scored together
+LONGEST_BLOCKED = 2048  # tokens; beyond, scaled_dot_product_attention is as fast (benchmarks/NOTES.md)
 
 
 @torch.library.custom_op("golf::causal_softmax_", mutates_args=["scores"], schema="(Tensor(a!) scores) -> ()")
 def causal_softmax_(scores: Tensor) -> None:
-    """In place, over the last dimension; scores [..., rows, past]: the last rows of a causal square. One
-    piece to torch.compile, which would take each exponential twice (benchmarks/NOTES.md)."""
+    """Softmax in place over the last dimension of scores [..., rows, past], the last rows of a causal square.
+
+    One piece to torch.compile, which would take each exponential twice (benchmarks/NOTES.md).
+    """
     rows = scores.size(-2)
     scores[..., -rows:].add_(scores.new_full((rows, rows), -torch.inf).triu_(1))
     torch.softmax(scores, dim=-1, out=scores)
 
 
 class BlockedAttention(torch.autograd.Function):
-    """`attend` by blocks of queries, for CPUs; heads that share k and v go into one product. Keeps what the
-    softmax gives for the backward pass: ds = p (dp - sum(dy y)), as FlashAttention (Dao 2205.14135)."""
+    """`attend` by blocks of queries. The G query heads that share a key head go into one product.
+
+    Keeps the softmax's probabilities p for the backward pass, where the gradient of the scores is
+    ds = p (dp - sum(dy y)), as in FlashAttention (Dao et al. 2205.14135). Below, N is batch * key heads.
+    """
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scaled, keys, values, ys, ps = q * q.size(-1) ** -0.5, k.flatten(0, 1), v.flatten(0, 1), [], []
-        for part in scaled.unflatten(1, (k.size(1), -1)).flatten(0, 1).split(BLOCK, dim=2):
-            past = part.size(2) + sum(y.size(2) for y in ys)
-            scores = (part.flatten(1, 2) @ keys[:, :past].mT).view(*part.shape[:3], past)
+        """q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
+        key_heads = k.size(1)
+        keys = k.flatten(0, 1)  # [N, T, D]
+        values = v.flatten(0, 1)
+        queries = (q * q.size(-1) ** -0.5).unflatten(1, (key_heads, -1)).flatten(0, 1)  # [N, G, T, D]
+        past = 0
+        outputs = []
+        probabilities = []
+        for block in queries.split(QUERY_BLOCK, dim=2):  # [N, G, rows, D]
+            past += block.size(2)
+            scores = block.flatten(1, 2) @ keys[:, :past].mT  # [N, G * rows, past]
+            scores = scores.view(*block.shape[:3], past)
             causal_softmax_(scores)
-            ps.append(scores.flatten(1, 2))
-            ys.append((ps[-1] @ values[:, :past]).view_as(part))
-        y = torch.cat(ys, dim=2).view(q.shape)
-        ctx.save_for_backward(q, k, v, y, *ps)
+            p = scores.flatten(1, 2)
+            probabilities.append(p)
+            outputs.append((p @ values[:, :past]).view_as(block))
+        y = torch.cat(outputs, dim=2).view(q.shape)
+        ctx.save_for_backward(q, k, v, y, *probabilities)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, y, *ps = ctx.saved_tensors
-        scale, keys, values, dqs = q.size(-1) ** -0.5, k.flatten(0, 1), v.flatten(0, 1), []
-        dy, y, parts = (x.unflatten(1, (k.size(1), -1)).flatten(0, 1) for x in (dy, y, q * scale))
-        dk, dv, means = torch.zeros_like(keys), torch.zeros_like(values), (dy * y).sum(-1, keepdim=True)
-        for p, *blocks in zip(ps, *(x.split(BLOCK, dim=2) for x in (dy, means, parts)), strict=True):
-            past, (g, mean, part) = p.size(2), (x.flatten(1, 2) for x in blocks)
-            ds = (g @ values[:, :past].mT).sub_(mean).mul_(p)
-            dv[:, :past].baddbmm_(p.mT, g)
-            dk[:, :past].baddbmm_(ds.mT, part)
-            dqs.append((ds @ keys[:, :past]).view_as(blocks[0]))
-        return (torch.cat(dqs, dim=2) * scale).view(q.shape), dk.view(k.shape), dv.view(v.shape)
+        """Gradients of q, k and v, each of its own shape."""
+        q, k, v, y, *probabilities = ctx.saved_tensors
+        scale = q.size(-1) ** -0.5
+        key_heads = k.size(1)
+        keys = k.flatten(0, 1)  # [N, T, D]
+        values = v.flatten(0, 1)
+        dy = dy.unflatten(1, (key_heads, -1)).flatten(0, 1)  # [N, G, T, D]
+        y = y.unflatten(1, (key_heads, -1)).flatten(0, 1)
+        queries = (q * scale).unflatten(1, (key_heads, -1)).flatten(0, 1)
+        row_sums = (dy * y).sum(-1, keepdim=True)  # [N, G, T, 1]
+        dk = torch.zeros_like(keys)
+        dv = torch.zeros_like(values)
+        dq_blocks = []
+        blocks = zip(
+            probabilities,
+            dy.split(QUERY_BLOCK, dim=2),
+            row_sums.split(QUERY_BLOCK, dim=2),
+            queries.split(QUERY_BLOCK, dim=2),
+            strict=True,
+        )
+        for p, dy_block, sum_block, query_block in blocks:
+            past = p.size(2)
+            dy_rows = dy_block.flatten(1, 2)  # [N, G * rows, D]
+            ds = (dy_rows @ values[:, :past].mT).sub_(sum_block.flatten(1, 2)).mul_(p)
+            dv[:, :past].baddbmm_(p.mT, dy_rows)
+            dk[:, :past].baddbmm_(ds.mT, query_block.flatten(1, 2))
+            dq_blocks.append((ds @ keys[:, :past]).view_as(dy_block))
+        dq = (torch.cat(dq_blocks, dim=2) * scale).view(q.shape)
+        return dq, dk.view(k.shape), dv.view(v.shape)
+
+
+# -- The model -------------------------------------------------------------------------------------------
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention, grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
-    groups, native = q.size(1) // k.size(1), q.is_cuda and q.dtype != torch.float32
+    """Causal attention with grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
     if q.device.type == "cpu" and q.size(2) <= LONGEST_BLOCKED:
         return BlockedAttention.apply(q, k, v)
-    if groups > 1 and not native:  # only the half-precision CUDA kernels take grouped heads as they are
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=native and groups > 1)
+    groups = q.size(1) // k.size(1)
+    # Only the half-precision CUDA kernels take grouped heads as they are.
+    takes_groups = q.is_cuda and q.dtype != torch.float32
+    if groups > 1 and not takes_groups:
+        k = k.repeat_interleave(groups, dim=1)
+        v = v.repeat_interleave(groups, dim=1)
+    enable_gqa = takes_groups and groups > 1
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
 
 
-def omit_own(y: Tensor, v: Tensor) -> Tensor:
-    """y [B, H, T, D] less its part along the own value v [B, Hkv, T, D]: XSA (Zhai 2603.09078; PR #895)."""
-    own, y = F.normalize(v, dim=-1, eps=1e-12)[:, :, None], y.unflatten(1, (v.size(1), -1))
-    return (y - (y * own).sum(dim=-1, keepdim=True) * own).flatten(1, 2)
+def omit_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """y [B, H, T, D] less its part along the token's own value v [B, Hkv, T, D]: XSA (Zhai 2603.09078)."""
+    direction = F.normalize(v, dim=-1, eps=1e-12)[:, :, None]
+    y = y.unflatten(1, (v.size(1), -1))
+    return (y - (y * direction).sum(dim=-1, keepdim=True) * direction).flatten(1, 2)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions: pairs (a, b) of the two halves of x [B, H, T, D] turn by angles [T, D/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 class Attention(nn.Module):
@@ -1021,23 +2110,42 @@ class Attention(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.c_q = Linear(cfg.model_dim, cfg.model_dim)
-        self.c_k, self.c_v = (Linear(cfg.model_dim, cfg.num_kv_heads * cfg.head_dim) for _ in range(2))
-        self.proj = Linear(cfg.model_dim, cfg.model_dim, True, cfg.num_repeats, cfg.repeat_lora_rank)
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
+        width = cfg.model_dim
+        self.c_q = Linear(width, width)
+        self.c_k = Linear(width, cfg.num_kv_heads * cfg.head_dim)
+        self.c_v = Linear(width, cfg.num_kv_heads * cfg.head_dim)
+        self.proj = Linear(width, width, zero_init=True, repeats=cfg.num_repeats, rank=cfg.repeat_lora_rank)
+        self.q_gain = with_role(nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)), "scalar")
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, repeat=0, exclusive=False, mix=None, first=()):
-        """[B, T, d] -> same. mix (a, b), first [the first layer's values]: attend to a * first + b * own."""
-        shape = (*x.shape[:2], -1, 2 * cos.size(1))  # to [B, heads, T, D]; rotary cos and sin are [T, D/2]
-        q, k, v = (part(x).view(shape).transpose(1, 2) for part in (self.c_q, self.c_k, self.c_v))
-        if mix is not None:
-            first += [] if first else [v]
-            v = mix[0].to(v.dtype) * first[0] + mix[1].to(v.dtype) * v
-        halves = (norm(part).chunk(2, dim=-1) for part in (q, k))
-        q, k = (torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1) for a, b in halves)
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        repeat: int = 0,
+        omits_own_value: bool = False,
+        value_mix: Tensor | None = None,
+        first_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, d], rotary cos, sin [T, D/2] -> (output [B, T, d], the layer's values [B, Hkv, T, D]).
+
+        value_mix [2] = (a, b): attend to a * first_values + b * own values; first_values None: this layer is
+        the first, and its own serve as both.
+        """
+        heads = (*x.shape[:2], -1, 2 * cos.size(1))
+        q = self.c_q(x).view(heads).transpose(1, 2)  # [B, H, T, D]
+        k = self.c_k(x).view(heads).transpose(1, 2)
+        own_values = self.c_v(x).view(heads).transpose(1, 2)
+        v = own_values
+        if value_mix is not None:
+            first_values = own_values if first_values is None else first_values
+            v = value_mix[0].to(v.dtype) * first_values + value_mix[1].to(v.dtype) * own_values
+        q = rotate(norm(q), cos, sin)
+        k = rotate(norm(k), cos, sin)
         y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
-        y = omit_own(y, v) if exclusive else y
-        return self.proj(y.transpose(1, 2).flatten(2), repeat)
+        if omits_own_value:
+            y = omit_own_value(y, v)
+        return self.proj(y.transpose(1, 2).flatten(2), repeat), own_values
 
 
 class MLP(nn.Module):
@@ -1045,16 +2153,72 @@ class MLP(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        leaky, wide = partial(F.leaky_relu, negative_slope=cfg.leaky_slope), cfg.mlp_mult * cfg.model_dim
-        self.activation = dict(relu2=F.relu, leaky_relu2=leaky, gelu2=F.gelu, silu2=F.silu).get(cfg.mlp_act)
-        hidden = int(wide if self.activation else 2 * wide / 3)
+        activations = dict(
+            relu2=F.relu,
+            leaky_relu2=partial(F.leaky_relu, negative_slope=cfg.leaky_slope),
+            gelu2=F.gelu,
+            silu2=F.silu,
+        )
+        self.activation = activations.get(cfg.mlp_act)  # None: swiglu
+        hidden = cfg.mlp_mult * cfg.model_dim
+        hidden = int(hidden if self.activation else 2 * hidden / 3)
         self.gate = None if self.activation else Linear(cfg.model_dim, hidden)
         self.fc = Linear(cfg.model_dim, hidden)
-        self.proj = Linear(hidden, cfg.model_dim, True, cfg.num_repeats, cfg.repeat_lora_rank)
+        self.proj = Linear(
+            hidden, cfg.model_dim, zero_init=True, repeats=cfg.num_repeats, rank=cfg.repeat_lora_rank
+        )
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        hidden = F.silu(self.gate(x)) * self.fc(x) if self.gate else self.activation(self.fc(x)).square()
+        """[B, T, d] -> [B, T, d]."""
+        if self.gate is None:
+            hidden = self.activation(self.fc(x)).square()
+        else:
+            hidden = F.silu(self.gate(x)) * self.fc(x)
         return self.proj(hidden, repeat)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one effective layer does; its number is its row in loop_embed, value_scales and value_mix."""
+
+    number: int
+    block: int  # whose weights it runs
+    repeat: int = 0  # which run through the blocks this is, from 0
+    position: int = 0  # its number within that run
+    skip: int | None = None  # row of skip_weights that scales what is added to its input; None: no U-Net skip
+    skip_from: int | None = None  # the layer whose output that is
+    repeat_from: int | None = None  # the layer of the block's run before, for CROSS_REPEAT_SKIP
+    omits_own_value: bool = False  # XSA
+    runs: bool = True  # False: beyond the depth that trains, so that its U-Net skip alone is added
+
+
+def plan_layers(cfg: Config, depth: int | None = None) -> tuple[Layer, ...]:
+    """The layers in order, when the first `depth` of them run (None: all). Nothing else decides this.
+
+    U-Net skips join the latest encoder layer to the first decoder layer, and so on outwards.
+    """
+    depth = cfg.depth if depth is None else depth
+    encoders = cfg.encoders
+    blocks = cfg.weight_share or cfg.num_layers
+    exclusive_layers = cfg.depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n
+    plan = []
+    for number in range(cfg.depth):
+        repeat, position = divmod(number, cfg.num_layers)
+        has_skip = encoders <= number < 2 * encoders
+        is_joined = repeat > 0 and cfg.cross_repeat_skip
+        layer = Layer(
+            number=number,
+            block=position % blocks,
+            repeat=repeat,
+            position=position,
+            skip=number - encoders if has_skip else None,
+            skip_from=2 * encoders - 1 - number if has_skip else None,
+            repeat_from=number - cfg.num_layers if is_joined else None,
+            omits_own_value=number >= depth - exclusive_layers,
+            runs=number < depth,
+        )
+        plan.append(layer)
+    return tuple(plan)
 
 
 class Block(nn.Module):
@@ -1062,85 +2226,207 @@ class Block(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.attn, self.mlp = Attention(cfg), MLP(cfg)
-        self.attn_scale, self.mlp_scale = (nn.Parameter(torch.ones(cfg.model_dim)) for _ in range(2))
-        self.resid_mix = nn.Parameter(torch.stack((torch.ones(cfg.model_dim), torch.zeros(cfg.model_dim))))
-        self.after = norm if cfg.sandwich_norm and not cfg.parallel_block else nn.Identity()
-        self.parallel, self.passes = cfg.parallel_block, 1 + cfg.attn_recycle
+        width = cfg.model_dim
+        self.attn = Attention(cfg)
+        self.mlp = MLP(cfg)
+        self.attn_scale = with_role(nn.Parameter(torch.ones(width)), "scalar")
+        self.mlp_scale = with_role(nn.Parameter(torch.ones(width)), "scalar")
+        self.resid_mix = with_role(
+            nn.Parameter(torch.stack((torch.ones(width), torch.zeros(width)))), "scalar"
+        )
+        self.is_parallel = cfg.parallel_block
+        self.norms_attention = cfg.sandwich_norm and not cfg.parallel_block
+        self.attentions = 2 if cfg.attn_recycle else 1
 
-    def forward(self, x: Tensor, x0: Tensor, repeat: int = 0, **how) -> Tensor:
-        """how: what Attention.forward takes."""
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        layer: Layer,
+        cos: Tensor,
+        sin: Tensor,
+        value_mix: Tensor | None = None,
+        first_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x, x0 [B, T, d] -> (x after the block, the values of the first layer, which may be this one).
+
+        x0 is what the first layer was given; the rest is as in Attention.forward.
+        """
         keep, again = self.resid_mix.to(x.dtype)
-        x = entered = keep * x + again * x0
-        for _ in range(self.passes):
-            x = x + self.attn_scale.to(x.dtype) * self.after(self.attn(norm(x), repeat=repeat, **how))
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(norm(entered if self.parallel else x), repeat)
-
-
-def layer_plan(cfg: Config) -> list[tuple[int, int | None, int | None]]:
-    """(block, row of skip_weights, layer whose output times that is added: U-Net, latest first) of layers."""
-    half, shared = cfg.encoders, cfg.weight_share or cfg.num_layers
-    joins = [(i - half, 2 * half - 1 - i) if half <= i < 2 * half else (None, None) for i in range(cfg.depth)]
-    return [(i % cfg.num_layers % shared, *join) for i, join in enumerate(joins)]
+        x = keep * x + again * x0
+        block_input = x
+        for _ in range(self.attentions):
+            attended, own_values = self.attn(
+                norm(x),
+                cos,
+                sin,
+                repeat=layer.repeat,
+                omits_own_value=layer.omits_own_value,
+                value_mix=value_mix,
+                first_values=first_values,
+            )
+            if first_values is None:
+                first_values = own_values
+            if self.norms_attention:
+                attended = norm(attended)
+            x = x + self.attn_scale.to(x.dtype) * attended
+        mlp_input = block_input if self.is_parallel else x
+        x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(mlp_input), layer.repeat)
+        return x, first_values
 
 
 class GPT(nn.Module):
-    """Token ids [B, T] -> softcapped float32 logits [B, T, V]."""
+    """Token ids [B, T] -> softcapped float32 logits [B, T, V]. dtype: that of the residual stream."""
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
-        self.dtype, self.softcap, self.embed_scale = dtype, cfg.logit_softcap, cfg.embed_scale or 1.0
-        self.layers, width = layer_plan(cfg), cfg.model_dim
+        width = cfg.model_dim
+        self.dtype = dtype
+        self.softcap = cfg.logit_softcap
+        self.embed_scale = cfg.embed_scale or 1.0
+        # One plan for each depth that may train; the graph of each is compiled before the clock starts.
+        self.plans = {depth: plan_layers(cfg, depth) for depth in (None, *range(1, cfg.depth + 1))}
+        layers = self.plans[None]
+        skips = sum(layer.skip is not None for layer in layers)
+        blocks = 1 + max(layer.block for layer in layers)
+
+        # The order in which weights are made is part of what a seed means.
         self.tok_emb = nn.Embedding(cfg.vocab_size, width)
-        self.skip_weights = nn.Parameter(torch.ones(sum(at is not None for *_, at in self.layers), width))
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(1 + max(block for block, *_ in self.layers)))
-        self.lm_head = None if cfg.tie_embeddings else Linear(width, cfg.vocab_size, zero=True)
+        with_role(self.tok_emb.weight, "embed")
+        self.skip_weights = with_role(nn.Parameter(torch.ones(skips, width)), "scalar")
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(blocks))
+        self.lm_head = None
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
+        else:
+            self.lm_head = Linear(width, cfg.vocab_size, zero_init=True, trained_as="head")
+        self.register_rotation(cfg)
+
+        self.value_embeds = nn.ModuleList(
+            nn.Embedding(cfg.vocab_size, width) for _ in range(cfg.num_value_embeds)
+        )
+        for table in self.value_embeds:
+            with_role(table.weight, "embed")
+        self.value_scales = None
+        if cfg.num_value_embeds:
+            scales = torch.zeros(cfg.depth, cfg.num_value_embeds, width)
+            self.value_scales = with_role(nn.Parameter(scales), "scalar")
+        self.loop_embed = None
+        self.cross_repeat_scales = None
+        if cfg.num_repeats > 1:
+            self.loop_embed = with_role(nn.Parameter(torch.zeros(cfg.depth, width)), "scalar")
+            if cfg.cross_repeat_skip:
+                scales = torch.zeros(cfg.num_layers, cfg.num_repeats - 1, width)
+                self.cross_repeat_scales = with_role(nn.Parameter(scales), "scalar")
+        self.value_mix = None
+        if cfg.value_residual:
+            self.value_mix = with_role(nn.Parameter(torch.full((cfg.depth, 2), 0.5)), "scalar")
+
+    def register_rotation(self, cfg: Config) -> None:
+        """Buffers of the rotary positions, cos and sin [T, head_dim / 2], for the longest context used."""
         frequency = cfg.rope_base ** (-torch.arange(0.0, cfg.head_dim, 2) / cfg.head_dim)
-        angle = torch.outer(torch.arange(float(max(cfg.train_seq_len, cfg.eval_length))), frequency)
-        self.register_buffer("cos", angle.cos(), persistent=False)  # [T, head_dim/2]
+        positions = torch.arange(float(max(cfg.train_seq_len, cfg.eval_length)))
+        angle = torch.outer(positions, frequency)
+        self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        self.exclusive, self.period = cfg.depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n, cfg.num_layers
-        embeds, again = cfg.num_value_embeds, cfg.num_repeats - 1
-        self.value_embeds = nn.ModuleList(nn.Embedding(cfg.vocab_size, width) for _ in range(embeds))
-        self.value_scales = nn.Parameter(torch.zeros(cfg.depth, embeds, width)) if embeds else None
-        self.loop_embed = nn.Parameter(torch.zeros(cfg.depth, width)) if again else None
-        scales = torch.zeros(cfg.num_layers, again, width)
-        self.cross_repeat_scales = nn.Parameter(scales) if again and cfg.cross_repeat_skip else None
-        self.value_mix = nn.Parameter(torch.full((cfg.depth, 2), 0.5)) if cfg.value_residual else None
 
-    def forward(self, ids: Tensor, depth: int | None = None, places: Tensor | None = None) -> Tensor:
-        return self.logits(norm(self.tok_emb(ids) * self.embed_scale), depth=depth, ids=ids, places=places)
+    def forward(self, ids: Tensor, depth: int | None = None, positions: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> logits [B, T, V]; what `depth` and `positions` do, `logits` says."""
+        x0 = norm(self.tok_emb(ids) * self.embed_scale)
+        return self.logits(x0, ids, depth=depth, positions=positions)
 
-    def logits(self, x0: Tensor, keep: Tensor | None = None, depth=None, ids=None, places=None) -> Tensor:
-        """From normed embeddings [B, T, d] and ids to logits [B, T, V], or [B, S, V] at places [B, S]."""
-        x = x0 = x0.to(self.dtype)
-        depth, outputs = len(self.layers) if depth is None else depth, []
-        how = dict(cos=self.cos[: x.size(1)].to(x.dtype), sin=self.sin[: x.size(1)].to(x.dtype), first=[])
-        values = [table(ids).to(x.dtype) for table in self.value_embeds]
-        for i, (block, skip, source) in enumerate(self.layers):
-            repeat, place = divmod(i, self.period)
-            if skip is not None:
-                x = x + self.skip_weights[skip].to(x.dtype) * outputs[source]
-            if i < depth:  # later ones, and those of keep 0, add but their U-Net skip
-                mix = None if self.value_mix is None else self.value_mix[i]
-                y = x if self.loop_embed is None else x + self.loop_embed[i].to(x.dtype)  # as PR #895
-                for scale, value in zip(self.value_scales[i] if values else (), values, strict=True):
-                    y = y + scale.to(x.dtype) * value
-                if repeat and self.cross_repeat_scales is not None:  # the output of the block's last run
-                    y = y + self.cross_repeat_scales[place, repeat - 1].to(x.dtype) * outputs[-self.period]
-                y = self.blocks[block](y, x0, repeat, exclusive=i >= depth - self.exclusive, mix=mix, **how)
-                x = y if keep is None else torch.where(keep[i] > 0, y, x)
+    def logits(
+        self,
+        x0: Tensor,
+        ids: Tensor,
+        keep: Tensor | None = None,
+        depth: int | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """From normed embeddings x0 [B, T, d] of ids [B, T] to logits [B, T, V], float32.
+
+        keep [layers]: 0 for the layers that LAYER_DROP skips this step. depth: effective layers that run,
+        from the first; None = all. positions [B, S]: give the logits of these alone, [B, S, V].
+        """
+        x0 = x0.to(self.dtype)
+        x = x0
+        cos = self.cos[: x.size(1)].to(x.dtype)
+        sin = self.sin[: x.size(1)].to(x.dtype)
+        token_values = [table(ids).to(x.dtype) for table in self.value_embeds]
+        first_values = None
+        outputs = []
+        for layer in self.plans[depth]:
+            if layer.skip is not None:
+                x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.skip_from]
+            if layer.runs:
+                y = self.layer_input(x, layer, token_values, outputs)
+                value_mix = None if self.value_mix is None else self.value_mix[layer.number]
+                block = self.blocks[layer.block]
+                y, first_values = block(y, x0, layer, cos, sin, value_mix, first_values)
+                x = y if keep is None else torch.where(keep[layer.number] > 0, y, x)
             outputs.append(x)
-        x = x if places is None else x.take_along_dim(places[..., None], dim=1)
-        z = F.linear(norm(x), (self.lm_head or self.tok_emb).weight.to(x.dtype)).float()
+        if positions is not None:
+            x = x.take_along_dim(positions[..., None], dim=1)
+        head = self.tok_emb if self.lm_head is None else self.lm_head
+        z = F.linear(norm(x), head.weight.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
 
+    def layer_input(
+        self, x: Tensor, layer: Layer, token_values: list[Tensor], outputs: list[Tensor]
+    ) -> Tensor:
+        """x [B, T, d] plus the layer's loop embedding, token values and the block's output a repeat ago."""
+        if self.loop_embed is not None:
+            x = x + self.loop_embed[layer.number].to(x.dtype)
+        if token_values:
+            for scale, values in zip(self.value_scales[layer.number], token_values, strict=True):
+                x = x + scale.to(x.dtype) * values
+        if layer.repeat_from is not None:
+            scale = self.cross_repeat_scales[layer.position, layer.repeat - 1]
+            x = x + scale.to(x.dtype) * outputs[layer.repeat_from]
+        return x
 
-def token_nats(model: GPT, ids: Tensor, targets: Tensor, places=None, depth=None) -> Tensor:
-    """-log p(target), float32, at all places [B, T] or those given [B, S]. All that evaluation uses."""
-    return cross_entropy(model(ids, depth, places), targets)
+
+def cross_entropy(logits: Tensor, target_ids: Tensor) -> Tensor:
+    """-log p(target) in nats, float32, of the shape of `target_ids`; logits have one more dimension, V."""
+    nats = F.cross_entropy(logits.flatten(0, -2), target_ids.flatten(), reduction="none")
+    return nats.view_as(target_ids)
+
+
+def token_nats(
+    model: GPT, ids: Tensor, target_ids: Tensor, positions: Tensor | None = None, depth: int | None = None
+) -> Tensor:
+    """-log p(target) at all positions [B, T], or at those given [B, S]. All that evaluation uses."""
+    return cross_entropy(model(ids, depth, positions), target_ids)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 8. LOSS AND HOOKS
+#
+# `training_loss` turns (ids, targets) into the scalar that is minimised. Terms and edits of the input hang on
+# the points "embedding", "input" and "loss" of HOOK_POINTS (section 2); evaluation sees none of them.
+# Everything random in here is drawn from the tokens and the step's noise, so that it is the same at any
+# world size and micro-batch size, and inside compiled code.
+# ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class LossKnobs:
+    mirror_train: float = knob(
+        0.0,
+        "Share of the training sequences that are read backwards, their targets too; 0 = off.",
+        low=0,
+        high=1,
+        source="PR #1434",
+        fate="broken",
+    )
+
+
+class Seen(NamedTuple):
+    """What a term of the loss may read."""
+
+    logits: Tensor  # [B, T, V], softcapped, float32
+    target_ids: Tensor  # [B, T]
+    nats: Tensor  # [B, T]: -log p(target)
+    progress: Tensor  # scalar, 0 to 1
+    model: GPT
 
 
 def scramble(x: Tensor) -> Tensor:
@@ -1151,443 +2437,586 @@ def scramble(x: Tensor) -> Tensor:
 
 
 def uniform(ids: Tensor, noise: Tensor, salt: int, count: int) -> Tensor:
-    """Draws in [0, 1), float32 [B, count], of each sequence's tokens, step and salt, however it is run."""
-    places = [torch.arange(n, device=ids.device) for n in (ids.size(1), count)]
-    content = (ids * (scramble(places[0] + 1) >> 1)).sum(dim=1, keepdim=True)  # below 2^59: no overflow
+    """Draws in [0, 1), float32 [B, count], from each sequence's ids [B, T], the step's noise and a salt."""
+    positions = torch.arange(ids.size(1), device=ids.device)
+    draws = torch.arange(count, device=ids.device)
+    # Below 2^59: no overflow.
+    content = (ids * (scramble(positions + 1) >> 1)).sum(dim=1, keepdim=True)
     sequence = scramble((content + (noise.long() << 8) + salt) & 0xFFFFFFFF)
-    return (scramble(sequence ^ scramble(places[1])) >> 8).float() / 2**24
+    return (scramble(sequence ^ scramble(draws)) >> 8).float() / 2**24
 
 
-def embed_mixup(cfg: Config, x: Tensor, ids: Tensor, dials: Tensor) -> Tensor:
-    """Move each embedding [B, T, d] a random part of the way to the one before it; the first has none."""
-    r = (cfg.embed_mixup * uniform(ids, dials[0], 1, ids.size(1)))[:, 1:, None]
-    return torch.cat((x[:, :1], (1 - r) * x[:, 1:] + r * x[:, :-1]), dim=1)
+def mirror(cfg: Config, ids: Tensor, target_ids: Tensor, dials: Dials) -> tuple[Tensor, Tensor]:
+    """Turn a share MIRROR_TRAIN of the sequences [B, T] around as a whole.
 
-
-def dropout(x: Tensor, draws: Tensor, rate: float | Tensor) -> Tensor:
-    return x * ((draws.view(*x.shape[:2], -1) >= rate) / (1 - rate)).to(x.dtype)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """-log p(target), float32, of the shape of `targets`."""
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none").view_as(targets)
-
-
-def head_diversity(cfg: Config, model: GPT) -> Tensor:
-    """Mean squared cosine between the heads' input columns of each output projection, over all blocks."""
-    total, pairs = 0.0, max(cfg.num_heads * (cfg.num_heads - 1), 1)
-    for block in model.blocks:
-        heads = block.attn.proj.weight.unflatten(1, (cfg.num_heads, -1)).transpose(0, 1).flatten(1)
-        cosine = (unit := F.normalize(heads, dim=1)) @ unit.T
-        total = total + (cosine - cosine.diag().diag()).square().sum() / pairs
-    return cfg.head_diversity * total / len(model.blocks)
-
-
-def switched_on(cfg: Config, table: Mapping[str, Callable]) -> list[Callable]:
-    """The entries whose knob is not at its default."""
-    return [entry for name, entry in table.items() if name in {f.name for f in cfg.changed}]
+    The target of a position is still the token that is read next.
+    """
+    is_mirrored = uniform(ids, dials.noise, 0, 1) < cfg.mirror_train  # [B, 1]
+    mirrored_ids = torch.where(is_mirrored, target_ids.flip(1), ids)
+    mirrored_targets = torch.where(is_mirrored, ids.flip(1), target_ids)
+    return mirrored_ids, mirrored_targets
 
 
 def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor]]:
-    """(ids, targets, StepPlan.dials or step 0's, depth) -> (what is minimised, mean nats per token alone)."""
-    mixes, drops, terms = (switched_on(cfg, t) for t in (EMBEDDING_TERMS, INPUT_TERMS, LOSS_TERMS))
-    changes = [*mixes, lambda cfg, x, *_: norm(x), *drops]
+    """The function that training minimises, to be compiled.
 
-    def loss(ids: Tensor, targets: Tensor, dials=None, depth=None) -> tuple[Tensor, Tensor]:
-        dials = plan_step(cfg, 0, 0.0, 0.0).dials(ids.device) if dials is None else dials
-        if cfg.mirror_train:  # some sequences as a whole: the target is still the token read next
-            back = uniform(ids, dials[0], 0, 1) < cfg.mirror_train
-            ids, targets = torch.where(back, targets.flip(1), ids), torch.where(back, ids.flip(1), targets)
+    It takes ids and target_ids [B, T], what `StepPlan.dials` gives (None: of step 0) and the depth; it gives
+    (what is minimised, the mean nats per token alone), both scalars.
+    """
+    embedding_hooks = active(cfg, "embedding")
+    input_hooks = active(cfg, "input")
+    loss_hooks = active(cfg, "loss")
+
+    def loss(
+        ids: Tensor, target_ids: Tensor, dials: Tensor | None = None, depth: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if dials is None:
+            dials = plan_step(cfg, 0, 0.0, 0.0).dials(ids.device)
+        dials = Dials.of(dials)
+        if cfg.mirror_train:
+            ids, target_ids = mirror(cfg, ids, target_ids, dials)
         x = model.tok_emb(ids) * model.embed_scale
-        for change in changes:
+        for change in embedding_hooks:
             x = change(cfg, x, ids, dials)
-        logits = model.logits(x, dials[2:] if cfg.layer_drop else None, depth, ids)
-        nats = cross_entropy(logits, targets)
-        added = (term(cfg, logits, targets, nats, dials[1], model) for term in terms)
-        return sum(added, nats.mean()), nats.detach().mean()
+        x = norm(x)
+        for change in input_hooks:
+            x = change(cfg, x, ids, dials)
+        keep = dials.layers if cfg.layer_drop else None
+        logits = model.logits(x, ids, keep=keep, depth=depth)
+        nats = cross_entropy(logits, target_ids)
+        objective = nats.mean()
+        seen = Seen(logits, target_ids, nats, dials.progress, model)
+        for term in loss_hooks:
+            objective = objective + term(cfg, seen)
+        return objective, nats.detach().mean()
 
     return loss
 
 
-def load_checkpoint(path: str) -> dict[str, Tensor]:
-    """A state dict saved by torch.save, as float32. A tensor may not be larger than what is stored of it."""
-    state, whole = read_saved(path, "INIT_FROM="), False
-    with suppress(AttributeError, RuntimeError):  # of what has no values, or values that are no plain tensors
-        plain = all(t.is_cpu and t.is_floating_point() for t in state.values())
-        whole = plain and all(t.nbytes <= t.untyped_storage().nbytes() for t in state.values())
-    require(whole, f"INIT_FROM={path} is not a state dict of tensors")
-    return {name: tensor.float() for name, tensor in state.items()}
+# ----------------------------------------------------------------------------------------------------------
+# 9. OPTIMISERS
+#
+# Muon trains the blocks' matrices, Adam the rest. `role_settings` is the one table from a parameter's role to
+# its optimiser and learning rate. All gradients live in one flat buffer: backward adds into it, one
+# all-reduce sums it. `Optimisers.step` is the whole update, in order.
+# ----------------------------------------------------------------------------------------------------------
+# The official control tensors, then those of PR #895: they are float32 wherever they are kept.
+CONTROL_NAMES = (
+    "attn_scale",
+    "attn_scales",
+    "mlp_scale",
+    "mlp_scales",
+    "resid_mix",
+    "resid_mixes",
+    "q_gain",
+    "skip_weight",
+    "skip_weights",
+    "loop_embed",
+    "value_scales",
+    "cross_repeat_scales",
+    "value_mix",
+)
 
 
-def read_saved(path: Path | str, knob_name=""):
-    """What torch.save wrote, whole and on the CPU, or RunError. Nothing in the file is executed."""
-    require(Path(path).is_file(), f"no checkpoint at {knob_name}{path}")
-    try:
-        with zipfile.ZipFile(path) as file:  # torch.load ignores its checksums, and would unpack a bomb
-            packed = sum(part.file_size for part in file.infolist()) > Path(path).stat().st_size
-            require(not packed and not file.testzip(), "damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and zipfile have many kinds for a damaged or foreign file
-        raise RunError(f"{knob_name}{path} is no whole checkpoint ({type(error).__name__})") from None
+@dataclass(frozen=True)
+class OptimiserKnobs:
+    embed_lr: float = knob(
+        0.6,
+        "Adam's learning rate of an embedding that is not the output head too.",
+        low=0,
+        needs="TIE_EMBEDDINGS=0",
+        source="official",
+    )
+    head_lr: float = knob(
+        0.008,
+        "Adam's learning rate of a separate output head.",
+        low=0,
+        needs="TIE_EMBEDDINGS=0",
+        source="official",
+    )
+    tied_embed_lr: float = knob(
+        0.05,
+        "Adam's learning rate of the embedding that is the output head too.",
+        low=0,
+        needs="TIE_EMBEDDINGS=1",
+        source="official",
+    )
+    matrix_lr: float = knob(0.04, "Muon's learning rate of the blocks' matrices.", low=0, source="official")
+    scalar_lr: float = knob(
+        0.04,
+        "Adam's learning rate of vectors, gains and other control tensors.",
+        low=0,
+        source="official",
+    )
+    muon_momentum: float = knob(
+        0.95, "Muon's Nesterov momentum once its warm-up is over.", low=0, high=1, source="official"
+    )
+    muon_momentum_warmup_start: float = knob(
+        0.85, "Muon's momentum at step 0.", low=0, high=1, source="official"
+    )
+    muon_momentum_warmup_steps: int = knob(
+        500, "Steps over which Muon's momentum rises linearly; 0 = none.", low=0, source="official"
+    )
+    muon_backend_steps: int = knob(
+        5, "Newton-Schulz iterations that orthogonalise Muon's update.", low=0, most=999, source="official"
+    )
+    muon_wd: float = knob(
+        0.0,
+        "Decoupled weight decay of the blocks' matrices, times their learning rate, before a step; 0 = off.",
+        low=0,
+        source="PR #895",
+    )
+    beta1: float = knob(0.9, "Decay of Adam's first moment a step.", low=0, high=0.999999, source="official")
+    beta2: float = knob(
+        0.95, "Decay of Adam's second moment a step.", low=0, high=0.999999, source="official"
+    )
+    adam_eps: float = knob(1e-8, "Adam's epsilon.", low=0, source="official")
+    grad_clip_norm: float = knob(
+        0.0,
+        "Largest L2 norm of the whole gradient, scaled down to it beyond; 0 = off.",
+        low=0,
+        source="official",
+    )
+    control_tensor_name_patterns: tuple[str, ...] = knob(
+        CONTROL_NAMES,
+        "Parameters whose name contains one of these are trained with SCALAR_LR.",
+        source="official",
+    )
+    sam_rho: float = knob(
+        0.0,
+        "Radius of sharpness-aware minimisation: gradients are taken that far uphill; 0 = off.",
+        low=0,
+        source="PR #1434",
+        fate="broken",
+    )
 
 
-def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
-    """Copy a state dict into the model; RunError naming the first differences if it does not fit."""
-    own, given = ({name: tuple(t.shape) for name, t in s.items()} for s in (model.state_dict(), state))
-    names = [name for name in own | given if own.get(name) != given.get(name)]
-    wrong = [f"{n} is {given.get(n, 'missing')} there, {own.get(n, 'unknown')} here" for n in names[:3]]
-    require(not wrong, f"{source} does not fit this model ({len(names)} tensors): {'; '.join(wrong)}")
-    model.load_state_dict(state)
+@dataclass(frozen=True)
+class RoleSettings:
+    """How the parameters of a role are trained. Muon has the matrices, Adam every other role."""
+
+    learning_rate: float
 
 
-# 7. OPTIMISERS: Muon for the blocks' matrices, Adam for the rest
+def role_settings(cfg: Config) -> dict[str, RoleSettings]:
+    """The settings of each role: the one place where a weight's learning rate is decided.
+
+    Schedules multiply it for all weights (`plan_step`), hooks of "lr_share" for some.
+    """
+    embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
+    return {
+        "embed": RoleSettings(embed_lr),
+        "head": RoleSettings(cfg.head_lr),
+        "scalar": RoleSettings(cfg.scalar_lr),
+        "matrix": RoleSettings(cfg.matrix_lr),
+    }
 
 
-def orthogonalise(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Move all singular values of each matrix of a stack [n, r, c] near 1 (quintic Newton-Schulz, Muon)."""
+@dataclass(frozen=True)
+class Weight:
+    """A parameter, its name and its role."""
+
+    name: str
+    param: nn.Parameter
+    role: str  # a key of role_settings
+    memory: dict[str, Tensor] = field(default_factory=dict)  # what a hook must remember of it
+
+    @property
+    def is_dense(self) -> bool:
+        """No gain, gate or other control tensor."""
+        return self.role != "scalar"
+
+    @property
+    def block(self) -> int | None:
+        """The number of its block; None outside the blocks."""
+        return int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None
+
+
+def weights_of(cfg: Config, model: GPT) -> list[Weight]:
+    """Every parameter with its role, in the order of the model; empty tensors are left out."""
+    weights = []
+    for name, parameter in model.named_parameters():
+        if parameter.numel():
+            weights.append(Weight(name, parameter, role_of(cfg, name, parameter)))
+    return weights
+
+
+def role_of(cfg: Config, name: str, parameter: nn.Parameter) -> str:
+    """The role declared where the parameter is made.
+
+    With CONTROL_TENSOR_NAME_PATTERNS of a user's own it is the official rule: a block's two-dimensional
+    tensor is a matrix unless a pattern is in its name.
+    """
+    if cfg.control_tensor_name_patterns == CONTROL_NAMES or parameter.role in ("embed", "head"):
+        return parameter.role
+    is_control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
+    is_matrix = parameter.ndim == 2 and name.startswith("blocks.") and not is_control
+    return "matrix" if is_matrix else "scalar"
+
+
+def blocks_of(weights: list[Weight]) -> list[dict[str, Weight]]:
+    """The blocks in order, each as its weights by their name inside the block."""
+    blocks: dict[int, dict[str, Weight]] = {}
+    for weight in weights:
+        if weight.block is not None:
+            inner_name = weight.name.split(".", 2)[2]
+            blocks.setdefault(weight.block, {})[inner_name] = weight
+    return list(blocks.values())
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Move all singular values of each matrix of a stack [n, r, c] near 1, by a quintic iteration (Muon).
+
+    x <- a x + (b A + c A^2) x with A = x x^T, after scaling to a Frobenius norm of 1.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's: steep at 0, all within 0.7..1.2 after 5 steps
     x = matrices.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    x = x.mT if (tall := x.size(1) > x.size(2)) else x
+    is_tall = x.size(1) > x.size(2)
+    if is_tall:
+        x = x.mT
     for _ in range(steps):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if is_tall else x
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, then an orthogonalised step (Keller Jordan) of each rank's share of the matrices."""
+    """Nesterov momentum, then an orthogonalised step (Keller Jordan, modded-nanogpt).
+
+    Each rank updates every world_size-th matrix; the sum over ranks of a buffer that holds zeros elsewhere
+    gives all ranks all updates.
+    """
 
     def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, runtime: Runtime):
-        super().__init__([dict(params=params, base_lr=lr)], dict(lr=lr, momentum=momentum, weight_decay=0.0))
-        self.steps, self.runtime, self.matrices = steps, runtime, self.param_groups[0]["params"]
-        self.own = slice(runtime.rank, None, runtime.world_size)  # this rank's share of them
-        self.state.update({p: dict(momentum_buffer=torch.zeros_like(p)) for p in self.matrices[self.own]})
+        group = dict(params=params, base_lr=lr)
+        super().__init__([group], dict(lr=lr, momentum=momentum, weight_decay=0.0))
+        self.steps = steps
+        self.runtime = runtime
+        self.matrices = self.param_groups[0]["params"]
+        self.rank_share = slice(runtime.rank, None, runtime.world_size)
+        for parameter in self.matrices[self.rank_share]:
+            self.state[parameter] = dict(momentum_buffer=torch.zeros_like(parameter))
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        for group in (group for group in self.param_groups if group["params"]):
-            params, momentum, sizes = group["params"], group["momentum"], [p.numel() for p in group["params"]]
+        """Update every matrix by its group's learning rate, momentum and weight decay."""
+        for group in self.param_groups:
+            params = group["params"]
+            if not params:
+                continue
+            sizes = [parameter.numel() for parameter in params]
             flat = torch.zeros(sum(sizes), device=params[0].device)
-            updates = [part.view_as(p) for part, p in zip(flat.split(sizes), params, strict=True)]
-            pairs = [*zip(params, updates, strict=True)][self.own]
-            for shape in dict.fromkeys(p.shape for p, _ in pairs):
-                alike, results = zip(*((p, update) for p, update in pairs if p.shape == shape), strict=True)
-                grads, averages = [p.grad for p in alike], [self.state[p]["momentum_buffer"] for p in alike]
-                torch._foreach_mul_(averages, momentum)
-                torch._foreach_add_(averages, grads)
-                nesterov = torch.stack(torch._foreach_add(grads, averages, alpha=momentum))
-                turned = orthogonalise(nesterov, self.steps, self.runtime.dtype)
-                torch._foreach_copy_(results, (turned * max(1.0, shape[0] / shape[1]) ** 0.5).unbind())
+            updates = [
+                piece.view_as(parameter) for piece, parameter in zip(flat.split(sizes), params, strict=True)
+            ]
+            self.fill_updates(params[self.rank_share], updates[self.rank_share], group["momentum"])
             self.runtime.sum(flat)
             if group["weight_decay"]:  # decoupled, and before the update, as PR #895
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
-
-@dataclass(frozen=True)
-class Weight:  # a parameter and its place; memory: what an intervention must remember of it
-    name: str
-    param: nn.Parameter
-    role: str  # "matrix": Muon trains it; "embed", "head", "scalar": Adam
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    dense = property(lambda self: self.role != "scalar")  # no gain, gate or other control tensor
-    block = property(lambda self: int(self.name.split(".")[1]) if self.name.startswith("blocks.") else None)
-
-
-def weights_of(cfg: Config, model: GPT) -> list[Weight]:
-    """Every parameter, with its one role as in the official script; empty tensors are left out."""
-    weights, own = [], dict(tok_emb="embed", value_embeds="embed", lm_head="head")
-    for name, p in model.named_parameters():
-        control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
-        other = "matrix" if p.ndim == 2 and name.startswith("blocks.") and not control else "scalar"
-        weights += [Weight(name, p, own.get(name.partition(".")[0], other))] if p.numel() else []
-    return weights
+    def fill_updates(self, params: list[nn.Parameter], updates: list[Tensor], momentum: float) -> None:
+        """Write the update of each parameter into its tensor; those of one shape go through together."""
+        by_shape: dict[torch.Size, list[int]] = {}
+        for index, parameter in enumerate(params):
+            by_shape.setdefault(parameter.shape, []).append(index)
+        for shape, indices in by_shape.items():
+            grads = [params[index].grad for index in indices]
+            averages = [self.state[params[index]]["momentum_buffer"] for index in indices]
+            torch._foreach_mul_(averages, momentum)
+            torch._foreach_add_(averages, grads)
+            nesterov = torch.stack(torch._foreach_add(grads, averages, alpha=momentum))
+            orthogonal = newton_schulz(nesterov, self.steps, self.runtime.dtype)
+            # Tall matrices step further, so that the root mean square of their outputs changes as much.
+            orthogonal = orthogonal * max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_copy_([updates[index] for index in indices], orthogonal.unbind())
 
 
-def blocks_of(weights: list[Weight]) -> list[dict[str, Weight]]:
-    """The blocks in order, each by the name inside the block."""
-    blocks = itertools.groupby((w for w in weights if w.block is not None), key=lambda w: w.block)
-    return [{w.name.split(".", 2)[2]: w for w in block} for _, block in blocks]
-
-
-def shake(amount: Callable[..., float], cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
-    """Add amount(cfg, step, p) times a matrix's mean magnitude times N(0, 1), the same on every rank."""
-    size = amount(cfg, plan.step + 1, plan.progress)
-    for name, p in ((w.name, w.param) for w in weights if w.dense and size > 1e-6):
-        generator = torch.Generator(p.device).manual_seed(draw(cfg.seed, plan.step, name))
-        p.add_(torch.randn(p.shape, generator=generator, device=p.device) * (size * p.abs().mean()))
-
-
-def head_prune(cfg: Config, weights: list[Weight], plan: StepPlan, grads: bool = False) -> None:
-    """Zero the heads whose input columns of proj have the least norm, chosen once, and keep them so."""
-    for w in (b["attn.proj.weight"] for b in blocks_of(weights) if plan.progress >= cfg.head_prune_at):
-        size = w.param.unflatten(1, (cfg.num_heads, -1)).norm(dim=(0, 2))
-        least = size.topk(int(cfg.head_prune * cfg.num_heads), largest=False).indices
-        kept = w.memory.setdefault("kept", torch.ones_like(size).index_fill_(0, least, 0))
-        (w.param.grad if grads else w.param).unflatten(1, (cfg.num_heads, -1)).mul_(kept[:, None])
-
-
-# Interventions by knob: of the summed gradients, before the clip and the step; of the weights after the step.
-GRADIENT_EDITS: dict[str, Callable[..., object]] = dict(
-    grad_central=lambda cfg, ws, plan: [w.param.grad.sub_(w.param.grad.mean(1, True)) for w in ws if w.dense],
-    mycorrhizal=lambda cfg, ws, plan: [  # blocks three apart exchange a share, first to last: so it cascades
-        torch._foreach_add_([a, b], [b.clone(), a.clone()], alpha=cfg.mycorrhizal)
-        for near, far in zip(blocks_of(ws), blocks_of(ws)[3:], strict=False)
-        for a, b in ((near[n].param.grad, far[n].param.grad) for n in near if plan.progress >= 0.025)
-    ],
-    thermal_vent=lambda cfg, ws, plan: [
-        w.param.grad.mul_(1 + cfg.thermal_vent)
-        for block in random.Random(plan.noise).sample(blocks_of(ws), min(2, len(blocks_of(ws))))
-        for w in (block.values() if plan.progress >= 0.025 else [])
-    ],
-    head_prune=partial(head_prune, grads=True),
-)
-WEIGHT_EDITS: dict[str, Callable[..., object]] = dict(
-    controlled_burn=lambda cfg, ws, plan: [
-        x.index_fill_(0, x.abs().topk(int(cfg.controlled_burn * len(x)), largest=False).indices, 0)
-        for x in (w.param.view(-1) for w in ws if w.dense and due(plan.step + 1, cfg.burn_interval))
-    ],
-    synaptic_scale=lambda cfg, ws, plan: [
-        w.param.mul_((w.memory.setdefault("size", size) / size).clamp(0.95, 1.05))
-        for w, size in ((w, w.param.norm().clamp_min(1e-12)) for w in ws if w.dense and plan.progress >= 0.05)
-    ],
-    weight_perturb=partial(shake, lambda cfg, step, p: cfg.weight_perturb * due(step, cfg.perturb_interval)),
-    mutation_decay=partial(shake, lambda cfg, step, p: cfg.mutation_decay * math.exp(-5 * p) * (p >= 0.05)),
-    head_prune=head_prune,
-)
-# LR multiplier of a weight at p, with n blocks: of the step, since Muon and Adam cancel it on the gradient.
-LAYER_RATES: dict[str, Callable[[Weight, float, int], float]] = dict(
-    canopy_lr=lambda w, p, n: 1.0 if w.block is None else 0.3 + 0.7 * w.block / max(n - 1, 1),
-    root_first=lambda w, p, n: 1.0 if w.role == "embed" else min(1.0, 0.1 + 4.5 * p),
-    coral_lr=lambda w, p, n: 1.0 if w.block is None else float(p < (1 + (w.block + 1) / n) / 2),
-)
-DECAYS: dict[str, Callable[[Config, float], float]] = dict(  # of the blocks' matrices, times their LR
-    muon_wd=lambda cfg, p: cfg.muon_wd,
-    wd_schedule=lambda cfg, p: cfg.wd_schedule * p,
-    predprey_lr=lambda cfg, p: 0.01 - 0.005 * (1 - p) * math.sin(12 * math.pi * p),
-)
+@hook("decay", knob="muon_wd")
+def muon_weight_decay(cfg: Config, progress: float) -> float:
+    """The same throughout (PR #895)."""
+    return cfg.muon_wd
 
 
 class Optimisers:
     """Muon and Adam over one flat gradient buffer, stepped together."""
 
     def __init__(self, cfg: Config, model: GPT, runtime: Runtime):
-        self.cfg, self.runtime, self.blocks = cfg, runtime, len(model.blocks)
+        self.cfg = cfg
+        self.runtime = runtime
+        self.blocks = len(model.blocks)
         self.weights = weights_of(cfg, model)
-        embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
-        rates = dict(embed=embed_lr, head=cfg.head_lr, scalar=cfg.scalar_lr)
-        roles = {role: [w.param for w in self.weights if w.role == role] for role in [*rates, "matrix"]}
-        groups = [dict(params=roles[role], lr=lr, base_lr=lr) for role, lr in rates.items() if roles[role]]
-        betas, fused = (cfg.beta1, cfg.beta2), runtime.device.type in ("cuda", "cpu")
-        self.adam = torch.optim.Adam(groups, betas=betas, eps=cfg.adam_eps, fused=fused)
-        self.muon = Muon(roles["matrix"], cfg.matrix_lr, cfg.muon_momentum, cfg.muon_backend_steps, runtime)
-        self.all = self.adam, self.muon
-        held = [p for optimiser in self.all for group in optimiser.param_groups for p in group["params"]]
-        self.flat = torch.zeros(sum(sizes := [p.numel() for p in held]), device=runtime.device)
-        for p, part in zip(held, self.flat.split(sizes), strict=True):
-            p.grad = part.view_as(p)  # backward adds into the buffer: one all-reduce, no copies
-        tables = GRADIENT_EDITS, WEIGHT_EDITS, LAYER_RATES, DECAYS
-        *self.edits, self.rates, self.decays = (switched_on(cfg, table) for table in tables)
+        settings = role_settings(cfg)
+        params_of_role = {
+            name: [weight.param for weight in self.weights if weight.role == name] for name in settings
+        }
+        matrices = params_of_role.pop("matrix")
+        adam_groups = []
+        for name, params in params_of_role.items():
+            if params:
+                rate = settings[name].learning_rate
+                adam_groups.append(dict(params=params, lr=rate, base_lr=rate))
+        self.adam = torch.optim.Adam(
+            adam_groups,
+            betas=(cfg.beta1, cfg.beta2),
+            eps=cfg.adam_eps,
+            fused=runtime.device.type in ("cuda", "cpu"),
+        )
+        self.muon = Muon(
+            matrices,
+            settings["matrix"].learning_rate,
+            cfg.muon_momentum,
+            cfg.muon_backend_steps,
+            runtime,
+        )
+        self.both = (self.adam, self.muon)
+        self.trained: list[nn.Parameter] = []
+        for group in self.adam.param_groups + self.muon.param_groups:
+            self.trained += group["params"]
+        self.flat = self.make_gradient_buffer()
+        self.norm = torch.zeros((), device=runtime.device)  # of the last step's gradient, before the clip
+        self.gradient_edits = active(cfg, "edit_gradients")
+        self.weight_edits = active(cfg, "edit_weights")
+        self.lr_shares = active(cfg, "lr_share")
+        self.decays = active(cfg, "decay")
 
-    def state(self) -> dict[str, object]:
-        """What it remembers, whole on every rank: Muon's momentum is gathered from the ranks that hold it."""
-        none, muon = torch.zeros(0, device=self.runtime.device), self.muon
-        shares = [muon.state.get(p, {}).get("momentum_buffer", torch.zeros_like(p)) for p in muon.matrices]
-        momentum = self.runtime.sum(torch.cat([none, *(share.flatten() for share in shares)]))
-        memory = {w.name: dict(w.memory) for w in self.weights if w.memory}
-        return dict(adam=self.adam.state_dict(), muon=momentum, memory=memory)
-
-    def load(self, state: Mapping) -> None:
-        """Back to a state, at any world size."""
-        self.adam.load_state_dict(state["adam"])
-        parts = state["muon"].to(self.runtime.device).split([p.numel() for p in self.muon.matrices])
-        for p, part in [*zip(self.muon.matrices, parts, strict=True)][self.muon.own]:
-            self.muon.state[p]["momentum_buffer"] = part.view_as(p).clone()
-        for w in self.weights:
-            w.memory.clear()
-            w.memory.update({key: t.to(w.param.device) for key, t in state["memory"].get(w.name, {}).items()})
-
-    @contextmanager
-    @torch.no_grad()  # its own code alone, not what is run inside it
-    def uphill(self, rho: float) -> Iterator[None]:
-        """Weights moved by `rho` along the summed gradient, put back at the end (SAM, Foret 2010.01412)."""
-        self.runtime.sum(self.flat)
-        held = [w.param for w in self.weights]
-        before, scale = [p.detach().clone() for p in held], rho / (self.flat.norm() + 1e-12)
-        torch._foreach_add_(held, torch._foreach_mul([p.grad for p in held], scale))
-        yield
-        torch._foreach_copy_(held, before)
+    def make_gradient_buffer(self) -> Tensor:
+        """One flat tensor, every gradient a view of it: backward adds into it, one all-reduce, no copies."""
+        sizes = [parameter.numel() for parameter in self.trained]
+        flat = torch.zeros(sum(sizes), device=self.runtime.device)
+        for parameter, piece in zip(self.trained, flat.split(sizes), strict=True):
+            parameter.grad = piece.view_as(parameter)
+        return flat
 
     @torch.no_grad()
     def step(self, plan: StepPlan) -> None:
         """Sum gradients over ranks, edit, clip, update by the plan's learning rate and momentum, edit."""
         self.runtime.sum(self.flat)
-        for edit in self.edits[0]:
+        for edit in self.gradient_edits:
             edit(self.cfg, self.weights, plan)
         self.norm = self.flat.norm()
         if self.cfg.grad_clip_norm:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.norm + 1e-6)).clamp(max=1.0))
         decay = sum(rate(self.cfg, plan.progress) for rate in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
-        shares = [math.prod(rate(w, plan.progress, self.blocks) for rate in self.rates) for w in self.weights]
-        slowed = [(w.param, w.param.clone(), s) for w, s in zip(self.weights, shares, strict=True) if s != 1]
-        for optimiser in self.all:
+        slowed = self.weights_that_step_less(plan)
+        for optimiser in self.both:
             for group in optimiser.param_groups:
                 group["lr"] = group["base_lr"] * plan.lr_scale
             optimiser.step()
-        for p, before, share in slowed:
-            p.lerp_(before, 1 - share)  # the share of the step it makes
-        for edit in self.edits[1]:
+        for parameter, before, share in slowed:
+            parameter.lerp_(before, 1 - share)
+        for edit in self.weight_edits:
             edit(self.cfg, self.weights, plan)
+
+    def weights_that_step_less(self, plan: StepPlan) -> list[tuple[nn.Parameter, Tensor, float]]:
+        """(parameter, its values before the step, the share of the step that it makes) where that is not 1.
+
+        The share is of the step, since Muon and Adam both cancel a factor of the gradient.
+        """
+        slowed = []
+        if self.lr_shares:
+            for weight in self.weights:
+                share = math.prod(rate(weight, plan.progress, self.blocks) for rate in self.lr_shares)
+                if share != 1:
+                    slowed.append((weight.param, weight.param.clone(), share))
+        return slowed
+
+    @contextmanager
+    @torch.no_grad()  # its own code alone, not what is run inside it
+    def uphill(self, rho: float) -> Iterator[None]:
+        """Weights moved by `rho` along the summed gradient, put back at the end (SAM, Foret 2010.01412)."""
+        self.runtime.sum(self.flat)
+        params = [weight.param for weight in self.weights]
+        before = [parameter.detach().clone() for parameter in params]
+        scale = rho / (self.flat.norm() + 1e-12)
+        torch._foreach_add_(params, torch._foreach_mul([parameter.grad for parameter in params], scale))
+        yield
+        torch._foreach_copy_(params, before)
+
+    def state(self) -> dict[str, object]:
+        """What it remembers, whole on every rank: Muon's momentum is gathered from the ranks that hold it."""
+        pieces = [torch.zeros(0, device=self.runtime.device)]
+        for parameter in self.muon.matrices:
+            held = self.muon.state.get(parameter, {}).get("momentum_buffer", torch.zeros_like(parameter))
+            pieces.append(held.flatten())
+        momentum = self.runtime.sum(torch.cat(pieces))
+        memory = {weight.name: dict(weight.memory) for weight in self.weights if weight.memory}
+        return dict(adam=self.adam.state_dict(), muon=momentum, memory=memory)
+
+    def load(self, state: Mapping) -> None:
+        """Go back to a state, at any world size."""
+        self.adam.load_state_dict(state["adam"])
+        sizes = [parameter.numel() for parameter in self.muon.matrices]
+        pieces = state["muon"].to(self.runtime.device).split(sizes)
+        pairs = list(zip(self.muon.matrices, pieces, strict=True))
+        for parameter, piece in pairs[self.muon.rank_share]:
+            self.muon.state[parameter]["momentum_buffer"] = piece.view_as(parameter).clone()
+        for weight in self.weights:
+            weight.memory.clear()
+            for key, tensor in state["memory"].get(weight.name, {}).items():
+                weight.memory[key] = tensor.to(weight.param.device)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 10. AVERAGES
+#
+# SWA or EMA of the weights, in float32, taken after each step. If one is on, it is what is packed and scored.
+# ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class AverageKnobs:
+    swa_enabled: bool = knob(
+        False,
+        "Pack the mean of snapshots of the weights, taken at full depth and low learning rate.",
+        source="PR #895",
+    )
+    swa_start_frac: float = knob(
+        0.4,
+        "Learning-rate multiplier below which snapshots are taken.",
+        low=0,
+        needs="SWA_ENABLED=1",
+        source="PR #895",
+    )
+    swa_every: int = knob(50, "Steps between snapshots.", low=1, needs="SWA_ENABLED=1", source="PR #895")
+    ema_decay: float = knob(
+        0.0,
+        "Pack an exponential moving average of the weights that keeps this share a step; 0 = off.",
+        low=0,
+        high=0.99999,
+        needs="SWA_ENABLED=0",
+        source="ours",
+    )
 
 
 class Average:
     """Running average of the weights in float32: SWA's uniform mean (PR #895), or EMA without its bias."""
 
     def __init__(self, cfg: Config, model: GPT):
-        self.cfg, self.live = cfg, [p.detach() for p in model.parameters() if p.numel()]
-        self.kind = "swa" if cfg.swa_enabled else "ema" if cfg.ema_decay else ""
-        self.total = [torch.zeros_like(p) for p in self.live] if self.kind else []
-        self.weight, self.count, self.newest = 0.0, 0, 0  # newest: the step of the latest snapshot
+        self.cfg = cfg
+        self.live = [parameter.detach() for parameter in model.parameters() if parameter.numel()]
+        if cfg.swa_enabled:
+            self.kind = "swa"
+        elif cfg.ema_decay:
+            self.kind = "ema"
+        else:
+            self.kind = ""
+        self.total = [torch.zeros_like(tensor) for tensor in self.live] if self.kind else []
+        self.weight = 0.0  # what `total` must be divided by
+        self.count = 0  # snapshots taken
+        self.newest = 0  # steps trained at the latest snapshot
 
     def add(self, step: int) -> None:
         """Take the weights as they are after `step` steps."""
-        keep, new = (1.0, 1.0) if self.kind == "swa" else (self.cfg.ema_decay, 1 - self.cfg.ema_decay)
+        if self.kind == "swa":
+            keep, new = 1.0, 1.0
+        else:
+            keep, new = self.cfg.ema_decay, 1 - self.cfg.ema_decay
         torch._foreach_mul_(self.total, keep)
         torch._foreach_add_(self.total, self.live, alpha=new)
-        self.weight, self.count, self.newest = keep * self.weight + new, self.count + 1, step
+        self.weight = keep * self.weight + new
+        self.count += 1
+        self.newest = step
 
     def update(self, plan: StepPlan) -> None:
-        """After a plan's step. SWA: at full depth and low learning rate, each SWA_EVERY steps."""
-        low = plan.depth in (None, self.cfg.depth) and plan.lr_scale < self.cfg.swa_start_frac
-        if self.kind == "ema" or self.kind == "swa" and low and due(plan.step + 1, self.cfg.swa_every):
+        """Take what is due after a step. SWA: at full depth and low learning rate, each SWA_EVERY steps."""
+        if self.kind == "ema":
             self.add(plan.step + 1)
+        elif self.kind == "swa":
+            is_full_depth = plan.depth in (None, self.cfg.depth)
+            is_low_rate = plan.lr_scale < self.cfg.swa_start_frac
+            if is_full_depth and is_low_rate and is_due(plan.step + 1, self.cfg.swa_every):
+                self.add(plan.step + 1)
 
-    def load(self, step: int) -> None:
+    def copy_into_model(self, step: int) -> None:
         """Put the average into the model. SWA counts the final weights once (PR #895: at times twice)."""
         if self.newest != step:  # never so of EMA
             self.add(step)
         torch._foreach_copy_(self.live, torch._foreach_div(self.total, self.weight))
 
 
-# 8. QUANTISE AND PACK: weights -> integer rows -> one compressed file, and back
-MODEL_FILE = "final_model.int8.ptz"  # the official name; its integers may have fewer levels
-PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}  # kinds of array in the file
-MAGIC, FORMAT_VERSION = b"PGOLFQ", 1
+# ----------------------------------------------------------------------------------------------------------
+# 11. QUANTISE AND PACK
+#
+# A state dict goes in, one compressed file of checked bytes comes out (`pack`), and back again (`unpack`).
+# `plan_tensor` is the only place that decides how a tensor is stored. A new way to clip rows is a function
+# and its line in CLIPS, a new compressor two functions and their line in CODECS, a new rounding another
+# choice of `pick_quantiser`. `predict_size` knows the packed size from shapes alone, before any training.
+# ----------------------------------------------------------------------------------------------------------
+# The file is PREFIX and a compressed body. The body is the header's length in four bytes, the header as JSON,
+# and all arrays in the order of PLANES: arrays of one type compress better together.
+PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}
+MAGIC = b"PGOLFQ"
+FORMAT_VERSION = 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
-RAW_LIMIT = 1 << 29  # no artifact within the limit unpacks to more; a header that says so is forged
+RAW_LIMIT = 1 << 29  # no artifact within the limit unpacks to more; a prefix that says so is forged
+HEADER_LIMIT = 1 << 22  # a tensor takes about 100 bytes of it
+LEAST_QUANTISED = 65_536  # a matrix of more values is stored as integers: the official script's rule
+LEAST_STEP = 2.0**-24  # the least positive float16
 TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in LowerLR
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
-# |w| [r, c] -> clips [n, r], a row keeps the best; gptq_lite: PR #895. torch.quantile stops at 16 M numbers.
-CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = dict(
-    official=lambda size: np.quantile(size, [0.9999984], axis=1),
-    max=lambda size: size.max(axis=1)[None],
-    gptq_lite=lambda size: np.quantile(size, (0.9999, 0.99995, 0.99999, 0.999995, 0.999999), axis=1),
-    grid=lambda size: np.linspace(1, 0.3, 36)[:, None] * size.max(axis=1),
-)
-CODECS: dict[str, tuple[Callable, Callable]] = {  # (compress(raw, cfg), decompress(body, raw length))
-    "zstd": (
-        lambda raw, cfg: zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw),
-        lambda body, size: zstandard_module().ZstdDecompressor().stream_reader(body).read(size + 1),
-    ),
-    "zlib": (lambda raw, cfg: zlib.compress(raw, 9), lambda b, n: zlib.decompressobj().decompress(b, n + 1)),
+
+# The module that a tensor belongs to decides its group, and with that its levels.
+GROUP_OF_MODULE = {
+    "tok_emb": "embed",
+    "value_embeds": "embed",
+    "lm_head": "embed",
+    "mlp": "mlp",
+    "attn": "attention",
 }
 
 
-def quantise_rows(weight: Tensor, floor: float, levels=127, clip="official") -> tuple[Tensor, Tensor]:
-    """Integers [r, c] in -levels..levels, as int8, float16 steps [r] >= floor: weight = integer * step."""
-    least = max(floor, 2.0**-24)  # the least positive float16
-    steps = (torch.from_numpy(CLIPS[clip](weight.abs().numpy())) / levels).clamp_min(least).half()
-    stored = steps.float()[..., None]  # [n, r, 1]; a step beyond float16 is inf, its error nan
-    errors = [((weight / s).round().clamp(-levels, levels) * s - weight).square().sum(dim=1) for s in stored]
-    step = steps.gather(0, torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True))[0]
-    return (weight / step.float()[:, None]).round().clamp(-levels, levels).to(torch.int8), step
+# -- Clips: sizes |w| [r, c] -> candidates [n, r]; a row keeps the one that loses least ------------------
+# NumPy takes the quantiles, since torch.quantile stops at 16 million numbers.
 
 
-def weight_group(name: str) -> str:
-    """The kind of tensor, for its number of levels and the size report."""
-    marks = dict(tok_emb="embed", value_embeds="embed", lm_head="embed", mlp="mlp", attn="attention")
-    return next((marks[part] for part in name.split(".") if part in marks), "control")
+def clip_official(sizes: np.ndarray) -> np.ndarray:
+    """The official script's one percentile of each row."""
+    return np.quantile(sizes, [0.9999984], axis=1)
 
 
-def levels_of(cfg: Config, name: str) -> int:
-    """The largest integer of a tensor."""
-    own = dict(mlp=cfg.mlp_quant_levels, embed=cfg.embed_quant_levels)
-    return own.get(weight_group(name)) or cfg.quant_levels
+def clip_max(sizes: np.ndarray) -> np.ndarray:
+    """The largest weight of each row, so that none is clipped."""
+    return sizes.max(axis=1)[None]
 
 
-def quant_name(cfg: Config) -> str:
-    """int8, or the levels of attention, MLP and embeddings: 16 levels up and down are no int5."""
-    levels = [levels_of(cfg, name) for name in ("attn", "mlp", "tok_emb")]
-    return "int8" if set(levels) == {127} else "q" + "-".join(map(str, levels))
+def clip_gptq_lite(sizes: np.ndarray) -> np.ndarray:
+    """Five percentiles of each row (PR #895's "GPTQ-lite")."""
+    return np.quantile(sizes, (0.9999, 0.99995, 0.99999, 0.999995, 0.999999), axis=1)
 
 
-def plane_kinds(cfg: Config, name: str, shape: tuple[int, ...]) -> list[str]:
-    """Control tensors stay float32, matrices of over 65,536 values (official) become rows, others float16."""
-    if any(part in name for part in cfg.int8_keep_float_fp32_name_patterns):
-        return ["fp32"]
-    return ["int8", "step"] if len(shape) == 2 and math.prod(shape) > 65_536 else ["fp16"]
+def clip_grid(sizes: np.ndarray) -> np.ndarray:
+    """36 shares of each row's largest weight, from all of it down to 0.3."""
+    return np.linspace(1, 0.3, 36)[:, None] * sizes.max(axis=1)
 
 
-def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
-    """The artifact: a checked prefix and a body. Same input, same bytes. RunError (5): inf or nan in it."""
-    table = [[name, list(t.shape), plane_kinds(cfg, name, t.shape)] for name, t in sorted(state.items())]
-    planes: dict[str, list[bytes]] = {kind: [] for kind in PLANES}  # one kind together compresses better
-    for name, _, kinds in table:
-        weight = state[name].detach().float().cpu().contiguous()
-        arrays = (weight.half() if "fp16" in kinds else weight,)
-        if "int8" in kinds:
-            arrays = quantise_rows(weight, cfg.quant_scale_floor, levels_of(cfg, name), cfg.quant_clip)
-        if not all(torch.isfinite(array).all() for array in (weight, *arrays)):
-            raise RunError(f"diverged: {name} is not finite, or too large for the artifact", DIVERGED)
-        for kind, array in zip(kinds, arrays, strict=True):
-            planes[kind].append(array.numpy().astype(PLANES[kind]).tobytes())
-    header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    raw = struct.pack("<I", len(text)) + text + b"".join(itertools.chain(*planes.values()))
-    return sealed(cfg.codec.encode(), len(raw), CODECS[cfg.codec][0](raw, cfg))
+CLIPS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "official": clip_official,
+    "max": clip_max,
+    "gptq_lite": clip_gptq_lite,
+    "grid": clip_grid,
+}
 
 
-def sealed(codec: bytes, raw_length: int, body: bytes) -> bytes:
-    """The body behind its prefix, whose checksum covers both."""
-    unchecked = PREFIX.pack(MAGIC, FORMAT_VERSION, codec, bytes(8), raw_length, len(body))
-    check = hashlib.sha256(unchecked + body).digest()[:8]
-    return PREFIX.pack(MAGIC, FORMAT_VERSION, codec, check, raw_length, len(body)) + body
+# -- Codecs ----------------------------------------------------------------------------------------------
 
 
-def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
-    """(float32 state dict, header) of an artifact; RunError on anything damaged. Nothing is executed."""
-    require(len(blob) >= PREFIX.size and blob[:6] == MAGIC, f"{source} is not an artifact of this script")
-    _, version, codec, _, raw_length, _ = PREFIX.unpack_from(blob)
-    require(version == FORMAT_VERSION, f"{source} has format version {version}; this reads {FORMAT_VERSION}")
-    require(codec.decode("latin1") in CODECS, f"{source} is packed with an unknown codec {codec!r}")
-    body = blob[PREFIX.size :]
-    whole = sealed(codec, raw_length, body) == blob and raw_length <= RAW_LIMIT
-    require(whole, f"{source} is damaged: its checksum or length is wrong; copy it again")
-    try:
-        raw = CODECS[codec.decode()][1](body, raw_length)
-        require(len(raw) == raw_length, "another length than it says")
-        at = 4 + struct.unpack_from("<I", raw)[0]
-        require(at < 2**22, "a longer header than any")  # 100 bytes a tensor
-        header, state = json.loads(raw[4:at]), {}
-        table = header["tensors"]
-        shaped = all(len(s) < 9 and all(type(n) is int and n >= 0 for n in s) for _, s, _ in table)
-        require(shaped, "a shape that is none")
-        for kind, code in PLANES.items():
-            for name, shape, _ in (row for row in table if kind in row[2]):
-                shape = [shape[0], 1] if kind == "step" else shape
-                values = np.frombuffer(raw, code, math.prod(shape), at)
-                plane = torch.from_numpy(values.astype(np.float32).reshape(shape))
-                state[name], at = state[name].mul_(plane) if kind == "step" else plane, at + values.nbytes
-        require(at == len(raw), "planes that do not fill it")
-        return {name: state[name] for name, *_ in table}, header
-    except Exception as error:  # a forged body: whatever breaks, the file is to blame
-        raise RunError(f"{source} cannot be unpacked ({type(error).__name__}: {error})") from None
+@dataclass(frozen=True)
+class Codec:
+    """A compressor of the artifact's body."""
+
+    tag: bytes  # four bytes that name it in the prefix
+    compress: Callable[[bytes, Config], bytes]
+    # (body, raw length) -> the raw bytes, or one more than that length: a bomb must not be unpacked.
+    decompress: Callable[[bytes, int], bytes]
 
 
 def zstandard_module():
-    """RunError if it is missing: a silent fall-back to zlib put 30 of 59 published runs over the limit."""
+    """The library of CODEC=zstd; RunError (2) if it is missing.
+
+    A silent fall-back to zlib put 30 of 59 published runs over the limit.
+    """
     try:
         import zstandard
     except ImportError:
@@ -1595,338 +3024,1614 @@ def zstandard_module():
     return zstandard
 
 
+def compress_zstd(raw: bytes, cfg: Config) -> bytes:
+    return zstandard_module().ZstdCompressor(level=cfg.zstd_level).compress(raw)
+
+
+def decompress_zstd(body: bytes, raw_length: int) -> bytes:
+    return zstandard_module().ZstdDecompressor().stream_reader(body).read(raw_length + 1)
+
+
+def compress_zlib(raw: bytes, cfg: Config) -> bytes:
+    return zlib.compress(raw, 9)
+
+
+def decompress_zlib(body: bytes, raw_length: int) -> bytes:
+    return zlib.decompressobj().decompress(body, raw_length + 1)
+
+
+CODECS = {
+    "zstd": Codec(b"zstd", compress_zstd, decompress_zstd),
+    "zlib": Codec(b"zlib", compress_zlib, decompress_zlib),
+}
+
+
+def check_codec(cfg: Config) -> None:
+    """RunError (2) if the codec's library is missing: said before the training, not after it."""
+    CODECS[cfg.codec].compress(b"", cfg)
+
+
+@dataclass(frozen=True)
+class QuantiseKnobs:
+    quant_levels: int = knob(
+        127,
+        "Largest integer that a matrix is rounded to, up and down: 127 is int8, 63 int7, 31 int6.",
+        low=1,
+        high=127,
+        role="pack",
+        source="PR #1453",
+        effect="63, MLP 16: -22 % bytes, +0.0011 bpb; 31, MLP 16: -30 %, +0.0040; one young model",
+    )
+    mlp_quant_levels: int = knob(
+        0,
+        "Largest integer for the matrices of the MLPs; 0 = as QUANT_LEVELS.",
+        low=0,
+        high=127,
+        role="pack",
+        source="PR #1453",
+    )
+    embed_quant_levels: int = knob(
+        0,
+        "Largest integer for the embedding tables and the output head; 0 = as QUANT_LEVELS.",
+        low=0,
+        high=127,
+        role="pack",
+        source="PR #1453",
+        effect="63: -5 % bytes, +0.0012 bpb; one young model",
+    )
+    quant_clip: str = knob(
+        "official",
+        "Where weights of a row are clipped before rounding: official = at one percentile, max = nowhere, "
+        "gptq_lite = at the best of five percentiles, grid = at the best of 36 shares of the row's maximum.",
+        choices=tuple(CLIPS),
+        role="pack",
+        source="PR #895",
+        effect="max, gptq_lite and grid within 0.001 bpb at int8 and int7/int5; one young model",
+    )
+    codec: str = knob(
+        "zstd",
+        "Compressor of the packed model; zstd needs the package zstandard.",
+        choices=tuple(CODECS),
+        role="pack",
+        source="PR #1434",
+    )
+    zstd_level: int = knob(
+        22,
+        "Effort of zstd: a higher level packs smaller and slower.",
+        low=1,
+        high=22,
+        needs="CODEC=zstd",
+        role="pack",
+        source="PR #1434",
+    )
+    quant_scale_floor: float = knob(
+        0.0,
+        "Least step between two integers of a row; the official script has 1/127 = 0.00787; 0 = no floor.",
+        low=0,
+        role="pack",
+        source="official",
+    )
+    int8_keep_float_fp32_name_patterns: tuple[str, ...] = knob(
+        CONTROL_NAMES,
+        "Parts of names, comma-separated: a tensor with one in its name is packed as float32.",
+        role="pack",
+        source="official",
+    )
+    eval_only: str = knob(
+        "",
+        "Path of a packed model to score instead of training one; empty = train.",
+        role="place",
+        source="ours",
+    )
+
+
+# -- How each tensor is stored ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """How one tensor of the model is stored; made by `plan_tensor` alone."""
+
+    name: str
+    shape: tuple[int, ...]
+    planes: tuple[str, ...]  # the types of its arrays, keys of PLANES
+    levels: int  # its integers lie in -levels..levels; 0: it is stored as floats
+
+    @property
+    def count(self) -> int:
+        """How many weights it has."""
+        return math.prod(self.shape)
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of its arrays before compression; there is one step a row."""
+        total = 0
+        for plane in self.planes:
+            length = self.shape[0] if plane == "step" else self.count
+            total += np.dtype(PLANES[plane]).itemsize * length
+        return total
+
+
+def plan_tensor(cfg: Config, name: str, shape: tuple[int, ...]) -> TensorPlan:
+    """Control tensors stay float32, matrices of over 65,536 values (official) become rows, others float16."""
+    shape = tuple(shape)
+    if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns):
+        return TensorPlan(name, shape, ("fp32",), 0)
+    if len(shape) == 2 and math.prod(shape) > LEAST_QUANTISED:
+        return TensorPlan(name, shape, ("int8", "step"), levels_of(cfg, name))
+    return TensorPlan(name, shape, ("fp16",), 0)
+
+
+def plan_tensors(cfg: Config, state: Mapping[str, Tensor]) -> list[TensorPlan]:
+    """The plan of each tensor, in the order of the state dict."""
+    return [plan_tensor(cfg, name, tensor.shape) for name, tensor in state.items()]
+
+
+def weight_group(name: str) -> str:
+    """The group of a tensor, by its name: embed, mlp, attention or control."""
+    for module in name.split("."):
+        if module in GROUP_OF_MODULE:
+            return GROUP_OF_MODULE[module]
+    return "control"
+
+
+def levels_of(cfg: Config, name: str) -> int:
+    """The largest integer of a tensor that is stored as integers."""
+    group = weight_group(name)
+    if group == "mlp" and cfg.mlp_quant_levels:
+        return cfg.mlp_quant_levels
+    if group == "embed" and cfg.embed_quant_levels:
+        return cfg.embed_quant_levels
+    return cfg.quant_levels
+
+
+def quant_name(cfg: Config) -> str:
+    """int8, or the levels of attention, MLP and embeddings: 16 levels up and down are no int5."""
+    levels = [levels_of(cfg, module) for module in ("attn", "mlp", "tok_emb")]
+    if set(levels) == {127}:
+        return "int8"
+    return "q" + "-".join(map(str, levels))
+
+
+# -- Weights to integers ---------------------------------------------------------------------------------
+
+
+def pick_quantiser(cfg: Config) -> Callable[..., tuple[Tensor, Tensor]]:
+    """quantise(weight [r, c], levels, hessian=None) -> (integers [r, c], steps [r]), as the knobs ask."""
+    return partial(quantise_rows, clip=cfg.quant_clip, floor=cfg.quant_scale_floor)
+
+
+def quantise_rows(
+    weight: Tensor,
+    levels: int = 127,
+    hessian: Tensor | None = None,
+    *,
+    clip: str = "official",
+    floor: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Round each row to the nearest multiples of a step of its own: weight ~ integers * steps[:, None].
+
+    Returns int8 [r, c] in -levels..levels and float16 steps [r] >= floor. Of the clip's candidates a row
+    keeps the one of least squared error, with its step as float16 stores it. hessian [c, c]: of the inputs
+    that the weight meets, for quantisers that weigh errors by them; rounding to the nearest ignores it.
+    """
+    clips = torch.from_numpy(CLIPS[clip](weight.abs().numpy()))
+    candidates = (clips / levels).clamp_min(max(floor, LEAST_STEP)).half()  # [n, r]
+    errors = []
+    for steps in candidates.float():
+        restored = round_to_steps(weight, steps, levels) * steps[:, None]
+        errors.append((restored - weight).square().sum(dim=1))
+    # A step beyond float16 is inf, and its error nan.
+    best = torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True)
+    steps = candidates.gather(0, best)[0]
+    integers = round_to_steps(weight, steps.float(), levels)
+    return integers.to(torch.int8), steps
+
+
+def round_to_steps(weight: Tensor, steps: Tensor, levels: int) -> Tensor:
+    """The nearest integers within the levels, as floats: weight [r, c], steps [r] -> [r, c]."""
+    return (weight / steps[:, None]).round().clamp(-levels, levels)
+
+
+# -- The file --------------------------------------------------------------------------------------------
+
+
+def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
+    """The artifact: a checked prefix and a body. The same input gives the same bytes, in any order of names.
+
+    about: what its header says beside codec, shape of the model and table of tensors. RunError (5) if a
+    weight is not finite, or too large for its type.
+    """
+    plans = plan_tensors(cfg, dict(sorted(state.items())))
+    quantise = pick_quantiser(cfg)
+    planes: dict[str, list[bytes]] = {plane: [] for plane in PLANES}
+    for plan in plans:
+        weight = state[plan.name].detach().float().cpu().contiguous()
+        arrays = encode_tensor(weight, plan, quantise)
+        if not all(torch.isfinite(array).all() for array in (weight, *arrays)):
+            raise RunError(f"diverged: {plan.name} is not finite, or too large for the artifact", DIVERGED)
+        for plane, array in zip(plan.planes, arrays, strict=True):
+            planes[plane].append(array.numpy().astype(PLANES[plane]).tobytes())
+    table = [[plan.name, plan.shape, plan.planes] for plan in plans]
+    header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
+    header_text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    arrays_bytes = b"".join(itertools.chain(*planes.values()))
+    raw = struct.pack("<I", len(header_text)) + header_text + arrays_bytes
+    codec = CODECS[cfg.codec]
+    return seal(codec.tag, len(raw), codec.compress(raw, cfg))
+
+
+def encode_tensor(weight: Tensor, plan: TensorPlan, quantise: Callable) -> tuple[Tensor, ...]:
+    """The arrays of a float32 weight, one for each plane of its plan."""
+    if plan.levels:
+        return quantise(weight, plan.levels)
+    if plan.planes == ("fp16",):
+        return (weight.half(),)
+    return (weight,)
+
+
+def seal(tag: bytes, raw_length: int, body: bytes) -> bytes:
+    """The body behind its prefix, whose checksum covers both."""
+    unchecked = PREFIX.pack(MAGIC, FORMAT_VERSION, tag, bytes(8), raw_length, len(body))
+    checksum = hashlib.sha256(unchecked + body).digest()[:8]
+    return PREFIX.pack(MAGIC, FORMAT_VERSION, tag, checksum, raw_length, len(body)) + body
+
+
+def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
+    """(float32 state dict, header) of an artifact. Nothing in it is executed.
+
+    RunError (2), with `source` in it, on a file that is damaged, forged or of another kind.
+    """
+    codec, raw_length, body = open_seal(blob, source)
+    try:
+        raw = codec.decompress(body, raw_length)
+        if len(raw) != raw_length:
+            raise RunError("another length than it says")
+        header, start = decode_header(raw)
+        return decode_tensors(raw, start, header["tensors"]), header
+    except Exception as error:  # a forged body: whatever breaks, the file is to blame
+        raise RunError(f"{source} cannot be unpacked ({type(error).__name__}: {error})") from None
+
+
+def open_seal(blob: bytes, source: str) -> tuple[Codec, int, bytes]:
+    """(codec, raw length, body) of an artifact; RunError (2) if a byte of it is not as it was written."""
+    if len(blob) < PREFIX.size or not blob.startswith(MAGIC):
+        raise RunError(f"{source} is not an artifact of this script")
+    _, version, tag, _, raw_length, _ = PREFIX.unpack_from(blob)
+    if version != FORMAT_VERSION:
+        raise RunError(f"{source} has format version {version}; this reads {FORMAT_VERSION}")
+    codecs = {codec.tag: codec for codec in CODECS.values()}
+    if tag not in codecs:
+        raise RunError(f"{source} is packed with an unknown codec {tag!r}")
+    body = blob[PREFIX.size :]
+    if seal(tag, raw_length, body) != blob or raw_length > RAW_LIMIT:
+        raise RunError(f"{source} is damaged: its checksum or length is wrong; copy it again")
+    return codecs[tag], raw_length, body
+
+
+def decode_header(raw: bytes) -> tuple[dict, int]:
+    """(header, where the arrays begin) of an unpacked body; raises something on a forged one."""
+    stop = 4 + struct.unpack_from("<I", raw)[0]
+    if stop >= HEADER_LIMIT:
+        raise RunError("a longer header than any")
+    header = json.loads(raw[4:stop])
+    for _, shape, _ in header["tensors"]:
+        # Below 9 axes and with no number below 0, as NumPy would take -1 for "the rest".
+        if len(shape) > 8 or not all(type(length) is int and length >= 0 for length in shape):
+            raise RunError("a shape that is none")
+    return header, stop
+
+
+def decode_tensors(raw: bytes, start: int, table: list) -> dict[str, Tensor]:
+    """The float32 tensors of an unpacked body, its arrays from `start` on; raises something on a forged one.
+
+    table: (name, shape, planes) of each. The arrays must fill the body.
+    """
+    state: dict[str, Tensor] = {}
+    for plane, number_type in PLANES.items():
+        for name, shape, planes in table:
+            if plane not in planes:
+                continue
+            plane_shape = [shape[0], 1] if plane == "step" else shape
+            values = np.frombuffer(raw, number_type, math.prod(plane_shape), start)
+            array = torch.from_numpy(values.astype(np.float32).reshape(plane_shape))
+            if plane == "step":
+                state[name].mul_(array)
+            else:
+                state[name] = array
+            start += values.nbytes
+    if start != len(raw):
+        raise RunError("planes that do not fill it")
+    return {name: state[name] for name, *_ in table}
+
+
+# -- Sizes -----------------------------------------------------------------------------------------------
+
+
 def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
-    """Bytes of the planes before compression, from shapes alone."""
-    planes = [(kind, t) for name, t in state.items() for kind in plane_kinds(cfg, name, t.shape)]
-    return sum(np.dtype(PLANES[k]).itemsize * (len(t) if k == "step" else t.numel()) for k, t in planes)
+    """Bytes of all arrays before compression, from shapes alone."""
+    return sum(plan.payload_bytes for plan in plan_tensors(cfg, state))
 
 
 def predict_size(cfg: Config, model: GPT) -> int:
     """Expected bytes of the trained, packed model; fewer levels take log2 of them less, as PR #1453's did."""
     state = model.state_dict()
-    coded = [(n, t.numel()) for n, t in state.items() if "int8" in plane_kinds(cfg, n, t.shape)]
-    fewer = sum(count * math.log(127 / levels_of(cfg, name), 256) for name, count in coded)
-    return int(TRAINED_RATIO * payload_bytes(cfg, state) - fewer)
+    quantised = [plan for plan in plan_tensors(cfg, state) if plan.levels]
+    saved_bytes = sum(plan.count * math.log(127 / plan.levels, 256) for plan in quantised)
+    return int(TRAINED_RATIO * payload_bytes(cfg, state) - saved_bytes)
 
 
-# 9. SCORE: nats of every validation token, once, divided by the bytes of its text
-SHARES = 0.0, 0.05, 0.15, 0.4, 0.7, 0.95  # the Hedge experts: (1 - a) neural + a n-gram; then the gate's a
-DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (experiment_log.md)
+# ----------------------------------------------------------------------------------------------------------
+# 12. SCORE: windows, test-time training
+#
+# A model and the Validation of section 6 flow in, a Score flows out: the nats of every target, each counted
+# once, divided by the bytes of the text. Target i is token i + 1 of the text; a model may read the tokens up
+# to i for it. `evaluate` scores a model, in training and at the end: it plans the turns of all ranks, scores
+# the windows of each, and lets test-time training learn from a chunk once all its targets have a score.
+# The scorers that a run ends with stand after the Hedge mixer, the last of them, in section 13.
+# ----------------------------------------------------------------------------------------------------------
+
+
+def sgd_with_momentum(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
+TTT_OPTIMISERS = {"sgd": sgd_with_momentum, "adam": torch.optim.Adam}
+# Most tokens a pass through the model: what fits a CPU's cache, and what fills a GPU.
+CPU_PASS_TOKENS = 16_384
+GPU_PASS_TOKENS = 65_536
+
+
+@dataclass(frozen=True)
+class ScoreKnobs:
+    """How the model is scored, and what it may learn from the text that has its scores."""
+
+    max_eval_seconds: float = knob(
+        600.0,
+        "Seconds that all final scores may take together: a score that would pass them is cut short and the "
+        "run exits with 4; 0 = no limit.",
+        source="ours",
+        role="place",
+        low=0,
+    )
+    val_batch_size: int = knob(
+        524_288,
+        "Validation tokens in one pass over eight devices, so each device takes an eighth of them at once.",
+        source="official",
+        role="place",
+        low=8,
+    )
+    eval_stride: int = knob(
+        0,
+        "Add a score by sliding windows, which move on by this many tokens and score that many targets each: "
+        "the smaller, the more context a target has and the longer it takes; 0 = no such score.",
+        source="PR #895",
+        effect="-0.020 bpb at stride 64, 1 seed, records/benchmarks/cpu_hedge.json",
+        role="pack",
+        low=0,
+    )
+    eval_seq_len: int = knob(
+        0,
+        "Tokens in each sliding window, which may be longer than in training; 0 = TRAIN_SEQ_LEN.",
+        source="PR #895",
+        role="pack",
+        low=0,
+        needs="EVAL_STRIDE!=0",
+    )
+    eval_batch_seqs: int = knob(
+        32,
+        "Sliding windows that each rank puts through the model in one pass.",
+        source="PR #895",
+        role="place",
+        low=1,
+        needs="EVAL_STRIDE!=0",
+    )
+    ttt_steps: int = knob(
+        0,
+        "Add a score by test-time training: take this many gradient steps on each chunk of the validation "
+        "text once the chunk has its scores; 0 = no such score.",
+        source="parameter-golf #461, #549",
+        effect="-0.004 bpb, 1 seed, records/benchmarks/cpu_hedge.json",
+        role="pack",
+        low=0,
+    )
+    ttt_lr: float = knob(
+        1e-4,
+        "Learning rate of test-time training.",
+        source="ours",
+        role="pack",
+        low=0,
+        needs="TTT_STEPS!=0",
+    )
+    ttt_chunk_tokens: int = knob(
+        32_768,
+        "Targets of a chunk: all are scored with the same weights, then test-time training learns from them.",
+        source="ours",
+        role="pack",
+        low=1,
+        needs="TTT_STEPS!=0",
+    )
+    ttt_optimizer: str = knob(
+        "sgd",
+        "Optimiser of test-time training; sgd has momentum 0.9.",
+        source="ours",
+        role="pack",
+        choices=tuple(TTT_OPTIMISERS),
+        needs="TTT_STEPS!=0",
+    )
+    ttt_lora_rank: int = knob(
+        0,
+        "Rank r of the low-rank matrices B A (LoRA) that test-time training adds to the blocks' matrices and "
+        "trains in their stead; 0 = it trains all weights themselves.",
+        source="arXiv 2106.09685",
+        role="pack",
+        low=0,
+        needs="TTT_STEPS!=0",
+    )
+    ttt_reset: bool = knob(
+        False,
+        "Score each document by itself: test-time training begins it with the packed weights, and no window "
+        "reads the text before it; 0 = go on learning through the whole text.",
+        source="ours",
+        role="pack",
+        needs="TTT_STEPS!=0",
+    )
+    score_dump: str = knob(
+        "",
+        "Path of an .npz file that receives each target's position, bytes and log-probability by every "
+        "score; empty = none.",
+        source="ours",
+        role="place",
+    )
+    score_check: bool = knob(
+        False,
+        "Try every score against the four conditions of a legal one (parameter-golf #1017) before any is "
+        "made, and exit with 7 if one breaks them; 0 = do not try.",
+        source="ours",
+        role="place",
+    )
+
+    @property
+    def eval_length(self) -> int:
+        """Tokens that a sliding window reads."""
+        return self.eval_seq_len or self.train_seq_len
+
+    def check(self) -> None:
+        """RunError if sliding windows would leave gaps between them."""
+        if self.eval_stride > self.eval_length:
+            raise RunError(
+                f"EVAL_STRIDE={self.eval_stride} is longer than its window of {self.eval_length} tokens; "
+                "set EVAL_SEQ_LEN"
+            )
 
 
 @dataclass(frozen=True)
 class Score:
-    nats: float
+    """What a model needs for the validation text, or for a part of it. Checkpoints store the fields."""
+
+    nats: float  # of all scored targets, on all ranks
     tokens: int
     bytes: int
     seconds: float
-    each: Tensor | None = None  # [targets]: nats of what this rank scored, 0 elsewhere
-    left: int = 0  # targets that the clock left unscored: the score is a partial one
-    loss = property(lambda self: self.nats / self.tokens)
-    bpb = property(lambda self: self.nats / math.log(2) / self.bytes)  # the only place where nats become bits
-    text = property(lambda self: f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}")
+    target_nats: Tensor | None = None  # [targets]: of what this rank scored, 0 elsewhere
+    unscored: int = 0  # targets that the clock left without a score: then this is a partial one
+
+    @property
+    def loss(self) -> float:
+        """Mean nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self) -> float:
+        """Bits per byte of the text. This is the only place where nats become bits."""
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def text(self) -> str:
+        return f"val_loss:{self.loss:.4f} val_bpb:{self.bpb:.4f}"
 
 
-def windows(targets: int, length: int, stride: int, begin: int = 0) -> list[tuple[int, int, int]]:
-    """(start, first, stop) of windows of at most `length` that score the targets first .. stop-1: each once,
-    from `begin` on. A window ends with what it scores. stride = length: the official ones and their tail."""
-    chunks = [(first, min(first + stride, targets)) for first in range(begin, targets, stride)]
-    return [(max(begin, first + stride - length), first, stop) for first, stop in chunks]
+# The plan: which windows are scored in which turn, on which rank.
 
 
-def eval_shape(cfg: Config, device: torch.device, stride: int, learns=False) -> tuple[int, int, int]:
-    """(windows a pass, their length, targets each scores), the same at any world size; stride 0: official."""
-    tokens = min(cfg.val_batch_size // 8, 16_384 if device.type == "cpu" else 65_536)  # a CPU wants its cache
-    plain = tokens // cfg.train_seq_len, cfg.train_seq_len, cfg.train_seq_len
-    batch, length, width = (cfg.eval_batch_seqs, cfg.eval_length, stride) if stride else plain
-    return max(1, min(batch, cfg.ttt_chunk_tokens // width) if learns else batch), length, width
+class Window(NamedTuple):
+    """Tokens start .. stop-1, which the model reads at once to score the targets first .. stop-1."""
+
+    start: int
+    first: int
+    stop: int
 
 
-def padded(data: Validation, rows: list, shape: tuple[int, int, int], device: torch.device) -> list[Tensor]:
-    """Windows as inputs [batch, length], and targets, their places in the input and whether they are scored,
-    all [batch, width]. Padded on the right: one graph, and no scored place sees the padding."""
-    batch, length, width = shape
-    ids, targets, places, scored = (np.zeros((batch, n), np.int64) for n in (length, width, width, width))
-    for row, (start, first, stop) in enumerate(rows):
-        ids[row, : stop - start] = data.tokens[start:stop]
-        targets[row, : stop - first] = data.tokens[first + 1 : stop + 1]
-        places[row], scored[row, : stop - first] = first - start + np.arange(width), 1
-    return [torch.from_numpy(part).to(device) for part in (ids, targets, places, scored)]
+class Chunk(NamedTuple):
+    """Targets first .. stop-1, which all have their scores and may now be learnt from."""
+
+    first: int
+    stop: int
+    ends_text: bool  # the document, or all text, ends with it, so that nothing can profit from it
 
 
-def passes(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[list]:
-    """What is scored in turn: [this rank's windows, None or the (first, stop, reset) to learn from then]; as
-    many turns on every rank. Only a learner's end with a chunk; reset: where its text, or all text, ends."""
-    batch, length, width = eval_shape(cfg, runtime.device, stride, learns)
-    alone, turns = learns and cfg.ttt_reset, []
-    for begin, end in itertools.pairwise([0, *(data.starts if alone else ()), data.targets]):
-        todo = windows(end, length, width, begin)
-        size = max(1, cfg.ttt_chunk_tokens // width) if learns else len(todo)
-        for part in (todo[at : at + size] for at in range(0, len(todo), size)):
-            mine, most = [part[i] for i in runtime.share(len(part))], -(-len(part) // runtime.world_size)
-            turns += [[mine[at : at + batch], None] for at in range(0, most, batch)]
-            turns[-1][1] = (part[0][1], part[-1][2], part[-1][2] == end) if learns else None
-    return turns
+@dataclass(frozen=True)
+class ScoreTurn:
+    """What a rank does in one turn: score these windows, then learn with all ranks from the chunk, if any."""
+
+    windows: list[Window]
+    chunk: Chunk | None = None
 
 
-def evaluate(cfg, nats_of, data, runtime, stride=0, limit=math.inf, say=None, learn=None) -> Score:
-    """Score the Validation, sharded over ranks: by the official windows, or by ones that slide by `stride`.
-    nats_of: as token_nats. learn(first, stop, reset): called once those targets have their scores. limit:
-    rank 0's seconds, then the score is a partial one. say(seconds): told early what it will take."""
-    began, shape = time.perf_counter(), eval_shape(cfg, runtime.device, stride, learn is not None)
-    totals, each = torch.zeros(3, dtype=torch.float64), torch.zeros(data.targets)  # nats, tokens, bytes
-    turns, cut = passes(cfg, data, runtime, stride, learn is not None), False
-    for turn, (rows, chunk) in enumerate(turns):
-        spent = runtime.main_number(time.perf_counter() - began) if limit < math.inf else 0.0
-        if say and limit < math.inf and turn == max(3, len(turns) // 8):
-            say(spent / turn * len(turns))
-        if cut := turn > 0 and spent * (turn + 1) / turn > limit:
-            break
-        if rows:
-            *given, scored = padded(data, rows, shape, runtime.device)
-            with torch.no_grad():
-                nats = nats_of(*given[: 3 if stride else 2])[scored > 0].cpu().double()
-            here = slice(rows[0][1], rows[-1][2])
-            each[here], size = nats.float(), int(data.target_bytes[here].sum(dtype=np.int64))
-            totals += torch.tensor((nats.sum().item(), len(nats), size), dtype=torch.float64)
-        if chunk:
-            learn(*chunk)
+class PassShape(NamedTuple):
+    """The shape of every pass of one score; with one shape, one graph is compiled."""
+
+    batch: int  # windows
+    length: int  # tokens that each window reads
+    width: int  # targets that each window scores, the last ones of what it reads
+
+
+def pass_shape(cfg: Config, device: torch.device, stride: int, learns: bool = False) -> PassShape:
+    """Choose the shape of a pass, the same at any world size. stride 0 stands for the official windows; a
+    score that learns takes no more windows at once than a chunk of TTT_CHUNK_TOKENS holds."""
+    if stride:
+        batch = cfg.eval_batch_seqs
+        length = cfg.eval_length
+        width = stride
+    else:
+        device_tokens = CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
+        batch = min(cfg.val_batch_size // 8, device_tokens) // cfg.train_seq_len
+        length = cfg.train_seq_len
+        width = cfg.train_seq_len
+    if learns:
+        batch = min(batch, cfg.ttt_chunk_tokens // width)
+    return PassShape(max(1, batch), length, width)
+
+
+def plan_windows(targets: int, length: int, stride: int, begin: int = 0) -> list[Window]:
+    """Cut the targets begin .. targets-1 into windows that score each of them once.
+
+    A window scores `stride` targets, the last of its at most `length` tokens, and reads no token before
+    `begin`. With stride = length they are the official windows and their tail.
+    """
+    planned = []
+    for first in range(begin, targets, stride):
+        start = max(begin, first + stride - length)
+        stop = min(first + stride, targets)
+        planned.append(Window(start, first, stop))
+    return planned
+
+
+def share_windows(windows: list[Window], runtime: Runtime, batch: int) -> list[ScoreTurn]:
+    """Give this rank its contiguous share of the windows, at most `batch` a turn. Every rank has as many
+    turns as the busiest one, so that all meet at the end of each; its last ones may have no window."""
+    rank_windows = [windows[i] for i in runtime.share(len(windows))]
+    busiest = -(-len(windows) // runtime.world_size)
+    return [ScoreTurn(rank_windows[at : at + batch]) for at in range(0, busiest, batch)]
+
+
+def plan_turns(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[ScoreTurn]:
+    """Plan all turns of a score on this rank; every rank has as many.
+
+    A score that learns takes the text chunk by chunk, and the last turn of each chunk names it; with
+    TTT_RESET no chunk and no window crosses the border between two documents.
+    """
+    shape = pass_shape(cfg, runtime.device, stride, learns)
+    borders = data.starts.tolist() if learns and cfg.ttt_reset else []
+    planned = []
+    for begin, end in itertools.pairwise([0, *borders, data.targets]):
+        windows = plan_windows(end, shape.length, shape.width, begin)
+        chunk_size = max(1, cfg.ttt_chunk_tokens // shape.width) if learns else len(windows)
+        for at in range(0, len(windows), chunk_size):
+            chunk_windows = windows[at : at + chunk_size]
+            turns = share_windows(chunk_windows, runtime, shape.batch)
+            if learns:
+                stop = chunk_windows[-1].stop
+                chunk = Chunk(chunk_windows[0].first, stop, ends_text=stop == end)
+                turns[-1] = replace(turns[-1], chunk=chunk)
+            planned += turns
+    return planned
+
+
+# The pass: windows -> nats.
+
+
+class PaddedWindows(NamedTuple):
+    """Windows as tensors of one PassShape."""
+
+    ids: Tensor  # [batch, length] int64: the tokens that are read
+    targets: Tensor  # [batch, width] int64
+    positions: Tensor  # [batch, width] int64: each target's place in its row of ids
+    is_scored: Tensor  # [batch, width] bool: false where there is only padding
+
+
+def pad_windows(
+    data: Validation, windows: list[Window], shape: PassShape, device: torch.device
+) -> PaddedWindows:
+    """Fill windows into tensors of the shape, at most shape.batch of them. All padding is on the right,
+    where causal attention lets no scored position see it."""
+    ids = np.zeros((shape.batch, shape.length), np.int64)
+    targets = np.zeros((shape.batch, shape.width), np.int64)
+    positions = np.zeros((shape.batch, shape.width), np.int64)
+    is_scored = np.zeros((shape.batch, shape.width), np.bool_)
+    for row, window in enumerate(windows):
+        count = window.stop - window.first
+        ids[row, : window.stop - window.start] = data.tokens[window.start : window.stop]
+        targets[row, :count] = data.tokens[window.first + 1 : window.stop + 1]
+        positions[row] = window.first - window.start + np.arange(shape.width)
+        is_scored[row, :count] = True
+    arrays = (ids, targets, positions, is_scored)
+    return PaddedWindows(*[torch.from_numpy(array).to(device) for array in arrays])
+
+
+@torch.no_grad()
+def score_windows(nats_of: Callable[..., Tensor], padded: PaddedWindows, slides: bool) -> Tensor:
+    """Nats of the windows' targets, float64 [scored], on the CPU, in the order of the text."""
+    if slides:
+        nats = nats_of(padded.ids, padded.targets, padded.positions)
+    else:
+        # The official windows score all that they read: the model needs no positions.
+        nats = nats_of(padded.ids, padded.targets)
+    return nats[padded.is_scored].cpu().double()
+
+
+def evaluate(
+    cfg: Config,
+    nats_of: Callable[..., Tensor],
+    data: Validation,
+    runtime: Runtime,
+    stride: int = 0,
+    limit: float = math.inf,
+    announce: Callable[[float], None] | None = None,
+    learn: Callable[[Chunk], None] | None = None,
+) -> Score:
+    """Score the validation text, its windows shared out over the ranks; all ranks call it together.
+
+    nats_of: gives the nats of targets, as token_nats does.
+    stride: 0 for the official windows, else sliding ones move on by so many targets.
+    limit: seconds by rank 0's clock. No turn starts that would pass them: then the score is a partial one.
+    announce(seconds): is told early how long all turns will take, if there is a limit.
+    learn(chunk): is called when all targets of a chunk have their scores.
+    Raises RunError (5) if the nats are not finite.
+    """
+    began = time.perf_counter()
+    learns = learn is not None
+    shape = pass_shape(cfg, runtime.device, stride, learns)
+    turns = plan_turns(cfg, data, runtime, stride, learns)
+    totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens and bytes that this rank has scored
+    target_nats = torch.zeros(data.targets)
+    is_cut = False
+    for done, turn in enumerate(turns):
+        if limit < math.inf:
+            spent = runtime.main_number(time.perf_counter() - began)
+            if announce and done == max(3, len(turns) // 8):
+                announce(spent / done * len(turns))
+            # The first turn always runs: of nothing there is no partial score.
+            is_cut = done > 0 and spent * (done + 1) / done > limit
+            if is_cut:
+                break
+        if turn.windows:
+            padded = pad_windows(data, turn.windows, shape, runtime.device)
+            nats = score_windows(nats_of, padded, stride > 0)
+            scored = slice(turn.windows[0].first, turn.windows[-1].stop)
+            scored_bytes = int(data.target_bytes[scored].sum(dtype=np.int64))
+            target_nats[scored] = nats.float()
+            totals += torch.tensor((nats.sum().item(), len(nats), scored_bytes), dtype=torch.float64)
+        if turn.chunk:
+            learn(turn.chunk)
     nats, tokens, size = runtime.sum(totals).tolist()
-    require(cut or tokens == data.targets, f"a bug: {tokens:.0f} of {data.targets} targets have a score")
-    require(math.isfinite(nats), "diverged: validation loss is not finite; lower learning rates", DIVERGED)
-    return Score(nats, int(tokens), int(size), time.perf_counter() - began, each, int(data.targets - tokens))
+    if tokens != data.targets and not is_cut:
+        raise RunError(f"a bug: {tokens:.0f} of {data.targets} targets have a score")
+    if not math.isfinite(nats):
+        raise RunError("diverged: validation loss is not finite; lower learning rates", DIVERGED)
+    seconds = time.perf_counter() - began
+    return Score(nats, int(tokens), int(size), seconds, target_nats, int(data.targets - tokens))
 
 
 class TestTimeTraining:
-    """Gradient steps on targets whose scores are final (score first: parameter-golf #461, #549), on all the
-    weights or on W + B A of the blocks' matrices (LoRA, whose gradients follow from that of W)."""
+    """Gradient steps on targets whose scores are final (score first: parameter-golf #461, #549).
+
+    They move all weights W or, with TTT_LORA_RANK = r, only low-rank factors of the blocks' matrices, which
+    become W + B A with A [r, in] and B [out, r] (LoRA, arXiv 2106.09685). The model computes with the sum
+    written into W, so the factors' gradients follow from that of W: dA = B^T dW and dB = dW A^T.
+    """
 
     def __init__(self, run: Run):
-        self.run, weights = run, weights_of(run.cfg, run.model)
-        self.params = [w.param for w in weights if w.role == "matrix" or not run.cfg.ttt_lora_rank]
-        self.start = [p.detach().clone() for p in self.params]
+        self.run = run
+        trains_all = not run.cfg.ttt_lora_rank
+        weights = weights_of(run.cfg, run.model)
+        self.params = [weight.param for weight in weights if trains_all or weight.role == "matrix"]
+        self.packed_weights = [param.detach().clone() for param in self.params]
         self.reset()
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Back to the weights that were packed, with a new optimiser."""
-        cfg, rng = self.run.cfg, torch.Generator().manual_seed(self.run.cfg.seed)
-        rank, lora = cfg.ttt_lora_rank, self.params if cfg.ttt_lora_rank else []
-        torch._foreach_copy_(self.params, self.start)
-        a = [(torch.randn(rank, p.size(1), generator=rng) / p.size(1) ** 0.5).to(p.device) for p in lora]
-        self.factors = [(x, torch.zeros(len(p), rank, device=p.device)) for x, p in zip(a, lora, strict=True)]
-        trained = [*itertools.chain(*self.factors)] or self.params
-        self.optimiser = TTT_KINDS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
+        """Go back to the packed weights, with new factors and a new optimiser."""
+        cfg = self.run.cfg
+        torch._foreach_copy_(self.params, self.packed_weights)
+        self.factors = self.new_factors() if cfg.ttt_lora_rank else []  # (A, B) of each parameter, or none
+        trained = list(itertools.chain.from_iterable(self.factors)) or self.params
+        self.optimiser = TTT_OPTIMISERS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
 
-    def learn(self, first: int, stop: int, reset: bool) -> None:
-        """TTT_STEPS steps on the mean nats of targets first .. stop-1, or a reset, as nothing is left."""
-        if reset:
-            return self.reset()
-        cfg, runtime, data = self.run.cfg, self.run.runtime, self.run.data
-        batch, length, _ = shape = eval_shape(cfg, runtime.device, 0, True)
-        rows = windows(stop, length, length, first)
-        mine, depth = [rows[i] for i in runtime.share(len(rows))], phases(cfg)[-1][1]
+    def new_factors(self) -> list[tuple[Tensor, Tensor]]:
+        """(A, B) of each matrix: A random by SEED, B zero, so that their product is zero."""
+        rank = self.run.cfg.ttt_lora_rank
+        rng = torch.Generator().manual_seed(self.run.cfg.seed)
+        factors = []
+        for param in self.params:
+            a = torch.randn(rank, param.size(1), generator=rng) / param.size(1) ** 0.5
+            b = torch.zeros(len(param), rank, device=param.device)
+            factors.append((a.to(param.device), b))
+        return factors
+
+    def learn(self, chunk: Chunk) -> None:
+        """Take TTT_STEPS steps on the mean nats of the chunk's targets, or reset where its text ends. All
+        ranks call it together, each with its share of the chunk's windows."""
+        if chunk.ends_text:
+            self.reset()
+            return
+        cfg = self.run.cfg
+        # Steps are taken on the windows that training has, which do not overlap, however it is scored.
+        windows = plan_windows(chunk.stop, cfg.train_seq_len, cfg.train_seq_len, chunk.first)
+        rank_windows = [windows[i] for i in self.run.runtime.share(len(windows))]
         for _ in range(cfg.ttt_steps):
-            for p in self.params:
-                p.grad = torch.zeros_like(p)
-            for at in range(0, len(mine), batch):
-                ids, targets, _, scored = padded(data, mine[at : at + batch], shape, runtime.device)
-                (self.run.nats(ids, targets, depth=depth) * scored).sum().div(stop - first).backward()
-            for p in self.params:
-                runtime.sum(p.grad)
-            for p, (a, b) in zip(self.params, self.factors, strict=False):
-                a.grad, b.grad = b.mT @ p.grad, p.grad @ a.mT
+            self.fill_gradients(rank_windows, chunk.stop - chunk.first)
+            if self.factors:
+                self.fill_factor_gradients()
             self.optimiser.step()
-            for p, start, (a, b) in zip(self.params, self.start, self.factors, strict=False):
-                p.data.copy_(start + b @ a)
+            if self.factors:
+                self.write_products()
+
+    def fill_gradients(self, rank_windows: list[Window], chunk_targets: int) -> None:
+        """Set each parameter's gradient to that of the chunk's mean nats, summed over the ranks."""
+        run = self.run
+        depth = phases(run.cfg)[-1][1]
+        shape = pass_shape(run.cfg, run.runtime.device, 0, learns=True)
+        for param in self.params:
+            param.grad = torch.zeros_like(param)
+        for at in range(0, len(rank_windows), shape.batch):
+            padded = pad_windows(run.data, rank_windows[at : at + shape.batch], shape, run.runtime.device)
+            nats = run.nats(padded.ids, padded.targets, depth=depth)
+            loss = (nats * padded.is_scored).sum().div(chunk_targets)
+            loss.backward()
+        for param in self.params:
+            run.runtime.sum(param.grad)
+
+    def fill_factor_gradients(self) -> None:
+        """dA = B^T dW, dB = dW A^T."""
+        for param, (a, b) in zip(self.params, self.factors, strict=True):
+            a.grad = b.mT @ param.grad
+            b.grad = param.grad @ a.mT
+
+    def write_products(self) -> None:
+        """Put W + B A into the model."""
+        for param, packed, (a, b) in zip(self.params, self.packed_weights, self.factors, strict=True):
+            param.data.copy_(packed + b @ a)
 
 
-def runs(ordered: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of sorted keys [N]: the number of each one's run of equals, all runs' lengths, where its own begins."""
-    _, number, count = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
-    return number, count, (count.cumsum(0) - count)[number]
+# ----------------------------------------------------------------------------------------------------------
+# 13. HEDGE MIXER: the last score, mixed with n-grams of the text read so far
+#
+# The validation tokens and their nats by the neural model flow in, their nats by the mixture flow out, all on
+# rank 0. `context_counts` counts exactly what followed each context before each token; `ngram_probabilities`
+# makes probabilities of the counts; `gate_shares` learns on the way how much of them to take;
+# `hedge_mixture` weighs that expert and the six of EXPERT_SHARES by how each has fared in like contexts.
+# What a token is charged depends on earlier tokens only, and every expert is a true distribution.
+# Memory: of 62 M tokens an int64 or float64 tensor takes half a GB, and the peak is 14 GiB
+# (experiment_log.md, 2026-11-24). So a large tensor is dropped at its last use, by `del` or because the
+# function that holds it returns.
+# The list of all scorers closes the section, since this is the last of them.
+# ----------------------------------------------------------------------------------------------------------
+
+EXPERT_SHARES = (
+    0.0,
+    0.05,
+    0.15,
+    0.4,
+    0.7,
+    0.95,
+)  # of the n-gram in the fixed experts; the first is neural alone
+NEURAL_LOG_PRIOR = 2.0  # the neural expert starts with e^2 times the weight of any other (PR #895)
+DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (experiment_log.md)
+SAMPLE_TARGETS = 100_000  # mixed first, to foretell how long all take
+# Counts are kept as bytes: round(11.5 ln(1 + count)) is 8 for one, and 255 for 2^32.
+COUNT_CODE_SCALE = 11.5
+CODE_OF_ONE = 8
+# The gate: a network with so many hidden units, that reads how the n-gram did over so many last tokens, and
+# learns from blocks that grow from the first size to the last.
+GATE_HIDDEN = 32
+GATE_SPANS = (16, 256)
+GATE_FIRST_BLOCK = 32
+GATE_LAST_BLOCK = 4096
+
+
+@dataclass(frozen=True)
+class HedgeKnobs:
+    """The Hedge mixer of neural model and n-grams."""
+
+    use_hedge: bool = knob(
+        False,
+        "Add a score that mixes the last one with n-grams of the text read so far; 0 = no such score.",
+        source="PR #895",
+        effect="-0.49 bpb on a weak model and a repetitive text, 1 seed, records/benchmarks/cpu_hedge.json",
+        role="pack",
+    )
+    hedge_eta: float = knob(
+        0.1,
+        "Learning rate of the mixer: an expert weighs exp(this * its log-likelihood in nats); 0 = the prior "
+        "weights stay.",
+        source="PR #895",
+        role="pack",
+        low=0,
+        needs="USE_HEDGE=1",
+    )
+    hedge_order: int = knob(
+        6,
+        "Most tokens of context that the n-grams look at; 0 = they count single tokens only.",
+        source="ours",
+        effect="-0.002 bpb against 5, -0.001 against 8, on English, records/benchmarks/cpu_hedge_study.json",
+        role="pack",
+        low=0,
+        high=99,
+        needs="USE_HEDGE=1",
+    )
+    hedge_window: int = knob(
+        1000,
+        "Weigh the experts by their log-likelihood on this many last tokens of like context; 0 = on all.",
+        source="ours",
+        effect="-0.0006 to -0.002 bpb against 0, 4 models, records/benchmarks/cpu_hedge_study.json",
+        role="pack",
+        low=0,
+        needs="USE_HEDGE=1",
+    )
+
+
+# Exact counts and sums.
+
+
+class Groups(NamedTuple):
+    """Where equal keys stand among M sorted ones; G groups of equals."""
+
+    numbers: Tensor  # [M] int64: the number of each key's group, from 0
+    sizes: Tensor  # [G] int64
+    begins: Tensor  # [M] int64: where each key's group begins
+
+
+def group_equal(sorted_keys: Tensor) -> Groups:
+    """Find the groups of equals among sorted keys [M]."""
+    _, numbers, sizes = torch.unique_consecutive(sorted_keys, return_inverse=True, return_counts=True)
+    return Groups(numbers, sizes, begins=(sizes.cumsum(0) - sizes)[numbers])
 
 
 def scatter(index: Tensor, values: Tensor) -> Tensor:
-    """out[index] = values, for a permutation."""
+    """Undo a sort: the result has result[index] = values, for a permutation `index` [N]."""
     return torch.empty_like(values).index_copy_(0, index, values)
 
 
-def contexts(tokens: Tensor, vocab: int, highest: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """For each order k: (places i whose k tokens before i can recur, how often they came earlier, how many
-    distinct tokens followed them, how often tokens[i] did), int64. Exact, by one stable sort an order: a
-    gram's rank among its equals is its count, one that ends at i is the next order's context at i + 1."""
-    at = seen = order = torch.arange(len(tokens), device=tokens.device)
-    gram = start = torch.zeros_like(at)
-    for _ in range(highest + 1):
-        keys, by_gram = torch.sort(gram * vocab + tokens[at], stable=True)  # below 2^43: 100 M grams x 65,536
-        number, count, begin = runs(keys)
-        followed = scatter(by_gram, torch.arange(len(at), device=at.device) - begin)
-        new = (followed == 0)[order].long()
-        kinds = new.cumsum(0) - new
-        yield at, seen, scatter(order, kinds - kinds[start]), followed
-        again = scatter(by_gram, (count > 1)[number]) & (at + 1 < len(tokens))
-        kept, index = again.nonzero()[:, 0], again.cumsum(0) - 1
-        at, seen, gram = at[kept] + 1, followed[kept], scatter(by_gram, number)[kept]
-        kept = again[by_gram].nonzero()[:, 0]
-        order, start = index[by_gram[kept]], runs(number[kept])[2]
-        del keys, by_gram, number, count, begin, followed, new, kinds, again, kept, index
+def exact_prefix_sums(x: Tensor) -> tuple[Tensor, float]:
+    """Sums of the first 0 .. N of x [N], as int64 [N + 1], and the scale by which they are too large.
 
-
-def ngram(tokens: Tensor, vocab: int, highest: int) -> tuple[Tensor, Tensor]:
-    """(P of each of tokens[1:] by counts of what stands before it, float64 [N], and what its contexts are
-    like, uint8 [2, orders, N]: 11.5 ln(1 + uses) and 11.5 ln(1 + distinct followers)). Interpolated absolute
-    discounting: P_k(w) = (max(n(w) - D, 0) + D t P_(k-1)(w)) / n, P_(k-1) where n = 0, 1 / vocab below."""
-    p = torch.full((len(tokens),), 1 / vocab, dtype=torch.float64, device=tokens.device)
-    codes = torch.zeros(2, highest + 1, len(tokens), dtype=torch.uint8, device=tokens.device)
-    for k, parts in enumerate(contexts(tokens, vocab, highest)):
-        for known in parts[1].nonzero()[:, 0].split(2**22):
-            at, seen, kinds, followed = (part[known] for part in parts)
-            p[at] = ((followed.double() - DISCOUNT).clamp_min_(0) + DISCOUNT * kinds.double() * p[at]) / seen
-            codes[:, k, at] = torch.stack((seen, kinds)).double().log1p().mul(11.5).round().to(torch.uint8)
-        del parts, known, at, seen, kinds, followed  # of 62 M tokens each takes half a GB
-    return p[1:], codes[..., 1:]
-
-
-def fixed_sums(x: Tensor) -> tuple[Tensor, float]:
-    """Sums [N + 1] of the first 0 .. N of x, cut to +-128, and their scale: integers, exact in any order."""
+    The values are cut to +-128 and rounded to integers, whose sums are exact whatever their order; the scale
+    is a power of two, small enough that no sum overflows.
+    """
     scale = 2.0 ** (54 - len(x).bit_length())
-    return F.pad((x.double().clamp(-128, 128) * scale).round().long().cumsum(0), (1, 0)), scale
+    sums = (x.double().clamp(-128, 128) * scale).round().long()
+    sums = sums.cumsum(0)
+    return F.pad(sums, (1, 0)), scale
 
 
-def gate(odds: Tensor, codes: Tensor) -> Tensor:
-    """The n-gram's share of each mixture, float32 [N], from a network of 32 hidden units on what is known
-    before the token: the counts of its contexts, and how the n-gram fared of late. It learns from each block
-    once that has its shares. odds: log P(n-gram) - log P(neural) [N] float32; codes: as ngram gives them."""
-    i, (sums, scale) = torch.arange(len(odds), device=odds.device), fixed_sums(odds.clamp(-5, 5))
-    recent = torch.stack([(sums[:-1] - sums[(i - n).clamp(0)]) / scale / i.clamp(1, n) for n in (16, 256)])
-    facts, rng = 4 * codes.size(1) + 2, torch.Generator().manual_seed(0)
-    hidden = torch.randn(32, facts, generator=rng) / facts**0.5
-    params = [hidden, torch.zeros(32), torch.zeros(1, 32), torch.full((1,), -2.0), torch.zeros(1, facts)]
-    params = [p.to(odds.device).requires_grad_() for p in params]
-    optimiser = torch.optim.Adam(params, lr=0.02, betas=(0.9, 0.99))
-    shares, stop, size = torch.empty_like(odds), 0, 32
-    while stop < len(odds):
-        here, stop, size = slice(stop, stop + size), stop + size, min(4096, 2 * size)
-        seen, kinds = codes[..., here]
-        longest = (seen > 0) & ~F.pad(seen[1:] > 0, (0, 0, 0, 1))
-        x = torch.cat((seen / 32, kinds / 32, kinds == 8, longest, recent[:, here])).T
-        z = (F.linear(F.linear(x, *params[:2]).relu(), *params[2:4]) + F.linear(x, params[4]))[:, 0]
-        shares[here] = z.detach().sigmoid()
+class ContextCounts(NamedTuple):
+    """What is counted before each of M positions, whose contexts are the `order` tokens in front of them."""
+
+    order: int
+    positions: Tensor  # [M] int64: all positions whose context can recur, and perhaps more
+    uses: Tensor  # [M] int64: how often the context came earlier
+    followers: Tensor  # [M] int64: how many distinct tokens followed it then
+    matches: Tensor  # [M] int64: how often the token at the position did
+
+
+def context_counts(tokens: Tensor, vocab: int, highest_order: int) -> Iterator[ContextCounts]:
+    """Yield the exact counts for contexts of 0 .. highest_order tokens, by one stable sort an order.
+
+    A gram is a context and the token that follows it. A stable sort brings equal grams together in the order
+    of the text, so that a gram's rank among its equals is the number of earlier ones. A gram that ends at
+    position i is the context of position i + 1 in the next order; if it stands there once only, that context
+    cannot recur, and the position is dropped.
+    tokens: int64 [T], below `vocab`.
+    """
+    positions = torch.arange(len(tokens), device=tokens.device)
+    uses = positions
+    context_numbers = torch.zeros_like(positions)
+    # Row r of the lists sorted by context, then by position, is row by_context[r] of the lists above; its
+    # context begins at row context_begins[r].
+    by_context = positions
+    context_begins = context_numbers
+    for order in range(highest_order + 1):
+        keys = context_numbers * vocab + tokens[positions]  # below 2^43: 100 M contexts x 65,536 tokens
+        keys, by_gram = torch.sort(keys, stable=True)
+        grams = group_equal(keys)
+        del keys
+        matches = scatter(by_gram, torch.arange(len(by_gram), device=tokens.device) - grams.begins)
+        followers = distinct_followers(matches, by_context, context_begins)
+        yield ContextCounts(order, positions, uses, followers, matches)
+        del followers
+        # The next order's lists: the position after each gram that stands more than once.
+        recurs = scatter(by_gram, (grams.sizes > 1)[grams.numbers]) & (positions + 1 < len(tokens))
+        rows = recurs.nonzero()[:, 0]
+        positions = positions[rows] + 1
+        uses = matches[rows]
+        context_numbers = scatter(by_gram, grams.numbers)[rows]
+        # The sort by gram is a sort by the next order's contexts: only the dropped rows have to go.
+        new_rows = recurs.cumsum(0) - 1
+        rows = recurs[by_gram].nonzero()[:, 0]
+        by_context = new_rows[by_gram[rows]]
+        context_begins = group_equal(grams.numbers[rows]).begins
+        del by_gram, grams, matches, recurs, rows, new_rows
+
+
+def distinct_followers(matches: Tensor, by_context: Tensor, context_begins: Tensor) -> Tensor:
+    """How many distinct tokens followed each position's context before it, int64 [M]: among its context's
+    earlier positions, those whose token was the first of its kind there."""
+    is_new = (matches == 0)[by_context].long()
+    earlier_new = is_new.cumsum(0) - is_new
+    return scatter(by_context, earlier_new - earlier_new[context_begins])
+
+
+# The n-gram model.
+
+
+def ngram_probabilities(tokens: Tensor, vocab: int, highest_order: int) -> tuple[Tensor, Tensor]:
+    """Predict each of tokens[1:] by counts of what stands before it.
+
+    Returns the probabilities, float64 [N], and codes of the counts of its contexts, uint8 [2, orders, N]: how
+    often each was used, and by how many distinct tokens it was followed.
+    Interpolated absolute discounting, as in Kneser-Ney smoothing, but with plain counts in all orders:
+    P_k(w) = (max(n(w) - D, 0) + D t P_(k-1)(w)) / n for n uses of the context of k tokens, n(w) of them
+    followed by w, t distinct followers. It is P_(k-1) where n = 0, and 1 / vocab below order 0.
+    """
+    probabilities = torch.full((len(tokens),), 1 / vocab, dtype=torch.float64, device=tokens.device)
+    codes = torch.zeros(2, highest_order + 1, len(tokens), dtype=torch.uint8, device=tokens.device)
+    for counts in context_counts(tokens, vocab, highest_order):
+        # In pieces of 4 M, or the terms of the formula would take more than the counts do.
+        for rows in counts.uses.nonzero()[:, 0].split(2**22):
+            positions = counts.positions[rows]
+            uses = counts.uses[rows]
+            followers = counts.followers[rows]
+            discounted = (counts.matches[rows].double() - DISCOUNT).clamp_min_(0)
+            backed_off = DISCOUNT * followers.double() * probabilities[positions]
+            probabilities[positions] = (discounted + backed_off) / uses
+            codes[:, counts.order, positions] = count_codes(torch.stack((uses, followers)))
+        # Before the next order is counted.
+        del counts, rows, positions, uses, followers, discounted, backed_off
+    return probabilities[1:], codes[..., 1:]
+
+
+def count_codes(counts: Tensor) -> Tensor:
+    """Write counts as uint8 by their logarithm, so that small ones keep their value."""
+    return counts.double().log1p().mul(COUNT_CODE_SCALE).round().to(torch.uint8)
+
+
+def context_bins(codes: Tensor) -> Tensor:
+    """Number the kind of each token's context, int64 [N]: the longest one that was seen before, how often it
+    was, and by how many distinct tokens it was followed, these two in steps of a factor 2."""
+    longest = (codes[0] > 0).sum(0, keepdim=True).sub_(1).clamp_min_(0)  # [1, N]; no longer one was seen
+    uses = codes[0].gather(0, longest)[0].long() // CODE_OF_ONE
+    followers = codes[1].gather(0, longest)[0].long() // CODE_OF_ONE
+    return (longest[0] * 11 + uses.clamp(max=10)) * 7 + followers.clamp(max=6)
+
+
+# The gate: a share of the n-gram for each token, learnt on the way.
+
+
+class ShareGate:
+    """A network from F facts of each token to the logit of the n-gram's share: 32 hidden units beside a
+    direct linear part. It starts at the share sigmoid(-2) = 0.12 for all."""
+
+    def __init__(self, facts: int, device: torch.device):
+        rng = torch.Generator().manual_seed(0)  # the same gate in every run
+        initial = [
+            torch.randn(GATE_HIDDEN, facts, generator=rng) / facts**0.5,
+            torch.zeros(GATE_HIDDEN),
+            torch.zeros(1, GATE_HIDDEN),
+            torch.full((1,), -2.0),
+            torch.zeros(1, facts),
+        ]
+        self.parameters = [tensor.to(device).requires_grad_() for tensor in initial]
+
+    def logits(self, facts: Tensor) -> Tensor:
+        """[n, F] -> [n]."""
+        hidden_weight, hidden_bias, output_weight, output_bias, direct_weight = self.parameters
+        hidden = F.linear(facts, hidden_weight, hidden_bias).relu()
+        return (F.linear(hidden, output_weight, output_bias) + F.linear(facts, direct_weight))[:, 0]
+
+
+def gate_shares(odds: Tensor, codes: Tensor) -> Tensor:
+    """The n-gram's share in the gate's mixture, float32 [N], from what is known before each token.
+
+    The gate learns from each block once that has its shares, by one step of Adam.
+    odds: log P(n-gram) - log P(neural) of each token, float32 [N]. codes: as ngram_probabilities gives them.
+    """
+    recent = recent_odds(odds)
+    gate = ShareGate(4 * codes.size(1) + len(GATE_SPANS), odds.device)
+    optimiser = torch.optim.Adam(gate.parameters, lr=0.02, betas=(0.9, 0.99))
+    shares = torch.empty_like(odds)
+    begin = 0
+    size = GATE_FIRST_BLOCK
+    while begin < len(odds):
+        block = slice(begin, begin + size)
+        logits = gate.logits(gate_facts(codes[..., block], recent[:, block]))
+        shares[block] = logits.detach().sigmoid()
         optimiser.zero_grad()
-        (-torch.logaddexp(F.logsigmoid(-z), F.logsigmoid(z) + odds[here]).mean()).backward()
+        # The mixture's nats, less the neural model's, which the gate does not change.
+        loss = -torch.logaddexp(F.logsigmoid(-logits), F.logsigmoid(logits) + odds[block]).mean()
+        loss.backward()
         optimiser.step()
+        begin += size
+        size = min(GATE_LAST_BLOCK, 2 * size)
     return shares
 
 
-def hedge(neural: Tensor, other: Tensor, shares: list, bins: Tensor, eta: float, window: int) -> tuple:
-    """Hedge over the mixtures (1 - a) neural + a other, for a in shares (numbers, or [N]): the weight of one
-    at i is exp(eta * its log-likelihood on the earlier tokens of i's bin), the first one's e^2 times that
-    (PR #895's prior). window: only a bin's last so many tokens count. Takes probabilities, float64 [N]; gives
-    (log of the mixture [N], final weights over all bins [K], each expert's log-likelihood [K])."""
-    (keys, order), place = torch.sort(bins, stable=True), torch.arange(len(bins), device=bins.device)
-    (_, count, start), window = runs(keys), window or len(bins)
-    since, stop = start.maximum(place - window), count.cumsum(0)
-    final, totals, prior = [], [], 2.0
-    mixed = norm = torch.full_like(neural, -torch.inf)
-    # Only exact steps go by the order of the bins: the last bit of a log would depend on its place there.
+def recent_odds(odds: Tensor) -> Tensor:
+    """Mean of the odds, cut to +-5, over the last tokens before each, float32 [spans, N]."""
+    sums, scale = exact_prefix_sums(odds.clamp(-5, 5))
+    ends = torch.arange(len(odds), device=odds.device)
+    means = []
+    for span in GATE_SPANS:
+        means.append((sums[:-1] - sums[(ends - span).clamp(0)]) / scale / ends.clamp(1, span))
+    return torch.stack(means)
+
+
+def gate_facts(codes: Tensor, recent: Tensor) -> Tensor:
+    """What the gate reads of each token, float32 [n, F]: of each order the two codes, whether the context had
+    one follower only, and whether it is the longest one that was seen; and the recent odds."""
+    uses, followers = codes
+    was_seen = uses > 0
+    is_longest = was_seen & ~F.pad(was_seen[1:], (0, 0, 0, 1))
+    return torch.cat((uses / 32, followers / 32, followers == CODE_OF_ONE, is_longest, recent)).T
+
+
+# Hedge.
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A mixture that Hedge weighs: (1 - share) neural + share n-gram."""
+
+    name: float | str  # in the logs: its share, or "gate"
+    share: float | Tensor  # of the n-gram; of each token [N] if they differ
+    log_prior: float = 0.0  # log of its weight before it has seen a token
+
+
+@dataclass(frozen=True)
+class WeighedExpert:
+    """How an expert fared."""
+
+    name: float | str
+    log_likelihood: float  # nats, of all tokens
+    weight: float  # after the last token, a mean over all bins
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What Hedge made of its experts."""
+
+    log_probs: Tensor  # [N] float64
+    experts: list[WeighedExpert]
+
+
+def fixed_experts(shares: tuple[float, ...]) -> list[Expert]:
+    """The experts whose share is the same for all tokens."""
+    experts = []
     for share in shares:
-        logs = torch.log(neural + share * (other - neural))
-        sums, scale = fixed_sums(logs[order])
-        weight = prior + eta / scale * scatter(order, sums[:-1] - sums[since]).double()
-        mixed, norm = torch.logaddexp(mixed, weight + logs), torch.logaddexp(norm, weight)
-        final.append(prior + eta / scale * (sums[stop] - sums[stop - count.clamp_max(window)]).double())
-        totals, prior = [*totals, logs.sum().item()], 0.0
-    weights = torch.stack(final).softmax(0) * (count.double() / len(bins))
-    return mixed - norm, weights.sum(1).tolist(), totals
+        log_prior = 0.0 if share else NEURAL_LOG_PRIOR
+        experts.append(Expert(share, share, log_prior))
+    return experts
 
 
-def mix(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[Tensor, list[float], list[float]]:
-    """The Hedge mixture of a neural score (nats [N]) of tokens[1:] with exact n-grams of the tokens so far;
-    returns what `hedge` does. Bins: the longest context seen before, how often, with how many followers."""
-    other, codes = ngram(tokens, cfg.vocab_size, cfg.hedge_order)
-    share = gate((other.log() + nats).float(), codes)
-    longest = (codes[0] > 0).sum(0, keepdim=True).sub_(1).clamp_min_(0)
-    seen, kinds = (code.gather(0, longest)[0].long() // 8 for code in codes)
-    bins = (longest[0] * 11 + seen.clamp(max=10)) * 7 + kinds.clamp(max=6)
-    return hedge((-nats).exp(), other, [*SHARES, share], bins, cfg.hedge_eta, cfg.hedge_window)
+class BinHistory(NamedTuple):
+    """The N tokens sorted by bin, in each of G bins by their order in the text; ranks are places there."""
+
+    order: Tensor  # [N]: the token at each rank
+    since: Tensor  # [N]: the first rank that counts for the token at a rank; the last is the one before it
+    stops: Tensor  # [G]: one past each bin's last rank
+    final_since: Tensor  # [G]: the first rank that counts for the bin's final weights
+    sizes: Tensor  # [G]
 
 
-def score_hedge(run: Run, base: Score, limit: float, say: Callable) -> Score:
-    """Mix `base`, whose `each` has all targets, on rank 0. Its time is foretold from a first part; where all
-    the tokens would take longer than `limit` seconds, it mixes as many as fit."""
-    cfg, data, began, each = run.cfg, run.data, time.perf_counter(), base.each.double()
-    whole, device = data.targets, run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
+def sort_by_bin(bins: Tensor, window: int) -> BinHistory:
+    """Find what counts for each token: the last `window` ones of its bin, or all of them if that is 0."""
+    window = window or len(bins)
+    sorted_bins, order = torch.sort(bins, stable=True)
+    groups = group_equal(sorted_bins)
+    ranks = torch.arange(len(bins), device=bins.device)
+    stops = groups.sizes.cumsum(0)
+    final_since = stops - groups.sizes.clamp_max(window)
+    return BinHistory(order, groups.begins.maximum(ranks - window), stops, final_since, groups.sizes)
 
-    def mixed() -> Score:
-        tokens, nats = torch.from_numpy(data.tokens.astype(np.int64)).to(device), each.to(device)
-        sample, count = 100_000, whole
-        if limit < math.inf and sample < whole:
-            mix(cfg, tokens[: sample + 1], nats[:sample])
-            seconds = (time.perf_counter() - began) * whole / sample
-            say(seconds)
-            count = int(0.8 * whole * limit / seconds) if seconds > limit else whole
-        logs, weights, totals = mix(cfg, tokens[: count + 1], nats[:count])
-        each[:count], size = -logs.cpu(), int(data.target_bytes[:count].sum(dtype=np.int64))
-        experts = [Score(-total, count, size, 0.0) for total in totals]
-        for share, score, weight in zip((*SHARES, "gate"), experts, weights, strict=True):
-            saved = f"{score.text} saved:{experts[0].bpb - score.bpb:.4f}"
-            run.log.line(f"hedge_expert ngram_share:{share} {saved} weight:{weight:.4f}")
-        run.log.event("hedge", shares=[*SHARES, "gate"], val_bpb=[e.bpb for e in experts], weights=weights)
-        return Score(each[:count].sum().item(), count, size, time.perf_counter() - began, left=whole - count)
 
-    return replace(run.runtime.main_decides(mixed), each=each)
+def hedge_mixture(
+    neural: Tensor, ngram: Tensor, experts: list[Expert], bins: Tensor, eta: float, window: int
+) -> Mixture:
+    """Mix the experts by Hedge (Freund and Schapire 1997), each bin of tokens for itself.
+
+    An expert's weight at a token is exp(log_prior + eta * its log-likelihood on the earlier tokens of the
+    bin, the last `window` ones or all if that is 0), over the sum of all weights.
+    neural, ngram: probabilities of the tokens, float64 [N]; bins: int64 [N].
+    """
+    history = sort_by_bin(bins, window)
+    log_mixed = torch.full_like(neural, -torch.inf)
+    log_norm = log_mixed
+    final_log_weights = []
+    log_likelihoods = []
+    # Only exact steps go by the order of the bins: the last bit of a log would depend on its rank there, and
+    # with that on later tokens.
+    for expert in experts:
+        logs = torch.log(neural + expert.share * (ngram - neural))
+        sums, scale = exact_prefix_sums(logs[history.order])
+        log_weight = (
+            expert.log_prior + eta / scale * scatter(history.order, sums[:-1] - sums[history.since]).double()
+        )
+        log_mixed = torch.logaddexp(log_mixed, log_weight + logs)
+        log_norm = torch.logaddexp(log_norm, log_weight)
+        final_sums = sums[history.stops] - sums[history.final_since]
+        final_log_weights.append(expert.log_prior + eta / scale * final_sums.double())
+        log_likelihoods.append(logs.sum().item())
+    weights = torch.stack(final_log_weights).softmax(0) * (history.sizes.double() / len(bins))
+    weighed = []
+    for expert, total, weight in zip(experts, log_likelihoods, weights.sum(1).tolist(), strict=True):
+        weighed.append(WeighedExpert(expert.name, total, weight))
+    return Mixture(log_mixed - log_norm, weighed)
+
+
+def mix_with_ngrams(cfg: Config, tokens: Tensor, nats: Tensor) -> Mixture:
+    """Mix a neural score, nats float64 [N] of tokens[1:], with exact n-grams of the tokens so far."""
+    ngram, codes = ngram_probabilities(tokens, cfg.vocab_size, cfg.hedge_order)
+    shares = gate_shares((ngram.log() + nats).float(), codes)
+    bins = context_bins(codes)
+    del codes
+    experts = [*fixed_experts(EXPERT_SHARES), Expert("gate", shares)]
+    return hedge_mixture((-nats).exp(), ngram, experts, bins, cfg.hedge_eta, cfg.hedge_window)
+
+
+# The scorers of a run, each by (run, the score before it or None, seconds that are left, announce).
+# announce(seconds) says how long the score will take, as soon as that is known.
+
+Scorer = Callable[..., Score]
+
+
+def score_roundtrip(
+    run: Run, previous: Score | None, limit: float, announce: Callable[[float], None]
+) -> Score:
+    """Score the packed weights by the official windows."""
+    return run.score(0, limit, announce)
+
+
+def score_sliding(run: Run, previous: Score | None, limit: float, announce: Callable[[float], None]) -> Score:
+    """Score by windows that slide by EVAL_STRIDE."""
+    return run.score(run.cfg.eval_stride, limit, announce)
+
+
+def score_ttt(run: Run, previous: Score | None, limit: float, announce: Callable[[float], None]) -> Score:
+    """Score by the same windows, or the official ones without a stride, and learn from each chunk after it is
+    scored. The weights are the packed ones again in the end."""
+    return run.score(run.cfg.eval_stride, limit, announce, TestTimeTraining(run).learn)
+
+
+def score_hedge(run: Run, previous: Score, limit: float, announce: Callable[[float], None]) -> Score:
+    """Mix the previous score, which has the nats of all targets, with n-grams. Rank 0 does it alone."""
+    began = time.perf_counter()
+    target_nats = previous.target_nats.double()
+    mix = partial(overwrite_with_mixture, run, target_nats, limit, announce, began)
+    # The other ranks receive the sums only: half a GB of nats for 62 M targets is of no use to them.
+    score = run.runtime.main_decides(mix)
+    return replace(score, target_nats=target_nats)
+
+
+def overwrite_with_mixture(
+    run: Run, target_nats: Tensor, limit: float, announce: Callable[[float], None], began: float
+) -> Score:
+    """Replace the neural nats of each target, float64 [targets], by the mixture's, in place to save memory.
+
+    Where all targets would take longer than `limit` seconds after `began`, only the first ones are mixed.
+    Returns the score without its nats.
+    """
+    data = run.data
+    device = run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
+    tokens = torch.from_numpy(data.tokens.astype(np.int64)).to(device)
+    neural_nats = target_nats.to(device)
+    count = data.targets
+    if limit < math.inf and data.targets > SAMPLE_TARGETS:
+        mix_with_ngrams(run.cfg, tokens[: SAMPLE_TARGETS + 1], neural_nats[:SAMPLE_TARGETS])
+        seconds = (time.perf_counter() - began) * data.targets / SAMPLE_TARGETS
+        announce(seconds)
+        if seconds > limit:
+            count = int(0.8 * data.targets * limit / seconds)
+    mixture = mix_with_ngrams(run.cfg, tokens[: count + 1], neural_nats[:count])
+    target_nats[:count] = -mixture.log_probs.cpu()
+    size = int(data.target_bytes[:count].sum(dtype=np.int64))
+    report_experts(run.log, mixture.experts, count, size)
+    seconds = time.perf_counter() - began
+    return Score(target_nats[:count].sum().item(), count, size, seconds, unscored=data.targets - count)
+
+
+def report_experts(log: RunLog, experts: list[WeighedExpert], tokens: int, size: int) -> None:
+    """Log what each expert would score alone on so many tokens and bytes, and its final weight."""
+    scores = [Score(-expert.log_likelihood, tokens, size, 0.0) for expert in experts]
+    for expert, score in zip(experts, scores, strict=True):
+        saved = scores[0].bpb - score.bpb
+        log.line(
+            f"hedge_expert ngram_share:{expert.name} {score.text} "
+            f"saved:{saved:.4f} weight:{expert.weight:.4f}"
+        )
+    log.event(
+        "hedge",
+        shares=[expert.name for expert in experts],
+        val_bpb=[score.bpb for score in scores],
+        weights=[expert.weight for expert in experts],
+    )
+
+
+def scorers(cfg: Config) -> Iterator[tuple[str, Scorer]]:
+    """Yield name and function of each score that is switched on, in the order in which they are made."""
+    yield "roundtrip", score_roundtrip
+    if cfg.eval_stride:
+        yield "sliding", score_sliding
+    if cfg.ttt_steps:
+        yield "ttt", score_ttt
+    if cfg.use_hedge:
+        yield "hedge", score_hedge
 
 
 def score_all(run: Run) -> Iterator[tuple[str, Score]]:
-    """(name, score) of every score that is switched on, within MAX_EVAL_SECONDS: none after a partial one."""
-    cfg, stride, left = run.cfg, run.cfg.eval_stride, run.cfg.max_eval_seconds or math.inf
-    kinds = dict(roundtrip=partial(run.score, 0), sliding=stride and partial(run.score, stride))
-    kinds["ttt"] = cfg.ttt_steps and (lambda *how: run.score(stride, *how, TestTimeTraining(run).learn))
-    kinds["hedge"] = cfg.use_hedge and (lambda *how: score_hedge(run, score, *how))
-    for name in filter(kinds.get, kinds):
-        text = f"{name}: takes about %.0f s, {left:.0f} s are left"
-        made = run.checkpoints.scores.get(name)
-        score = made or kinds[name](left, lambda seconds, text=text: run.log.line(text % seconds))
-        if not made and name != "hedge" and (cfg.use_hedge or cfg.score_dump):
-            run.runtime.sum(score.each)
-        left -= run.runtime.main_number(score.seconds)  # one clock, or the ranks would part
+    """Yield name and Score of each score that is switched on, all within MAX_EVAL_SECONDS: none after a
+    partial one. What a checkpoint has kept from before is not made again."""
+    seconds_left = run.cfg.max_eval_seconds or math.inf
+    needs_all_targets = run.cfg.use_hedge or run.cfg.score_dump
+    score = None
+    for name, scorer in scorers(run.cfg):
+        stored = run.checkpoints.scores.get(name)
+        if stored:
+            score = stored
+        else:
+            announce = partial(announce_duration, run.log, name, seconds_left)
+            score = scorer(run, score, seconds_left, announce)
+            # Each rank has the nats of its own windows; of the mixer rank 0 has them all.
+            if needs_all_targets and name != "hedge":
+                run.runtime.sum(score.target_nats)
+        # By one clock, or the ranks would part.
+        seconds_left -= run.runtime.main_number(score.seconds)
         yield name, score
-        if score.left:
+        if score.unscored:
             return
 
 
-# 10. TRAIN
-CHECKPOINT = "parameter golf checkpoint 1"
-PARTS = {dict: "same model optimisers scores", list: "resumed total recent random", float: "scales seconds"}
+def announce_duration(log: RunLog, name: str, seconds_left: float, seconds: float) -> None:
+    log.line(f"{name}: takes about {seconds:.0f} s, {seconds_left:.0f} s are left")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 14. CHECKPOINTS
+#
+# Everything that a run needs to go on as if it had not been stopped, in one file that is written whole or not
+# at all. `find_checkpoint` reads the one that RESUME asks for, `Training` (section 15) takes it up, and
+# `Checkpoints` writes new ones and keeps the last two until the RESULT. INIT_FROM is read here too.
+# ----------------------------------------------------------------------------------------------------------
+CHECKPOINT = "parameter golf checkpoint 1"  # what a checkpoint calls itself; another number, another format
+
+
+@dataclass(frozen=True)
+class CheckpointKnobs:
+    checkpoint_seconds: float = knob(
+        0.0,
+        "Training seconds between two checkpoints; 0 = one only, at the end of the training.",
+        low=0,
+        role="place",
+        source="ours",
+    )
+    resume: str = knob(
+        "0",
+        "Checkpoint to go on from: auto = the newest in OUT_DIR, if there is one; or a path; 0 = start anew.",
+        role="place",
+        source="ours",
+    )
+    init_from: str = knob(
+        "",
+        "Path of a state dict to start the weights from, e.g. the official script's final_model.pt; "
+        "empty = initial weights from SEED.",
+        source="ours",
+    )
+
+
+class CheckpointState(TypedDict):
+    """What a checkpoint holds. `Checkpoints` adds the first six, `Training` writes and reads the rest."""
+
+    kind: str  # CHECKPOINT
+    run_id: str
+    same: dict[str, object]  # what must not change when a run goes on: knobs, SEED, hashes of data and script
+    dtype: str  # compute type, a key of DTYPES
+    resumed: list[int]  # the steps from which the run has gone on so far
+    scores: dict[str, list]  # scores of the packed model that are done: the values of each Score
+    step: int  # steps done
+    scales: float  # sum of the learning-rate multipliers so far
+    seconds: float  # of the training clock
+    recent: list[float]  # seconds of the latest steps, for the pace
+    random: list[Tensor]  # the state of torch's generator on each rank
+    model: dict[str, Tensor]
+    optimisers: dict
+    total: list[Tensor]  # this and the next three: the running average of the weights
+    weight: float
+    count: int
+    newest: int
+    path: str  # where it was read from; not in the file
+
+
+# What is checked of a file before the run trusts it.
+CHECKED_TYPES = {
+    "same": dict,
+    "dtype": str,
+    "resumed": list,
+    "scores": dict,
+    "step": int,
+    "scales": float,
+    "seconds": float,
+    "recent": list,
+    "random": list,
+    "model": dict,
+    "optimisers": dict,
+    "total": list,
+}
+
+
+# -- Reading what torch.save wrote -----------------------------------------------------------------------
+
+
+def read_saved(path: Path | str, knob_name: str = "") -> object:
+    """What torch.save wrote, on the CPU. Nothing in the file is executed.
+
+    RunError (2), with `knob_name` before the path, if there is no such file or if it is damaged or foreign.
+    """
+    if not Path(path).is_file():
+        raise RunError(f"no checkpoint at {knob_name}{path}")
+    try:
+        with zipfile.ZipFile(path) as file:
+            # torch.load ignores the checksums, and would unpack a bomb.
+            is_compressed = sum(entry.file_size for entry in file.infolist()) > Path(path).stat().st_size
+            if is_compressed or file.testzip():
+                raise RunError("damaged")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and zipfile have many kinds for a damaged or foreign file
+        raise RunError(f"{knob_name}{path} is no whole checkpoint ({type(error).__name__})") from None
+
+
+def load_checkpoint(path: str) -> dict[str, Tensor]:
+    """The state dict that INIT_FROM names, as float32; RunError (2) if the file holds anything else."""
+    state = read_saved(path, "INIT_FROM=")
+    if not is_state_dict(state):
+        raise RunError(f"INIT_FROM={path} is not a state dict of tensors")
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def is_state_dict(state: object) -> bool:
+    """Whether it is a dict of plain CPU tensors of floats, none larger than what is stored of it."""
+    try:
+        tensors = list(state.values())
+        if not all(tensor.is_cpu and tensor.is_floating_point() for tensor in tensors):
+            return False
+        return all(tensor.nbytes <= tensor.untyped_storage().nbytes() for tensor in tensors)
+    except (AttributeError, RuntimeError):  # it has no values, or they are no plain tensors
+        return False
+
+
+def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
+    """Copy a state dict into the model; RunError (2) that names the first differences if it does not fit."""
+    model_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    state_shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    names = [name for name in model_shapes | state_shapes if model_shapes.get(name) != state_shapes.get(name)]
+    if names:
+        phrases = []
+        for name in names[:3]:
+            stored = state_shapes.get(name, "missing")
+            wanted = model_shapes.get(name, "unknown")
+            phrases.append(f"{name} is {stored} there, {wanted} here")
+        raise RunError(f"{source} does not fit this model ({len(names)} tensors): {'; '.join(phrases)}")
+    model.load_state_dict(state)
+
+
+# -- Checkpoints of a run --------------------------------------------------------------------------------
 
 
 @dataclass
-class Run:  # what every phase of a run needs
+class Checkpoints:
+    """A run's files OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the last two, until the RESULT."""
+
+    folder: Path | None = None  # None: nothing is written
+    header: dict[str, object] = field(default_factory=dict)  # kind, run_id, same, dtype, resumed
+    before: CheckpointState | None = None  # the one that this run goes on from
+    paths: list[Path] = field(default_factory=list)  # those written whole, the newest last
+    scores: dict[str, Score] = field(default_factory=dict)  # made since the training ended
+
+    def __post_init__(self) -> None:
+        if self.before:
+            self.header["resumed"] = [*self.before["resumed"], self.before["step"]]
+            self.paths.append(Path(self.before["path"]))
+            self.scores = {name: Score(*values) for name, values in self.before["scores"].items()}
+
+    def write(self, state: Mapping, log: RunLog) -> None:
+        """Add a checkpoint, or warn that it cannot be written: the earlier ones stay, the run goes on."""
+        run_id = self.header["run_id"]
+        path = self.folder / f"{run_id}-{state['step']:08d}.pt"
+        scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
+        content = self.header | state | dict(scores=scores)
+        try:
+            self.folder.mkdir(exist_ok=True)
+            write_atomic(path, partial(torch.save, content))
+            earlier = [other_path for other_path in self.paths if other_path != path]
+            self.paths = [*earlier, path][-2:]
+            for old_path in checkpoint_files(self.folder, run_id):
+                if old_path not in self.paths:
+                    old_path.unlink()
+        except OSError as error:
+            log.warn(f"no checkpoint: {error.filename}: {error.strerror}")
+
+    def add_score(self, name: str, score: Score, log: RunLog) -> None:
+        """Keep a score, so that it is not made twice; the rest of the state is the end of the training's."""
+        self.scores[name] = score
+        if self.folder and self.paths and self.paths[-1].exists():
+            self.write(read_checkpoint(self.paths[-1]), log)
+
+    def clear(self) -> None:
+        """Remove the checkpoints of a finished run, and their folder unless others' are in it."""
+        if self.folder is None:
+            return
+        for path in checkpoint_files(self.folder, self.header["run_id"]):
+            path.unlink()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+def checkpoint_files(folder: Path, run_id: str = "") -> list[Path]:
+    """The checkpoints of a run, or else of the run that wrote the newest; the newest first."""
+    names = folder.glob(f"{run_id or '*'}-{'[0-9]' * 8}.pt")
+    paths = sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    if run_id or not paths:
+        return paths
+    newest_run_id = paths[0].stem[: -len("-00000000")]
+    return checkpoint_files(folder, newest_run_id)
+
+
+def read_checkpoint(path: Path) -> CheckpointState:
+    """The state in a whole checkpoint; RunError (2) on any other file."""
+    state = read_saved(path)
+    if not is_checkpoint(state):
+        raise RunError(f"{path} is no checkpoint of this version of the script")
+    return state
+
+
+def is_checkpoint(state: object) -> bool:
+    """Whether what a file holds is a checkpoint of this version of the script."""
+    if not isinstance(state, dict) or state.get("kind") != CHECKPOINT:
+        return False
+    if not all(isinstance(state.get(name), wanted) for name, wanted in CHECKED_TYPES.items()):
+        return False
+    return state["dtype"] in DTYPES
+
+
+def find_checkpoint(cfg: Config, identity: Mapping[str, object]) -> CheckpointState | None:
+    """The checkpoint that RESUME asks for, if any, and its `path`.
+
+    A damaged file is passed over for the one before, with a warning. RunError (2) if none is whole, or if it
+    was made with another identity: the knobs that shape the result, the seed, the data, the script.
+    """
+    errors = []
+    for path in checkpoint_choices(cfg):
+        try:
+            state = read_checkpoint(path) | dict(path=str(path))
+        except RunError as error:
+            errors.append(str(error))
+            continue
+        if errors:
+            print(f"warning: {'; '.join(errors)}; going on from {path}", file=sys.stderr)
+        differences = describe_differences(cfg, state["same"], identity)
+        if differences:
+            raise RunError(f"{path} was made with {differences}; set that back, or start anew with RESUME=0")
+        return state
+    if errors:
+        raise RunError(f"RESUME={cfg.resume}: {'; '.join(errors)}; RESUME=0 starts anew")
+    return None
+
+
+def checkpoint_choices(cfg: Config) -> list[Path]:
+    """The files that RESUME allows, the one to try first at the front."""
+    if cfg.resume == "0":
+        return []
+    if cfg.resume == "auto":
+        return checkpoint_files(Path(cfg.out_dir) / "checkpoints", cfg.run_id)
+    return [Path(cfg.resume)]
+
+
+def describe_differences(cfg: Config, stored: Mapping[str, object], current: Mapping[str, object]) -> str:
+    """What differs between two identities, as "NAME=1 there, 2 here; ...", or "".
+
+    A knob that one of them does not list is at its default there, or has no effect.
+    """
+    defaults = {knob_field.name.upper(): knob_field.default for knob_field in fields(cfg)}
+    phrases = []
+    for name in dict(stored) | dict(current):
+        value_there = stored.get(name, defaults.get(name))
+        value_here = current.get(name, defaults.get(name))
+        if value_there != value_here:
+            phrases.append(f"{name}={value_there} there, {value_here} here")
+    return "; ".join(phrases)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 15. TRAIN
+#
+# `train` is the loop: warm up (untimed), say what the run will reach, then step by step until the step limit
+# or the clock. `Run` holds what every phase of a run needs, `Training` what changes from step to step.
+# ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class TrainKnobs:
+    micro_batch_tokens: int = knob(
+        0,
+        "Most tokens of a pass on a rank; 0 = 65,536 on a GPU, 4,096 on a CPU, halved if memory runs out.",
+        low=0,
+        role="place",
+        source="ours",
+    )
+    warmup_steps: int = knob(
+        20,
+        "Untimed steps that compile every graph before the clock starts, and are then undone.",
+        low=0,
+        role="place",
+        source="official",
+    )
+    val_loss_every: int = knob(
+        1000,
+        "Steps between validations of the live weights; 0 = only at the end.",
+        low=0,
+        role="place",
+        source="official",
+    )
+    train_log_every: int = knob(
+        200,
+        "Steps between lines of the training log, after the first ten steps; 0 = none.",
+        low=0,
+        role="place",
+        source="official",
+    )
+
+
+@dataclass
+class Run:
+    """What every phase of a run needs."""
+
     cfg: Config
     runtime: Runtime
     log: RunLog
     model: GPT
     data: Validation
-    checkpoints: Checkpoints = field(default_factory=lambda: Checkpoints())
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
 
     def __post_init__(self) -> None:
-        """The two functions that run the model, compiled if the runtime compiles."""
+        self.make_graphs()
+
+    def make_graphs(self) -> None:
+        """The two functions that run the model, `loss` and `nats`, compiled if the runtime compiles."""
         self.loss = self.runtime.compile(training_loss(self.cfg, self.model))
-        nats = partial(token_nats, self.model)
-        self.nats = self.runtime.compile(lambda *given, depth=None: nats(*given, depth=depth))
+        model = self.model
+
+        def nats(ids, target_ids, positions=None, depth=None):
+            return token_nats(model, ids, target_ids, positions, depth)
+
+        self.nats = self.runtime.compile(nats)
 
     def settle(self, warm: Callable):
         """warm() compiled; if that fails (no C++ compiler, torch 2.5's bf16), eager unless COMPILE=1."""
         try:
             return warm()
         except Exception as error:
-            known = isinstance(error, torch.OutOfMemoryError | RunError)
-            if known or not self.runtime.compiles or self.cfg.compile == "1":
+            is_known = isinstance(error, torch.OutOfMemoryError | RunError) or missing_kernel(error)
+            if is_known or not self.runtime.compiles or self.cfg.compile == "1":
                 raise
-            self.log.warn(True, f"no torch.compile ({type(error).__name__}); running eagerly, slower")
+            self.log.warn(f"no torch.compile ({type(error).__name__}); running eagerly, slower")
             self.runtime.compiles = False
-            self.__post_init__()
+            self.make_graphs()
             return warm()
 
     def score(self, stride: int = 0, *how, depth: int | None = None) -> Score:
@@ -1936,48 +4641,68 @@ class Run:  # what every phase of a run needs
 
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:
-    """Most sequences a pass: 64 K tokens on a GPU, as officially; 4 K on a CPU, by benchmarks/NOTES.md."""
+    """Most sequences of a pass: 64 K tokens on a GPU, as officially; 4 K on a CPU, by benchmarks/NOTES.md."""
     tokens = cfg.micro_batch_tokens or (65_536 if device.type == "cuda" else 4_096)
     return max(1, tokens // cfg.train_seq_len)
 
 
 def micro_batches(batch: tuple[Tensor, Tensor], limit: int) -> list[tuple[Tensor, Tensor]]:
-    """Split a rank's sequences into the fewest near-equal parts of at most `limit`: at most two shapes."""
-    count = -(-len(batch[0]) // limit)
-    return list(zip(*(part.tensor_split(count) for part in batch), strict=True)) if count else []
+    """Split a rank's (ids, targets) [sequences, T] into the fewest near-equal parts of at most `limit` rows.
+
+    They have at most two shapes, so that there are at most two graphs.
+    """
+    ids, target_ids = batch
+    count = -(-len(ids) // limit)
+    if count == 0:
+        return []
+    return list(zip(ids.tensor_split(count), target_ids.tensor_split(count), strict=True))
 
 
-def gradient(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: int) -> Tensor:
+def accumulate_gradient(
+    run: Run, optimisers: Optimisers, batch: tuple[Tensor, Tensor], plan: StepPlan, limit: int
+) -> Tensor:
     """Leave this rank's share of the gradient in the buffer; returns its share of the mean nats per token."""
+    device = run.runtime.device
     optimisers.flat.zero_()
-    total, dials = torch.zeros((), device=run.runtime.device), plan.dials(run.runtime.device)
-    for ids, targets in micro_batches(batch, limit):
-        ids, targets = (part.to(dials.device, non_blocking=True) for part in (ids, targets))
+    nats_share = torch.zeros((), device=device)
+    dials = plan.dials(device)
+    for ids, target_ids in micro_batches(batch, limit):
+        ids = ids.to(device, non_blocking=True)
+        target_ids = target_ids.to(device, non_blocking=True)
         share = len(ids) / run.cfg.sequences
-        objective, nats = run.loss(ids, targets, dials, plan.depth)
+        objective, nats = run.loss(ids, target_ids, dials, plan.depth)
         (objective * share).backward()
-        total += nats * share
-    return total
+        nats_share += nats * share
+    return nats_share
 
 
-def train_step(run: Run, optimisers: Optimisers, batch, plan: StepPlan, limit: int) -> Tensor:
+def train_step(
+    run: Run, optimisers: Optimisers, batch: tuple[Tensor, Tensor], plan: StepPlan, limit: int
+) -> Tensor:
     """One optimiser step; returns this rank's share of the mean nats per token."""
-    nats = gradient(run, optimisers, batch, plan, limit)
+    nats_share = accumulate_gradient(run, optimisers, batch, plan, limit)
     if run.cfg.sam_rho:
         with optimisers.uphill(run.cfg.sam_rho):
-            gradient(run, optimisers, batch, plan, limit)
+            accumulate_gradient(run, optimisers, batch, plan, limit)
     optimisers.step(plan)
-    return nats
+    return nats_share
 
 
-def fit_micro_batch(run: Run, batch) -> int:
-    """Sequences a pass that fit the device: halved on out-of-memory, by each rank. Leaves gradients."""
-    device, plan, depth = run.runtime.device, plan_step(run.cfg, 0, 0.0, 0.0), phases(run.cfg)[-1][1]
-    limit = min(micro_batch_limit(run.cfg, device), max(1, len(batch[0])))
+# -- Before the clock ------------------------------------------------------------------------------------
+
+
+def fit_micro_batch(run: Run, batch: tuple[Tensor, Tensor]) -> int:
+    """Sequences of a pass that fit the device: halved on out-of-memory, by each rank. Leaves gradients."""
+    cfg = run.cfg
+    device = run.runtime.device
+    plan = plan_step(cfg, 0, 0.0, 0.0)
+    deepest = phases(cfg)[-1][1]
+    limit = min(micro_batch_limit(cfg, device), max(1, len(batch[0])))
     while True:
         try:
-            for ids, targets in micro_batches(batch, limit)[:1]:
-                run.loss(ids.to(device), targets.to(device), plan.dials(device), depth)[0].backward()
+            for ids, target_ids in micro_batches(batch, limit)[:1]:
+                objective, _ = run.loss(ids.to(device), target_ids.to(device), plan.dials(device), deepest)
+                objective.backward()
             return limit
         except torch.OutOfMemoryError:
             if limit == 1:
@@ -1988,66 +4713,115 @@ def fit_micro_batch(run: Run, batch) -> int:
 
 
 def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int, list[float]]:
-    """Compile every graph, untimed, then undo it all. (micro-batch limit, seconds of a step in each phase)"""
-    cfg, runtime, turns, seconds = run.cfg, run.runtime, phases(run.cfg), []
+    """Compile every graph, untimed, then undo it all.
+
+    Returns the micro-batch limit in sequences and the seconds of a step in each phase of depth.
+    """
+    cfg = run.cfg
+    runtime = run.runtime
     run.settle(lambda: warm_evaluation(run))
     if not cfg.warmup_steps:
-        return micro_batch_limit(cfg, runtime.device), [0.0] * len(turns)
-    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    states, random_state = optimisers.state(), torch.get_rng_state()  # empty as yet
-    source, clock = batches(cfg, stream, runtime), Clock(runtime)
+        return micro_batch_limit(cfg, runtime.device), [0.0] * len(phases(cfg))
+    weights_before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    optimisers_before = optimisers.state()  # empty as yet
+    random_before = torch.get_rng_state()
+    source = batches(cfg, stream, runtime)
     limit = run.settle(lambda: fit_micro_batch(run, next(source)))
-    for _, depth in turns:
-        plan, last = replace(plan_step(cfg, 0, 0.0, 0.0), depth=depth), depth == turns[-1][1]
-        for step in range(cfg.warmup_steps if last else 2):  # of a shallow depth the second is timed
-            clock.start()
-            train_step(run, optimisers, next(source), plan, limit)
-            runtime.synchronize()
-            taken = clock.seconds()
-            if last:
+    deepest = phases(cfg)[-1][1]
+    seconds_of_phase = []
+    for _, depth in phases(cfg):
+        plan = replace(plan_step(cfg, 0, 0.0, 0.0), depth=depth)
+        is_last = depth == deepest
+        steps = cfg.warmup_steps if is_last else 2  # of a shallow depth the second is timed
+        for step in range(steps):
+            seconds = timed_step(run, optimisers, next(source), plan, limit)
+            if is_last:
                 run.log.line(f"warmup_step:{step + 1}/{cfg.warmup_steps}")
-        seconds.append(runtime.main_number(taken))
-    run.model.load_state_dict(weights)
-    optimisers.load(states)
-    torch.set_rng_state(random_state)
-    return limit, seconds
+        seconds_of_phase.append(runtime.main_number(seconds))
+    run.model.load_state_dict(weights_before)
+    optimisers.load(optimisers_before)
+    torch.set_rng_state(random_before)
+    return limit, seconds_of_phase
+
+
+def timed_step(
+    run: Run, optimisers: Optimisers, batch: tuple[Tensor, Tensor], plan: StepPlan, limit: int
+) -> float:
+    """Seconds of one step on this rank, the device waited for."""
+    clock = Clock(run.runtime)
+    clock.start()
+    train_step(run, optimisers, batch, plan, limit)
+    run.runtime.synchronize()
+    return clock.seconds()
 
 
 def warm_evaluation(run: Run) -> None:
     """Compile the evaluation graphs on blank tokens: each shape, and each depth that will be validated."""
-    cfg, device, turns = run.cfg, run.runtime.device, [depth for _, depth in phases(run.cfg)]
-    early = [(0, depth, False) for depth in turns[:-1] if cfg.val_loss_every]
-    late = [(n, turns[-1], learns) for learns in (False, cfg.ttt_steps > 0) for n in (0, cfg.eval_stride)]
-    for stride, depth, learns in dict.fromkeys([*late, *early]):
-        batch, length, width = eval_shape(cfg, device, stride, learns)
-        blank = [torch.zeros(batch, n, dtype=torch.int64, device=device) for n in (length, width, width)]
+    cfg = run.cfg
+    device = run.runtime.device
+    for stride, depth, learns in evaluation_graphs(cfg):
+        batch, length, width = pass_shape(cfg, device, stride, learns)
+        ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
+        target_ids = torch.zeros(batch, width, dtype=torch.int64, device=device)
+        positions = torch.zeros(batch, width, dtype=torch.int64, device=device)
         with torch.no_grad():
-            run.nats(*blank[: 3 if stride else 2], depth=depth)
+            if stride:
+                run.nats(ids, target_ids, positions, depth=depth)
+            else:
+                run.nats(ids, target_ids, depth=depth)
         if learns and not stride:
-            run.nats(*blank[:2], depth=depth).sum().backward()
+            run.nats(ids, target_ids, depth=depth).sum().backward()
 
 
-def forecast(run: Run, stream: TokenStream, limit: int, step_seconds: list[float]) -> None:
+def evaluation_graphs(cfg: Config) -> list[tuple[int, int | None, bool]]:
+    """(stride, depth, learns) of every graph that evaluation runs; stride 0: official windows."""
+    depths = [depth for _, depth in phases(cfg)]
+    graphs = [(0, depths[-1], False), (cfg.eval_stride, depths[-1], False)]
+    if cfg.ttt_steps > 0:
+        graphs += [(0, depths[-1], True), (cfg.eval_stride, depths[-1], True)]
+    if cfg.val_loss_every:
+        graphs += [(0, depth, False) for depth in depths[:-1]]
+    return list(dict.fromkeys(graphs))
+
+
+def forecast(run: Run, stream: TokenStream, limit: int, seconds_of_phase: list[float]) -> None:
     """Say before the clock starts what the run will reach, given the seconds of a step in each phase."""
-    cfg, log, cap, last = run.cfg, run.log, run.cfg.max_wallclock_seconds, run.cfg.warmdown_iters
+    cfg = run.cfg
+    log = run.log
+    cap = cfg.max_wallclock_seconds
     size = predict_size(cfg, run.model) + len(own_source())
-    paces = [max(1 / cfg.iterations, s / cap if cap else 0.0) for s in step_seconds]  # progress of a step
-    counts = np.diff([0.0, *(min(until, 1.0) for until, _ in phases(cfg)[:-1]), 1.0]) / paces
-    steps, seconds = counts.sum(), counts @ step_seconds
+    # What a step adds to the progress in each phase, and the progress each phase takes.
+    step_progress = [max(1 / cfg.iterations, s / cap if cap else 0.0) for s in seconds_of_phase]
+    phase_ends = [min(until, 1.0) for until, _ in phases(cfg)[:-1]]
+    step_counts = np.diff([0.0, *phase_ends, 1.0]) / step_progress
+    steps = step_counts.sum()
+    seconds = step_counts @ seconds_of_phase
     epochs = steps * cfg.train_batch_tokens / len(stream)
-    speed = "step_ms:" + ",".join(f"{1000 * s:.0f}" for s in step_seconds)
-    batch = f"micro_batch_tokens:{limit * cfg.train_seq_len} epochs:{epochs:.2f}"
-    log.line(f"forecast: steps:{steps:.0f} {speed} {batch} bytes:{size}")
-    log.warn(size > SIZE_LIMIT, f"code and model may pass the limit of {SIZE_LIMIT} bytes")
-    late = last > steps and cfg.schedule == "warmdown" and not cfg.warmdown_frac
-    log.warn(late, f"WARMDOWN_ITERS={last} is longer than the run: LR starts at {steps / max(last, 1):.2f}")
-    ends = f"ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} of {cap:.0f} s"
-    log.warn(0 < seconds < 0.5 * cap, ends)
-    log.warn(epochs > 1, f"{len(stream)} training tokens will be read {epochs:.1f} times; get more shards")
+    step_ms = ",".join(f"{1000 * s:.0f}" for s in seconds_of_phase)
+    log.line(
+        f"forecast: steps:{steps:.0f} step_ms:{step_ms} micro_batch_tokens:{limit * cfg.train_seq_len} "
+        f"epochs:{epochs:.2f} bytes:{size}"
+    )
+    if size > SIZE_LIMIT:
+        log.warn(f"code and model may pass the limit of {SIZE_LIMIT} bytes")
+    warmdown_steps = cfg.warmdown_iters
+    if warmdown_steps > steps and cfg.schedule == "warmdown" and not cfg.warmdown_frac:
+        start = steps / max(warmdown_steps, 1)
+        log.warn(f"WARMDOWN_ITERS={warmdown_steps} is longer than the run: LR starts at {start:.2f}")
+    if 0 < seconds < 0.5 * cap:
+        log.warn(f"ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} of {cap:.0f} s")
+    if epochs > 1:
+        tokens = len(stream)
+        log.warn(f"{tokens} training tokens will be read {epochs:.1f} times; get more shards")
+
+
+# -- The loop --------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Trained:  # how training ended
+class Trained:
+    """How training ended."""
+
     score: Score | None = None  # of the live weights
     averaged: Score | None = None  # of their average, if that is what is packed
     step: int = 0
@@ -2055,531 +4829,1660 @@ class Trained:  # how training ended
     progress: float = 0.0
     mean_lr_scale: float = 0.0
     late_graphs: int = 0  # compiled inside the clock, in spite of the warm-up
-    truncated = property(lambda self: self.step > 0 and self.progress < 0.98)
+
+    @property
+    def is_truncated(self) -> bool:
+        """The schedule did not come to its end."""
+        return self.step > 0 and self.progress < 0.98
 
 
-@dataclass
-class Checkpoints:  # OUT_DIR/checkpoints/RUN_ID-STEP.pt on rank 0's disk: the last two, until the RESULT
-    folder: Path | None = None  # none: nothing is written
-    about: dict[str, object] = field(default_factory=dict)  # kind, run_id, same, dtype, resumed
-    before: dict | None = None  # the one this run goes on from
-    kept: list[Path] = field(default_factory=list)  # whole ones, the newest last
-    scores: dict[str, Score] = field(default_factory=dict)  # made since the training ended
+class Training:
+    """All that changes from step to step, and with that what a checkpoint holds."""
 
-    def __post_init__(self) -> None:
-        if self.before:
-            self.about["resumed"] = [*self.before["resumed"], self.before["step"]]
-            self.kept.append(Path(self.before["path"]))
-            self.scores = {name: Score(*values) for name, values in self.before["scores"].items()}
-
-    def write(self, state: Mapping, log: RunLog) -> None:
-        """Add a checkpoint, or warn that it cannot be written: the earlier ones stay, the run goes on."""
-        path = self.folder / f"{self.about['run_id']}-{state['step']:08d}.pt"
-        scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
-        try:
-            self.folder.mkdir(exist_ok=True)
-            write_atomic(path, partial(torch.save, self.about | state | dict(scores=scores)))
-            self.kept = [*(other for other in self.kept if other != path), path][-2:]
-            for old in {*checkpoint_files(self.folder, self.about["run_id"])} - {*self.kept}:
-                old.unlink()
-        except OSError as error:
-            log.warn(True, f"no checkpoint: {error.filename}: {error.strerror}")
-
-    def add_score(self, name: str, score: Score, log: RunLog) -> None:
-        """So that a score is not made twice; the state is that of the end of the training."""
-        self.scores[name] = score
-        if self.folder and self.kept and self.kept[-1].exists():
-            self.write(read_checkpoint(self.kept[-1]), log)
-
-    def clear(self) -> None:
-        """The run is finished: its checkpoints go, and their folder unless others' are there."""
-        for path in checkpoint_files(self.folder, self.about["run_id"]) if self.folder else ():
-            path.unlink()
-        with suppress(OSError, AttributeError):
-            self.folder.rmdir()
-
-
-def checkpoint_files(folder: Path, run_id: str = "") -> list[Path]:
-    """Newest first, of the run named or else of the one that wrote the newest."""
-    names = folder.glob(f"{run_id or '*'}-{'[0-9]' * 8}.pt")
-    files = sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
-    return files if run_id or not files else checkpoint_files(folder, files[0].stem[:-9])
-
-
-def read_checkpoint(path: Path) -> dict:
-    """The state in a whole one; RunError on any other file."""
-    state = read_saved(path)
-    own = isinstance(state, dict) and state.get("kind") == CHECKPOINT and state.get("dtype") in DTYPES
-    own = own and isinstance(state.get("step"), int)
-    own = own and all(isinstance(state.get(n), kind) for kind, names in PARTS.items() for n in names.split())
-    require(own, f"{path} is no checkpoint of this version of the script")
-    return state
-
-
-def find_checkpoint(cfg: Config, same: Mapping[str, object]) -> dict | None:
-    """The one RESUME asks for, if any, and its `path`: a damaged file is passed over for the one before.
-    RunError if none is whole, or if it was made with another config, seed, data or script than `same`."""
-    files = checkpoint_files(Path(cfg.out_dir) / "checkpoints", cfg.run_id)
-    errors, paths = [], files if cfg.resume == "auto" else [Path(cfg.resume)] if cfg.resume != "0" else []
-    for path in paths:
-        try:
-            state = read_checkpoint(path) | dict(path=str(path))
-        except RunError as error:
-            errors.append(str(error))
-            continue
-        if errors:
-            print(f"warning: {'; '.join(errors)}; going on from {path}", file=sys.stderr)
-        there = state["same"]
-        names = [name for name in there | same if there.get(name) != same.get(name)]
-        differ = "; ".join(f"{name}={there.get(name)} there, {same.get(name)} here" for name in names)
-        require(not names, f"{path} was made with {differ}; set that back, or start anew with RESUME=0")
-        return state
-    require(not errors, f"RESUME={cfg.resume}: {'; '.join(errors)}; RESUME=0 starts anew")
-    return None
-
-
-class Training:  # all that changes from step to step, and with that what a checkpoint holds
     def __init__(self, run: Run, optimisers: Optimisers, step_seconds: float):
-        self.run, self.optimisers, self.average = run, optimisers, Average(run.cfg, run.model)
-        self.clock, self.step, self.scales, self.saved = Clock(run.runtime, step_seconds), 0, 0.0, 0.0
-        self.sound = torch.zeros(3, dtype=torch.float64, device=run.runtime.device)  # as `check` reads it
+        self.run = run
+        self.optimisers = optimisers
+        self.average = Average(run.cfg, run.model)
+        self.clock = Clock(run.runtime, step_seconds)
+        self.step = 0  # steps done
+        self.scales = 0.0  # sum of the learning-rate multipliers so far
+        self.saved = 0.0  # training seconds at the last checkpoint
+        # [steps that were finite, loss and gradient norm of the last of them], on the device: see `check`.
+        self.sound = torch.zeros(3, dtype=torch.float64, device=run.runtime.device)
 
-    def stepped(self, plan: StepPlan, loss: Tensor) -> None:
-        """Count a step. Nothing here waits for the device."""
+    def count_step(self, plan: StepPlan, loss: Tensor) -> None:
+        """Average the weights and note whether the step was finite. Nothing here waits for the device."""
+        gradient_norm = self.optimisers.norm
         self.average.update(plan)
-        new = torch.stack([part.double() for part in (self.sound[0] + 1, loss, self.optimisers.norm)])
-        whole = (self.sound[0] == self.step) & self.optimisers.norm.isfinite()
-        self.sound = torch.where(whole, new, self.sound)
-        self.step, self.scales = self.step + 1, self.scales + plan.lr_scale
-        self.run.checkpoints.scores.clear()  # if a disk was full they may stand beside earlier weights
+        new = torch.stack([self.sound[0] + 1, loss.double(), gradient_norm.double()])
+        is_finite = (self.sound[0] == self.step) & gradient_norm.isfinite()
+        self.sound = torch.where(is_finite, new, self.sound)
+        self.step += 1
+        self.scales += plan.lr_scale
+        # If a disk was full, scores may stand beside earlier weights.
+        self.run.checkpoints.scores.clear()
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """RunError (5) if a weight, or a gradient so far, is not finite; no gradient is after such a loss."""
-        steps, loss, norm = self.sound.tolist()
-        bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), "")
-        if steps < self.step or bad:
-            last = f"loss {self.run.runtime.sum(torch.tensor(loss)).item():.4f}, gradient norm {norm:.4g}"
-            kept = "".join(f"; {path} is from before" for path in self.run.checkpoints.kept[-1:])
-            what = f"diverged: {bad or 'loss or gradient'} is not finite at step {steps + 1:.0f}"
-            raise RunError(f"{what} (the step before: {last}); lower the learning rates{kept}", DIVERGED)
+        finite_steps, loss, gradient_norm = self.sound.tolist()
+        broken = ""
+        for name, weight in weights.items():
+            if not weight.isfinite().all():
+                broken = name
+                break
+        if finite_steps == self.step and not broken:
+            return
+        mean_loss = self.run.runtime.sum(torch.tensor(loss)).item()
+        message = (
+            f"diverged: {broken or 'loss or gradient'} is not finite at step {finite_steps + 1:.0f} "
+            f"(the step before: loss {mean_loss:.4f}, gradient norm {gradient_norm:.4g}); "
+            f"lower the learning rates"
+        )
+        if self.run.checkpoints.paths:
+            message += f"; {self.run.checkpoints.paths[-1]} is from before"
+        raise RunError(message, DIVERGED)
 
     def save(self, elapsed: float) -> None:
-        """Write the state; all ranks call it, the clock paused, and each brings what it alone holds."""
-        run, average, clock, weights = self.run, vars(self.average), self.clock, self.run.model.state_dict()
+        """Write a checkpoint; all ranks call it, the clock paused, and each brings what it alone holds.
+
+        elapsed: rank 0's seconds, or the ranks would differ in when the next is due.
+        """
+        run = self.run
+        average = self.average
+        weights = run.model.state_dict()
         self.check(weights)
-        state = {name: average[name] for name in ("total", "weight", "count", "newest")}
-        state |= dict(step=self.step, scales=self.scales, seconds=clock.total, recent=list(clock.recent))
-        state |= dict(random=run.runtime.gather(torch.get_rng_state()), optimisers=self.optimisers.state())
+        state = dict(
+            total=average.total,
+            weight=average.weight,
+            count=average.count,
+            newest=average.newest,
+            step=self.step,
+            scales=self.scales,
+            seconds=self.clock.total,
+            recent=list(self.clock.recent_steps),
+            random=run.runtime.gather(torch.get_rng_state()),
+            optimisers=self.optimisers.state(),
+            model=weights,
+        )
         if run.checkpoints.folder:
-            run.checkpoints.write(state | dict(model=weights), run.log)
-        self.saved = elapsed  # rank 0's, or the ranks would differ in when the next is due
+            run.checkpoints.write(state, run.log)
+        self.saved = elapsed
 
     def resume(self) -> StepPlan | None:
-        """Set to the checkpoint's state, if there is one; returns the plan of the step before it."""
-        run, state, average, clock = self.run, self.run.checkpoints.before, self.average, self.clock
+        """Go to the checkpoint's state, if there is one; returns the plan of the step before it."""
+        run = self.run
+        average = self.average
+        clock = self.clock
+        state = run.checkpoints.before
         if not state:
             return None
         load_weights(run.model, state["model"], state["path"])
         self.optimisers.load(state["optimisers"])
         average.total = [total.to(run.runtime.device) for total in state["total"]]
-        average.weight, average.count, average.newest = map(state.get, ("weight", "count", "newest"))
-        self.step, self.scales, clock.total = state["step"], state["scales"], state["seconds"]
-        clock.recent, self.saved = deque(state["recent"], maxlen=clock.recent.maxlen), clock.total
+        average.weight = state["weight"]
+        average.count = state["count"]
+        average.newest = state["newest"]
+        self.step = state["step"]
+        self.scales = state["scales"]
+        clock.total = state["seconds"]
+        clock.recent_steps = deque(state["recent"], maxlen=clock.recent_steps.maxlen)
+        self.saved = clock.total
         self.sound[0] = self.step
         torch.set_rng_state(state["random"][run.runtime.rank % len(state["random"])])
-        return plan_step(run.cfg, self.step - 1, clock.total, clock.step_seconds()) if self.step else None
+        if not self.step:
+            return None
+        return plan_step(run.cfg, self.step - 1, clock.total, clock.step_seconds())
 
 
-def due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
+    """Train until the step limit or the clock; validates at the end whatever the cadence.
+
+    After a signal it saves the state between two steps and raises KeyboardInterrupt.
+    """
+    cfg = run.cfg
+    runtime = run.runtime
+    limit, seconds_of_phase = warm_up(run, optimisers, stream)
+    forecast(run, stream, limit, seconds_of_phase)
+    graphs_before = compiled_graphs()
+    training = Training(run, optimisers, seconds_of_phase[0])
+    clock = training.clock
+    plan = training.resume()
+    score = None
+    runtime.defers_stop = True
+    loader = prefetch(batches(cfg, stream, runtime, training.step), runtime)
+    clock.start()
+    for step in itertools.count(training.step):
+        elapsed = clock.tick()
+        pace = clock.step_seconds()
+        plan_before, plan = plan, plan_step(cfg, step, elapsed, pace)
+        pending_seconds = len(clock.pending_events) * pace  # two steps on a GPU, which the host runs ahead of
+        is_done = is_finished(cfg, step, elapsed + pending_seconds, pace)
+        validates = is_done or is_due(step, cfg.val_loss_every)
+        saves = clock.stop_requested or is_done or 0 < cfg.checkpoint_seconds <= elapsed - training.saved
+        if saves or validates:
+            with clock.paused():
+                if saves:
+                    training.save(elapsed)
+                if clock.stop_requested:
+                    raise KeyboardInterrupt
+                if validates:
+                    score = validate(run, step, clock.total, None if is_done else plan.depth)
+        if is_done:
+            break
+        loss = train_step(run, optimisers, next(loader), plan, limit)
+        training.count_step(plan, loss)
+        report_step(run, stream, plan_before, plan, loss, 1000 * clock.seconds())
+        if not runtime.is_cuda or is_due(step + 1, 50):  # a GPU would be waited for
+            training.check({})
+    loader.close()
+    runtime.defers_stop = False
+    if runtime.stop_signal:  # during the validation: the state is saved
+        raise KeyboardInterrupt
+    trained = Trained(
+        score=score,
+        step=step,
+        seconds=clock.total,
+        progress=plan.progress,
+        mean_lr_scale=training.scales / max(step, 1),
+        late_graphs=compiled_graphs() - graphs_before,
+    )
+    report_end_of_training(run, trained)
+    if training.average.kind:
+        trained.averaged = use_average(run, training.average, trained)
+    return trained
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process so far."""
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def use_average(run: Run, average: Average, trained: Trained) -> Score:
+    """Put the average into the model, to be packed, and score it beside the live weights."""
+    average.copy_into_model(trained.step)
+    score = run.score()
+    run.log.line(f"{average.kind}: averaging {average.count} checkpoints")
+    run.log.line(f"averaged {score.text} live {trained.score.text}")
+    run.log.event(
+        "average",
+        kind=average.kind,
+        count=average.count,
+        live_val_bpb=trained.score.bpb,
+        val_loss=score.loss,
+        val_bpb=score.bpb,
+    )
+    return score
+
+
+# -- What the loop says ----------------------------------------------------------------------------------
 
 
 def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> Score:
-    """Score the live weights, log it in the official line format."""
-    score, ms, head = run.score(depth=depth), 1000 * seconds, f"step:{step}/{run.cfg.iterations}"
-    run.log.line(f"{head} {score.text} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
+    """Score the live weights after `step` steps and log it in the official line format."""
+    score = run.score(depth=depth)
+    ms = 1000 * seconds
+    progress = f"step:{step}/{run.cfg.iterations}"
+    run.log.line(f"{progress} {score.text} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
     run.log.event("val", step=step, val_loss=score.loss, val_bpb=score.bpb, train_ms=ms)
     return score
 
 
-def report_step(run: Run, stream, before: StepPlan | None, plan: StepPlan, loss: Tensor, ms: float) -> None:
-    """Log an epoch or depth that began with this step and, if due, its end."""
-    cfg, log, step = run.cfg, run.log, plan.step
-    if stream.epoch(cfg, step) > stream.epoch(cfg, step - 1):
-        log.line(f"epoch:{stream.epoch(cfg, step)} step:{step}")
-    if before and before.depth != plan.depth:
-        repeats = f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats"
-        turn = repeats if cfg.depth_phases else f"progressive_grow: switched to {plan.depth} layers"
-        log.line(f"{turn} at step:{step} frac:{plan.progress:.2f}")
-        log.event("phase", step=step, depth=plan.depth, progress=plan.progress)
-    if cfg.train_log_every and (step < 10 or due(step + 1, cfg.train_log_every)):
-        step, value = step + 1, run.runtime.sum(loss).item()
-        rest = f"step_avg:{ms / step:.2f}ms lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
-        log.line(f"step:{step}/{cfg.iterations} train_loss:{value:.4f} train_time:{ms:.0f}ms {rest}")
-        where = dict(lr_scale=plan.lr_scale, progress=plan.progress, tokens=step * cfg.train_batch_tokens)
-        log.event("step", step=step, train_loss=value if math.isfinite(value) else None, **where, train_ms=ms)
+def report_step(
+    run: Run, stream: TokenStream, plan_before: StepPlan | None, plan: StepPlan, loss: Tensor, ms: float
+) -> None:
+    """Log an epoch or depth that began with this step and, if due, its end. ms: trained so far."""
+    cfg = run.cfg
+    log = run.log
+    epoch = stream.epoch(cfg, plan.step)
+    if epoch > stream.epoch(cfg, plan.step - 1):
+        log.line(f"epoch:{epoch} step:{plan.step}")
+    if plan_before and plan_before.depth != plan.depth:
+        if cfg.depth_phases:
+            switch = f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats"
+        else:
+            switch = f"progressive_grow: switched to {plan.depth} layers"
+        log.line(f"{switch} at step:{plan.step} frac:{plan.progress:.2f}")
+        log.event("phase", step=plan.step, depth=plan.depth, progress=plan.progress)
+    steps = plan.step + 1
+    if cfg.train_log_every and (plan.step < 10 or is_due(steps, cfg.train_log_every)):
+        value = run.runtime.sum(loss).item()
+        log.line(
+            f"step:{steps}/{cfg.iterations} train_loss:{value:.4f} train_time:{ms:.0f}ms "
+            f"step_avg:{ms / steps:.2f}ms lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
+        )
+        log.event(
+            "step",
+            step=steps,
+            train_loss=value if math.isfinite(value) else None,
+            lr_scale=plan.lr_scale,
+            progress=plan.progress,
+            tokens=steps * cfg.train_batch_tokens,
+            train_ms=ms,
+        )
 
 
-def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
-    """Train until the step limit or the clock; validates at the end whatever the cadence. After a signal it
-    saves the state between two steps and raises KeyboardInterrupt."""
-    cfg, runtime, result = run.cfg, run.runtime, Trained()
-    limit, seconds = warm_up(run, optimisers, stream)
-    forecast(run, stream, limit, seconds)
-    stats = torch._dynamo.utils.counters["stats"] if "torch._dynamo" in sys.modules else Counter()
-    now, graphs = Training(run, optimisers, seconds[0]), stats["unique_graphs"]
-    clock, plan, runtime.patient = now.clock, now.resume(), True
-    loader = prefetch(batches(cfg, stream, runtime, now.step), runtime)
-    clock.start()
-    for step in itertools.count(now.step):
-        elapsed, before, pace = clock.tick(), plan, clock.step_seconds()
-        plan = plan_step(cfg, step, elapsed, pace)
-        done = finished(cfg, step, elapsed + len(clock.pending) * pace, pace)  # pending: two steps on a GPU
-        saves = clock.asked or done or 0 < cfg.checkpoint_seconds <= elapsed - now.saved
-        if saves or due(step, cfg.val_loss_every):
-            with clock.paused():
-                if saves:
-                    now.save(elapsed)
-                if clock.asked:
-                    raise KeyboardInterrupt
-                if done or due(step, cfg.val_loss_every):
-                    result.score = validate(run, step, clock.total, None if done else plan.depth)
-        if done:
-            break
-        loss = train_step(run, optimisers, next(loader), plan, limit)
-        now.stepped(plan, loss)
-        report_step(run, stream, before, plan, loss, 1000 * clock.seconds())
-        if not runtime.is_cuda or due(step + 1, 50):  # a GPU would be waited for
-            now.check({})
-    loader.close()
-    runtime.patient = False
-    if runtime.stopping:  # during the validation: the state is saved
-        raise KeyboardInterrupt
-    result.step, result.seconds, result.progress = step, clock.total, plan.progress
-    result.mean_lr_scale, result.late_graphs = now.scales / max(step, 1), stats["unique_graphs"] - graphs
-    report_end(run, now.average, result)
-    return result
+def report_end_of_training(run: Run, trained: Trained) -> None:
+    """Say how training ended."""
+    if trained.step < run.cfg.iterations:
+        ms = 1000 * trained.seconds
+        progress = f"{trained.step}/{run.cfg.iterations}"
+        run.log.line(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{progress}")
+    if trained.is_truncated:
+        run.log.warn(f"schedule_truncated at progress {trained.progress:.3f}: steps too long for the clock")
+    if trained.late_graphs:
+        run.log.warn(f"{trained.late_graphs} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
 
 
-def report_end(run: Run, average: Average, result: Trained) -> None:
-    """Say how training ended. An average is put into the model and scored beside the live weights."""
-    log, late, p, end = run.log, result.late_graphs, result.progress, f"{result.step}/{run.cfg.iterations}"
-    if result.step < run.cfg.iterations:
-        log.line(f"stopping_early: wallclock_cap train_time:{1000 * result.seconds:.0f}ms step:{end}")
-    log.warn(result.truncated, f"schedule_truncated at progress {p:.3f}: steps too long for the clock")
-    log.warn(late > 0, f"{late} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
-    if average.kind:
-        average.load(result.step)
-        score = result.averaged = run.score()
-        log.line(f"{average.kind}: averaging {average.count} checkpoints")
-        log.line(f"averaged {score.text} live {result.score.text}")
-        values = dict(live_val_bpb=result.score.bpb, val_loss=score.loss, val_bpb=score.bpb)
-        log.event("average", kind=average.kind, count=average.count, **values)
+# ----------------------------------------------------------------------------------------------------------
+# 16. REPORT: log head, official final lines, RESULT, exit code
+#
+# What a run tells its user, in the order of its life: `log_header` opens the log with the source and the
+# settings, `save_model` packs and says the sizes, `score_artifact` reads the packed file back and prints
+# the official final lines, `finish` judges the run by all limits and prints RESULT. `explain` turns what
+# can go wrong into one line and an exit code, `recorded` writes that into the logs. It has no knobs.
+# ----------------------------------------------------------------------------------------------------------
+STATUS_OF_CODE = {DIVERGED: "diverged", PREEMPTED: "preempted", LOST_RANK: "lost_rank"}
 
 
-# 11. MAIN
-own_source = Path(__file__).read_bytes  # this file, as it ships and counts
+# -- The log's head --------------------------------------------------------------------------------------
 
 
 def describe_machine(runtime: Runtime) -> dict[str, object]:
-    """The `env` event: device and versions. A CPU has its name where Linux tells it, and its threads."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError, TypeError):
-        name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].strip()
-    name = torch.cuda.get_device_name() if runtime.is_cuda else f"{name}, {torch.get_num_threads()} threads"
-    attention = "sdpa" if runtime.is_cuda else f"blocked to {LONGEST_BLOCKED}, then sdpa"
-    setting = dict(dtype=runtime.dtype_name, compile=runtime.compiles, attention=attention)
-    versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-    return dict(device=name, world_size=runtime.world_size, **setting, **versions)
+    """The `env` event: device, settings and versions. A CPU goes by its name and its threads."""
+    if runtime.is_cuda:
+        device_name = torch.cuda.get_device_name()
+        attention = "sdpa"
+    else:
+        device_name = f"{cpu_name()}, {torch.get_num_threads()} threads"
+        attention = f"blocked to {LONGEST_BLOCKED}, then sdpa"
+    return dict(
+        device=device_name,
+        world_size=runtime.world_size,
+        dtype=runtime.dtype_name,
+        compile=runtime.compiles,
+        attention=attention,
+        deterministic=runtime.deterministic,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+    )
+
+
+def cpu_name() -> str:
+    """The CPU's name where Linux tells it, else its architecture."""
+    with suppress(OSError):
+        match = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if match:
+            return match[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
-    """The official head of a log: source, versions, setting; and the `config` and `env` events. A log that
-    goes on has it, and says from where."""
-    cfg, log, runtime, data, source = run.cfg, run.log, run.runtime, run.data, own_source()
-    machine, rule, sha = describe_machine(runtime), "=" * 100, hashlib.sha256(source).hexdigest()
+    """Write the official head of a log, or, where the log goes on and has one, from where it goes on."""
+    machine = describe_machine(run.runtime)
     before = run.checkpoints.before
-    if before or log.again:
-        at, path = (before["step"], before["path"]) if before else (0, "no checkpoint")
-        log.line(f"resumed: step:{at} from {path}")
-        log.event("resumed", step=at, path=path, **machine)
-    if before and log.again:
+    if before or run.log.goes_on:
+        log_resumption(run.log, before, machine)
+    if before and run.log.goes_on:
         return
-    folder, shards, tied = Path(cfg.data_path), len(stream.paths) if stream else 0, cfg.tie_embeddings
+    source = own_source()
+    log_source(run.log, source, run.runtime)
+    log_inputs(run, run_id, len(stream.paths) if stream else 0)
+    log_settings(run, machine)
+    log_start_warnings(run)
+    code = dict(code_sha256=hashlib.sha256(source).hexdigest(), code_bytes=len(source))
+    if readable_sha256():
+        code["readable_sha256"] = readable_sha256()
+        run.log.line(" ".join(f"{name}:{value}" for name, value in code.items()))
+    run.log.event("config", config=asdict(run.cfg), config_hash=run.cfg.hash, **code)
+    run.log.event(
+        "env",
+        **machine,
+        val_tokens=run.data.targets,
+        val_bytes=run.data.bytes,
+        val_sha256=run.data.sha256,
+    )
+
+
+def log_resumption(log: RunLog, before: Mapping | None, machine: Mapping) -> None:
+    """Say from which checkpoint the run goes on; none was left if it was cut off before its first."""
+    step, path = (before["step"], before["path"]) if before else (0, "no checkpoint")
+    log.line(f"resumed: step:{step} from {path}")
+    log.event("resumed", step=step, path=path, **machine)
+
+
+def log_source(log: RunLog, source: bytes, runtime: Runtime) -> None:
+    """Write, to the log alone, the script, the versions of Python and torch, and what nvidia-smi says."""
     cards = "nvidia-smi: no GPU in use"
     if runtime.is_cuda and shutil.which("nvidia-smi"):
         cards = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
-    versions = f"Running Python {sys.version}\nRunning PyTorch {torch.__version__}\n{cards}"
-    log.line(f"{source.decode()}\n{rule}\n{versions}\n{rule}", echo=False)
-    rates = f"embed_lr:{cfg.tied_embed_lr if tied else cfg.embed_lr} head_lr:{0.0 if tied else cfg.head_lr}"
-    batch = f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len}"
-    length = f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps}"
+    rule = "=" * 100
+    log.line(
+        f"{source.decode()}\n"
+        f"{rule}\n"
+        f"Running Python {sys.version}\n"
+        f"Running PyTorch {torch.__version__}\n"
+        f"{cards}\n"
+        f"{rule}",
+        echo=False,
+    )
+
+
+def log_inputs(run: Run, run_id: str, train_shards: int) -> None:
+    """Name the run, its tokenizer, its shards and its validation text."""
+    cfg = run.cfg
+    data = run.data
+    folder = Path(cfg.data_path)
+    log = run.log
     log.line(f"run_id:{run_id} config_hash:{cfg.hash} overrides:{json.dumps(cfg.overrides())}")
     log.line(f"val_bpb:enabled tokenizer_kind=sentencepiece tokenizer_path={cfg.tokenizer_path}")
-    log.line(f"train_loader:dataset:{folder.resolve().name} train_shards:{shards}")
+    log.line(f"train_loader:dataset:{folder.resolve().name} train_shards:{train_shards}")
     log.line(f"val_loader:shards pattern={folder / '*_val_*.bin'} tokens:{data.targets}")
     log.line(f"val: tokens:{data.targets} bytes:{data.bytes} docs:{data.documents} sha256:{data.sha256}")
-    log.line(f"model_params:{sum(p.numel() for p in run.model.parameters())}")
-    accumulate = -(-len(runtime.share(cfg.sequences)) // micro_batch_limit(cfg, runtime.device))
-    log.line(f"world_size:{runtime.world_size} grad_accum_steps:{accumulate}")
+
+
+def log_settings(run: Run, machine: Mapping) -> None:
+    """Say what is trained, on what, and at which rates, in the official line formats."""
+    cfg = run.cfg
+    log = run.log
+    log.line(f"model_params:{sum(param.numel() for param in run.model.parameters())}")
+    sequences = len(run.runtime.share(cfg.sequences))
+    accumulation_steps = -(-sequences // micro_batch_limit(cfg, run.runtime.device))
+    log.line(f"world_size:{run.runtime.world_size} grad_accum_steps:{accumulation_steps}")
     log.line(" ".join(f"{name}:{value}" for name, value in machine.items()))
     log.line(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}")
-    log.line(f"tie_embeddings:{tied} {rates} matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}")
-    for _, repeats in cfg.depth_phases[:1]:
+    embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
+    head_lr = 0.0 if cfg.tie_embeddings else cfg.head_lr
+    log.line(
+        f"tie_embeddings:{cfg.tie_embeddings} embed_lr:{embed_lr} head_lr:{head_lr} "
+        f"matrix_lr:{cfg.matrix_lr} scalar_lr:{cfg.scalar_lr}"
+    )
+    if cfg.depth_phases:
+        repeats = cfg.depth_phases[0][1]
         log.line(f"prog_depth: schedule={cfg.depth_phases} starting_repeats={repeats}")
-    log.line(f"{batch} {length} max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\nseed:{cfg.seed}")
-    for phrase in cfg.inert():
-        log.warn(True, phrase)
-    log.warn(bool(runtime.uncompiled), f"no torch.compile ({runtime.uncompiled}); running eagerly, slower")
-    log.event("config", config=asdict(cfg), config_hash=cfg.hash, code_sha256=sha, code_bytes=len(source))
-    log.event("env", **machine, val_tokens=data.targets, val_bytes=data.bytes, val_sha256=data.sha256)
+    log.line(
+        f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
+        f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
+        f"max_wallclock_seconds:{cfg.max_wallclock_seconds:.3f}\n"
+        f"seed:{cfg.seed}"
+    )
+
+
+def log_start_warnings(run: Run) -> None:
+    """Warn of knobs without effect, which ALLOW_INERT lets pass, and of a compiler that is not used."""
+    for phrase in run.cfg.inert():
+        run.log.warn(phrase)
+    if run.runtime.eager_reason:
+        run.log.warn(f"no torch.compile ({run.runtime.eager_reason}); running eagerly, slower")
+
+
+# -- The artifact ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The packed model and the code that unpacks it: what is submitted and what of it counts."""
+
+    path: str
+    quant: str  # e.g. "int8", by `quant_name`
+    codec: str  # "zstd" or "zlib"
+    model_bytes: int
+    code_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """What the challenge limits: code and packed model."""
+        return self.model_bytes + self.code_bytes
+
+    def facts(self) -> dict[str, object]:
+        """By name, as the `artifact` event and RESULT tell them."""
+        return asdict(self) | dict(total_bytes=self.total_bytes)
 
 
 def save_model(run: Run, path: Path) -> int:
-    """Rank 0 writes both model files, or neither: RunError (5), as `pack`'s. Returns the packed bytes."""
-    cfg, log, state = run.cfg, run.log, {n: t.detach().cpu() for n, t in run.model.state_dict().items()}
-    quant, official = quant_name(cfg), path.with_name("final_model.pt")
-    about = dict(dtype=run.runtime.dtype_name, compile=run.runtime.compiles)
-    blob = pack(cfg, state, dict(about, config_hash=cfg.hash, quant=quant))
-    write_atomic(official, partial(torch.save, state))
+    """Write both model files, or neither, on rank 0; returns the packed bytes.
+
+    RunError (5) if a weight is not finite.
+    """
+    cfg = run.cfg
+    log = run.log
+    state = {name: tensor.detach().cpu() for name, tensor in run.model.state_dict().items()}
+    quant = quant_name(cfg)
+    header = dict(
+        dtype=run.runtime.dtype_name, compile=run.runtime.compiles, config_hash=cfg.hash, quant=quant
+    )
+    blob = pack(cfg, state, header)
+    weights_path = path.with_name(WEIGHTS_FILE)
+    write_atomic(weights_path, partial(torch.save, state))
     write_atomic(path, blob)
-    raw, code, payload = official.stat().st_size, len(own_source()), payload_bytes(cfg, state)
-    label, ratio = f"{quant}+{cfg.codec}", sum(4 * tensor.numel() for tensor in state.values()) / payload
-    log.line(f"Serialized model: {raw} bytes\nCode size: {code} bytes")
-    log.line(f"Total submission size: {raw + code} bytes")
-    log.line(f"Serialized model {label}: {len(blob)} bytes (payload:{payload} payload_ratio:{ratio:.2f}x)")
-    log.line(f"Total submission size {label}: {len(blob) + code} bytes")
+    weights_bytes = weights_path.stat().st_size
+    code_bytes = len(own_source())
+    payload = payload_bytes(cfg, state)
+    float32_bytes = sum(4 * tensor.numel() for tensor in state.values())
+    label = f"{quant}+{cfg.codec}"
+    log.line(f"Serialized model: {weights_bytes} bytes\nCode size: {code_bytes} bytes")
+    log.line(f"Total submission size: {weights_bytes + code_bytes} bytes")
+    log.line(
+        f"Serialized model {label}: {len(blob)} bytes "
+        f"(payload:{payload} payload_ratio:{float32_bytes / payload:.2f}x)"
+    )
+    log.line(f"Total submission size {label}: {len(blob) + code_bytes} bytes")
     report_packing(run, state, blob)
     return len(blob)
 
 
 def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
-    """Log the relative error of each tensor as read back, and what each group takes, packed by itself."""
-    cfg, restored, groups = run.cfg, unpack(blob, "the artifact")[0], {}
-    off = {name: ((restored[name] - t).norm().item(), t.norm().item()) for name, t in state.items()}
+    """Log what packing cost: each tensor's error, relative to its norm, and each group's bytes and error.
+
+    The errors are those of the tensors as read back; a group's bytes are those that it takes packed alone.
+    """
+    cfg = run.cfg
+    restored = unpack(blob, "the artifact")[0]
+    error_norms = {name: (restored[name] - tensor).norm().item() for name, tensor in state.items()}
+    norms = {name: tensor.norm().item() for name, tensor in state.items()}
+    groups = {}
     for group in dict.fromkeys(map(weight_group, state)):
-        part = {name: tensor for name, tensor in state.items() if weight_group(name) == group}
-        error, size = (math.hypot(*norms) for norms in zip(*(off[name] for name in part), strict=True))
-        packed, relative = len(pack(cfg, part, {})), error / max(size, 1e-30)
-        groups[group] = dict(tensors=len(part), bytes=packed, error=relative)
-        run.log.line(f"packed {group}: tensors:{len(part)} bytes:{packed} error:{relative:.5f}")
-    errors = {name: error / max(size, 1e-30) for name, (error, size) in off.items()}
+        tensors = {name: tensor for name, tensor in state.items() if weight_group(name) == group}
+        group_error = math.hypot(*(error_norms[name] for name in tensors))
+        group_norm = math.hypot(*(norms[name] for name in tensors))
+        error = group_error / max(group_norm, 1e-30)
+        packed_bytes = len(pack(cfg, tensors, {}))
+        groups[group] = dict(tensors=len(tensors), bytes=packed_bytes, error=error)
+        run.log.line(f"packed {group}: tensors:{len(tensors)} bytes:{packed_bytes} error:{error:.5f}")
+    errors = {name: error_norms[name] / max(norms[name], 1e-30) for name in state}
     run.log.event("quantise", quant=quant_name(cfg), clip=cfg.quant_clip, groups=groups, errors=errors)
 
 
-def score_artifact(run: Run, artifact: Mapping) -> dict[str, Score]:
-    """Read the artifact from disk into the model and score it; prints two official final lines a score."""
-    source, cfg, log, data, scores = artifact["path"], run.cfg, run.log, run.data, {}
-    state = run.runtime.main_decides(lambda: unpack(Path(source).read_bytes(), source)[0])
-    load_weights(run.model, state, source)
-    if cfg.score_check:
-        run.runtime.main_decides(lambda: tool("records/legality.py")["check_own_scores"](run))
-    names = dict(sliding="sliding_window", hedge="hedge_mixer", ttt="ttt")
-    names["roundtrip"] = f"{artifact['quant']}_{artifact['codec']}_roundtrip"
-    shape = dict(sliding=f"window:{cfg.eval_length} stride:{cfg.eval_stride} ")
+def score_artifact(run: Run, artifact: Artifact) -> dict[str, Score]:
+    """Read the artifact from disk into the model and score that; each score is logged as soon as it is made.
+
+    RunError (2) if the file cannot be read; (7) if SCORE_CHECK finds that a score breaks a condition.
+    """
+    state = run.runtime.main_decides(partial(read_artifact, artifact.path))
+    load_weights(run.model, state, artifact.path)
+    if run.cfg.score_check:
+        run.runtime.main_decides(partial(check_scores, run))
+    scores = {}
     for name, score in score_all(run):
-        scores[name], ms = score, f"{shape.get(name, '')}eval_time:{1000 * score.seconds:.0f}ms"
-        if score.left:
-            log.line(f"partial_{names[name]} {score.text} tokens:{score.tokens}/{data.targets} {ms}")
-        else:
-            log.line(f"final_{names[name]} {score.text} {ms}")
-            log.line(f"final_{names[name]}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
-        values = dict(val_loss=score.loss, val_bpb=score.bpb, tokens=score.tokens, bytes=score.bytes)
-        log.event("score", name=name, **values, seconds=score.seconds, left=score.left)
-        run.checkpoints.add_score(name, score, log)
-    if cfg.score_dump and run.runtime.rank == 0:
-        dump = dict(position=np.arange(data.targets), target=data.tokens[1:], bytes=data.target_bytes)
-        dump |= {f"{name}_logprob": -score.each.numpy() for name, score in scores.items() if not score.left}
-        write_atomic(Path(cfg.score_dump), lambda file: np.savez(file, **dump))
+        scores[name] = score
+        report_score(run, artifact, name, score)
+        run.checkpoints.add_score(name, score, run.log)
+    if run.cfg.score_dump and run.runtime.rank == 0:
+        dump_scores(Path(run.cfg.score_dump), run.data, scores)
     return scores
 
 
-def finish(run: Run, trained: Trained, artifact: dict, scores: dict[str, Score], run_id: str) -> int:
-    """The `end` event and the RESULT line, the last of stdout; returns the exit code, by all limits."""
-    run.runtime.patient = True  # it is over: from here a signal changes nothing
-    cfg, log, score, seconds = run.cfg, run.log, scores["roundtrip"], sum(s.seconds for s in scores.values())
-    cut = "".join(f" and {n} is a part, {s.tokens} tokens, only" for n, s in scores.items() if s.left)
-    total, late, slow = artifact["total_bytes"], trained.late_graphs, 0 < cfg.max_eval_seconds < seconds
-    size = f"code and model take {total} bytes, the limit is {SIZE_LIMIT}"
-    clock = f"evaluation took {seconds:.0f} s{cut}, the limit is {cfg.max_eval_seconds:.0f}"
-    graphs = f"{late} graphs compiled in the training clock despite the warm-up; COMPILE=0 avoids it"
-    broken = [("over_size", OVER_SIZE, size)] if total > SIZE_LIMIT else []
-    broken += [("over_eval_time", OVER_EVAL_TIME, clock)] if cut or slow else []
-    broken += [("recompiled", RECOMPILED, graphs)] if late and cfg.warmup_steps else []
-    status, code, message = [*broken, ("ok", 0, "")][0]
-    log.line("peak memory allocated: {} MiB reserved: {} MiB".format(*run.runtime.peak_memory_mib()))
-    if message and run.runtime.rank == 0:
-        log.line(f"error: {message}", echo=False)
-        print(f"error: {message}", file=sys.stderr)
-    how = dict(status=status, exit_code=code, train_seconds=round(trained.seconds, 3))
-    how |= dict(progress=trained.progress, mean_lr_scale=trained.mean_lr_scale, truncated=trained.truncated)
-    log.event("end", step=trained.step, **how)
-    named = [(f"{'partial_' * (s.left > 0)}{n}", s) for n, s in scores.items()]
-    numbers = {f"val_{k}": None if score.left else round(getattr(score, k), 8) for k in ("loss", "bpb")}
-    numbers |= {f"{n}_val_{k}": round(getattr(s, k), 8) for n, s in named for k in ("loss", "bpb")}
-    before = dict(live=trained.score, prequant=trained.averaged or trained.score)
-    numbers |= {f"{name}_val_bpb": round(s.bpb, 8) if s else None for name, s in before.items()}
-    size = dict(steps=trained.step, tokens=trained.step * cfg.train_batch_tokens, **artifact)
-    where = dict(**describe_machine(run.runtime), val_sha256=run.data.sha256, overrides=cfg.overrides())
-    whole = dict(run_id=run_id, seed=cfg.seed, config_hash=cfg.hash, eval_seconds=round(seconds, 3))
-    whole["resumed"] = run.checkpoints.about.get("resumed", [])
-    log.line("RESULT " + json.dumps(numbers | how | size | whole | where))
-    return code
+def read_artifact(path: str) -> dict[str, Tensor]:
+    """The weights in a packed model; RunError (2) if it is none."""
+    return unpack(Path(path).read_bytes(), path)[0]
 
 
-def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Config:
-    """The config with the artifact's shape; RunError if the environment asks for another one."""
-    made, own, source = header.get("model"), cfg.shape(), f"EVAL_ONLY={cfg.eval_only}"
-    known = isinstance(made, dict) and made.keys() == own.keys() and isinstance(header.get("quant"), str)
-    known = known and all(type(made[name]) is type(value) for name, value in own.items())
-    known = known and header.get("codec") in CODECS and header.get("dtype") in DTYPES
-    require(known, f"{source} was made by another version of this script")
-    for name, value in own.items():
-        same = name.upper() not in env or value == made[name]
-        require(same, f"{name.upper()}={value} but {source} was trained with {made[name]}; unset it")
-    # Its dtype and whether it was compiled hold too, unless set: either moves the score's fourth digit.
-    compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
-    dtype = cfg.dtype if "DTYPE" in env else header["dtype"]
-    return replace(cfg, **made, compile=compiled, dtype=dtype, train_batch_tokens=made["train_seq_len"])
+def check_scores(run: Run) -> None:
+    """SCORE_CHECK: RunError (7) if a score breaks one of the four conditions, tried on a short text."""
+    check_own_scores = load_tool("records/legality.py")["check_own_scores"]
+    check_own_scores(run)
 
 
-def explained(error: BaseException) -> RunError | None:
+def report_score(run: Run, artifact: Artifact, name: str, score: Score) -> None:
+    """Log the two official final lines of a score; of a partial one a line of another name."""
+    cfg = run.cfg
+    official_names = dict(
+        roundtrip=f"{artifact.quant}_{artifact.codec}_roundtrip",
+        sliding="sliding_window",
+        ttt="ttt",
+        hedge="hedge_mixer",
+    )
+    official_name = official_names[name]
+    timing = f"eval_time:{1000 * score.seconds:.0f}ms"
+    if name == "sliding":
+        timing = f"window:{cfg.eval_length} stride:{cfg.eval_stride} {timing}"
+    if score.unscored:
+        count = f"tokens:{score.tokens}/{run.data.targets}"
+        run.log.line(f"partial_{official_name} {score.text} {count} {timing}")
+    else:
+        run.log.line(f"final_{official_name} {score.text} {timing}")
+        run.log.line(f"final_{official_name}_exact val_loss:{score.loss:.8f} val_bpb:{score.bpb:.8f}")
+    run.log.event(
+        "score",
+        name=name,
+        val_loss=score.loss,
+        val_bpb=score.bpb,
+        tokens=score.tokens,
+        bytes=score.bytes,
+        seconds=score.seconds,
+        left=score.unscored,
+    )
+
+
+def dump_scores(path: Path, data: Validation, scores: Mapping[str, Score]) -> None:
+    """Write position, id, bytes and each whole score's log-probability of every target as an .npz file."""
+    arrays = dict(position=np.arange(data.targets), target=data.tokens[1:], bytes=data.target_bytes)
+    for name, score in scores.items():
+        if not score.unscored:
+            arrays[f"{name}_logprob"] = -score.target_nats.numpy()
+    write_atomic(path, partial(np.savez, **arrays))
+
+
+# -- The end ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How the limits judge a finished run."""
+
+    status: str = "ok"
+    exit_code: int = 0
+    message: str = ""  # what to say on stderr
+
+
+def broken_limits(
+    cfg: Config, trained: Trained, artifact: Artifact, scores: Mapping[str, Score]
+) -> list[Verdict]:
+    """A verdict for each limit that the run broke, the gravest first."""
+    broken = []
+    if artifact.total_bytes > SIZE_LIMIT:
+        message = f"code and model take {artifact.total_bytes} bytes, the limit is {SIZE_LIMIT}"
+        broken.append(Verdict("over_size", OVER_SIZE, message))
+    seconds = evaluation_seconds(scores)
+    partial_scores = "".join(
+        f" and {name} is a part, {score.tokens} tokens, only"
+        for name, score in scores.items()
+        if score.unscored
+    )
+    if partial_scores or 0 < cfg.max_eval_seconds < seconds:
+        limit = f"the limit is {cfg.max_eval_seconds:.0f}"
+        message = f"evaluation took {seconds:.0f} s{partial_scores}, {limit}"
+        broken.append(Verdict("over_eval_time", OVER_EVAL_TIME, message))
+    if trained.late_graphs and cfg.warmup_steps:
+        graphs = f"{trained.late_graphs} graphs compiled in the training clock"
+        message = f"{graphs} despite the warm-up; COMPILE=0 avoids it"
+        broken.append(Verdict("recompiled", RECOMPILED, message))
+    return broken
+
+
+def evaluation_seconds(scores: Mapping[str, Score]) -> float:
+    """What all scores took together."""
+    return sum(score.seconds for score in scores.values())
+
+
+def finish(run: Run, trained: Trained, artifact: Artifact, scores: Mapping[str, Score], run_id: str) -> int:
+    """Write the `end` event and the RESULT line, the last of stdout; returns the exit code, by all limits."""
+    run.runtime.defers_stop = True  # it is over: from here a signal changes nothing
+    log = run.log
+    broken = broken_limits(run.cfg, trained, artifact, scores)
+    verdict = broken[0] if broken else Verdict()
+    allocated, reserved = run.runtime.peak_memory_mib()
+    log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
+    if verdict.message and run.runtime.rank == 0:
+        log.line(f"error: {verdict.message}", echo=False)
+        print(f"error: {verdict.message}", file=sys.stderr)
+    end = dict(
+        status=verdict.status,
+        exit_code=verdict.exit_code,
+        train_seconds=round(trained.seconds, 3),
+        progress=trained.progress,
+        mean_lr_scale=trained.mean_lr_scale,
+        truncated=trained.is_truncated,
+    )
+    log.event("end", step=trained.step, **end)
+    identity = dict(
+        run_id=run_id,
+        seed=run.cfg.seed,
+        config_hash=run.cfg.hash,
+        eval_seconds=round(evaluation_seconds(scores), 3),
+        resumed=run.checkpoints.header.get("resumed", []),
+    )
+    result = result_scores(trained, scores)
+    result |= end
+    result |= dict(steps=trained.step, tokens=trained.step * run.cfg.train_batch_tokens)
+    result |= artifact.facts()
+    result |= identity
+    result |= describe_machine(run.runtime)
+    result |= dict(val_sha256=run.data.sha256, overrides=run.cfg.overrides())
+    log.line("RESULT " + json.dumps(result))
+    return verdict.exit_code
+
+
+def result_scores(trained: Trained, scores: Mapping[str, Score]) -> dict[str, float | None]:
+    """RESULT's numbers, val_loss in nats a token, val_bpb in bits a byte, to 8 decimals.
+
+    val_*: the official score, null if the clock cut it; NAME_val_* and partial_NAME_val_*: each score; then
+    live_val_bpb, of the weights as trained, and prequant_val_bpb, of what was packed, before it was.
+    """
+    main_score = scores["roundtrip"]
+    numbers = dict(val_loss=None, val_bpb=None)
+    if not main_score.unscored:
+        numbers = dict(val_loss=round(main_score.loss, 8), val_bpb=round(main_score.bpb, 8))
+    for name, score in scores.items():
+        label = f"partial_{name}" if score.unscored else name
+        numbers[f"{label}_val_loss"] = round(score.loss, 8)
+        numbers[f"{label}_val_bpb"] = round(score.bpb, 8)
+    prequant = trained.averaged or trained.score
+    numbers["live_val_bpb"] = round(trained.score.bpb, 8) if trained.score else None
+    numbers["prequant_val_bpb"] = round(prequant.bpb, 8) if prequant else None
+    return numbers
+
+
+def explain(error: BaseException) -> RunError | None:
     """What a user can meet, as one line and its exit code; None for a bug, whose traceback is shown."""
-    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     if isinstance(error, KeyboardInterrupt):
         return RunError("stopped by a signal before there was anything to save", PREEMPTED)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "t allocate memory" in str(error):
+    is_out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    if is_out_of_memory or "t allocate memory" in str(error):
         return RunError("out of memory; lower MICRO_BATCH_TOKENS, VAL_BATCH_SIZE or other sizes of a batch")
+    if operation := missing_kernel(error):
+        return RunError(f"torch has no deterministic kernel for {operation} here; set DETERMINISTIC=0")
     if isinstance(error, OSError):
-        return RunError(f"{error.filename or 'log or console'}: {error.strerror}; mend that or set another")
-    if isinstance(error, RuntimeError) and any("torch/distributed" in file for file in files):
+        file = error.filename or "log or console"
+        return RunError(f"{file}: {error.strerror}; mend that or set another")
+    if isinstance(error, RuntimeError) and is_from_distributed(error):
         return RunError(f"another rank was lost: {str(error).splitlines()[0]}", LOST_RANK)
     return error if isinstance(error, RunError) else None
 
 
+def is_from_distributed(error: BaseException) -> bool:
+    """Whether a call of torch.distributed failed, as it does where another rank is gone."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any("torch/distributed" in frame.filename for frame in frames)
+
+
 @contextmanager
 def recorded(run: Run, run_id: str) -> Iterator[None]:
-    """Write to the logs how it ended, if that is before its RESULT."""
-    names = {DIVERGED: "diverged", PREEMPTED: "preempted", LOST_RANK: "lost_rank"}
+    """Write to the logs how the run ended, if the body of the `with` raises before its RESULT."""
     try:
         yield
     except BaseException as error:
-        run.runtime.patient = True  # torchrun signals what is left of a run that lost a rank
-        known, kept = explained(error), run.checkpoints.kept
-        if known and known.code in (PREEMPTED, LOST_RANK) and run.runtime.stopping and kept:
-            how = f"RESUME=auto RUN_ID={run_id} OUT_DIR={run.cfg.out_dir} goes on from {kept[-1]}"
-            known = RunError(f"stopped by {run.runtime.stopping}; {how}", PREEMPTED)
-        code = known.code if known else 1
-        end = dict(status=names.get(code, "error" if known else "crashed"), exit_code=code)
-        with suppress(OSError):  # a full disk may be what ended it
-            run.log.event("end", step=None, **end)
-            run.log.line("RESULT " + json.dumps(dict(run_id=run_id, **end, message=str(known or error))))
-        if known and known.alone is None:
-            known.alone = code == 2
-        raise known or error from None
+        run.runtime.defers_stop = True  # torchrun signals what is left of a run that lost a rank
+        explained = explain(error)
+        if explained and explained.code in (PREEMPTED, LOST_RANK) and can_go_on(run):
+            explained = how_to_go_on(run, run_id)
+        record_failure(run.log, run_id, error, explained)
+        if explained and explained.lone_rank is None:
+            explained.lone_rank = explained.code == BAD_INPUT
+        raise explained or error from None
     finally:
         run.log.close()
 
 
+def can_go_on(run: Run) -> bool:
+    """Whether a signal stopped the run and a checkpoint is left to go on from."""
+    return bool(run.runtime.stop_signal and run.checkpoints.paths)
+
+
+def how_to_go_on(run: Run, run_id: str) -> RunError:
+    """The error (75) that tells the user the knobs with which a stopped run goes on."""
+    knobs = f"RESUME=auto RUN_ID={run_id} OUT_DIR={run.cfg.out_dir}"
+    checkpoint = run.checkpoints.paths[-1]
+    return RunError(f"stopped by {run.runtime.stop_signal}; {knobs} goes on from {checkpoint}", PREEMPTED)
+
+
+def record_failure(log: RunLog, run_id: str, error: BaseException, explained: RunError | None) -> None:
+    """Write the `end` event and the RESULT line of a run that failed; explained: None for a bug."""
+    if explained:
+        exit_code = explained.code
+        status = STATUS_OF_CODE.get(exit_code, "error")
+    else:
+        exit_code = 1
+        status = "crashed"
+    end = dict(status=status, exit_code=exit_code)
+    with suppress(OSError):  # a full disk may be what ended it
+        log.event("end", step=None, **end)
+        log.line("RESULT " + json.dumps(dict(run_id=run_id, **end, message=str(explained or error))))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 17. MUSEUM
+#
+# Published ideas that did not pay: knobs and hooks, nothing else. Each docstring says the idea, where it
+# comes from and its verdict. Nothing above names anything in here: cut this section and its base of Config
+# (section 18), and the baseline trains to the same bits. Below, x is the embedding, z a logit, p the
+# progress, g a gradient, w a weight, n the number of blocks.
+# ----------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class MuseumKnobs:
+    breathing_lr: bool = knob(
+        False,
+        "Raise the learning rate from 0.1 to 1 until progress 4/19, keep it to 11/19, then fall to 0.1.",
+        source="PR #1434",
+        effect="-0.012 bpb against cosine, 3 seeds, 120 steps: inside noise",
+        fate="rejected",
+    )
+    whale_lr: bool = knob(
+        False,
+        "Let the learning rate dive three times, each a steep rise and a long cosine fall to 0.05.",
+        source="PR #1434",
+        effect="+0.061 bpb against cosine, 3 seeds, 120 steps",
+        fate="rejected",
+    )
+    circadian_lr: bool = knob(
+        False,
+        "Add a sine of eight periods to the cosine fall, of height 0.15 (1 - progress), and stay above 0.1.",
+        source="PR #1434",
+        effect="+0.002 bpb against cosine, 3 seeds, 120 steps: inside noise",
+        fate="rejected",
+    )
+    cosmo_lr: bool = knob(
+        False,
+        "Raise the learning rate from 0.05 to 1 until progress 0.05, then fall as (1 + 20 progress)^(-1/2).",
+        source="PR #1434",
+        effect="+0.023 bpb against cosine, 3 seeds, 120 steps",
+        fate="rejected",
+    )
+    punctuated_lr: bool = knob(
+        False,
+        "Keep the learning rate at 0.1 but for bursts up to 1 around progress 1/4, 1/2 and 3/4.",
+        source="PR #1434",
+        effect="+0.066 bpb against cosine, 3 seeds, 120 steps",
+        fate="rejected",
+    )
+    root_first: bool = knob(
+        False,
+        "Follow the cosine, and let all but the embedding rise from 0.1 to 1 of it until progress 0.2.",
+        source="PR #1434",
+        effect="+0.006 bpb against cosine, 3 seeds, 120 steps: inside noise",
+        fate="broken",
+    )
+    coral_lr: bool = knob(
+        False,
+        "Follow the cosine, and freeze block i of n, from 0, at progress (1 + (i + 1) / n) / 2.",
+        source="PR #1434",
+        effect="+0.031 bpb against cosine, 3 seeds, 120 steps",
+        fate="broken",
+    )
+    embed_mixup: float = knob(
+        0.0,
+        "Most that a token's embedding moves towards the one before it, as a share drawn for each; 0 = off.",
+        low=0,
+        high=0.999,
+        source="PR #1434",
+        fate="rejected",
+    )
+    token_drop: float = knob(
+        0.0,
+        "Share of positions whose embedding is zeroed in training, the rest scaled up; 0 = off.",
+        low=0,
+        high=0.999,
+        source="PR #1434",
+        fate="rejected",
+    )
+    metamorphosis: float = knob(
+        0.0,
+        "Dropout rate of the embeddings at the start of training, falling to 0 at half of it; 0 = off.",
+        low=0,
+        high=0.999,
+        source="PR #1434",
+        fate="broken",
+    )
+    focal_gamma: float = knob(
+        0.0,
+        "Exponent of the focal loss (1 - P(target))^gamma; 0 = plain cross entropy.",
+        low=0,
+        source="PR #1380",
+        fate="rejected",
+    )
+    gamma_anneal: bool = knob(
+        False,
+        "Let FOCAL_GAMMA fall linearly to 0 over the run.",
+        needs="FOCAL_GAMMA!=0",
+        source="PR #1434",
+        fate="broken",
+    )
+    label_smooth: float = knob(
+        0.0,
+        "Share of the loss that goes to all tokens alike (label smoothing); 0 = off.",
+        low=0,
+        high=1,
+        source="PR #1434",
+        fate="rejected",
+    )
+    z_loss: float = knob(
+        0.0,
+        "Weight of the mean squared log-partition in the loss; 0 = off.",
+        low=0,
+        source="PR #1434",
+        fate="rejected",
+    )
+    logit_penalty: float = knob(
+        0.0,
+        "Weight of the mean squared logit in the loss; 0 = off.",
+        low=0,
+        source="PR #1434",
+        fate="rejected",
+    )
+    logit_temp: float = knob(
+        1.0,
+        "Temperature that divides the logits in the training loss; 1 = off.",
+        low=0.01,
+        source="PR #1434",
+        fate="not run",
+    )
+    entropy_bonus: float = knob(
+        0.0,
+        "Weight of the predictions' mean entropy, taken off the loss; negative rewards confidence; 0 = off.",
+        source="PR #1434",
+        fate="not run",
+    )
+    multi_token: float = knob(
+        0.0,
+        "Weight of predicting the token after next with the same logits; 0 = off.",
+        low=0,
+        source="PR #1434",
+        fate="broken",
+    )
+    head_diversity: float = knob(
+        0.0,
+        "Weight of the mean squared cosine between the heads' parts of the output projections; 0 = off.",
+        low=0,
+        source="PR #1434",
+        fate="broken",
+    )
+    grad_central: bool = knob(
+        False,
+        "Take the mean over all axes but the first off each matrix's gradient.",
+        source="PR #1434",
+        fate="not run",
+    )
+    mycorrhizal: float = knob(
+        0.0,
+        "Share of their gradients that blocks three apart exchange, from progress 0.025; 0 = off.",
+        source="PR #1434",
+        fate="rejected",
+    )
+    thermal_vent: float = knob(
+        0.0,
+        "Extra share of the gradients of two random blocks each step, from progress 0.025; 0 = off.",
+        source="PR #1434",
+        fate="rejected",
+    )
+    canopy_lr: bool = knob(
+        False,
+        "Scale the steps of block i of n by 0.3 + 0.7 i / (n - 1).",
+        source="PR #1434",
+        fate="broken",
+    )
+    wd_schedule: float = knob(
+        0.0,
+        "Weight decay of the blocks' matrices at the end of the run, rising from 0; 0 = off.",
+        low=0,
+        source="PR #1434",
+        fate="broken",
+    )
+    predprey_lr: bool = knob(
+        False,
+        "Weight decay of the blocks' matrices that swings around 0.01, six times a run, ever less.",
+        source="PR #1434",
+        fate="broken",
+    )
+    controlled_burn: float = knob(
+        0.0,
+        "Share of each matrix's smallest weights that is zeroed every BURN_INTERVAL steps; 0 = off.",
+        low=0,
+        high=0.999,
+        source="PR #1434",
+        fate="rejected",
+    )
+    burn_interval: int = knob(
+        50, "Steps between burns.", low=1, needs="CONTROLLED_BURN!=0", source="PR #1434", fate="rejected"
+    )
+    synaptic_scale: bool = knob(
+        False,
+        "Draw each matrix's norm back to what it was at progress 0.05, by at most 5 % a step.",
+        source="PR #1434",
+        fate="broken",
+    )
+    weight_perturb: float = knob(
+        0.0,
+        "Noise added to matrices every PERTURB_INTERVAL steps, as a share of their mean magnitude; 0 = off.",
+        low=0,
+        source="PR #1434",
+        fate="rejected",
+    )
+    perturb_interval: int = knob(
+        100,
+        "Steps between perturbations.",
+        low=1,
+        needs="WEIGHT_PERTURB!=0",
+        source="PR #1434",
+        fate="rejected",
+    )
+    mutation_decay: float = knob(
+        0.0,
+        "Noise added to matrices each step from progress 0.05, as a share of their mean magnitude, falling "
+        "as exp(-5 progress); 0 = off.",
+        low=0,
+        source="PR #1434",
+        fate="rejected",
+    )
+    head_prune: float = knob(
+        0.0,
+        "Share of each block's heads that is zeroed, least norm of the output projection first; 0 = off.",
+        low=0,
+        high=0.999,
+        source="PR #1434",
+        fate="not run",
+    )
+    head_prune_at: float = knob(
+        0.25,
+        "Progress at which the heads are chosen.",
+        low=0,
+        high=1,
+        needs="HEAD_PRUNE!=0",
+        source="PR #1434",
+        fate="not run",
+    )
+
+
+# -- Learning-rate curves --------------------------------------------------------------------------------
+# Effects are those of 120 steps of a 0.6 M parameter model against COSINE_LR=1, three seeds
+# (experiment_log.md). ROOT_FIRST and CORAL_LR have a hook of the point "lr_share" besides.
+
+
+@hook("schedule", knob="breathing_lr")
+def breathing(cfg: Config, progress: float, steps_left: float) -> float:
+    """Breathe in, hold and out as 4 : 7 : 8 (PR #1434). Rejected there; inside noise here."""
+    return rise_and_fall(progress, 4 / 19, 11 / 19)
+
+
+@hook("schedule", knob="whale_lr")
+def whale(cfg: Config, progress: float, steps_left: float) -> float:
+    """Three dives, each lower than the one before (PR #1434). Rejected there; much worse than cosine here.
+
+    A dive rises in its first tenth and falls by a cosine; the last tenth of the run fades out; 0.05 is the
+    least.
+    """
+    dive_progress = 3 * progress % 1.0
+    peak = 0.95 * (1 - 0.3 * progress)
+    if dive_progress < 0.1:
+        scale = 0.05 + peak * dive_progress / 0.1
+    else:
+        scale = 0.05 + 0.5 * peak * (1 + math.cos(math.pi * (dive_progress - 0.1) / 0.9))
+    fade_out = min(1.0, (1 - progress) / 0.1)
+    return max(0.05, scale * fade_out)
+
+
+@hook("schedule", knob="circadian_lr")
+def circadian(cfg: Config, progress: float, steps_left: float) -> float:
+    """Days and nights upon the cosine (PR #1434, there by steps: sin(2 pi s / 50) of 400).
+
+    Rejected there; inside noise here.
+    """
+    wave = 0.15 * (1 - progress) * math.sin(16 * math.pi * progress)
+    return max(0.1, cosine_fall(progress) + wave)
+
+
+@hook("schedule", knob="cosmo_lr")
+def cosmo(cfg: Config, progress: float, steps_left: float) -> float:
+    """Inflation, then a slow cooling (PR #1434). Rejected there; worse than cosine here."""
+    if progress < 0.05:
+        return 0.05 + 19 * progress
+    return (1 + 20 * progress) ** -0.5
+
+
+@hook("schedule", knob="punctuated_lr")
+def punctuated(cfg: Config, progress: float, steps_left: float) -> float:
+    """Stasis and three bursts: 0.1 + 0.9 exp(-(p - c)^2 / 0.005), c the nearest of 1/4, 1/2, 3/4.
+
+    PR #1434, whose code is lost. Rejected there; the worst of the curves here.
+    """
+    bursts = [math.exp(-200 * (progress - centre) ** 2) for centre in (1 / 4, 2 / 4, 3 / 4)]
+    return 0.1 + 0.9 * max(bursts)
+
+
+@hook("schedule", knob="root_first")
+def root_first(cfg: Config, progress: float, steps_left: float) -> float:
+    """Root before the shoot: the cosine that the embedding follows from the start, the rest from 0.2 on.
+
+    PR #1434, whose code was the plain cosine. Inside noise here.
+    """
+    return cosine_fall(progress)
+
+
+@hook("schedule", knob="coral_lr")
+def coral(cfg: Config, progress: float, steps_left: float) -> float:
+    """Grow upon a skeleton: the cosine, while the blocks freeze from the first to the last.
+
+    PR #1434, whose code was the plain cosine. Worse than cosine here.
+    """
+    return cosine_fall(progress)
+
+
+# -- What training sees ----------------------------------------------------------------------------------
+
+
+@hook("embedding", knob="embed_mixup")
+def embed_mixup(cfg: Config, x: Tensor, ids: Tensor, dials: Dials) -> Tensor:
+    """x_t + r (x_(t-1) - x_t) with r ~ U(0, EMBED_MIXUP); the first token has none before it.
+
+    PR #1434: rejected; its first token was mixed with the last one.
+    """
+    r = (cfg.embed_mixup * uniform(ids, dials.noise, 1, ids.size(1)))[:, 1:, None]
+    return torch.cat((x[:, :1], (1 - r) * x[:, 1:] + r * x[:, :-1]), dim=1)
+
+
+def dropout(x: Tensor, draws: Tensor, rate: float | Tensor) -> Tensor:
+    """x [B, T, d] zeroed where its draw is below the rate, and scaled up to the same mean elsewhere."""
+    is_kept = draws.view(*x.shape[:2], -1) >= rate
+    return x * (is_kept / (1 - rate)).to(x.dtype)
+
+
+@hook("input", knob="token_drop")
+def token_drop(cfg: Config, x: Tensor, ids: Tensor, dials: Dials) -> Tensor:
+    """Dropout of whole positions. PR #1434: rejected."""
+    return dropout(x, uniform(ids, dials.noise, 2, ids.size(1)), cfg.token_drop)
+
+
+@hook("input", knob="metamorphosis")
+def metamorphosis(cfg: Config, x: Tensor, ids: Tensor, dials: Dials) -> Tensor:
+    """Dropout of single numbers, METAMORPHOSIS (1 - 2p), none from p = 1/2. PR #1434: its code is lost."""
+    rate = cfg.metamorphosis * (1 - 2 * dials.progress).clamp_min(0)
+    return dropout(x, uniform(ids, dials.noise, 3, x[0].numel()), rate)
+
+
+# -- Terms of the loss -----------------------------------------------------------------------------------
+
+
+@hook("loss", knob="focal_gamma")
+def focal_loss(cfg: Config, seen: Seen) -> Tensor:
+    """(1 - P(y))^gamma nats, less the nats (Lin et al. 1708.02002). PR #1380: rejected.
+
+    GAMMA_ANNEAL: gamma (1 - p).
+    """
+    gamma = cfg.focal_gamma * (1 - cfg.gamma_anneal * seen.progress)
+    miss = (-torch.expm1(-seen.nats)).clamp_min(1e-7)
+    return ((miss**gamma - 1) * seen.nats).mean()
+
+
+@hook("loss", knob="label_smooth")
+def label_smoothing(cfg: Config, seen: Seen) -> Tensor:
+    """(1-e) nats + e mean over v of -log P(v), less the nats. PR #1434: rejected."""
+    z = seen.logits
+    return cfg.label_smooth * (z.logsumexp(-1) - z.mean(-1) - seen.nats).mean()
+
+
+@hook("loss", knob="z_loss")
+def z_loss(cfg: Config, seen: Seen) -> Tensor:
+    """Keep the log-partition near zero (PaLM, arXiv 2204.02311). PR #1434: rejected."""
+    return cfg.z_loss * seen.logits.logsumexp(-1).square().mean()
+
+
+@hook("loss", knob="logit_penalty")
+def logit_penalty(cfg: Config, seen: Seen) -> Tensor:
+    """Keep all logits small. PR #1434: rejected."""
+    return cfg.logit_penalty * seen.logits.square().mean()
+
+
+@hook("loss", knob="logit_temp")
+def logit_temperature(cfg: Config, seen: Seen) -> Tensor:
+    """Nats of the logits over a temperature, less the nats; other terms see the logits. PR #1434: not run."""
+    return (cross_entropy(seen.logits / cfg.logit_temp, seen.target_ids) - seen.nats).mean()
+
+
+@hook("loss", knob="entropy_bonus")
+def entropy_bonus(cfg: Config, seen: Seen) -> Tensor:
+    """Reward uncertain predictions. PR #1434: not run."""
+    z = seen.logits
+    return -cfg.entropy_bonus * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()
+
+
+@hook("loss", knob="multi_token")
+def multi_token(cfg: Config, seen: Seen) -> Tensor:
+    """Nats of the token after next. PR #1434: broken, the last target was counted twice."""
+    return cfg.multi_token * cross_entropy(seen.logits[:, :-1], seen.target_ids[:, 1:]).mean()
+
+
+@hook("loss", knob="head_diversity")
+def head_diversity(cfg: Config, seen: Seen) -> Tensor:
+    """Mean squared cosine between the heads' input columns of each output projection. PR #1434: broken."""
+    total = 0.0
+    pairs = max(cfg.num_heads * (cfg.num_heads - 1), 1)
+    for block in seen.model.blocks:
+        heads = block.attn.proj.weight.unflatten(1, (cfg.num_heads, -1)).transpose(0, 1).flatten(1)
+        directions = F.normalize(heads, dim=1)
+        cosines = directions @ directions.T
+        total = total + (cosines - cosines.diag().diag()).square().sum() / pairs
+    return cfg.head_diversity * total / len(seen.model.blocks)
+
+
+# -- Edits of gradients and weights ----------------------------------------------------------------------
+
+
+@hook("edit_gradients", knob="grad_central")
+def centralise_gradients(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    """g - its mean over all axes but the first, of matrices (Yong et al. 2004.01461). PR #1434: not run."""
+    for weight in weights:
+        if weight.is_dense:
+            weight.param.grad.sub_(weight.param.grad.mean(1, True))
+
+
+@hook("edit_gradients", knob="mycorrhizal")
+def exchange_gradients(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    """g_i += c g_(i+3) and g_(i+3) += c g_i from p = 0.025, first block to last, so that it cascades.
+
+    PR #1434: rejected.
+    """
+    if plan.progress < 0.025:
+        return
+    blocks = blocks_of(weights)
+    for near, far in zip(blocks, blocks[3:], strict=False):
+        for name in near:
+            a = near[name].param.grad
+            b = far[name].param.grad
+            torch._foreach_add_([a, b], [b.clone(), a.clone()], alpha=cfg.mycorrhizal)
+
+
+@hook("edit_gradients", knob="thermal_vent")
+def heat_random_blocks(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    """g (1 + THERMAL_VENT) in two blocks drawn each step, from p = 0.025. PR #1434: rejected."""
+    if plan.progress < 0.025:
+        return
+    blocks = blocks_of(weights)
+    for block in random.Random(plan.noise).sample(blocks, min(2, len(blocks))):
+        for weight in block.values():
+            weight.param.grad.mul_(1 + cfg.thermal_vent)
+
+
+def kept_heads(cfg: Config, weight: Weight) -> Tensor:
+    """[heads] 1 or 0 for a block's output projection: those of least norm are out, from the first call on."""
+    if "kept" not in weight.memory:
+        size = weight.param.unflatten(1, (cfg.num_heads, -1)).norm(dim=(0, 2))
+        least = size.topk(int(cfg.head_prune * cfg.num_heads), largest=False).indices
+        weight.memory["kept"] = torch.ones_like(size).index_fill_(0, least, 0)
+    return weight.memory["kept"]
+
+
+def prune_heads(cfg: Config, weights: list[Weight], plan: StepPlan, of_gradients: bool) -> None:
+    """Zero the pruned heads' columns of the output projections, or of their gradients."""
+    if plan.progress < cfg.head_prune_at:
+        return
+    for block in blocks_of(weights):
+        weight = block["attn.proj.weight"]
+        kept = kept_heads(cfg, weight)
+        tensor = weight.param.grad if of_gradients else weight.param
+        tensor.unflatten(1, (cfg.num_heads, -1)).mul_(kept[:, None])
+
+
+@hook("edit_gradients", knob="head_prune")
+def prune_heads_gradients(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    """So that Muon's step does not spread over pruned heads. PR #1434: not run, its code is lost."""
+    prune_heads(cfg, weights, plan, of_gradients=True)
+
+
+@hook("edit_weights", knob="controlled_burn")
+def burn_small_weights(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    """Zero the smallest weights of each matrix every BURN_INTERVAL steps. PR #1434: rejected."""
+    if not is_due(plan.step + 1, cfg.burn_interval):
+        return
+    for weight in weights:
+        if weight.is_dense:
+            flat = weight.param.view(-1)
+            count = int(cfg.controlled_burn * len(flat))
+            flat.index_fill_(0, flat.abs().topk(count, largest=False).indices, 0)
+
+
+@hook("edit_weights", knob="synaptic_scale")
+def hold_norms(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    """Pull each matrix's norm to its value at p = 0.05. PR #1434: broken, it cancelled the learning rate."""
+    if plan.progress < 0.05:
+        return
+    for weight in weights:
+        if weight.is_dense:
+            size = weight.param.norm().clamp_min(1e-12)
+            wanted = weight.memory.setdefault("size", size)
+            weight.param.mul_((wanted / size).clamp(0.95, 1.05))
+
+
+def shake(cfg: Config, weights: list[Weight], plan: StepPlan, share: float) -> None:
+    """Add share * mean(abs w) * N(0, 1) to each matrix, the same on every rank."""
+    if share <= 1e-6:
+        return
+    for weight in weights:
+        if weight.is_dense:
+            p = weight.param
+            generator = torch.Generator(p.device).manual_seed(draw_seed(cfg.seed, plan.step, weight.name))
+            noise = torch.randn(p.shape, generator=generator, device=p.device)
+            p.add_(noise * (share * p.abs().mean()))
+
+
+@hook("edit_weights", knob="weight_perturb")
+def perturb_weights(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    """Shake every PERTURB_INTERVAL steps. PR #1434: rejected."""
+    if is_due(plan.step + 1, cfg.perturb_interval):
+        shake(cfg, weights, plan, cfg.weight_perturb)
+
+
+@hook("edit_weights", knob="mutation_decay")
+def mutate_weights(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    """Shake by MUTATION_DECAY exp(-5p) from p = 0.05. PR #1434: rejected."""
+    if plan.progress >= 0.05:
+        shake(cfg, weights, plan, cfg.mutation_decay * math.exp(-5 * plan.progress))
+
+
+@hook("edit_weights", knob="head_prune")
+def prune_heads_weights(cfg: Config, weights: list[Weight], plan: StepPlan) -> None:
+    """Keep pruned heads at zero after the step. PR #1434: not run, its code is lost."""
+    prune_heads(cfg, weights, plan, of_gradients=False)
+
+
+# -- Learning rates and weight decay ---------------------------------------------------------------------
+
+
+@hook("lr_share", knob="canopy_lr")
+def canopy_share(weight: Weight, progress: float, blocks: int) -> float:
+    """Early blocks step less. PR #1434: broken, it scaled the gradient, which Muon ignores."""
+    if weight.block is None:
+        return 1.0
+    return 0.3 + 0.7 * weight.block / max(blocks - 1, 1)
+
+
+@hook("lr_share", knob="root_first")
+def root_first_share(weight: Weight, progress: float, blocks: int) -> float:
+    """All but the embedding rise 0.1 -> 1 until p = 0.2. PR #1434: broken, it was a plain cosine."""
+    return 1.0 if weight.role == "embed" else min(1.0, 0.1 + 4.5 * progress)
+
+
+@hook("lr_share", knob="coral_lr")
+def coral_share(weight: Weight, progress: float, blocks: int) -> float:
+    """Block i of n freezes at p = (1 + (i+1)/n) / 2. PR #1434: broken, it was a plain cosine."""
+    if weight.block is None:
+        return 1.0
+    return float(progress < (1 + (weight.block + 1) / blocks) / 2)
+
+
+@hook("decay", knob="wd_schedule")
+def rising_weight_decay(cfg: Config, progress: float) -> float:
+    """WD_SCHEDULE p. PR #1434: broken, it left out the learning rate and was far too strong."""
+    return cfg.wd_schedule * progress
+
+
+@hook("decay", knob="predprey_lr")
+def swinging_weight_decay(cfg: Config, progress: float) -> float:
+    """(1 - (1-p)/2 sin(12 pi p)) / 100. PR #1434: broken, it left out the learning rate."""
+    return 0.01 - 0.005 * (1 - progress) * math.sin(12 * math.pi * progress)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# 18. CONFIG AND MAIN
+#
+# `Config` joins the knobs of all sections; `execute` is a whole run, `main` the command line.
+# ----------------------------------------------------------------------------------------------------------
+NOT_BUILT = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM")  # published switches that are not here: refused unless off
+# First words of many programs' variables, as in MAX_JOBS: not taken for a knob of ours misspelt.
+COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
+
+
+@dataclass(frozen=True)
+class EnvironmentKnobs:
+    allow_inert: bool = knob(
+        False,
+        "Warn of a knob that has no effect instead of refusing it.",
+        role="place",
+        source="ours",
+    )
+    allow_env: tuple[str, ...] = knob(
+        (),
+        "Environment variables that look like knobs, comma-separated, to be ignored.",
+        role="place",
+        source="ours",
+    )
+
+
+@dataclass(frozen=True)
+class Config(
+    # Bases in reverse: dataclasses take the fields of the last base first.
+    EnvironmentKnobs,
+    MuseumKnobs,
+    TrainKnobs,
+    CheckpointKnobs,
+    HedgeKnobs,
+    ScoreKnobs,
+    QuantiseKnobs,
+    AverageKnobs,
+    OptimiserKnobs,
+    LossKnobs,
+    ModelKnobs,
+    BytesKnobs,
+    DataKnobs,
+    ScheduleKnobs,
+    RuntimeKnobs,
+):
+    """All knobs of a run. Defaults are the official baseline's (openai/parameter-golf train_gpt.py)."""
+
+    @classmethod
+    def from_env(cls, env: Mapping[str, str]) -> Config:
+        """Read every knob; RunError on a bad value, a clash, a knob without effect or a name that is none."""
+        values = {}
+        for knob_field in fields(cls):
+            name = knob_field.name.upper()
+            if name in env:
+                values[knob_field.name] = parse_knob(knob_field, env[name])
+        cfg = cls(**values)
+        refuse_strangers(cfg, env)
+        inert = "; ".join(cfg.inert())
+        if inert and not cfg.allow_inert:
+            raise RunError(f"{inert} (ALLOW_INERT=1 makes this a warning)")
+        return cfg
+
+    def __post_init__(self) -> None:
+        for knob_field in fields(self):
+            check_limits(knob_field, getattr(self, knob_field.name))
+        for group in reversed(type(self).__mro__):
+            if "check" in vars(group):
+                group.check(self)
+
+    @property
+    def changed(self) -> list[Field]:
+        """The knobs that are off their default."""
+        return [f for f in fields(self) if self.is_changed(f.name)]
+
+    def is_changed(self, name: str) -> bool:
+        """Whether a knob, by its field's name, is off its default."""
+        return getattr(self, name) != type(self).__dataclass_fields__[name].default
+
+    def overrides(self) -> dict[str, object]:
+        """The knobs that are off their defaults, by environment name."""
+        return {f.name.upper(): getattr(self, f.name) for f in self.changed}
+
+    def inert(self) -> list[str]:
+        """One phrase for each knob off its default that cannot have an effect."""
+        phrases = []
+        for knob_field in self.changed:
+            unmet = self.unmet(knob_field)
+            if unmet:
+                phrases.append(f"{knob_field.name.upper()} has no effect without {unmet[0]}")
+        return phrases
+
+    def unmet(self, knob_field: Field) -> list[Need]:
+        """The conditions in a knob's `needs` that do not hold."""
+        return unmet_needs(knob_field, vars(self), type(self).__dataclass_fields__)
+
+    def effective(self) -> dict[str, object]:
+        """What shapes the result: knobs off their default that act, without seed, paths and so on ("place").
+
+        Defaults are left out, so that a new knob changes no old hash.
+        """
+        acting = {}
+        for knob_field in self.changed:
+            if knob_field.metadata["role"] != "place" and not self.unmet(knob_field):
+                acting[knob_field.name.upper()] = getattr(self, knob_field.name)
+        return acting
+
+    @property
+    def hash(self) -> str:
+        """Same hash = same experiment, apart from seed, data and machine."""
+        text = json.dumps(self.effective(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def shape(self) -> dict[str, object]:
+        """The "model" knobs off their default: what an artifact must say to be scored elsewhere."""
+        return {f.name: getattr(self, f.name) for f in self.changed if f.metadata["role"] == "model"}
+
+
+def refuse_strangers(cfg: Config, env: Mapping[str, str]) -> None:
+    """RunError on a variable close to a knob's name (difflib ratio >= 0.88) or that begins as two knobs do.
+
+    So JEPA_PRETRAIN_FRAC, which nothing read, was set for JEPA_PURE_FRAC in a published run.
+    """
+    known = [f.name.upper() for f in fields(cfg)]
+    first_words = Counter(name.partition("_")[0] for name in known if "_" in name)
+    families = {word for word, count in first_words.items() if count > 1} - COMMON_WORDS
+    for name, text in env.items():
+        if name in known or name in cfg.allow_env or not re.fullmatch(r"[A-Z0-9_]+", name):
+            continue
+        if name in NOT_BUILT:
+            if text not in ("", "0", "0.0"):
+                raise RunError(f"{name}={text} is a published switch that is not built yet; unset it")
+            continue
+        near = get_close_matches(name, known, n=1, cutoff=0.88)
+        is_of_a_family = "_" in name and name.partition("_")[0] in families
+        if near or is_of_a_family:
+            hint = f"did you mean {near[0]}?" if near else "see --help"
+            raise RunError(f"{name} is not a knob; {hint} (ALLOW_ENV={name} ignores it)")
+
+
+def help_text() -> str:
+    """The head of this file and all knobs, by the section that declares them."""
+    lines = [__doc__]
+    group = ""
+    for row in knob_rows(Config):
+        if row.group != group:
+            group = row.group
+            lines.append(f"\n{group}")
+        default = row.default if len(row.default) < 42 else "(names)"
+        allowed = f" ({row.allowed})" if row.allowed else ""
+        lines.append(f"{row.name:36} {default:42} {row.doc}{allowed}")
+    return "\n".join(lines)
+
+
+# -- A run, from knobs to exit code (section 18) ---------------------------------------------------------
+
+
 def execute(cfg: Config, env: Mapping[str, str]) -> int:
-    """One run, whole: train, pack, read back from disk, score what was read; or score a given artifact.
-    Returns the exit code. What a user may get wrong is checked before the log opens."""
-    header = unpack(Path(cfg.eval_only).read_bytes(), cfg.eval_only)[1] if cfg.eval_only else None
-    cfg = artifact_config(cfg, env, header) if header else cfg
-    restarted = cfg.resume == "0" and env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # --max-restarts
-    cfg = replace(cfg, resume="auto") if restarted else cfg
-    if cfg.codec == "zstd" and not header:
-        zstandard_module()
+    """One whole run: train, pack, read back from disk, score what was read; or score a given artifact.
+
+    Returns the exit code. What a user may get wrong is checked before the log opens, and raises RunError.
+    """
+    header = read_header(cfg.eval_only) if cfg.eval_only else None
+    if header:
+        cfg = artifact_config(cfg, env, header)
+    is_restart = env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
+    if is_restart and cfg.resume == "0":
+        cfg = replace(cfg, resume="auto")
+    if not header:
+        check_codec(cfg)
+    trains = not header and cfg.iterations > 0
     with Runtime.launch(cfg, env) as runtime:
-        trains = not header and cfg.iterations > 0
-        data, stream, same = runtime.agree(lambda: load_inputs(cfg, runtime.rank, trains))
-        before = runtime.main_decides(lambda: find_checkpoint(cfg, same)) if trains else None
-        runtime.dtype = DTYPES[before["dtype"]] if before else runtime.dtype
-        with torch.device("meta"):  # takes no memory: knobs, or a forged header, may ask for any amount
-            size = predict_size(cfg, blank := GPT(cfg)) + len(own_source())
-            if header:
-                stored = {name: torch.empty(shape) for name, shape, _ in header["tensors"]}
-                load_weights(blank, stored, cfg.eval_only)
-        if size > SIZE_SLACK * SIZE_LIMIT and not header:
-            raise RunError(f"code and model need about {size} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
-        random.seed(cfg.seed), np.random.seed(cfg.seed), torch.manual_seed(cfg.seed)
-        model = GPT(cfg, runtime.dtype)
-        if cfg.init_from:
-            given = runtime.agree(lambda: load_checkpoint(cfg.init_from))
-            load_weights(model, given, f"INIT_FROM={cfg.init_from}")
-        new = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
-        run_id, out, locks = cfg.run_id or (before or {}).get("run_id", new), Path(cfg.out_dir), []
-        runtime.main_decides(lambda: locks.extend(claim_outputs(cfg, run_id)))
-        log = RunLog(out / "logs" if runtime.rank == 0 else None, run_id, cfg.resume != "0")
-        about = dict(kind=CHECKPOINT, run_id=run_id, same=same, dtype=runtime.dtype_name, resumed=[])
-        kept = Checkpoints(out / "checkpoints" if trains and runtime.rank == 0 else None, about, before)
-        run = Run(cfg, runtime, log, model.to(runtime.device), data, kept)
+        inputs = runtime.agree(partial(load_inputs, cfg, runtime.rank, trains))
+        before = None
+        if trains:
+            before = runtime.main_decides(partial(find_checkpoint, cfg, inputs.identity))
+        if before:
+            runtime.dtype = DTYPES[before["dtype"]]
+        check_shapes(cfg, header)
+        model = make_model(cfg, runtime)
+        run_id = pick_run_id(cfg, before)
+        locks = runtime.on_main(partial(claim_outputs, cfg, run_id))
+        run = open_run(cfg, runtime, model, inputs, before, run_id)
         with recorded(run, run_id):
-            log_header(run, run_id, stream)
-            code = complete(run, stream, header, run_id)
-        kept.clear()
-        for lock in locks:
-            lock.truncate(0)
-        return code
+            log_header(run, run_id, inputs.training)
+            exit_code = complete(run, inputs.training, header, run_id)
+        run.checkpoints.clear()
+        for lock in locks or []:
+            lock.truncate(0)  # the run is finished: what it left is no longer its own
+        return exit_code
 
 
-def load_inputs(cfg: Config, rank: int, trains: bool) -> tuple:
-    """(Validation, its bytes proved on rank 0; training shards, or None; what is the same after a resume)."""
-    data, stream = load_validation(cfg, load_tokenizer(cfg), prove=rank == 0), None
-    parts = {"validation text": data.sha256.encode(), "train_gpt.py": own_source()}
+def read_header(path: str) -> dict:
+    """The header of a packed model; RunError (2) if it is none."""
+    return unpack(Path(path).read_bytes(), path)[1]
+
+
+def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Config:
+    """The config with the artifact's shape; RunError (2) if the environment asks for another one.
+
+    The header lists the shape's knobs off their default, so that a knob added later is at its default there.
+    Older artifacts list all knobs of their time.
+    """
+    source = f"EVAL_ONLY={cfg.eval_only}"
+    defaults = {f.name: f.default for f in fields(cfg) if f.metadata["role"] == "model"}
+    if not is_own_header(header, defaults):
+        raise RunError(f"{source} was made by another version of this script")
+    trained = defaults | header["model"]
+    for name, value in trained.items():
+        asked = getattr(cfg, name)
+        if name.upper() in env and asked != value:
+            raise RunError(f"{name.upper()}={asked} but {source} was trained with {value}; unset it")
+    # Its dtype and whether it was compiled hold too, unless set: either moves the score's fourth digit.
+    compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
+    dtype = cfg.dtype if "DTYPE" in env else header["dtype"]
+    return replace(cfg, **trained, compile=compiled, dtype=dtype, train_batch_tokens=trained["train_seq_len"])
+
+
+def is_own_header(header: Mapping, defaults: Mapping[str, object]) -> bool:
+    """Whether a packed model's header holds what this version writes, in the same types; it may be forged.
+
+    defaults: of the knobs of a model's shape. A header may lack some of them, and must hold no others.
+    """
+    stored = header.get("model")
+    if not isinstance(stored, dict) or not stored.keys() <= defaults.keys():
+        return False
+    if any(type(value) is not type(defaults[name]) for name, value in stored.items()):
+        return False
+    if not all(isinstance(header.get(name), str) for name in ("quant", "codec", "dtype")):
+        return False
+    return header["codec"] in CODECS and header["dtype"] in DTYPES
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run reads, loaded and checked."""
+
+    validation: Validation
+    training: TokenStream | None  # None: nothing is trained
+    identity: dict[str, object]  # what must be the same when a run goes on: knobs, and hashes of the rest
+
+
+def load_inputs(cfg: Config, rank: int, trains: bool) -> Inputs:
+    """Open the validation text, its bytes proved on rank 0, and, to train, the training shards.
+
+    RunError (2) if they, or the tokenizer, do not fit the knobs.
+    """
+    validation = load_validation(cfg, load_tokenizer(cfg), prove=rank == 0)
+    contents = {"validation text": validation.sha256.encode(), "train_gpt.py": own_source()}
+    training = None
     if trains:
-        stream = TokenStream(cfg.data_path, "train", cfg.vocab_size)
-        stream.windows(cfg.train_seq_len)
-        parts["training shards"] = repr([p.name for p in stream.paths] + stream.bounds.tolist()).encode()
-    hashes = {name: hashlib.sha256(part).hexdigest()[:16] for name, part in parts.items()}
-    return data, stream, cfg.effective() | dict(SEED=cfg.seed) | hashes
+        training = TokenStream(cfg.data_path, "train", cfg.vocab_size)
+        training.count_windows(cfg.train_seq_len)  # RunError if there are too few tokens for one
+        names_and_bounds = [path.name for path in training.paths] + training.bounds.tolist()
+        contents["training shards"] = repr(names_and_bounds).encode()
+    hashes = {name: hashlib.sha256(content).hexdigest()[:16] for name, content in contents.items()}
+    return Inputs(validation, training, cfg.effective() | dict(SEED=cfg.seed) | hashes)
+
+
+def check_shapes(cfg: Config, header: Mapping | None) -> None:
+    """Stop before anything large is made.
+
+    RunError (2) if the artifact's tensors are not the model's, (3) if the model would be far too large.
+    """
+    with torch.device("meta"):  # takes no memory: knobs, or a forged header, may ask for any amount
+        model = GPT(cfg)
+        predicted = predict_size(cfg, model) + len(own_source())
+        if header:
+            stored = {name: torch.empty(shape) for name, shape, _ in header["tensors"]}
+            load_weights(model, stored, cfg.eval_only)
+    if predicted > SIZE_SLACK * SIZE_LIMIT and not header:
+        raise RunError(f"code and model need about {predicted} bytes, the limit is {SIZE_LIMIT}", OVER_SIZE)
+
+
+def make_model(cfg: Config, runtime: Runtime) -> GPT:
+    """The model in host memory, from SEED or INIT_FROM, the same on every rank.
+
+    RunError (2) if INIT_FROM cannot be read or does not fit.
+    """
+    random.seed(cfg.seed)
+    np.random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg, runtime.dtype)
+    if cfg.init_from:
+        state = runtime.agree(partial(load_checkpoint, cfg.init_from))
+        load_weights(model, state, f"INIT_FROM={cfg.init_from}")
+    return model
+
+
+def pick_run_id(cfg: Config, before: Mapping | None) -> str:
+    """RUN_ID, else that of the run which goes on, else a new one."""
+    new_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(3).hex()}"
+    earlier_id = before.get("run_id", new_id) if before else new_id
+    return cfg.run_id or earlier_id
+
+
+def open_run(
+    cfg: Config, runtime: Runtime, model: GPT, inputs: Inputs, before: dict | None, run_id: str
+) -> Run:
+    """Open the logs and join all that the phases of a run need; only rank 0 writes logs and checkpoints."""
+    out = Path(cfg.out_dir)
+    is_main = runtime.rank == 0
+    log = RunLog(out / "logs" if is_main else None, run_id, goes_on=cfg.resume != "0")
+    checkpoint_header = dict(
+        kind=CHECKPOINT, run_id=run_id, same=inputs.identity, dtype=runtime.dtype_name, resumed=[]
+    )
+    has_checkpoints = inputs.training is not None and is_main
+    checkpoints = Checkpoints(out / "checkpoints" if has_checkpoints else None, checkpoint_header, before)
+    return Run(cfg, runtime, log, model.to(runtime.device), inputs.validation, checkpoints)
 
 
 def complete(run: Run, stream: TokenStream | None, header: Mapping | None, run_id: str) -> int:
-    """Train, pack and score, or what of it is asked for. Returns the exit code."""
-    cfg, runtime = run.cfg, run.runtime
+    """Train, pack and score, or what of it is asked for; returns the exit code.
+
+    stream: None to train nothing. header: that of the artifact to score, None to pack the model.
+    """
     if stream:
-        trained = train(run, Optimisers(cfg, run.model, runtime), stream)
+        trained = train(run, Optimisers(run.cfg, run.model, run.runtime), stream)
     else:
-        run.settle(lambda: warm_evaluation(run))
-        trained = Trained(None if header else validate(run, 0, 0.0))
-    own, path = len(own_source()), Path(cfg.eval_only or Path(cfg.out_dir, MODEL_FILE))
-    size = path.stat().st_size if header else runtime.main_decides(lambda: save_model(run, path))
-    quant, codec = (header["quant"], header["codec"]) if header else (quant_name(cfg), cfg.codec)
-    artifact = dict(path=str(path), quant=quant, codec=codec, model_bytes=size)
-    artifact |= dict(code_bytes=own, total_bytes=size + own)
-    if not header:
-        run.log.event("artifact", **artifact)
-    return finish(run, trained, artifact, score_artifact(run, artifact), run_id)
+        run.settle(partial(warm_evaluation, run))
+        trained = Trained() if header else Trained(score=validate(run, 0, 0.0))
+    artifact = packed_before(run.cfg, header) if header else pack_artifact(run)
+    scores = score_artifact(run, artifact)
+    return finish(run, trained, artifact, scores, run_id)
 
 
-def tool(path: str) -> dict:
-    """The names in a file of the repository that no record needs."""
-    where = Path(__file__).resolve().parent / path
-    require(where.is_file(), f"{path} is not beside this script; use the one in the repository")
-    sys.modules.setdefault("train_gpt", sys.modules[__name__])  # what it imports is this very program
-    return runpy.run_path(str(where))
+def packed_before(cfg: Config, header: Mapping) -> Artifact:
+    """The artifact that EVAL_ONLY names."""
+    path = Path(cfg.eval_only)
+    return Artifact(str(path), header["quant"], header["codec"], path.stat().st_size, len(own_source()))
+
+
+def pack_artifact(run: Run) -> Artifact:
+    """Pack the model into OUT_DIR, on rank 0, and log what came of it."""
+    cfg = run.cfg
+    code_bytes = len(own_source())
+    path = Path(cfg.out_dir, MODEL_FILE)
+    model_bytes = run.runtime.main_decides(partial(save_model, run, path))
+    artifact = Artifact(str(path), quant_name(cfg), cfg.codec, model_bytes, code_bytes)
+    run.log.event("artifact", **artifact.facts())
+    return artifact
+
+
+REPORTS = ("--dry-run", "--doctor", "--list-ideas", "--knob-table")  # made by sweeps/lab/show.py
+
+
+def describe_version() -> str:
+    """This script's version and the hash of its bytes, as the log's head and RESULT name them."""
+    return f"train_gpt.py {VERSION} sha256:{hashlib.sha256(own_source()).hexdigest()}"
+
+
+def run_command(arguments: list[str], env: Mapping[str, str]) -> int:
+    """Do what the command line asks for; returns the exit code. RunError on an argument that is none."""
+    if not arguments:
+        return execute(Config.from_env(env), env)
+    if arguments in (["--help"], ["-h"]):
+        print(help_text())
+        return 0
+    if arguments == ["--version"]:
+        print(describe_version())
+        return 0
+    if len(arguments) == 1 and arguments[0] in REPORTS:
+        report = arguments[0].removeprefix("--").replace("-", "_")
+        return load_tool("sweeps/lab/show.py")[report](env)
+    raise RunError(f"unknown argument {arguments}: knobs are environment variables; --help")
 
 
 def main() -> None:
-    arguments, code = sys.argv[1:], 0
+    """Run the command line; an error that a user can meet is one line on stderr and an exit code."""
     try:
-        if arguments in (["--help"], ["-h"]):
-            print(help_text())
-        elif arguments in (["--dry-run"], ["--doctor"], ["--list-ideas"], ["--knob-table"]):
-            code = tool("sweeps/lab/show.py")[arguments[0][2:].replace("-", "_")](os.environ)
-        else:
-            require(not arguments, f"unknown argument {arguments}: knobs are environment variables; --help")
-            code = execute(Config.from_env(os.environ), os.environ)
+        code = run_command(sys.argv[1:], os.environ)
     except (Exception, KeyboardInterrupt) as error:
-        known = explained(error)
-        if not known:
+        explained = explain(error)
+        if explained is None:
             raise
-        if known.alone or os.environ.get("RANK", "0") == "0":
-            print("error:", " ".join(str(known).splitlines()), file=sys.stderr)
-        code = known.code
-    if "LOCAL_RANK" in os.environ:  # at a plain exit a thread of gloo's can abort (pytorch PR #179291)
-        sys.stdout.flush(), os._exit(code)
+        if explained.lone_rank or os.environ.get("RANK", "0") == "0":
+            print("error:", " ".join(str(explained).splitlines()), file=sys.stderr)
+        code = explained.code
+    if "LOCAL_RANK" in os.environ:
+        # At a plain exit a thread of gloo's can abort (pytorch PR #179291).
+        sys.stdout.flush()
+        os._exit(code)
     sys.exit(code)
 
 

@@ -65,7 +65,7 @@ def check_own_scores(run: Run) -> None:
     def scores(text: bytes) -> dict[str, np.ndarray]:
         given = replace(part, tokens=np.frombuffer(text, tokens.dtype))
         small = Run(cfg, runtime, RunLog(None, ""), run.model, given)
-        return {name: -score.each.double().numpy() for name, score in score_all(small)}
+        return {name: -score.target_nats.double().numpy() for name, score in score_all(small)}
 
     for name in scores(tokens.tobytes()):
         found = check_score(lambda given, name=name: scores(given.tobytes())[name], tokens, cfg.vocab_size)

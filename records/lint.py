@@ -26,6 +26,7 @@ import os
 import re
 import stat
 import sys
+import tokenize
 import warnings
 import zlib
 from collections import Counter
@@ -37,6 +38,10 @@ from pathlib import Path
 from statistics import mean, pstdev, stdev
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from records.pack_script import is_same_program, strip  # noqa: E402
+from records.unpack_script import Unpacked, Unreadable, unpack  # noqa: E402
 
 CAP = 16_000_000  # decimal bytes of code and model
 CLOCK, OVERSHOOT = 600.0, 1.0  # seconds; the official script ends after the step that crosses the limit
@@ -72,6 +77,8 @@ class Folder:
 
     def __init__(self, path: Path):
         self.path, self.sizes, self.findings, self.left = path, {}, [], WHOLE_LIMIT
+        self.sources: dict[str, list[str]] = {}  # of each self-extracting script: what it holds, and the
+        # source that it was packed from
         self.walk()
 
     def add(self, severity: str, code: str, text: str) -> None:
@@ -435,7 +442,60 @@ def find_scripts(folder: Folder) -> dict[str, str]:
             folder.add("warn", "too_long", f"{name} is not compiled: {len(data)} bytes")
         elif wrong := syntax_error(data):
             folder.add("error", "script_syntax", f"{name} does not compile: {wrong}")
-    return {name: decode(data) for name, data in scripts.items() if data.strip()}
+        else:
+            check_packed(folder, name, data)
+    own = {readable_of(name) for name, texts in folder.sources.items() if len(texts) > 1}
+    return {name: decode(data) for name, data in scripts.items() if data.strip() and name not in own}
+
+
+def readable_of(name: str) -> str:
+    """Where records/pack_script.py puts the source of a packed script."""
+    return f"{Path(name).stem}_readable.py"
+
+
+def check_packed(folder: Folder, name: str, data: bytes) -> None:
+    """A self-extracting script holds a script that can be read, and was packed from the one beside it."""
+    try:
+        found = unpack(data)
+    except Unreadable as error:
+        folder.add("info", "packed_unread", f"{name} runs what it extracts, not read here: {error}")
+        return
+    if not found:
+        return
+    how = ", ".join(found.codecs)
+    folder.add("info", "packed", f"{name} holds a script of {len(found.source.encode())} bytes ({how})")
+    if wrong := syntax_error(found.source.encode()):
+        folder.add("warn", "packed_syntax", f"{name} holds a script that does not compile: {wrong}")
+    folder.sources[name] = [found.source]
+    check_readable(folder, name, found)
+
+
+def check_readable(folder: Folder, name: str, found: Unpacked) -> None:
+    """Ours names the sha256 of what it was packed from; of another's, the program alone can be compared."""
+    readable = readable_of(name)
+    if readable not in folder.sizes:
+        if found.readable_sha256:
+            folder.add("warn", "no_readable", f"{readable}, which {name} was packed from, is not here")
+        return
+    data = folder.read(readable)
+    text = decode(data)
+    if not found.readable_sha256:
+        if not is_same_program(text, found.source):
+            folder.add("warn", "readable_differs", f"{name} may be another program than {readable}")
+    elif hashlib.sha256(data).hexdigest() != found.readable_sha256:
+        folder.add("error", "readable_differs", f"{name} was packed from another {readable}")
+    elif stripped(text) != found.source:
+        folder.add("error", "readable_differs", f"{name} holds another program than {readable}")
+    else:
+        folder.sources[name].append(text)
+
+
+def stripped(text: str) -> str:
+    """As records/pack_script.py strips it; "" where it is no Python."""
+    try:
+        return strip(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError, tokenize.TokenError):
+        return ""
 
 
 def syntax_error(source: bytes) -> str:
@@ -470,7 +530,8 @@ def compare_source(folder: Folder, log: Log, scripts: dict[str, str]) -> None:
     if log.runs == 1 and log.script_bytes and not 0 <= log.script_bytes - shown <= 8:
         text = f"{log.name} shows a script of {shown} bytes, but counts {log.script_bytes}"
         folder.add("error", "log_source_size", text)
-    same = [name for name, text in scripts.items() if ends_in(log.head, text)]
+    forms = {name: [text, *folder.sources.get(name, [])] for name, text in scripts.items()}
+    same = [name for name, texts in forms.items() if any(ends_in(log.head, text) for text in texts)]
     if scripts and not same:
         lines = Counter(source.splitlines())
         off = {n: (lines - (c := Counter(t.splitlines())), c - lines) for n, t in scripts.items()}
@@ -552,7 +613,9 @@ def check_log_bytes(folder: Folder, log: Log) -> None:
 def check_shipped(folder: Folder, logs: list[Log], shipped: dict[str, int]) -> None:
     """The code that the logs count is the script that is here; with it, too, the total is under the cap."""
     main = next(iter(shipped), None)
-    for size in sorted({log.script_bytes for log in logs if log.script_bytes} - {*shipped.values()}):
+    unpacked = {len(text.encode()) for texts in folder.sources.values() for text in texts}
+    counted = {log.script_bytes for log in logs if log.plain_bytes not in unpacked} - {None}
+    for size in sorted(counted - {*shipped.values()}):
         names = [log.name for log in logs if log.script_bytes == size]
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         if main:

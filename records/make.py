@@ -2,8 +2,9 @@
 
     python records/make.py RUN_ID [RUN_ID ...] --name NAME --author AUTHOR --github-id ID --track TRACK
 
-The folder holds the script that ran, as the log's head has it, the logs, submission.json and README.md. Every
-number comes from the runs' own logs. Whatever does not fit is refused: one line, exit code 2, no folder.
+The folder holds the script that ran, as the log's head has it, the logs, submission.json and README.md; of a
+packed script (records/pack_script.py) the source to read as well. Every number comes from the runs' own logs.
+Whatever does not fit is refused: one line, exit code 2, no folder.
 """
 
 import argparse
@@ -36,7 +37,9 @@ from records.finished import (  # noqa: E402
 )
 from records.page import Bar, Page, knobs_of  # noqa: E402
 
+ROOT = Path(__file__).resolve().parent.parent
 ARTIFACT = "final_model.int8.ptz"
+READABLE = "train_gpt_readable.py"
 SCORES = "roundtrip", "sliding", "ttt", "hedge"
 
 
@@ -54,6 +57,23 @@ def import_script(source: bytes, path: Path) -> ModuleType:
             raise Refused(f"the script in {path} does not import here ({error}); install its needs") from None
         finally:
             del sys.modules[spec.name]
+
+
+def readable_source(run: Finished, given: Path | None) -> bytes | None:
+    """What the run's packed script was packed from, found by its sha256; None if it was not packed."""
+    sha = run.last("config").get("readable_sha256")
+    if sha is None:
+        require(given is None, f"--readable: the script of {run.run_id} was not packed; leave it out")
+        return None
+    places = [given] if given else [run.out_dir / READABLE, Path("packed") / READABLE, ROOT / "train_gpt.py"]
+    for path in places:
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sha:
+            return path.read_bytes()
+    where = ", ".join(map(str, places))
+    mend = f"name the {READABLE} that was packed with --readable"
+    raise Refused(
+        f"the source with sha256 {sha[:12]} that {run.run_id} was packed from is not {where}; {mend}"
+    )
 
 
 def tested(bar: float, runs: list[Finished], kind: str) -> Bar:
@@ -128,6 +148,8 @@ def submission(runs: list[Finished], options: argparse.Namespace, blobs: dict[in
     machine = [f"{run.result['world_size']}x {run.result['device']}" for run in runs]
     about |= dict(hardware="; ".join(dict.fromkeys(machine)), pytorch_version=first.result["torch"])
     about |= dict(code_sha256=first.code_sha256, config_hash=first.result["config_hash"])
+    if sha := first.last("config").get("readable_sha256"):
+        about["readable_sha256"] = sha
     resumed = sorted({step for run in runs for step in run.result.get("resumed", [])})
     return about | dict(val_sha256=first.result["val_sha256"], resumed=resumed)
 
@@ -154,6 +176,9 @@ def contents(runs: list[Finished], options: argparse.Namespace) -> dict[str, byt
     if options.bar is not None:
         bar = tested(options.bar, runs, options.score)
     files = {"train_gpt.py": first.source}
+    readable = readable_source(first, options.readable)
+    if readable is not None:
+        files[READABLE] = readable
     for run in runs:
         files[f"train_seed{run.seed}.log" if several else "train.log"] = run.log.data
     for seed, blob in blobs.items():
@@ -200,6 +225,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", nargs="+", type=Path, help="OUT_DIRs of the runs; default . and runs/*")
     parser.add_argument("--bar", type=float, help="bpb to be below: one-sided t-test of the seeds")
     parser.add_argument("--artifact", action="store_true", help="ship the packed models too")
+    parser.add_argument(
+        "--readable", type=Path, help="what a packed script was packed from; default: looked for"
+    )
     options = parser.parse_args(arguments)
     require(options.bar is None or math.isfinite(options.bar), "--bar is not a number of bpb, such as 1.2244")
     for name in ("name", "author", "github_id", "track"):

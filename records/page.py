@@ -249,6 +249,7 @@ class Page:
         what = {
             "README.md": "this page",
             "train_gpt.py": f"the script that ran, sha256 `{self.claim['code_sha256']}`",
+            "train_gpt_readable.py": "the same script to read; what ran was packed from it",
             "submission.json": "the claim",
         }
         rest = {"log": "the whole log; it begins with the source", "ptz": "the packed model"}

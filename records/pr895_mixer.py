@@ -91,8 +91,8 @@ def pr895_mix(tokens, nats, entropy, vocab: int, eta: float = 0.1, final: list |
     return scores, mass
 
 
-def batches(rows: list[tuple[int, int, int]], size: int) -> Iterator[list[tuple[int, int, int]]]:
-    return (rows[at : at + size] for at in range(0, len(rows), size))
+def batches(windows: list[ours.Window], size: int) -> Iterator[list[ours.Window]]:
+    return (windows[at : at + size] for at in range(0, len(windows), size))
 
 
 def neural(cfg, runtime, state, data, source: str, stride: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,14 +102,16 @@ def neural(cfg, runtime, state, data, source: str, stride: int) -> tuple[np.ndar
     nats, entropy = np.zeros(data.targets), np.zeros(data.targets)
     length = cfg.eval_length
     size = max(1, min(32, PLACES // (stride * cfg.vocab_size)))
-    for rows in batches(ours.windows(data.targets, length, stride), size):
-        shape = len(rows), length, stride
-        ids, targets, places, scored = ours.padded(data, rows, shape, runtime.device)
+    for windows in batches(ours.plan_windows(data.targets, length, stride), size):
+        shape = ours.PassShape(len(windows), length, stride)
+        padded = ours.pad_windows(data, windows, shape, runtime.device)
         with torch.no_grad():
-            logs = model(ids, None, places).log_softmax(-1)
-            own, h = -logs.gather(-1, targets[..., None])[..., 0], -(logs.exp() * logs).sum(-1)
-        here = slice(rows[0][1], rows[-1][2])
-        nats[here], entropy[here] = (x[scored > 0].cpu().double().numpy() for x in (own, h))
+            logs = model(padded.ids, None, padded.positions).log_softmax(-1)
+            target_nats = -logs.gather(-1, padded.targets[..., None])[..., 0]
+            target_entropy = -(logs.exp() * logs).sum(-1)
+        scored = slice(windows[0].first, windows[-1].stop)
+        nats[scored] = target_nats[padded.is_scored].cpu().double().numpy()
+        entropy[scored] = target_entropy[padded.is_scored].cpu().double().numpy()
     return nats, entropy
 
 

@@ -103,7 +103,7 @@ def show(page: str) -> str:
     """What `train_gpt.py PAGE` prints of the knobs."""
     printed = io.StringIO()
     with redirect_stdout(printed):
-        assert train_gpt.tool("sweeps/lab/show.py")[page[2:].replace("-", "_")]({}) == 0
+        assert train_gpt.load_tool("sweeps/lab/show.py")[page[2:].replace("-", "_")]({}) == 0
     return printed.getvalue().strip()
 
 
@@ -179,7 +179,7 @@ def tokenizer(dataset) -> sentencepiece.SentencePieceProcessor:
 @pytest.fixture(params=["blocked", "sdpa"])
 def path(request, monkeypatch):
     """Each of the two attention paths on short sequences; blocks of 12, so that 32 is no multiple."""
-    monkeypatch.setattr(train_gpt, "BLOCK", 12)
+    monkeypatch.setattr(train_gpt, "QUERY_BLOCK", 12)
     if request.param == "sdpa":
         monkeypatch.setattr(train_gpt, "LONGEST_BLOCKED", 0)
     return request.param

@@ -32,6 +32,8 @@ from train_gpt import (
     RunError,
     RunLog,
     Runtime,
+    artifact_config,
+    fields,
     levels_of,
     load_weights,
     pack,
@@ -65,12 +67,12 @@ def large(tiny):
 def body_of(blob: bytes, cfg: Config) -> bytes:
     """The decompressed body."""
     *_, raw_length, _ = PREFIX.unpack_from(blob)
-    return CODECS[cfg.codec][1](blob[PREFIX.size :], raw_length)
+    return CODECS[cfg.codec].decompress(blob[PREFIX.size :], raw_length)
 
 
-def sealed(codec: str, body: bytes, raw_length: int) -> bytes:
+def seal(codec: str, body: bytes, raw_length: int) -> bytes:
     """An artifact around any body, with a valid checksum and length."""
-    return train_gpt.sealed(codec.encode(), raw_length, body)
+    return train_gpt.seal(codec.encode(), raw_length, body)
 
 
 def forged(header, planes: bytes = b"", codec: str = "zlib") -> bytes:
@@ -78,7 +80,7 @@ def forged(header, planes: bytes = b"", codec: str = "zlib") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     raw = struct.pack("<I", len(text)) + text + planes
     body = zlib.compress(raw) if codec == "zlib" else zstandard.ZstdCompressor().compress(raw)
-    return sealed(codec, body, len(raw))
+    return seal(codec, body, len(raw))
 
 
 def refused(blob: bytes) -> str:
@@ -208,13 +210,13 @@ KINDS = ["normal", "scales", "outliers", "constant", "zeros"]
 def test_steps_are_the_reference(kind, floor):
     weight = rows(kind)
     expected = reference.row_steps(weight.double().numpy(), floor)
-    np.testing.assert_allclose(quantise_rows(weight, floor)[1].numpy(), expected, rtol=2**-10)
+    np.testing.assert_allclose(quantise_rows(weight, floor=floor)[1].numpy(), expected, rtol=2**-10)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_the_best_of_all(kind):
     weight = rows(kind)
-    codes, steps = quantise_rows(weight, 0.0)
+    codes, steps = quantise_rows(weight)
     ours = (codes.double() * steps.double()[:, None] - weight.double()).abs().numpy()
     best = reference.least_error(weight.double().numpy(), steps.numpy())
     np.testing.assert_allclose(ours, best, atol=1e-5 * float(steps.max()))
@@ -222,14 +224,14 @@ def test_codes_are_the_best_of_all(kind):
 
 def test_the_official_floor_is_the_official_clamp():
     weight = 0.05 * rows("normal")
-    codes, steps = quantise_rows(weight, 1 / 127)
+    codes, steps = quantise_rows(weight, floor=1 / 127)
     assert (steps == torch.tensor(1 / 127).half()).all()
     assert (codes == (weight * 127).round()).float().mean() > 0.99  # the stored step is float16's 1/127
     assert codes.abs().max() < 40, "the clamp wastes most of the codes"
 
 
 def test_without_the_floor_all_codes_are_used():
-    codes, _ = quantise_rows(0.05 * rows("normal"), 0.0)
+    codes, _ = quantise_rows(0.05 * rows("normal"))
     assert (codes.abs().amax(dim=1) == 127).all()
 
 
@@ -241,7 +243,7 @@ def test_a_higher_floor_makes_a_smaller_artifact(tiny, large):
 @pytest.mark.parametrize("scale", [1e-4, 1e-6, 1e-9])
 def test_tiny_rows_come_back_no_worse_than_zero(scale):
     weight = scale * rows("normal")
-    codes, steps = quantise_rows(weight, 0.0)
+    codes, steps = quantise_rows(weight)
     restored = codes.float() * steps.float()[:, None]
     assert torch.isfinite(restored).all()
     assert ((restored - weight).norm(dim=1) <= weight.norm(dim=1) * 1.01).all()
@@ -278,7 +280,7 @@ def best_errors(weight: np.ndarray, levels: int, clip: str) -> np.ndarray:
 
 def row_errors(weight: torch.Tensor, levels: int, clip: str) -> np.ndarray:
     """What quantise_rows loses of each row, float64."""
-    codes, steps = quantise_rows(weight, 0.0, levels, clip)
+    codes, steps = quantise_rows(weight, levels, clip=clip)
     return (codes.double() * steps.double()[:, None] - weight.double()).square().sum(1).numpy()
 
 
@@ -286,7 +288,7 @@ def row_errors(weight: torch.Tensor, levels: int, clip: str) -> np.ndarray:
 @pytest.mark.parametrize("kind", KINDS)
 def test_integers_stay_within_the_levels(kind, clip):
     for levels in LEVELS:
-        codes, steps = quantise_rows(rows(kind), 0.0, levels, clip)
+        codes, steps = quantise_rows(rows(kind), levels, clip=clip)
         assert codes.dtype == torch.int8 and steps.dtype == torch.float16
         assert codes.abs().max() == levels
 
@@ -343,7 +345,10 @@ def test_what_a_clip_gains_on_gaussian_rows(clip, levels, low, high):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_official_clip_is_the_default(kind, floor):
     weight = rows(kind)
-    given, default = quantise_rows(weight, floor, 127, "official"), quantise_rows(weight, floor)
+    given, default = (
+        quantise_rows(weight, 127, clip="official", floor=floor),
+        quantise_rows(weight, floor=floor),
+    )
     assert all(map(torch.equal, given, default))
     expected = reference.row_steps(weight.double().numpy(), floor)
     np.testing.assert_allclose(given[1].numpy(), expected, rtol=2**-10)
@@ -351,7 +356,7 @@ def test_the_official_clip_is_the_default(kind, floor):
 
 @pytest.mark.parametrize("clip", CLIPS)
 def test_the_floor_holds_for_every_clip(clip):
-    assert (quantise_rows(0.05 * rows("normal"), 0.5, 16, clip)[1] == 0.5).all()
+    assert (quantise_rows(0.05 * rows("normal"), 16, clip=clip, floor=0.5)[1] == 0.5).all()
 
 
 # Wide enough that attention, MLP and every table are stored as integers.
@@ -400,7 +405,7 @@ def test_the_file_holds_integers_times_steps(tiny, levels, clip):
     for name, tensor in state.items():
         if tensor.ndim == 2 and tensor.numel() > 65_536:
             most = own[weight_group(name)]
-            codes, steps = quantise_rows(tensor, 0.0, most, clip)
+            codes, steps = quantise_rows(tensor, most, clip=clip)
             assert torch.equal(restored[name], codes.float() * steps.float()[:, None]), name
             assert codes.abs().max() == most, name
             groups.add(weight_group(name))
@@ -468,6 +473,59 @@ def test_the_report_says_what_each_group_takes_and_loses(tiny, tmp_path):
     assert event["errors"] == pytest.approx(errors, rel=1e-4, abs=1e-12)
     assert sum(told["bytes"] for told in groups.values()) == pytest.approx(len(blob), rel=0.05)
     assert groups["mlp"]["error"] > 2 * groups["embed"]["error"] > 0 == errors["value_scales"]
+
+
+# --- which model a header describes ---
+
+HEAD = dict(quant="int8", codec="zstd", dtype="fp32")
+FULL = {f.name: f.default for f in fields(Config) if f.metadata["role"] == "model"}
+PACKED = sorted((ROOT / "records").glob("20*/*.ptz"))
+
+
+def test_a_header_holds_only_knobs_off_their_default(large):
+    cfg, state = large
+    model = unpack(pack(cfg, state, ABOUT), "x")[1]["model"]
+    assert model == {name: getattr(cfg, name) for name in FULL if getattr(cfg, name) != FULL[name]}
+    assert model["model_dim"] == 256 and "tie_embeddings" not in model
+
+
+@pytest.mark.parametrize("model", [dict(num_layers=3), FULL | dict(num_layers=3)], ids=["short", "full"])
+def test_a_knob_that_a_header_lacks_is_at_its_default(model):
+    """It may have come later than the artifact. Older artifacts list all knobs of their time."""
+    asked = Config(eval_only="x.ptz", model_dim=256, mlp_act="silu2")
+    cfg = artifact_config(asked, {}, HEAD | dict(model=model))
+    assert {name: getattr(cfg, name) for name in FULL} == FULL | dict(num_layers=3)
+
+
+@pytest.mark.parametrize("model", [dict(num_layers=3), FULL | dict(num_layers=3)], ids=["short", "full"])
+@pytest.mark.parametrize("knobs, told", [
+    (dict(num_layers=4), "NUM_LAYERS=4 but EVAL_ONLY=x.ptz was trained with 3"),
+    (dict(mlp_act="silu2"), "MLP_ACT=silu2 but EVAL_ONLY=x.ptz was trained with relu2"),
+])  # fmt: skip
+def test_a_knob_that_contradicts_a_header_is_refused(model, knobs, told):
+    env = {name.upper(): str(value) for name, value in knobs.items()}
+    with pytest.raises(RunError, match=told):
+        artifact_config(Config(eval_only="x.ptz", **knobs), env, HEAD | dict(model=model))
+
+
+@pytest.mark.parametrize("header", [
+    HEAD | dict(model=dict(later_knob=1)), HEAD | dict(model=FULL | dict(later_knob=1)),
+    HEAD | dict(model=dict(num_layers=3.0)), HEAD | dict(model=dict(tie_embeddings=1)),
+    HEAD | dict(model=dict(seed=7)), HEAD | dict(model={}, dtype=["fp32"]),
+    HEAD | dict(model={}, codec=["zstd"]), HEAD | dict(model={}, quant=8),
+])  # fmt: skip
+def test_a_header_with_anything_unknown_is_of_another_version(header):
+    with pytest.raises(RunError, match="EVAL_ONLY=x.ptz was made by another version of this script"):
+        artifact_config(Config(eval_only="x.ptz"), {}, header)
+
+
+@pytest.mark.parametrize("path", PACKED, ids=[f"{path.parent.name}/{path.name}" for path in PACKED])
+def test_the_artifacts_of_the_records_load(path):
+    state, header = unpack(path.read_bytes(), "x.ptz")
+    model = GPT(artifact_config(Config(eval_only="x.ptz"), {}, header))
+    load_weights(model, state, "x.ptz")
+    name = "blocks.0.mlp.fc.weight"
+    assert torch.equal(model.state_dict()[name], state[name])
 
 
 # --- bytes and sizes ---
@@ -643,7 +701,7 @@ def test_a_header_longer_or_shorter_than_it_says_is_refused(size):
     raw = (
         struct.pack("<I", size) + json.dumps(table(["a", [2], ["fp32"]])).encode() + struct.pack("<2f", 1, 2)
     )
-    refused(sealed("zlib", zlib.compress(raw), len(raw)))
+    refused(seal("zlib", zlib.compress(raw), len(raw)))
 
 
 BOMB = bytes(64_000_000)
@@ -653,18 +711,18 @@ BOMB = bytes(64_000_000)
 @pytest.mark.parametrize("codec", CODECS)
 def test_a_body_that_unpacks_to_more_than_it_says_is_refused_unread(codec, raw_length):
     body = zlib.compress(BOMB, 1) if codec == "zlib" else zstandard.ZstdCompressor().compress(BOMB)
-    refused(sealed(codec, body, raw_length))
+    refused(seal(codec, body, raw_length))
 
 
 def test_a_zstd_frame_that_claims_to_be_huge_is_refused_unread():
     # A frame header of one segment, with an eight-byte content size of 2^40; then an empty last block.
     frame = b"\x28\xb5\x2f\xfd" + b"\xe0" + struct.pack("<Q", 1 << 40) + b"\x01\x00\x00"
-    refused(sealed("zstd", frame, 1000))
+    refused(seal("zstd", frame, 1000))
 
 
 def test_a_body_of_another_codec_is_refused():
-    refused(sealed("zlib", zstandard.ZstdCompressor().compress(b"x" * 99), 99))
-    refused(sealed("zstd", zlib.compress(b"x" * 99), 99))
+    refused(seal("zlib", zstandard.ZstdCompressor().compress(b"x" * 99), 99))
+    refused(seal("zstd", zlib.compress(b"x" * 99), 99))
 
 
 # --- zstandard is optional only when it is not asked for ---

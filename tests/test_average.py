@@ -42,7 +42,7 @@ def averaged(
         model.load_state_dict({name: torch.from_numpy(value) for name, value in after.items()})
         average.update(plan)
         assert all(np.array_equal(value, model.state_dict()[name]) for name, value in after.items())
-    average.load(len(plans))
+    average.copy_into_model(len(plans))
     return {name: tensor.double().numpy() for name, tensor in model.state_dict().items()}, average
 
 
@@ -177,7 +177,7 @@ def test_every_weight_of_the_model_is_averaged(tiny, kind, expected):
     for step, value in enumerate((2.0, 4.0)):
         model.load_state_dict({n: torch.full_like(t, value) for n, t in model.state_dict().items()})
         average.update(replace(PLAN, step=step))
-    average.load(2)
+    average.copy_into_model(2)
     assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
     assert all((t - expected).abs().lt(1e-5).all() for t in model.state_dict().values())
 

@@ -27,7 +27,7 @@ import zstandard
 import train_gpt
 from tests.conftest import BOS, ROOT, TINY, env_of, make_texts, train_tokenizer, write_shard
 from tests.support.forkserver import ForkServer
-from train_gpt import PREFIX, RAW_LIMIT, sealed
+from train_gpt import PREFIX, RAW_LIMIT, seal
 
 UNSET = dict.fromkeys(TINY) | dict(device="cpu")
 # As little address space as a run of this size needs, beyond what is mapped already; no run may hang.
@@ -270,7 +270,9 @@ def another_tokenizer(here: Path) -> None:
     """As many pieces, but leading spaces are dropped: the shard cannot be this tokenizer's work."""
     layout = dict(remove_extra_whitespaces=True, add_dummy_prefix=True)
     (here / MODEL).write_bytes(train_tokenizer(make_texts(400, seed=1), **layout))
-    space = sentencepiece.SentencePieceProcessor(model_file=str(here / MODEL)).piece_to_id(train_gpt.MARK)
+    space = sentencepiece.SentencePieceProcessor(model_file=str(here / MODEL)).piece_to_id(
+        train_gpt.SPACE_MARK
+    )
     write_shard(here / VAL, [BOS, space, space, space, 270, BOS, 271])
 
 
@@ -317,7 +319,7 @@ def test_tokenizers(made, here, name):
 
 
 def edit(blob: bytes, change: Callable) -> bytes:
-    """The artifact after change(header) of its header, sealed again."""
+    """The artifact after change(header) of its header, seal again."""
     raw = zstandard.ZstdDecompressor().decompress(blob[PREFIX.size :])
     stop = 4 + struct.unpack_from("<I", raw)[0]
     header = json.loads(raw[4:stop])
@@ -327,12 +329,12 @@ def edit(blob: bytes, change: Callable) -> bytes:
 
 def forged(text: bytes, planes: bytes) -> bytes:
     raw = struct.pack("<I", len(text)) + text + planes
-    return sealed(b"zstd", len(raw), zstandard.ZstdCompressor().compress(raw))
+    return seal(b"zstd", len(raw), zstandard.ZstdCompressor().compress(raw))
 
 
 def lengths(blob: bytes, raw: int) -> bytes:
-    """The artifact, saying it unpacks to so many bytes, and rightly sealed."""
-    return sealed(b"zstd", raw, blob[PREFIX.size :])
+    """The artifact, saying it unpacks to so many bytes, and rightly seal."""
+    return seal(b"zstd", raw, blob[PREFIX.size :])
 
 
 def table(*rows, planes: bytes) -> bytes:
@@ -366,12 +368,12 @@ ARTIFACTS = {
     "length_large": (lambda b: lengths(b, RAW_LIMIT), "cannot be unpacked"),
     "length_small": (lambda b: lengths(b, 9), "cannot be unpacked"),
     "zstd_bomb": (
-        lambda b: sealed(b"zstd", 99, zstandard.ZstdCompressor().compress(bytes(2**28))),
+        lambda b: seal(b"zstd", 99, zstandard.ZstdCompressor().compress(bytes(2**28))),
         "cannot be unpacked",
     ),
-    "zlib_bomb": (lambda b: sealed(b"zlib", 99, zlib.compress(bytes(2**28), 1)), "cannot be unpacked"),
+    "zlib_bomb": (lambda b: seal(b"zlib", 99, zlib.compress(bytes(2**28), 1)), "cannot be unpacked"),
     "zlib_bomb_that_fits": (
-        lambda b: sealed(b"zlib", 2**28, zlib.compress(bytes(2**28), 1)),
+        lambda b: seal(b"zlib", 2**28, zlib.compress(bytes(2**28), 1)),
         "cannot be unpacked",
     ),
     "header_bomb": (lambda b: forged(b"[" + b"0," * 2**22 + b"0]", b""), "header"),
@@ -554,6 +556,7 @@ CHECKPOINTS = {
     "without_model": (lacks("model"), Case(OURS)),
     "without_same": (lacks("same"), Case(OURS)),
     "dtype": (lambda p: changed(p, lambda state: state.update(dtype="fp8")), Case(OURS)),
+    "dtype_list": (lambda p: changed(p, lambda state: state.update(dtype=["fp32"])), Case(OURS)),
     "other_knob": (lambda p: None, Case("MATRIX_LR=0.04 there, 0.07 here|RESUME=0", dict(matrix_lr=0.07))),
     "other_seed": (lambda p: None, Case("SEED=1337 there, 7 here|set that back", dict(seed=7))),
     "other_script": (lambda p: None, Case("made with train_gpt.py=|RESUME=0", patch=SCRIPT)),

@@ -100,7 +100,7 @@ def tokenizer_named(name: str) -> SentencePieceProcessor:
 def counted(tokenizer, tokens) -> int:
     """Bytes of all targets of a stream that starts with BOS."""
     assert tokens[0] == BOS
-    return int(ByteTable(tokenizer).weigh(np.array(tokens, np.uint16))[1:].sum(dtype=np.int64))
+    return int(ByteTable(tokenizer).count_bytes(np.array(tokens, np.uint16))[1:].sum(dtype=np.int64))
 
 
 def decoded(tokenizer, tokens) -> int:
@@ -175,7 +175,7 @@ def test_a_replacement_character_may_be_a_piece_of_its_own():
 
 
 def test_bytes_of_single_tokens(tokenizer):
-    own = dict(zip(range(VOCAB), ByteTable(tokenizer).own.tolist(), strict=True))
+    own = dict(zip(range(VOCAB), ByteTable(tokenizer).piece_bytes.tolist(), strict=True))
     assert [own[token] for token in (PAD, BOS, EOS, UNK)] == [0, 0, 0, 0]
     assert all(own[tokenizer.piece_to_id(f"<0x{byte:02X}>")] == 1 for byte in range(256))
     for token in range(260, VOCAB):
@@ -194,7 +194,11 @@ def test_a_space_counts_unless_it_starts_a_document(tokenizer, boundary, weight)
 def test_special_pieces_weigh_what_they_print():
     tokenizer = tokenizer_named("special_pieces")
     table, id_of = ByteTable(tokenizer), tokenizer.piece_to_id
-    assert (table.own[id_of("<ctl>")], table.own[id_of("<sep>")], table.own[id_of("\n")]) == (0, 5, 1)
+    assert (
+        table.piece_bytes[id_of("<ctl>")],
+        table.piece_bytes[id_of("<sep>")],
+        table.piece_bytes[id_of("\n")],
+    ) == (0, 5, 1)
     stream = [BOS, *tokenizer.encode("a"), id_of("<ctl>"), *tokenizer.encode(" b<sep>")]
     assert counted(tokenizer, stream) == decoded(tokenizer, stream) == len("ab<sep>")
 

@@ -23,7 +23,7 @@ from train_gpt import (
     TokenStream,
     Trained,
     log_header,
-    omit_own,
+    omit_own_value,
     phases,
     plan_step,
     token_nats,
@@ -320,7 +320,7 @@ def outputs_and_values(kv: int, group: int, length: int, size: int, seed: int) -
 @given(case=CASES)
 def test_nothing_is_left_along_the_own_value(case):
     y, v = outputs_and_values(**case)
-    products = omit_own(y, v) * v.repeat_interleave(case["group"], dim=1)
+    products = omit_own_value(y, v) * v.repeat_interleave(case["group"], dim=1)
     torch.testing.assert_close(products.sum(-1), torch.zeros(y.shape[:-1], dtype=y.dtype))
 
 
@@ -328,7 +328,7 @@ def test_nothing_is_left_along_the_own_value(case):
 @given(case=CASES)
 def test_what_is_taken_is_a_multiple_of_the_own_value(case):
     y, v = outputs_and_values(**case)
-    taken, own = y - omit_own(y, v), v.repeat_interleave(case["group"], dim=1)
+    taken, own = y - omit_own_value(y, v), v.repeat_interleave(case["group"], dim=1)
     cosine = torch.nn.functional.cosine_similarity(taken, own, dim=-1)
     torch.testing.assert_close(cosine.abs(), torch.ones_like(cosine))
 
@@ -337,31 +337,31 @@ def test_what_is_taken_is_a_multiple_of_the_own_value(case):
 @given(case=CASES)
 def test_omitting_twice_is_omitting_once(case):
     y, v = outputs_and_values(**case)
-    once = omit_own(y, v)
-    torch.testing.assert_close(omit_own(once, v), once)
+    once = omit_own_value(y, v)
+    torch.testing.assert_close(omit_own_value(once, v), once)
 
 
 @FEW
 @given(case=CASES, scale=st.floats(1e-3, 1e3), sign=st.sampled_from([-1, 1]))
 def test_the_length_of_the_value_does_not_matter(case, scale, sign):
     y, v = outputs_and_values(**case)
-    torch.testing.assert_close(omit_own(y, sign * scale * v), omit_own(y, v))
+    torch.testing.assert_close(omit_own_value(y, sign * scale * v), omit_own_value(y, v))
 
 
 @FEW
 @given(case=CASES)
 def test_a_query_head_omits_the_value_of_its_group(case):
     y, v = outputs_and_values(**case)
-    together = omit_own(y, v)
+    together = omit_own_value(y, v)
     for head in range(y.size(1)):
         group = head // (y.size(1) // v.size(1))
-        alone = omit_own(y[:, head : head + 1], v[:, group : group + 1])
+        alone = omit_own_value(y[:, head : head + 1], v[:, group : group + 1])
         torch.testing.assert_close(together[:, head : head + 1], alone)
 
 
 def test_a_zero_value_takes_nothing_and_has_a_finite_gradient():
     y, v = torch.randn(1, 4, 3, 8), torch.zeros(1, 2, 3, 8, requires_grad=True)
-    left = omit_own(y, v)
+    left = omit_own_value(y, v)
     left.square().sum().backward()
     assert torch.equal(left, y) and torch.isfinite(v.grad).all()
 
@@ -489,7 +489,7 @@ def test_validation_uses_the_current_depth_and_the_final_one_all(dataset, monkey
         return token_nats(model, ids, targets, places, depth)
 
     monkeypatch.setattr(train_gpt, "token_nats", spy)
-    monkeypatch.setattr(train_gpt, "finished", lambda cfg, step, *_: step == stop)
+    monkeypatch.setattr(train_gpt, "is_finished", lambda cfg, step, *_: step == stop)
     monkeypatch.setattr(train_gpt, "warm_evaluation", lambda run: None)
     grown(dataset, val_loss_every=2, warmup_steps=0)
     passes = len(seen) // len(depths)

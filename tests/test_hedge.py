@@ -12,10 +12,22 @@ from hypothesis import strategies as st
 
 import train_gpt
 from tests.conftest import TINY, launch
-from train_gpt import DISCOUNT, SHARES, Config, contexts, gate, hedge, mix, ngram
+from train_gpt import (
+    DISCOUNT,
+    EXPERT_SHARES,
+    Config,
+    Expert,
+    Mixture,
+    context_counts,
+    fixed_experts,
+    gate_shares,
+    hedge_mixture,
+    mix_with_ngrams,
+    ngram_probabilities,
+)
 
 VOCAB = 12
-EXPERTS = [*SHARES, "gate"]
+EXPERTS = [*EXPERT_SHARES, "gate"]
 
 
 def phrases(length: int, vocab: int = VOCAB, seed: int = 0) -> list[int]:
@@ -34,7 +46,7 @@ def changed(values: torch.Tensor, cut: int, low: float, high: float) -> torch.Te
     return torch.cat((values[..., :cut], other[..., cut:].to(values.dtype)), -1)
 
 
-# --- contexts: counts ---
+# --- context_counts ---
 
 
 def counted(tokens: list[int], highest: int) -> list[dict]:
@@ -52,10 +64,11 @@ def counted(tokens: list[int], highest: int) -> list[dict]:
 
 
 def listed(tokens: list[int], vocab: int, highest: int) -> list[dict]:
-    """The same by `contexts`, with the places it lists although their context is new."""
+    """The same by `context_counts`, with the places it lists although their context is new."""
     orders = []
-    for parts in contexts(torch.tensor(tokens), vocab, highest):
-        places, *numbers = (part.tolist() for part in parts)
+    for order, parts in enumerate(context_counts(torch.tensor(tokens), vocab, highest)):
+        assert parts.order == order
+        places, *numbers = (part.tolist() for part in parts[1:])
         assert len(set(places)) == len(places), "a place is listed twice"
         orders.append(dict(zip(places, zip(*numbers, strict=True), strict=True)))
     return orders
@@ -112,7 +125,7 @@ def test_contexts_that_differ_in_their_oldest_token_only_stay_apart():
     tail = [high, high - 1, 0, high, high]
     tokens = [t for first in (low, high, low, low, high) for t in (first, *tail, (first + 9) % 65_536)]
     assert_exact(tokens, 65_536, 8)
-    p, _ = ngram(torch.tensor(tokens), 65_536, 6)
+    p, _ = ngram_probabilities(torch.tensor(tokens), 65_536, 6)
     assert p.tolist() == pytest.approx([p for p, _ in interpolated(tokens, 65_536, 6)][1:], rel=1e-12)
 
 
@@ -126,7 +139,7 @@ def test_the_largest_key_fits():
     assert (grams * 65_536 + 65_535).item() == 100_000_000 * 65_536 - 1 < 2**43
 
 
-# --- ngram: probabilities ---
+# --- ngram_probabilities ---
 
 
 def interpolated(tokens: list[int], vocab: int, highest: int) -> list[tuple[float, list]]:
@@ -151,7 +164,7 @@ CASES = [(2, 1), (2, 3), (150, 0), (150, 1), (300, 6), (60, 70)]
 @pytest.mark.parametrize("length, highest", CASES)
 def test_the_ngram_is_interpolated_absolute_discounting(length, highest):
     tokens = phrases(length)
-    p, _ = ngram(torch.tensor(tokens), VOCAB, highest)
+    p, _ = ngram_probabilities(torch.tensor(tokens), VOCAB, highest)
     assert p.dtype == torch.float64 and len(p) == length - 1
     expected = [p for p, _ in interpolated(tokens, VOCAB, highest)][1:]
     assert p.tolist() == pytest.approx(expected, abs=1e-12, rel=1e-12)
@@ -160,7 +173,7 @@ def test_the_ngram_is_interpolated_absolute_discounting(length, highest):
 @pytest.mark.parametrize("length, highest", CASES)
 def test_codes_are_eleven_and_a_half_times_the_log_of_one_plus_a_count(length, highest):
     tokens = phrases(length)
-    _, codes = ngram(torch.tensor(tokens), VOCAB, highest)
+    _, codes = ngram_probabilities(torch.tensor(tokens), VOCAB, highest)
     counts = np.array([counts for _, counts in interpolated(tokens, VOCAB, highest)][1:])  # [N, orders, 2]
     assert codes.dtype == torch.uint8 and codes.shape == (2, highest + 1, length - 1)
     assert (codes.numpy() == np.round(11.5 * np.log(1 + counts.transpose(2, 1, 0)))).all()
@@ -170,7 +183,10 @@ def test_codes_are_eleven_and_a_half_times_the_log_of_one_plus_a_count(length, h
 @pytest.mark.parametrize("place", [1, 2, 7, 40, 199])
 def test_the_ngram_sums_to_one(place, highest):
     text = phrases(place, seed=3)
-    mass = [ngram(torch.tensor([*text, last]), VOCAB, highest)[0][-1].item() for last in range(VOCAB)]
+    mass = [
+        ngram_probabilities(torch.tensor([*text, last]), VOCAB, highest)[0][-1].item()
+        for last in range(VOCAB)
+    ]
     assert sum(mass) == pytest.approx(1, abs=1e-12) and min(mass) > 0
 
 
@@ -182,7 +198,9 @@ CUTS = [1, 2, 33, 97, 150, 298, 299]
 @pytest.mark.parametrize("cut", CUTS)
 def test_later_tokens_do_not_move_the_ngram(cut):
     tokens = torch.tensor(phrases(300))
-    (p, codes), (q, others) = (ngram(x, VOCAB, 6) for x in (tokens, changed(tokens, cut, 0, VOCAB)))
+    (p, codes), (q, others) = (
+        ngram_probabilities(x, VOCAB, 6) for x in (tokens, changed(tokens, cut, 0, VOCAB))
+    )
     assert torch.equal(p[: cut - 1], q[: cut - 1])
     assert torch.equal(codes[..., :cut], others[..., :cut]), "of the changed token too: what stands before it"
 
@@ -191,7 +209,7 @@ def test_later_tokens_do_not_move_the_ngram(cut):
 def test_later_odds_and_contexts_do_not_move_the_gate(cut):
     odds, codes = gate_inputs(300)
     later = changed(odds, cut, -9, 9), changed(codes, cut + 1, 0, 99)
-    assert torch.equal(gate(odds, codes)[: cut + 1], gate(*later)[: cut + 1])
+    assert torch.equal(gate_shares(odds, codes)[: cut + 1], gate_shares(*later)[: cut + 1])
 
 
 @pytest.mark.parametrize("window", [0, 7])
@@ -226,7 +244,7 @@ def test_later_tokens_do_not_move_the_mixture(length, share, window):
     assert torch.equal(one, other), f"by up to {(one - other).abs().max():.1e}"
 
 
-# --- hedge ---
+# --- hedge_mixture ---
 
 
 def hedge_inputs(length: int, seed: int = 0) -> list[torch.Tensor]:
@@ -236,8 +254,19 @@ def hedge_inputs(length: int, seed: int = 0) -> list[torch.Tensor]:
     return [*parts[:2], parts[2].float(), 2 * torch.randint(4, (length,), generator=rng)]
 
 
+def in_parts(mixture: Mixture) -> tuple[torch.Tensor, list[float], list[float]]:
+    """(log of the mixture [N], final weights, each expert's log-likelihood)."""
+    weights = [expert.weight for expert in mixture.experts]
+    return mixture.log_probs, weights, [expert.log_likelihood for expert in mixture.experts]
+
+
 def mixture(neural, other, share, bins, eta=0.1, window=0):
-    return hedge(neural, other, [*SHARES, share], bins, eta, window)
+    experts = [*fixed_experts(EXPERT_SHARES), Expert("gate", share)]
+    return in_parts(hedge_mixture(neural, other, experts, bins, eta, window))
+
+
+def mix(cfg: Config, tokens: torch.Tensor, nats: torch.Tensor) -> tuple:
+    return in_parts(mix_with_ngrams(cfg, tokens, nats))
 
 
 def logsumexp(values) -> float:
@@ -245,7 +274,7 @@ def logsumexp(values) -> float:
 
 
 def slow_hedge(neural, other, shares, bins, eta, window) -> tuple[list, list, list]:
-    """What `hedge` returns, token by token, each expert's log-likelihoods in a list for each bin."""
+    """What `mixture` returns, token by token, each expert's log-likelihoods in a list for each bin."""
     neural, other = neural.tolist(), other.tolist()
     shares = [s.tolist() if isinstance(s, torch.Tensor) else [s] * len(neural) for s in shares]
     past = defaultdict(lambda: [[] for _ in shares])
@@ -276,7 +305,7 @@ def slow_hedge(neural, other, shares, bins, eta, window) -> tuple[list, list, li
 def test_hedge_is_the_slow_one(length, eta, window):
     neural, other, share, bins = hedge_inputs(length)
     mixed, _, totals = mixture(neural, other, share, bins, eta, window)
-    expected, _, sums = slow_hedge(neural, other, [*SHARES, share], bins.tolist(), eta, window)
+    expected, _, sums = slow_hedge(neural, other, [*EXPERT_SHARES, share], bins.tolist(), eta, window)
     assert mixed.tolist() == pytest.approx(expected, abs=1e-9)
     assert totals == pytest.approx(sums, abs=1e-9)
 
@@ -286,7 +315,7 @@ def test_hedge_is_the_slow_one(length, eta, window):
 def test_the_final_weights_are_the_slow_ones(eta, window):
     neural, other, share, bins = hedge_inputs(300)
     final = mixture(neural, other, share, bins, eta, window)[1]
-    expected = slow_hedge(neural, other, [*SHARES, share], bins.tolist(), eta, window)[1]
+    expected = slow_hedge(neural, other, [*EXPERT_SHARES, share], bins.tolist(), eta, window)[1]
     assert final == pytest.approx(expected, abs=1e-9)
 
 
@@ -301,10 +330,10 @@ def test_final_weights_sum_to_one(bins, eta):
 def test_without_a_learning_rate_the_weights_are_the_prior():
     neural, other, share, bins = hedge_inputs(200)
     mixed, final, _ = mixture(neural, other, share, bins, eta=0.0)
-    prior = np.array([math.exp(2)] + [1.0] * len(SHARES))
+    prior = np.array([math.exp(2)] + [1.0] * len(EXPERT_SHARES))
     prior /= prior.sum()
     assert final == pytest.approx(prior.tolist(), abs=1e-12)
-    shares = np.stack([np.full(200, s) for s in SHARES] + [share.numpy()]).astype(np.float64)
+    shares = np.stack([np.full(200, s) for s in EXPERT_SHARES] + [share.numpy()]).astype(np.float64)
     experts = (1 - shares) * neural.numpy() + shares * other.numpy()
     assert mixed.exp().tolist() == pytest.approx((prior @ experts).tolist(), abs=1e-12)
 
@@ -312,9 +341,9 @@ def test_without_a_learning_rate_the_weights_are_the_prior():
 @pytest.mark.parametrize("best", range(len(EXPERTS)))
 def test_each_bin_loses_no_more_than_its_best_expert_and_the_prior(best):
     neural, other, share, bins = hedge_inputs(400, best)
-    experts = torch.stack([neural + s * (other - neural) for s in (*SHARES, share.double())])
+    experts = torch.stack([neural + s * (other - neural) for s in (*EXPERT_SHARES, share.double())])
     bins[experts.argmax(0) == best] = 7  # a bin where this one is often the best
-    mixed, prior = mixture(neural, other, share, bins, eta=1.0)[0], [2.0] + [0.0] * len(SHARES)
+    mixed, prior = mixture(neural, other, share, bins, eta=1.0)[0], [2.0] + [0.0] * len(EXPERT_SHARES)
     for key in bins.unique():
         losses = -experts[:, bins == key].log().sum(1)
         bound = min(loss - w for loss, w in zip(losses.tolist(), prior, strict=True)) + logsumexp(prior)
@@ -336,7 +365,7 @@ def test_a_bin_of_one_token_has_the_prior_and_touches_no_other():
 def test_one_expert_is_itself(share):
     neural, other, each, bins = hedge_inputs(200)
     share = each if isinstance(share, str) else share
-    mixed, final, totals = hedge(neural, other, [share], bins, 0.7, 0)
+    mixed, final, totals = in_parts(hedge_mixture(neural, other, [Expert("one", share)], bins, 0.7, 0))
     share = each.double() if isinstance(share, torch.Tensor) else share
     expected = ((1 - share) * neural + share * other).log()
     torch.testing.assert_close(mixed, expected, rtol=0, atol=1e-12)
@@ -351,7 +380,7 @@ def test_a_probability_of_almost_nothing_does_not_break_the_sums():
     assert (mixed <= torch.maximum(neural, other).log() + 1e-12).all()
 
 
-# --- gate ---
+# --- gate_shares ---
 
 
 def gate_inputs(length: int, better: float = 0.0, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -367,24 +396,24 @@ def gate_inputs(length: int, better: float = 0.0, seed: int = 0) -> tuple[torch.
 @pytest.mark.parametrize("better", [-9.0, 0.0, 9.0])
 @pytest.mark.parametrize("length", [1, 31, 32, 33, 500])
 def test_shares_lie_between_nothing_and_all(length, better):
-    shares = gate(*gate_inputs(length, better))
+    shares = gate_shares(*gate_inputs(length, better))
     assert shares.dtype == torch.float32 and shares.shape == (length,)
     assert (shares > 0).all() and (shares < 1).all()
 
 
 def test_the_gate_gives_all_to_an_ngram_that_is_always_better():
-    shares = gate(*gate_inputs(20_000, 3.0))
+    shares = gate_shares(*gate_inputs(20_000, 3.0))
     assert shares[0] < 0.2 and shares[-2000:].min() > 0.9
 
 
 def test_the_gate_gives_nothing_to_an_ngram_that_is_always_worse():
-    assert gate(*gate_inputs(20_000, -3.0))[-2000:].max() < 0.1
+    assert gate_shares(*gate_inputs(20_000, -3.0))[-2000:].max() < 0.1
 
 
 def test_the_gate_learns_which_contexts_to_trust():
     odds, codes = gate_inputs(100_000)
     known = codes[0, 4] > 0  # half of the tokens
-    shares = gate(torch.where(known, odds + 2, odds - 2), codes)[-9000:]
+    shares = gate_shares(torch.where(known, odds + 2, odds - 2), codes)[-9000:]
     assert shares[known[-9000:]].mean() > 0.8 and shares[~known[-9000:]].mean() < 0.2
 
 
@@ -392,7 +421,7 @@ def test_the_gate_learns_from_how_the_ngram_fared_of_late():
     """Where it is better for 400 tokens, then worse for 400, only the odds before a token tell which."""
     odds, codes = gate_inputs(40_000)
     good = torch.arange(40_000) // 400 % 2 == 0
-    shares = gate(torch.where(good, odds + 2, odds - 2), torch.zeros_like(codes))[-4000:]
+    shares = gate_shares(torch.where(good, odds + 2, odds - 2), torch.zeros_like(codes))[-4000:]
     assert shares[good[-4000:]].mean() > shares[~good[-4000:]].mean() + 0.5
 
 
@@ -400,11 +429,11 @@ def test_the_gate_is_the_same_twice_whatever_the_random_state():
     shares = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        shares.append(gate(*gate_inputs(3000, 1.0)))
+        shares.append(gate_shares(*gate_inputs(3000, 1.0)))
     assert torch.equal(*shares)
 
 
-# --- mix ---
+# --- mix_with_ngrams ---
 
 
 def config(**knobs) -> Config:
@@ -457,7 +486,7 @@ def slow_mix(cfg: Config, tokens: list[int], nats: torch.Tensor, share: torch.Te
         seen, kinds = (round(11.5 * math.log(1 + count)) // 8 for count in counts[longest])
         bins.append((longest, min(seen, 10), min(kinds, 6)))
     p = torch.tensor([p for p, _ in other], dtype=torch.float64)
-    return slow_hedge((-nats).exp(), p, [*SHARES, share], bins, cfg.hedge_eta, cfg.hedge_window)
+    return slow_hedge((-nats).exp(), p, [*EXPERT_SHARES, share], bins, cfg.hedge_eta, cfg.hedge_window)
 
 
 def both_mixtures(monkeypatch, cfg: Config, tokens: list[int]) -> tuple[list, list, list, list]:
@@ -465,10 +494,10 @@ def both_mixtures(monkeypatch, cfg: Config, tokens: list[int]) -> tuple[list, li
     given = []
 
     def noted(*args):
-        given.append(gate(*args))
+        given.append(gate_shares(*args))
         return given[-1]
 
-    monkeypatch.setattr(train_gpt, "gate", noted)
+    monkeypatch.setattr(train_gpt, "gate_shares", noted)
     nats = torch.rand(len(tokens) - 1, generator=torch.Generator().manual_seed(0)).double() * 8
     mixed, _, totals = mix(cfg, torch.tensor(tokens), nats)
     expected, _, sums = slow_mix(cfg, tokens, nats, given[0])
@@ -496,10 +525,10 @@ def test_contexts_with_many_followers_share_a_bin(monkeypatch):
 
 def test_the_gate_sees_the_odds_of_the_ngram_against_the_neural_model(monkeypatch):
     tokens, given = phrases(300), []
-    monkeypatch.setattr(train_gpt, "gate", lambda *args: given.extend(args) or torch.full((299,), 0.5))
+    monkeypatch.setattr(train_gpt, "gate_shares", lambda *args: given.extend(args) or torch.full((299,), 0.5))
     nats = neural_nats(conditional(), tokens)
     mix(config(), torch.tensor(tokens), nats)
-    p, codes = ngram(torch.tensor(tokens), VOCAB, 6)
+    p, codes = ngram_probabilities(torch.tensor(tokens), VOCAB, 6)
     torch.testing.assert_close(given[0].double(), p.log() + nats, rtol=1e-6, atol=1e-6)
     assert torch.equal(given[1], codes)
 

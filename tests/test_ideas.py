@@ -12,10 +12,11 @@ import train_gpt
 from tests.conftest import Traced, env_of, launch, show
 from tests.support import reference
 from train_gpt import (
+    FATES,
     GPT,
-    SCHEDULES,
-    STATES,
+    HOOKS,
     Config,
+    Dials,
     Muon,
     Optimisers,
     Run,
@@ -32,6 +33,9 @@ from train_gpt import (
     uniform,
 )
 
+SCHEDULES = dict(HOOKS["schedule"])
+GRADIENT_EDITS = dict(HOOKS["edit_gradients"])
+WEIGHT_EDITS = dict(HOOKS["edit_weights"])
 STEPS, LAYERS = 12, 4
 TIDAL, COSINE, FOCAL = dict(tidal_lr=True), dict(cosine_lr=True), dict(focal_gamma=2.0)
 BURN, PERTURB, PRUNE = dict(controlled_burn=0.1), dict(weight_perturb=0.1), dict(head_prune=0.5)
@@ -62,7 +66,7 @@ TRAINING_ONLY = {name: case for name, case in (OUTSIDE | INSIDE).items() if name
 
 
 def test_every_idea_has_a_case():
-    assert {f.name for f in fields(Config) if f.metadata["idea"]} == set(OUTSIDE | INSIDE)
+    assert {f.name for f in fields(Config) if f.metadata["fate"]} == set(OUTSIDE | INSIDE)
 
 
 def batch_of(cfg: Config, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,12 +219,13 @@ def test_a_schedule_is_its_published_curve(name):
         if name != "whale_lr"
         else np.linspace(0, 1, 998)
     )
-    ours = [SCHEDULES[name](Config(), x, 0.0) for x in p.tolist()]
+    curve = dict(HOOKS["schedule"])[name]
+    ours = [curve(Config(), x, 0.0) for x in p.tolist()]
     np.testing.assert_allclose(ours, CURVES[name](p), rtol=1e-6, atol=1e-6)
 
 
 def test_every_schedule_has_a_curve_and_refuses_company():
-    assert set(SCHEDULES) == {*CURVES, "warmdown"}
+    assert set(SCHEDULES) == {*CURVES}
     for name in CURVES:
         other = "TIDAL_LR" if name != "tidal_lr" else "COSINE_LR"
         with pytest.raises(train_gpt.RunError, match="two schedules at once"):
@@ -303,6 +308,19 @@ def dials(cfg: Config, p: float = 0.0, noise: int = 3) -> torch.Tensor:
     return StepPlan(p, 1.0, 0.9, layers=(True,) * cfg.num_layers, noise=noise).dials(torch.device("cpu"))
 
 
+def test_the_dials_name_what_compiled_code_sees():
+    plan = StepPlan(0.25, 1.0, 0.9, layers=(True, False, True), noise=2**24 - 1)
+
+    def parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        seen = Dials.of(tensor)
+        return seen.noise + 0, seen.progress + 0, seen.layers + 0
+
+    runtime, tensor = Traced(), plan.dials(torch.device("cpu"))
+    for noise, progress, layers in (parts(tensor), runtime.compile(parts)(tensor)):
+        assert (noise.item(), progress.item(), layers.tolist()) == (2**24 - 1, 0.25, [1.0, 0.0, 1.0])
+    assert runtime.graphs == 1 and Dials.of(tensor)._fields == ("noise", "progress", "layers")
+
+
 def test_mirrored_sequences_predict_what_is_read_next(tiny, monkeypatch):
     cfg, seen = tiny(mirror_train=0.5), []
     model = GPT(cfg)
@@ -321,7 +339,7 @@ def test_mirrored_sequences_predict_what_is_read_next(tiny, monkeypatch):
 def test_mixup_moves_towards_the_token_before_and_leaves_the_first(tiny):
     cfg, x = Config(embed_mixup=0.5), torch.randn(3, 7, 4)
     ids = torch.randint(99, (3, 7))
-    mixed = train_gpt.embed_mixup(cfg, x, ids, dials(cfg))
+    mixed = train_gpt.embed_mixup(cfg, x, ids, Dials.of(dials(cfg)))
     assert torch.equal(mixed[:, 0], x[:, 0])
     r = ((mixed - x)[:, 1:] / (x[:, :-1] - x[:, 1:])).double()
     assert (r.std(-1) < 1e-4).all() and r.min() >= 0 and r.max() <= 0.5 and r.mean(-1).std() > 0.05
@@ -332,7 +350,7 @@ def test_mixup_moves_towards_the_token_before_and_leaves_the_first(tiny):
 )
 def test_dropped_inputs_are_zero_and_the_others_made_up_for(name, p, share):
     cfg, x = Config(**{name: 0.3}), torch.ones(16, 32, 24)
-    out = train_gpt.INPUT_TERMS[name](cfg, x, torch.randint(99, (16, 32)), dials(cfg, p))
+    out = dict(HOOKS["input"])[name](cfg, x, torch.randint(99, (16, 32)), Dials.of(dials(cfg, p)))
     values, counts = out.unique(return_counts=True)
     assert values.tolist() == pytest.approx([0, 1 / (1 - share)] if share else [1])
     by_place = (out == 0).float().mean(-1)
@@ -348,14 +366,14 @@ def test_dropped_layers_are_blocks_left_out_skips_kept(tiny):
     model, (ids, _) = make(cfg)[0].model, batch_of(cfg)
     keep = torch.tensor([1.0, 0.0, 1.0, 0.0])
     x0 = train_gpt.norm(model.tok_emb(ids) * model.embed_scale)
-    x, outputs, turns = x0, [], dict(cos=model.cos[:32], sin=model.sin[:32])
-    for index, (block, skip, source) in enumerate(model.layers):
-        if skip is not None:
-            x = x + model.skip_weights[skip] * outputs[source]
-        x = model.blocks[block](x, x0, **turns) if keep[index] else x
+    x, outputs, cos, sin = x0, [], model.cos[:32], model.sin[:32]
+    for layer in model.plans[None]:
+        if layer.skip is not None:
+            x = x + model.skip_weights[layer.skip] * outputs[layer.skip_from]
+        x = model.blocks[layer.block](x, x0, layer, cos, sin)[0] if keep[layer.number] else x
         outputs.append(x)
     z = torch.nn.functional.linear(train_gpt.norm(x), model.tok_emb.weight)
-    torch.testing.assert_close(model.logits(x0, keep), 30 * torch.tanh(z / 30), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.logits(x0, ids, keep), 30 * torch.tanh(z / 30), rtol=1e-5, atol=1e-5)
 
 
 def test_layers_drop_at_their_rate_but_for_the_first_of_each_half():
@@ -374,7 +392,7 @@ def test_a_grown_layer_goes_on_where_the_shallow_model_was(tiny):
     for index in (4, 5):
         model.blocks[index].load_state_dict(new.blocks[index].state_dict())
     x0 = train_gpt.norm(model.tok_emb(ids) * model.embed_scale)
-    torch.testing.assert_close(model.logits(x0, depth=4), model(ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.logits(x0, ids, depth=4), model(ids), rtol=1e-5, atol=1e-5)
 
 
 def test_growth_is_even_and_over_by_nine_tenths(tiny):
@@ -417,10 +435,10 @@ def test_recycled_attention_reads_its_own_result(tiny, parallel):
     cos, sin = model.cos[:8], model.sin[:8]
     keep, again = block.resid_mix
     mixed = keep * x + again * x0
-    once = mixed + block.attn_scale * block.attn(train_gpt.norm(mixed), cos, sin)
-    twice = once + block.attn_scale * block.attn(train_gpt.norm(once), cos, sin)
+    once = mixed + block.attn_scale * block.attn(train_gpt.norm(mixed), cos, sin)[0]
+    twice = once + block.attn_scale * block.attn(train_gpt.norm(once), cos, sin)[0]
     expected = twice + block.mlp_scale * block.mlp(train_gpt.norm(mixed if parallel else twice))
-    torch.testing.assert_close(block(x, x0, cos=cos, sin=sin), expected)
+    torch.testing.assert_close(block(x, x0, model.plans[None][0], cos, sin)[0], expected)
 
 
 CAUSAL = dict(
@@ -501,8 +519,8 @@ def edited(tiny, table, name: str, plan: StepPlan, **knobs):
     before, grads = arrays(optimisers), arrays(optimisers, grads=True)
     with torch.no_grad():
         table[name](cfg, optimisers.weights, plan)
-    untouched = before if table is train_gpt.GRADIENT_EDITS else grads
-    for key, value in arrays(optimisers, grads=table is not train_gpt.GRADIENT_EDITS).items():
+    untouched = before if table is GRADIENT_EDITS else grads
+    for key, value in arrays(optimisers, grads=table is not GRADIENT_EDITS).items():
         np.testing.assert_array_equal(value, untouched[key])
     return optimisers, before, grads
 
@@ -516,16 +534,14 @@ def is_matrix(name: str, value: np.ndarray) -> bool:
 
 
 def test_centred_gradients_have_no_mean_along_a_row(tiny):
-    optimisers, _, grads = edited(
-        tiny, train_gpt.GRADIENT_EDITS, "grad_central", plan_at(0.5), grad_central=True
-    )
+    optimisers, _, grads = edited(tiny, GRADIENT_EDITS, "grad_central", plan_at(0.5), grad_central=True)
     for name, grad in arrays(optimisers, grads=True).items():
         expected = grads[name] - grads[name].mean(1, keepdims=True) if is_matrix(name, grad) else grads[name]
         np.testing.assert_allclose(grad, expected, atol=1e-6)
 
 
 def test_mycorrhizal_blocks_exchange_gradients_in_order(tiny):
-    optimisers, _, g = edited(tiny, train_gpt.GRADIENT_EDITS, "mycorrhizal", plan_at(0.5), mycorrhizal=0.1)
+    optimisers, _, g = edited(tiny, GRADIENT_EDITS, "mycorrhizal", plan_at(0.5), mycorrhizal=0.1)
     for i in (0, 1):
         for name in [n for n in g if n.startswith(f"blocks.{i}.")]:
             far = name.replace(f"blocks.{i}.", f"blocks.{i + 3}.", 1)
@@ -535,7 +551,7 @@ def test_mycorrhizal_blocks_exchange_gradients_in_order(tiny):
 
 
 def test_two_blocks_are_vented(tiny):
-    optimisers, _, g = edited(tiny, train_gpt.GRADIENT_EDITS, "thermal_vent", plan_at(0.5), thermal_vent=1.5)
+    optimisers, _, g = edited(tiny, GRADIENT_EDITS, "thermal_vent", plan_at(0.5), thermal_vent=1.5)
     factors = {name: (grad / g[name]).mean() for name, grad in arrays(optimisers, grads=True).items()}
     hot = {name.split(".")[1] for name, factor in factors.items() if factor == pytest.approx(2.5)}
     assert len(hot) == 2
@@ -549,7 +565,7 @@ def test_two_blocks_are_vented(tiny):
     [("mycorrhizal", 0.024), ("thermal_vent", 0.024), ("synaptic_scale", 0.049), ("mutation_decay", 0.049)],
 )
 def test_an_intervention_waits_for_its_start(tiny, name, p):
-    table = train_gpt.GRADIENT_EDITS if name in train_gpt.GRADIENT_EDITS else train_gpt.WEIGHT_EDITS
+    table = GRADIENT_EDITS if name in GRADIENT_EDITS else WEIGHT_EDITS
     optimisers, before, grads = edited(tiny, table, name, plan_at(p), **{name: 1})
     for grad, old in ((True, grads), (False, before)):
         for key, value in arrays(optimisers, grads=grad).items():
@@ -582,9 +598,7 @@ def test_decay_is_the_product_of_scaled_factors_on_block_matrices_alone(tiny, na
 @pytest.mark.parametrize("step, burns", [(8, True), (9, False), (7, False), (17, True)])
 def test_a_burn_zeroes_exactly_the_smallest_share(tiny, step, burns):
     knobs = dict(controlled_burn=0.1, burn_interval=9)
-    optimisers, before, _ = edited(
-        tiny, train_gpt.WEIGHT_EDITS, "controlled_burn", plan_at(0.5, step), **knobs
-    )
+    optimisers, before, _ = edited(tiny, WEIGHT_EDITS, "controlled_burn", plan_at(0.5, step), **knobs)
     for name, value in arrays(optimisers).items():
         expected = before[name].copy()
         if burns and is_matrix(name, value):
@@ -597,10 +611,10 @@ def test_synaptic_scaling_pulls_norms_back_by_five_percent_at_most(tiny):
     cfg, optimisers = weights_with_gradients(tiny, synaptic_scale=True)
     start = arrays(optimisers)
     with torch.no_grad():
-        train_gpt.WEIGHT_EDITS["synaptic_scale"](cfg, optimisers.weights, plan_at(0.05))
+        WEIGHT_EDITS["synaptic_scale"](cfg, optimisers.weights, plan_at(0.05))
         for w, factor in zip(optimisers.weights, [1.02, 1.5, 0.5] * 99, strict=False):
             w.param.mul_(factor)
-        train_gpt.WEIGHT_EDITS["synaptic_scale"](cfg, optimisers.weights, plan_at(0.06))
+        WEIGHT_EDITS["synaptic_scale"](cfg, optimisers.weights, plan_at(0.06))
     for w, factor in zip(optimisers.weights, [1.02, 1.5, 0.5] * 99, strict=False):
         pulled = {1.02: 1.0, 1.5: 1.5 * 0.95, 0.5: 0.5 * 1.05}[factor] if w.role != "scalar" else factor
         np.testing.assert_allclose(w.param.detach().double().numpy(), pulled * start[w.name], rtol=1e-5)
@@ -612,7 +626,7 @@ def test_synaptic_scaling_pulls_norms_back_by_five_percent_at_most(tiny):
 ])  # fmt: skip
 def test_noise_has_the_published_size_and_repeats(tiny, name, p, step, amount):
     knobs = {name: 0.1} | (dict(perturb_interval=9) if name == "weight_perturb" else {})
-    runs = [edited(tiny, train_gpt.WEIGHT_EDITS, name, plan_at(p, step), **knobs) for _ in range(2)]
+    runs = [edited(tiny, WEIGHT_EDITS, name, plan_at(p, step), **knobs) for _ in range(2)]
     after = [arrays(optimisers) for optimisers, _, _ in runs]
     for key, old in runs[0][1].items():
         np.testing.assert_array_equal(after[0][key], after[1][key])
@@ -622,9 +636,7 @@ def test_noise_has_the_published_size_and_repeats(tiny, name, p, step, amount):
 
 
 def test_mutations_end_when_they_are_tiny(tiny):
-    optimisers, before, _ = edited(
-        tiny, train_gpt.WEIGHT_EDITS, "mutation_decay", plan_at(1.0), mutation_decay=1.4e-4
-    )
+    optimisers, before, _ = edited(tiny, WEIGHT_EDITS, "mutation_decay", plan_at(1.0), mutation_decay=1.4e-4)
     assert all(np.array_equal(value, before[key]) for key, value in arrays(optimisers).items())
 
 
@@ -748,7 +760,7 @@ FELT = dict(
 
 @pytest.mark.parametrize("optimiser", ["muon", "adam"])
 def test_the_transforms_no_optimiser_feels_are_named(optimiser):
-    assert set(train_gpt.GRADIENT_EDITS) <= set(FELT)
+    assert set(GRADIENT_EDITS) <= set(FELT)
     unfelt = {name for name, (transform, _) in FELT.items() if felt(transform, optimiser) < 1e-3}
     assert unfelt == {name for name, (_, expected) in FELT.items() if not expected[optimiser]}
 
@@ -756,19 +768,22 @@ def test_the_transforms_no_optimiser_feels_are_named(optimiser):
 # --- the command line and whole runs ---
 
 
-def test_the_list_names_every_idea_with_its_state_and_source():
-    rows = {line.split()[0]: line for line in show("--list-ideas").splitlines()[3:]}
-    ideas = {f.name.upper(): f.metadata for f in fields(Config) if f.metadata["idea"]}
-    assert set(rows) == set(ideas)
+def test_the_list_names_every_idea_with_its_state_source_and_meaning():
+    lines = show("--list-ideas").splitlines()
+    rows = {
+        line.split()[0]: (line, lines[number + 1]) for number, line in enumerate(lines) if line[:1].isupper()
+    }
+    ideas = {f.name.upper(): f.metadata for f in fields(Config) if f.metadata["fate"]}
+    assert set(rows) - {"How"} == set(ideas)
     for name, about in ideas.items():
-        assert about["idea"] in STATES and about["idea"] in rows[name]
-        assert about["source"] in rows[name] and about["doc"] in rows[name]
+        head, meaning = rows[name]
+        assert about["fate"] in FATES and about["fate"] in head and about["source"] in head
+        assert meaning.strip().startswith(about["doc"])
 
 
 def test_every_table_entry_is_an_idea():
-    tables = "SCHEDULES EMBEDDING_TERMS INPUT_TERMS LOSS_TERMS GRADIENT_EDITS WEIGHT_EDITS LAYER_RATES DECAYS"
-    entries = {name for table in tables.split() for name in getattr(train_gpt, table)}
-    assert entries - {"warmdown", "muon_wd"} <= {f.name for f in fields(Config) if f.metadata["idea"]}
+    entries = {name for hooks in HOOKS.values() for name, _ in hooks}
+    assert entries - {"muon_wd"} <= {f.name for f in fields(Config) if f.metadata["fate"]}
 
 
 def test_the_list_is_printed(tmp_path, dataset):

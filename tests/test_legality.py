@@ -26,16 +26,20 @@ from tests.conftest import (
     write_shard,
 )
 from train_gpt import (
+    Chunk,
     Config,
+    Mixture,
+    PaddedWindows,
     Run,
     RunError,
     RunLog,
     Runtime,
     Score,
     Validation,
+    WeighedExpert,
     evaluate,
     execute,
-    mix,
+    mix_with_ngrams,
     score_all,
     score_hedge,
     token_nats,
@@ -74,7 +78,8 @@ def own_order(tokens):
 
 def our_mix(tokens):
     cfg = Config(vocab_size=V, use_hedge=True, hedge_order=3)
-    return mix(cfg, torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(-fixed(tokens)))[0].numpy()
+    nats = torch.from_numpy(-fixed(tokens))
+    return mix_with_ngrams(cfg, torch.from_numpy(tokens.astype(np.int64)), nats).log_probs.numpy()
 
 
 FAIR = dict(fixed=fixed, adaptive=adaptive, own_order=own_order, mix=our_mix)
@@ -288,43 +293,45 @@ def ahead(model, ids, targets, places=None, depth=None):
 
 def learn_first(*given):
     """Each chunk is learnt at the end of the one before, so before it is scored."""
-    turns, chunks = PASSES(*given), []
-    chunks = [chunk for _, chunk in turns if chunk]
-    for turn in turns:
-        if turn[1] and len(chunks) > 1:
-            turn[1] = chunks.pop(1)
+    turns = PLAN_TURNS(*given)
+    chunks = [turn.chunk for turn in turns if turn.chunk]
+    for number, turn in enumerate(turns):
+        if turn.chunk and len(chunks) > 1:
+            turns[number] = replace(turn, chunk=chunks.pop(1))
     return turns
 
 
-PASSES, CONTEXTS, PADDED = train_gpt.passes, train_gpt.contexts, train_gpt.padded
+PLAN_TURNS, COUNTS, PADDED = train_gpt.plan_turns, train_gpt.context_counts, train_gpt.pad_windows
 
 
 def count_itself(*given):
-    for at, seen, kinds, followed in CONTEXTS(*given):
-        yield at, seen + 1, kinds.clamp_min(1), followed + 1
+    for counts in COUNTS(*given):
+        more = dict(uses=counts.uses + 1, followers=counts.followers.clamp_min(1), matches=counts.matches + 1)
+        yield counts._replace(**more)
 
 
-def weigh_itself(neural, other, shares, bins, eta, window):
+def weigh_itself(neural, other, experts, bins, eta, window):
     """A Hedge whose weights know the token that they weigh."""
-    logs = torch.stack([torch.log(neural + share * (other - neural)) for share in shares])
+    logs = torch.stack([torch.log(neural + expert.share * (other - neural)) for expert in experts])
     mixed = ((5 * logs.cumsum(1)).softmax(0) * logs.exp()).sum(0).log()
-    return mixed, [1 / len(shares)] * len(shares), logs.sum(1).tolist()
+    totals = zip(experts, logs.sum(1).tolist(), strict=True)
+    return Mixture(mixed, [WeighedExpert(expert.name, total, 1 / len(experts)) for expert, total in totals])
 
 
-def own_input(*given):
+def own_input(*given) -> PaddedWindows:
     """Places one further on: there the target is an input."""
-    ids, targets, places, scored = PADDED(*given)
-    return ids, targets, (places + 1).clamp(max=ids.size(1) - 1), scored
+    padded = PADDED(*given)
+    return padded._replace(positions=(padded.positions + 1).clamp(max=padded.ids.size(1) - 1))
 
 
 SABOTAGE = {  # what is replaced, by what, the knobs, the score and the conditions of which one must be named
     "unnormalised": ("token_nats", lenient, {}, "roundtrip", "C2"),
     "one_token_ahead": ("token_nats", ahead, {}, "roundtrip", "C1"),
-    "own_input": ("padded", own_input, dict(eval_stride=8), "sliding", "C[23]"),
-    "learns_first": ("passes", learn_first, TTT, "ttt", "C[13]"),
-    "learns_first_lora": ("passes", learn_first, LEARNERS["lora"], "ttt", "C[13]"),
-    "counts_itself": ("contexts", count_itself, dict(use_hedge=True), "hedge", "C[23]"),
-    "weighs_itself": ("hedge", weigh_itself, dict(use_hedge=True), "hedge", "C[23]"),
+    "own_input": ("pad_windows", own_input, dict(eval_stride=8), "sliding", "C[23]"),
+    "learns_first": ("plan_turns", learn_first, TTT, "ttt", "C[13]"),
+    "learns_first_lora": ("plan_turns", learn_first, LEARNERS["lora"], "ttt", "C[13]"),
+    "counts_itself": ("context_counts", count_itself, dict(use_hedge=True), "hedge", "C[23]"),
+    "weighs_itself": ("hedge_mixture", weigh_itself, dict(use_hedge=True), "hedge", "C[23]"),
 }
 
 
@@ -362,7 +369,7 @@ def stream(targets: int) -> np.ndarray:
 
 
 def each(run: Run) -> dict[str, torch.Tensor]:
-    return {name: score.each for name, score in score_all(run)}
+    return {name: score.target_nats for name, score in score_all(run)}
 
 
 KINDS = {
@@ -440,17 +447,17 @@ def test_lora_gradients_are_those_of_w_plus_b_a():
     training, count = train_gpt.TestTimeTraining(run), run.cfg.train_seq_len
     names = {id(p): name for name, p in run.model.named_parameters()}
     with torch.no_grad():
-        for p, start, (a, b) in zip(training.params, training.start, training.factors, strict=True):
+        for p, start, (a, b) in zip(training.params, training.packed_weights, training.factors, strict=True):
             p.copy_(start + b.normal_() @ a)
     leaves = [[t.clone().requires_grad_() for t in pair] for pair in training.factors]
-    whole = zip(training.params, training.start, leaves, strict=True)
+    whole = zip(training.params, training.packed_weights, leaves, strict=True)
     weights = {names[id(p)]: start + b @ a for p, start, (a, b) in whole}
     ids = torch.from_numpy(run.data.tokens[None, : count + 1].astype(np.int64))
     logits = torch.func.functional_call(run.model, weights, (ids[:, :-1],))
     train_gpt.cross_entropy(logits, ids[:, 1:]).mean().backward()
-    training.learn(0, count, False)
+    training.learn(Chunk(0, count, ends_text=False))
     for p, start, (a, b), (old_a, old_b) in zip(
-        training.params, training.start, training.factors, leaves, strict=True
+        training.params, training.packed_weights, training.factors, leaves, strict=True
     ):
         torch.testing.assert_close(a, (old_a - 0.5 * old_a.grad).detach(), rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(b, (old_b - 0.5 * old_b.grad).detach(), rtol=1e-3, atol=1e-5)
@@ -603,17 +610,17 @@ def test_a_mixer_that_would_take_too_long_mixes_a_first_part(monkeypatch):
     def doubled(cfg, tokens, nats):
         assert len(tokens) == len(nats) + 1
         now[0] += len(nats) / 1000
-        return -2 * nats, [1 / 7] * 7, [-1.0] * 7
+        return Mixture(-2 * nats, [WeighedExpert(number, -1.0, 1 / 7) for number in range(7)])
 
-    monkeypatch.setattr(train_gpt, "mix", doubled)
+    monkeypatch.setattr(train_gpt, "mix_with_ngrams", doubled)
     base = Score(1.0, 150_000, 150_000, 0.0, torch.rand(150_000))
     for limit, count in ((1e9, 150_000), (60.0, 48_000)):
         now[0], told = 0.0, []
         score = score_hedge(run, base, limit, told.append)
-        assert told == [150.0] and (score.tokens, score.left) == (count, 150_000 - count)
-        assert score.nats == pytest.approx(2 * base.each[:count].double().sum().item())
+        assert told == [150.0] and (score.tokens, score.unscored) == (count, 150_000 - count)
+        assert score.nats == pytest.approx(2 * base.target_nats[:count].double().sum().item())
         assert score.bytes == count and score.seconds == pytest.approx(100 + count / 1000)
-        assert torch.equal(score.each[:count], 2 * base.each[:count].double())
+        assert torch.equal(score.target_nats[:count], 2 * base.target_nats[:count].double())
 
 
 def test_the_time_left_is_counted_by_the_clock_of_the_first_rank():
@@ -633,7 +640,8 @@ def test_the_time_left_is_counted_by_the_clock_of_the_first_rank():
 def test_a_part_of_a_mixture_is_the_whole_one_there():
     run = learner(400, use_hedge=True, ttt_steps=0)
     tokens, nats = torch.from_numpy(run.data.tokens.astype(np.int64)), each(run)["roundtrip"].double()
-    whole, part = mix(run.cfg, tokens, nats)[0], mix(run.cfg, tokens[:301], nats[:300])[0]
+    whole = mix_with_ngrams(run.cfg, tokens, nats).log_probs
+    part = mix_with_ngrams(run.cfg, tokens[:301], nats[:300]).log_probs
     torch.testing.assert_close(part, whole[:300], rtol=0, atol=1e-9)  # integers of another scale
 
 
@@ -662,7 +670,7 @@ def test_every_rank_stops_by_the_clock_of_the_first(monkeypatch):
         monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=partial(next, ticks)))
         run = learner(640, ttt_steps=0)
         score = evaluate(run.cfg, run.nats, run.data, Second(), limit=5.5)
-        assert (score.tokens, score.left) == (5 * 32, 480)
+        assert (score.tokens, score.unscored) == (5 * 32, 480)
 
 
 def test_the_check_is_not_held_up_by_a_split_shorter_than_its_sample():

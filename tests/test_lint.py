@@ -1,6 +1,8 @@
 """records/lint.py: a good folder passes, each defect gives its own finding, and nothing makes it crash."""
 
+import base64
 import json
+import lzma
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from records import lint
+from records.pack_script import pack
 from records.significance import against_bar
 from tests.conftest import ROOT
 
@@ -492,6 +495,49 @@ def a_deep_folder(folder):
 def an_endless_log(folder):
     with (folder / "endless.log").open("wb") as file:
         file.truncate(lint.READ_LIMIT + 5)
+
+
+LONG = SCRIPT + "# A comment, which packing takes out again.\n" * 100
+
+
+def ship(folder: Path, script: bytes) -> None:
+    """The folder as the runs of another script would have left it."""
+    (folder / "train_gpt.py").write_bytes(script)
+    for path in each_log(folder):
+        edit(path, SCRIPT, script.decode())
+        edit(path, f"Code size: {len(SCRIPT)} bytes", f"Code size: {len(script)} bytes")
+        edit(path, f"{67224983 + len(SCRIPT)}", f"{67224983 + len(script)}")
+        edit(path, str(TOTAL), str(MODEL + len(script)))
+    edit(folder / "submission.json", str(TOTAL), str(MODEL + len(script)))
+    edit(folder / "submission.json", f'"bytes_code": {len(SCRIPT)}', f'"bytes_code": {len(script)}')
+
+
+@defect("info packed")
+def a_packed_script_and_its_source(folder):
+    (folder / "train_gpt_readable.py").write_text(LONG)
+    ship(folder, pack(LONG.encode()))
+
+
+@defect("info packed", "warn no_readable")
+def a_packed_script_without_its_source(folder):
+    ship(folder, pack(LONG.encode()))
+
+
+@defect("info packed", "error readable_differs")
+def a_packed_script_and_another_source(folder):
+    (folder / "train_gpt_readable.py").write_text(LONG + "# and another\n")
+    ship(folder, pack(LONG.encode()))
+
+
+@defect("info packed", "warn packed_syntax")
+def a_script_that_extracts_what_does_not_compile(folder):
+    blob = base64.b85encode(lzma.compress(b"def f(:\n")).decode()
+    ship(folder, f'import lzma,base64\nexec(lzma.decompress(base64.b85decode("{blob}")))\n'.encode())
+
+
+@defect("info packed_unread")
+def a_script_that_runs_what_cannot_be_read(folder):
+    ship(folder, b"import marshal\nexec(marshal.loads(b''))\n")
 
 
 @pytest.mark.parametrize("name", DEFECTS)

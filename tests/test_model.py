@@ -21,10 +21,11 @@ from train_gpt import (
     BlockedAttention,
     Config,
     RunError,
+    Seen,
     head_diversity,
-    layer_plan,
     load_checkpoint,
     load_weights,
+    plan_layers,
     token_nats,
     training_loss,
 )
@@ -329,7 +330,7 @@ def test_blocked_attention_has_torchs_gradients(length, dtype, kv):
 def test_blocked_attention_does_not_depend_on_the_block(length, block):
     q, k, v = qkv(length)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_gpt, "BLOCK", block)
+        patch.setattr(train_gpt, "QUERY_BLOCK", block)
         ours = BlockedAttention.apply(q, k, v)
     torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
@@ -352,24 +353,24 @@ def plan(request, tiny):
     """(encoders, layer plan) of every split of up to ten layers."""
     layers, encoders = request.param
     cfg = tiny(num_layers=layers, encoder_layers=encoders)
-    return (layers // 2 if encoders < 0 else encoders), layer_plan(cfg)
+    return (layers // 2 if encoders < 0 else encoders), plan_layers(cfg)
 
 
 def test_every_block_runs_once_in_order(plan):
-    assert [block for block, *_ in plan[1]] == list(range(len(plan[1])))
+    assert [layer.block for layer in plan[1]] == list(range(len(plan[1])))
 
 
 def test_there_are_as_many_skips_as_the_smaller_half(plan):
     encoders, layers = plan
-    gates = [skip for _, skip, _ in layers if skip is not None]
+    gates = [layer.skip for layer in layers if layer.skip is not None]
     assert gates == list(range(min(encoders, len(layers) - encoders)))
 
 
 def test_skips_join_encoders_to_decoders_latest_first(plan):
     encoders, layers = plan
-    joined = [(index, source) for index, (*_, source) in enumerate(layers) if source is not None]
+    joined = [(layer.number, layer.skip_from) for layer in layers if layer.skip_from is not None]
     assert joined == [(encoders + j, encoders - 1 - j) for j in range(len(joined))]
-    assert [skip is None for _, skip, _ in layers] == [source is None for *_, source in layers]
+    assert all((layer.skip is None) == (layer.skip_from is None) for layer in layers)
 
 
 @pytest.mark.parametrize("encoders", [0, 4])
@@ -404,7 +405,7 @@ def test_swiglu_has_two_thirds_of_the_width(mult, hidden):
 def diversity(model: GPT) -> torch.Tensor:
     heads = model.blocks[0].attn.q_gain.numel()
     cfg = Config(head_diversity=1.0, num_heads=heads, num_kv_heads=heads, model_dim=16 * heads)
-    return head_diversity(cfg, model)
+    return head_diversity(cfg, Seen(logits=None, target_ids=None, nats=None, progress=None, model=model))
 
 
 def test_head_diversity_is_the_reference(tiny):
@@ -478,7 +479,7 @@ def test_a_model_knob_changes_the_logits(tiny, name):
 
 def test_no_model_knob_is_left_untested():
     known = {f.name for f in fields(Config) if f.metadata["role"] == "model"}
-    ideas = {f.name for f in fields(Config) if f.metadata["idea"]}  # test_ideas.py
+    ideas = {f.name for f in fields(Config) if f.metadata["fate"]}  # test_ideas.py
     assert known - ideas == (set(ACTS) | ACT_ELSEWHERE) - ideas
 
 

@@ -20,7 +20,7 @@ from train_gpt import (
     Runtime,
     StepPlan,
     TokenStream,
-    orthogonalise,
+    newton_schulz,
     plan_step,
     train,
     train_step,
@@ -61,7 +61,7 @@ def named_groups(cfg: Config) -> dict[str, dict]:
     """Parameter name -> the optimiser group that holds it."""
     run, optimisers = make(cfg)
     names = {id(p): name for name, p in run.model.named_parameters()}
-    groups = [group for optimiser in optimisers.all for group in optimiser.param_groups]
+    groups = [group for optimiser in optimisers.both for group in optimiser.param_groups]
     return {names[id(p)]: group for group in groups for p in group["params"]}
 
 
@@ -97,7 +97,7 @@ def test_three_steps_are_the_reference(shape, momentum):
 @pytest.mark.parametrize("steps", [0, 1, 3, 10])
 def test_the_iteration_count_is_the_knobs(steps):
     (matrix,) = random_stack([(12, 20)], 7)
-    ours = orthogonalise(matrix[None], steps, torch.float32)[0]
+    ours = newton_schulz(matrix[None], steps, torch.float32)[0]
     expected = reference.newton_schulz(matrix.double().numpy(), steps)
     np.testing.assert_allclose(ours.numpy(), expected, atol=1e-3)
 
@@ -113,20 +113,20 @@ def test_a_stack_steps_as_its_matrices_one_by_one():
 @pytest.mark.parametrize("shape", [(64, 16), (16, 64), (40, 60)])
 def test_singular_values_come_near_one(shape):
     (matrix,) = random_stack([shape], 4)
-    values = torch.linalg.svdvals(orthogonalise(matrix[None], 5, torch.float32)[0])
+    values = torch.linalg.svdvals(newton_schulz(matrix[None], 5, torch.float32)[0])
     assert values.min() > 0.6 and values.max() < 1.3
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_the_scale_of_a_matrix_does_not_matter(scale):
     (matrix,) = random_stack([(16, 24)], 4)
-    small, usual = (orthogonalise(x[None], 5, torch.float32) for x in (scale * matrix, matrix))
+    small, usual = (newton_schulz(x[None], 5, torch.float32) for x in (scale * matrix, matrix))
     torch.testing.assert_close(small, usual, rtol=2e-2, atol=2e-2)
 
 
 def test_bf16_orthogonalises_nearly_as_well():
     (matrix,) = random_stack([(16, 64)], 4)
-    values = torch.linalg.svdvals(orthogonalise(matrix[None], 5, torch.bfloat16)[0].float())
+    values = torch.linalg.svdvals(newton_schulz(matrix[None], 5, torch.bfloat16)[0].float())
     assert values.min() > 0.55 and values.max() < 1.35
 
 
@@ -191,7 +191,7 @@ def test_the_plan_sets_every_rate_and_the_momentum(tiny):
     cfg = tiny(tie_embeddings=False)
     run, optimisers = make(cfg)
     train_step(run, optimisers, batch_of(cfg), StepPlan(0.5, 0.25, 0.61), 99)
-    groups = [group for optimiser in optimisers.all for group in optimiser.param_groups]
+    groups = [group for optimiser in optimisers.both for group in optimiser.param_groups]
     assert [group["lr"] for group in groups] == [0.25 * group["base_lr"] for group in groups]
     assert optimisers.muon.param_groups[0]["momentum"] == 0.61
 
@@ -228,7 +228,7 @@ def test_the_flat_buffer_is_what_backward_fills(tiny):
     cfg = tiny()
     run, optimisers = make(cfg)
     run.loss(*batch_of(cfg))[0].backward()
-    held = [p for o in optimisers.all for group in o.param_groups for p in group["params"]]
+    held = [p for o in optimisers.both for group in o.param_groups for p in group["params"]]
     torch.testing.assert_close(optimisers.flat, torch.cat([p.grad.flatten() for p in held]), rtol=0, atol=0)
     optimisers.flat.fill_(7.0)
     assert all((p.grad == 7).all() for p in held)
@@ -266,11 +266,11 @@ def test_saved_state_continues_the_same_run(tiny):
     cfg = tiny()
     run, optimisers = make(cfg)
     run_steps(run, optimisers, range(3))
-    weights, states = deepcopy((run.model.state_dict(), [o.state_dict() for o in optimisers.all]))
+    weights, states = deepcopy((run.model.state_dict(), [o.state_dict() for o in optimisers.both]))
     run_steps(run, optimisers, range(3, 5))
     again, fresh = make(cfg)
     again.model.load_state_dict(weights)
-    for optimiser, state in zip(fresh.all, states, strict=True):
+    for optimiser, state in zip(fresh.both, states, strict=True):
         optimiser.load_state_dict(state)
     run_steps(again, fresh, range(3, 5))
     torch.testing.assert_close(again.model.state_dict(), run.model.state_dict(), rtol=0, atol=0)
@@ -440,5 +440,5 @@ def test_the_same_knobs_give_the_same_trajectory(tiny):
 
 def test_no_training_knob_is_left_untested():
     known = {f.name for f in fields(Config) if f.metadata["role"] == "train"}
-    ideas = {f.name for f in fields(Config) if f.metadata["idea"]}  # test_ideas.py
+    ideas = {f.name for f in fields(Config) if f.metadata["fate"]}  # test_ideas.py
     assert known - ideas == (set(ACTS) | ACT_ELSEWHERE) - ideas

@@ -28,7 +28,7 @@ import json
 inside = train_gpt.batches
 def noted(cfg, stream, runtime, first=0):
     for ids, targets in inside(cfg, stream, runtime, first):
-        if runtime.patient:
+        if runtime.defers_stop:
             with open(f"{rank}.batches", "a") as file:
                 print(json.dumps([ids.tolist(), targets.tolist()]), file=file)
         yield ids, targets
@@ -121,7 +121,7 @@ RAISES = """
 if rank == 1:
     inside = train_gpt.train_step
     def raises(run, optimisers, batch, plan, limit):
-        if run.runtime.patient and plan.step == 2:
+        if run.runtime.defers_stop and plan.step == 2:
             raise {error}
         return inside(run, optimisers, batch, plan, limit)
     train_gpt.train_step = raises

@@ -71,8 +71,8 @@ PLACES = {
     "last_validation": (MANY, dies("validate", SIGTERM), {}),
     "averaging": (MANY, dies("Average.load", SIGKILL), {}),
     "averaging_ema": (MEMORY, dies("Average.load", SIGTERM, after=True), {}),
-    "packing": (MANY, dies("sealed", SIGKILL), {}),
-    "packing_term": (MANY, dies("sealed", SIGTERM), {}),
+    "packing": (MANY, dies("seal", SIGKILL), {}),
+    "packing_term": (MANY, dies("seal", SIGTERM), {}),
     "between_the_models": (MANY, dies("Path.rename", SIGKILL, call=2, after=True), {}),
     "between_the_models_term": (MANY, dies("Path.rename", SIGTERM, call=2, after=True), {}),
     "write_of_the_artifact": (MANY, dies("os.fsync", SIGKILL, call=3), {}),
@@ -80,8 +80,8 @@ PLACES = {
     "roundtrip": (MANY, dies("token_nats", SIGTERM, call=8), {}),
     "before_sliding": (MANY, dies("evaluate", SIGKILL, call=4), {}),
     "sliding": (MANY, dies("evaluate", SIGTERM, call=4), {}),
-    "hedge": (MANY, dies("ngram", SIGTERM), {}),
-    "hedge_kill": (MANY, dies("ngram", SIGKILL), {}),
+    "hedge": (MANY, dies("ngram_probabilities", SIGTERM), {}),
+    "hedge_kill": (MANY, dies("ngram_probabilities", SIGKILL), {}),
     "before_the_result": (MANY, dies("finish", SIGKILL), {}),
     "before_the_end": (MANY, dies("Checkpoints.clear", SIGKILL), {}),
 }
@@ -111,9 +111,9 @@ TWO = {
     "step_kill_one": (in_step(6, SIGKILL, only=1), EACH_STEP, [LOST, -SIGKILL]),
     "step_kill_main": (in_step(6, SIGKILL, only=0), EACH_STEP, [-SIGKILL, LOST]),
     "write_of_a_checkpoint": (dies("os.fsync", call=5), EACH_STEP, [-SIGKILL, LOST]),
-    "packing": (dies("sealed", SIGKILL), {}, [-SIGKILL, LOST]),
+    "packing": (dies("seal", SIGKILL), {}, [-SIGKILL, LOST]),
     "sliding_term_both": (dies("evaluate", SIGTERM, call=4), {}, [STOPPED, STOPPED]),
-    "hedge": (dies("ngram", SIGKILL), {}, [-SIGKILL, LOST]),
+    "hedge": (dies("ngram_probabilities", SIGKILL), {}, [-SIGKILL, LOST]),
 }
 
 
@@ -135,8 +135,8 @@ def test_a_chain_of_stops_in_one_run(new, whole):
     assert folder.resume(in_step(3, SIGKILL)) == [-SIGKILL]
     assert folder.resume(dies("os.fsync", call=2)) == [-SIGKILL]
     assert folder.resume(in_step(5, SIGINT)) == [STOPPED]
-    assert folder.resume(dies("sealed", SIGTERM)) == [STOPPED]
-    assert folder.resume(dies("ngram", SIGKILL)) == [-SIGKILL]
+    assert folder.resume(dies("seal", SIGTERM)) == [STOPPED]
+    assert folder.resume(dies("ngram_probabilities", SIGKILL)) == [-SIGKILL]
     assert folder.resume() == [0]
     same(folder.left(), expected)
     marks, result = [event["step"] for event in folder.events("resumed")], folder.result()
@@ -297,6 +297,19 @@ def test_other_knobs_are_refused_and_named(copy, knobs, named):
     assert all(name in copy.error() for name in named) and copy.error().count(" there, ") == len(named)
 
 
+@pytest.mark.parametrize("stored, current, told", [
+    (dict(SEED=1), dict(SEED=1), ""),
+    (dict(EMA_DECAY=0.5), {}, "EMA_DECAY=0.5 there, 0.0 here"),
+    ({}, dict(TIE_EMBEDDINGS=False, MATRIX_LR=0.1),
+     "TIE_EMBEDDINGS=True there, False here; MATRIX_LR=0.04 there, 0.1 here"),
+    (dict(MATRIX_LR=0.04, WARMDOWN_ITERS=1200), {}, ""),
+    ({"train_gpt.py": "ab", "NUM_LAYERS": 4}, {"train_gpt.py": "cd"},
+     "train_gpt.py=ab there, cd here; NUM_LAYERS=4 there, 9 here"),
+])  # fmt: skip
+def test_a_knob_that_a_checkpoint_lacks_is_at_its_default(stored, current, told):
+    assert train_gpt.describe_differences(Config(), stored, current) == told
+
+
 def test_other_data_is_refused_and_named(copy, short_dataset, tmp_path):
     data = shutil.copytree(short_dataset, tmp_path / "data")
     (data / "toy_train_000001.bin").unlink()
@@ -357,7 +370,7 @@ def test_a_stop_in_the_warm_up_of_a_resumed_run_keeps_its_checkpoint(copy, whole
 def test_finished_scores_are_not_made_twice(new, whole):
     """Nor after a second stop, as early as the first validation of the resumed run."""
     folder = new(MANY)
-    assert folder.start(dies("ngram", SIGKILL)) == [-SIGKILL]
+    assert folder.start(dies("ngram_probabilities", SIGKILL)) == [-SIGKILL]
     assert folder.resume(dies("validate", SIGKILL)) == [-SIGKILL]
     assert folder.resume(COUNTS.format(names="evaluate score_hedge")) == [0]
     assert folder.text("calls").split() == ["evaluate", "evaluate", "score_hedge"]  # live, average, hedge
@@ -455,7 +468,7 @@ os.fsync = fsync
 def test_scores_do_not_outlive_the_weights_they_are_of(new, whole):
     """The last checkpoint finds the disk full, so the scores that follow stand in the one before."""
     folder = new(MANY | EACH_STEP)
-    assert folder.start(FULL_FOR_ONE + dies("ngram", SIGKILL)) == [-SIGKILL]
+    assert folder.start(FULL_FOR_ONE + dies("ngram_probabilities", SIGKILL)) == [-SIGKILL]
     assert folder.checkpoints()[-1] == "r-00000007.pt"
     assert folder.resume(COUNTS.format(names="evaluate score_hedge")) == [0]
     assert folder.text("calls").split() == ["evaluate"] * 4 + ["score_hedge"]
@@ -479,7 +492,7 @@ def test_a_kill_while_the_outputs_are_claimed_again_does_not_lose_the_claim(new,
 
 
 @pytest.mark.parametrize(
-    "place", [dies("Checkpoints.clear", SIGTERM), dies("describe_machine", SIGTERM, call=3)]
+    "place", [dies("Checkpoints.clear", SIGTERM), dies("describe_machine", SIGTERM, call=2)]
 )
 def test_a_signal_after_the_end_changes_nothing(new, whole, place):
     folder = new({})
@@ -491,7 +504,7 @@ def test_a_signal_after_the_end_changes_nothing(new, whole, place):
 def test_a_signal_to_what_is_left_of_a_run_that_lost_a_rank(new, whole):
     """As torchrun sends it. The line still says how to go on."""
     folder = new(MANY, 2)
-    patch = dies("evaluate", SIGKILL, call=4, only=1) + dies("explained", SIGTERM, only=0)
+    patch = dies("evaluate", SIGKILL, call=4, only=1) + dies("explain", SIGTERM, only=0)
     assert folder.start(patch) == [STOPPED, -SIGKILL]
     assert "stopped by SIGTERM; RESUME=auto" in folder.error() and "r-00000008.pt" in folder.error()
     assert folder.result()["status"] == folder.events("end")[0]["status"] == "preempted"

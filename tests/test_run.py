@@ -584,6 +584,7 @@ FORGED = {
     "no_dtype": lambda header: header.pop("dtype"),
     "unknown_dtype": lambda header: header.update(dtype="fp8"),
     "no_codec": lambda header: header.pop("codec"),
+    "codec_list": lambda header: header.update(codec=["zstd"]),
     "no_model": lambda header: header.pop("model"),
     "model_list": lambda header: header.update(model=[]),
     "no_layers": lambda header: header["model"].pop("num_layers"),
@@ -604,7 +605,7 @@ def test_an_artifact_with_a_forged_header_is_refused(finished, run_main, tmp_pat
     text = json.dumps(header).encode()
     raw = struct.pack("<I", len(text)) + text + raw[stop:]
     body = zstandard.ZstdCompressor().compress(raw)
-    (tmp_path / "x.ptz").write_bytes(train_gpt.sealed(b"zstd", len(raw), body))
+    (tmp_path / "x.ptz").write_bytes(train_gpt.seal(b"zstd", len(raw), body))
     code, _, err = run_main(**UNSET | dict(device="cpu", eval_only="x.ptz"))
     assert code == 2 and "x.ptz" in error_line(err)
 

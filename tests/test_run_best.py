@@ -289,6 +289,60 @@ def test_many_gpus_run_under_torchrun(project: Project):
     assert run.env["SEED"] == "3" and run.knobs(LOWER_LR) == LOWER_LR
 
 
+# ---------------------------------------------------------------- PACKED=1
+
+
+@pytest.fixture
+def packing(project: Project) -> Project:
+    """The project with what packs, and a script that is worth it."""
+    shutil.copytree(
+        ROOT / "records", project.root / "records", ignore=shutil.ignore_patterns("20*", "bench*")
+    )
+    write(project.root / "train_gpt.py", f'print("SCRIPT", __file__)\n{TRAIN}' + "# A comment.\n" * 300)
+    return project
+
+
+def test_packed_runs_the_packed_script_in_the_folder_of_the_run(packing: Project):
+    run = packing.run("baseline", "PACKED=1", "SEED=3")
+    out = packing.root / run.env["OUT_DIR"]
+    assert run.code == 0 and "PACKED" not in run.env and run.env["SEED"] == "3"
+    assert (out / "train_gpt_readable.py").read_text() == (packing.root / "train_gpt.py").read_text()
+    assert run.line("SCRIPT").endswith(f"{out}/train_gpt.py")
+    packed = (out / "train_gpt.py").read_bytes()
+    assert packed.startswith(b"# Packed by") and run.line(
+        f"{run.env['OUT_DIR']}/train_gpt.py: {len(packed)} bytes"
+    )
+    many = packing.run("baseline", STUB_GPUS="4", PACKED="1", OUT_DIR="there")
+    assert many.line("TORCHRUN") == "TORCHRUN --standalone --nproc_per_node=4 there/train_gpt.py"
+    assert "PACKED" not in many.env and (packing.root / "there/train_gpt.py").read_bytes() == packed
+    plain = packing.run("baseline", "PACKED=0")
+    assert plain.code == 0 and not (packing.root / plain.env["OUT_DIR"] / "train_gpt.py").exists()
+
+
+def test_a_packed_run_goes_on_with_its_own_script(packing: Project):
+    how = dict(RUN_ID="mine", OUT_DIR="here", PACKED="1", STUB_EXIT="75")
+    assert packing.run("baseline", **how).code == 75
+    packed = (packing.root / "here/train_gpt.py").read_bytes()
+    with (packing.root / "train_gpt.py").open("a") as file:
+        file.write("number = 1\n")
+    shutil.rmtree(packing.root / "here/logs")
+    again = packing.run("baseline", "RESUME=auto", **how)
+    assert again.code == 75 and again.line("run_best.sh: goes on with the packed script in here")
+    assert (packing.root / "here/train_gpt.py").read_bytes() == packed
+    refused = packing.run("baseline", **how)
+    assert refused.code == 2 and not refused.trained and "is there already" in refused.err
+    assert (packing.root / "here/train_gpt.py").read_bytes() == packed
+
+
+def test_packed_is_0_or_1_and_a_dry_run_leaves_nothing(packing: Project):
+    wrong = packing.run("baseline", "PACKED=yes")
+    assert wrong.code == 2 and "PACKED=yes is neither 0 nor 1" in wrong.err and not wrong.trained
+    dry = packing.run("baseline", "PACKED=1", "--dry-run")
+    assert dry.code == 0 and dry.line("ARGS") == "ARGS --dry-run"
+    assert list((packing.root / "runs").iterdir()) == []
+    assert packing.run("baseline", "PACKED=1", "--dry-run", STUB_EXIT="2").code == 2
+
+
 def test_values_reach_training_as_they_were_typed(project: Project):
     value = "a b*; $(touch x) = 'q'"
     run = project.run("baseline", f"NOTE={value}", "EMPTY=", RUN_ID="mine", OUT_DIR="here")

@@ -59,10 +59,10 @@ class Counted(train_gpt.Training):
     """Counts steps and reads the clock; there is no state to save or to check."""
 
     def __init__(self, run, _, step_seconds: float):
-        self.clock, self.average = Clock(run.runtime, step_seconds), mock.Mock()
+        self.clock, self.average = Clock(run.runtime, step_seconds), SimpleNamespace(kind="")
         self.step, self.scales, self.saved = 0, 0.0, 0.0
 
-    def stepped(self, plan: StepPlan, loss) -> None:
+    def count_step(self, plan: StepPlan, loss) -> None:
         self.step, self.scales = self.step + 1, self.scales + plan.lr_scale
 
     check = save = resume = lambda *_: None
@@ -107,7 +107,7 @@ def simulate(
     stubs = dict(
         warm_up=lambda *_: (1, [measured]), forecast=mock.Mock(), report_step=mock.Mock(), validate=validate,
         batches=lambda *_: itertools.repeat(None), prefetch=lambda items, _: (item for item in items),
-        train_step=step, report_end=mock.Mock(), Training=Counted,
+        train_step=step, report_end_of_training=mock.Mock(), Training=Counted,
         time=SimpleNamespace(perf_counter=lambda: machine.host),
     )  # fmt: skip
     run = SimpleNamespace(cfg=cfg, runtime=runtime, log=mock.Mock(), model=None)
@@ -306,7 +306,7 @@ def test_the_published_trap_finishes_its_tidal(first, measured):
     """ITERATIONS=3000, 600 s, 2.2 s a step: PR #1434 stopped at 8 % of its schedule, still rising."""
     cfg = config(tidal_lr=True, iterations=3000)
     trace = simulate(cfg, lambda step: 2.2 + first * (step == 0), measured)
-    assert 260 <= trace.end.step <= 273 and not trace.end.truncated
+    assert 260 <= trace.end.step <= 273 and not trace.end.is_truncated
     assert max(trace.rates) > 0.99 and trace.rates[-1] < 0.11
     assert trace.end.mean_lr_scale == pytest.approx(0.55, abs=0.03)  # of the whole curve
 
@@ -333,12 +333,12 @@ def test_an_asynchronous_device_does_not_hide_long_steps():
 
 def test_a_run_without_limits_of_time_makes_its_steps():
     trace = simulate(config(iterations=50, max_wallclock_seconds=0), lambda step: 1e4)
-    assert trace.end.step == 50 and not trace.end.truncated
+    assert trace.end.step == 50 and not trace.end.is_truncated
 
 
 def test_a_run_of_no_steps_only_validates():
     trace = simulate(config(iterations=0), lambda step: 1.0)
-    assert trace.plans == [] and trace.end.step == 0 and not trace.end.truncated
+    assert trace.plans == [] and trace.end.step == 0 and not trace.end.is_truncated
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["synchronous", "asynchronous"])
@@ -355,7 +355,7 @@ def test_validations_cost_no_training_time(every, ahead):
 
 def test_a_run_cut_short_says_so():
     trace = simulate(config(), lambda step: 380.0, measured=380.0)
-    assert trace.end.step == 1 and trace.end.truncated
+    assert trace.end.step == 1 and trace.end.is_truncated
 
 
 # --- the clock -----------------------------------------------------------------------------------

@@ -22,9 +22,10 @@ from train_gpt import (
     Runtime,
     Score,
     Validation,
+    Window,
     evaluate,
+    plan_windows,
     token_nats,
-    windows,
 )
 
 VOCAB = 96
@@ -72,7 +73,7 @@ def parts(cfg: Config, nats_of, data: Validation, ranks: int, stride: int = 0) -
 @given(targets=st.integers(1, 400), length=st.integers(1, 60))
 def test_windows_cover_every_target_once(targets, length):
     scored = np.zeros(targets, int)
-    for start, first, stop in windows(targets, length, length):
+    for start, first, stop in plan_windows(targets, length, length):
         assert start == first < stop <= start + length and start % length == 0
         scored[first:stop] += 1
     assert (scored == 1).all()
@@ -113,7 +114,7 @@ def test_every_target_is_scored_once_by_one_rank(targets, length, ranks, val_bat
 
 def test_a_missed_target_is_no_score(monkeypatch):
     cfg, marks = config(), Marks(20)
-    monkeypatch.setattr("train_gpt.windows", lambda targets, length, stride, begin: [(0, 0, 16)])
+    monkeypatch.setattr("train_gpt.plan_windows", lambda targets, length, stride, begin: [Window(0, 0, 16)])
     with pytest.raises(RunError, match="16 of 20"):
         evaluate(cfg, marks, marks.data, Runtime())
 
@@ -265,7 +266,7 @@ def test_sliding_windows_score_every_target_once(length):
     for stride in range(1, length + 1):
         for targets in counts_for(length, stride):
             scored = np.zeros(targets, int)
-            for start, first, stop in windows(targets, length, stride):
+            for start, first, stop in plan_windows(targets, length, stride):
                 assert 0 <= start <= first < stop <= start + length and stop - first <= stride
                 scored[first:stop] += 1
             assert (scored == 1).all(), (stride, targets)
@@ -275,7 +276,7 @@ def test_sliding_windows_score_every_target_once(length):
 @given(length=st.integers(1, 1100), stride=st.integers(1, 1100), targets=st.integers(1, 5000))
 def test_a_target_has_nearly_a_window_of_context(length, stride, targets):
     stride = min(stride, length)
-    for start, first, stop in windows(targets, length, stride):
+    for start, first, stop in plan_windows(targets, length, stride):
         assert stop - start <= length
         assert start == 0 or start + length == first + stride, "no window is shorter than it could be"
         if first >= length:
@@ -285,7 +286,7 @@ def test_a_target_has_nearly_a_window_of_context(length, stride, targets):
 @pytest.mark.parametrize("stride", [1, 2, 4, 8, 16])
 def test_windows_start_at_whole_strides(stride):
     for targets in counts_for(16, stride):
-        starts = list(dict.fromkeys(start for start, *_ in windows(targets, 16, stride)))
+        starts = list(dict.fromkeys(start for start, *_ in plan_windows(targets, 16, stride)))
         assert starts == list(range(0, max(1, targets - 16 + stride), stride))
 
 
@@ -293,13 +294,13 @@ def test_the_published_windows():
     """1024 tokens every 256; the published script scores the first window whole, and its tail four times."""
     first = [(0, at, at + 256) for at in (0, 256, 512, 768)]
     later = [(256, 1024, 1280), (512, 1280, 1536), (768, 1536, 1792), (1024, 1792, 2000)]
-    assert windows(2000, 1024, 256) == first + later
+    assert plan_windows(2000, 1024, 256) == first + later
 
 
 @pytest.mark.parametrize("targets", [1, 15, 16, 17, 75, 96])
 def test_a_stride_of_a_window_is_the_official_windows(targets):
     starts = range(0, targets, 16)
-    assert windows(targets, 16, 16) == [(start, start, min(start + 16, targets)) for start in starts]
+    assert plan_windows(targets, 16, 16) == [(start, start, min(start + 16, targets)) for start in starts]
     data, model = validation(targets), random_model(config())
     official = evaluate(config(), nats_of(model), data, Runtime())
     slid = evaluate(sliding(16), nats_of(model), data, Runtime(), 16)

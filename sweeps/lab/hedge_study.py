@@ -28,33 +28,41 @@ from tests.bench.bench_throughput import commit
 GRID = (0.0, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 0.92)
 
 
-def gate_alone(neural, other, shares, bins, eta, window):
-    """In the place of `hedge`: the gate's mixture by itself."""
-    return torch.log(neural + shares[-1] * (other - neural)), [], []
+def gate_alone(neural, ngram, experts, bins, eta, window):
+    """In the stead of `hedge_mixture`: the gate's mixture by itself."""
+    return train_gpt.Mixture(torch.log(neural + experts[-1].share * (ngram - neural)), [])
 
 
-def pure_experts(neural, other, shares, bins, eta, window):
+def pure_experts(neural, ngram, experts, bins, eta, window):
     """Hedge over the neural model and the n-gram, unmixed."""
-    return HEDGE(neural, other, [0.0, 1.0], bins, eta, window)
+    return HEDGE(neural, ngram, train_gpt.fixed_experts((0.0, 1.0)), bins, eta, window)
 
 
-def no_gate(shares):
-    return lambda neural, other, _, bins, eta, window: HEDGE(neural, other, list(shares), bins, eta, window)
+def no_gate(neural, ngram, experts, bins, eta, window):
+    """Hedge over the fixed shares."""
+    fixed = train_gpt.fixed_experts(train_gpt.EXPERT_SHARES)
+    return HEDGE(neural, ngram, fixed, bins, eta, window)
 
 
-def one_bin(neural, other, shares, bins, eta, window):
-    return HEDGE(neural, other, shares, torch.zeros_like(bins), eta, window)
+def no_gate_fine(neural, ngram, experts, bins, eta, window):
+    """Hedge over a finer grid of shares."""
+    return HEDGE(neural, ngram, train_gpt.fixed_experts(GRID), bins, eta, window)
 
 
-HEDGE = train_gpt.hedge
+def one_bin(neural, ngram, experts, bins, eta, window):
+    """Hedge that does not tell contexts apart."""
+    return HEDGE(neural, ngram, experts, torch.zeros_like(bins), eta, window)
+
+
+HEDGE = train_gpt.hedge_mixture
 # name -> (knobs of the mixer, names of train_gpt that are replaced)
 VARIANTS: dict[str, tuple[dict, dict]] = {
     "as it stands": ({}, {}),
-    "pure experts": ({}, dict(hedge=pure_experts)),
-    "no gate": ({}, dict(hedge=no_gate(train_gpt.SHARES))),
-    "no gate, 14 shares": ({}, dict(hedge=no_gate(GRID))),
-    "gate alone": ({}, dict(hedge=gate_alone)),
-    "one bin": ({}, dict(hedge=one_bin)),
+    "pure experts": ({}, dict(hedge_mixture=pure_experts)),
+    "no gate": ({}, dict(hedge_mixture=no_gate)),
+    "no gate, 14 shares": ({}, dict(hedge_mixture=no_gate_fine)),
+    "gate alone": ({}, dict(hedge_mixture=gate_alone)),
+    "one bin": ({}, dict(hedge_mixture=one_bin)),
     **{f"order {k}": (dict(hedge_order=k), {}) for k in (0, 1, 2, 3, 4, 5, 8, 12)},
     **{f"eta {eta}": (dict(hedge_eta=eta), {}) for eta in (0.01, 0.03, 0.3, 1.0)},
     **{f"window {n}": (dict(hedge_window=n), {}) for n in (0, 300, 3000, 10_000)},
@@ -81,7 +89,7 @@ def study(path: Path, vocab: int) -> dict:
         with ExitStack() as stack:
             for target, value in replaced.items():
                 stack.enter_context(patch.object(train_gpt, target, value))
-            logs = train_gpt.mix(cfg, tokens, nats)[0]
+            logs = train_gpt.mix_with_ngrams(cfg, tokens, nats).log_probs
         rows[name] = dict(bpb=-logs.sum().item() / math.log(2) / size, seconds=time.perf_counter() - began)
         saved = scores[base[:-8]] - rows[name]["bpb"]
         print(f"{path.stem:24} {name:22} {rows[name]['bpb']:.4f}  saved {saved:.4f}", flush=True)

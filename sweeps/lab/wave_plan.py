@@ -5,7 +5,6 @@ Everything is checked before anything runs: `expand` raises UserError with a lin
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -28,7 +27,7 @@ from sweeps.lab.wave_spec import (
     preset_env,
     read_preset,
 )
-from train_gpt import Config, RunError, parse
+from train_gpt import Config, RunError, needs_of, parse_knob, unmet_needs
 
 Values = dict[str, object]  # the value of each knob, by its name in capitals
 
@@ -80,24 +79,20 @@ def values_of(env: Mapping[str, str]) -> Values:
     values = dict(DEFAULTS)
     for name, text in env.items():
         if name in KNOBS:
-            values[name] = parse(KNOBS[name], text)
+            values[name] = parse_knob(KNOBS[name], text)
     return values
 
 
 def idle_knobs(values: Values) -> set[str]:
     """Knobs whose conditions do not hold under these values, so that they do nothing, set or not."""
-    idle = set()
-    for name, knob in KNOBS.items():
-        for condition, differs, text in re.findall(r"(\w+)(!?)=([^,]*)", knob.metadata["needs"]):
-            is_equal = values[condition] == parse(KNOBS[condition], text)
-            if is_equal == bool(differs):
-                idle.add(name)
-    return idle
+    by_field = {name.lower(): value for name, value in values.items()}
+    fields_by_name = Config.__dataclass_fields__
+    return {name for name, knob in KNOBS.items() if unmet_needs(knob, by_field, fields_by_name)}
 
 
 def needed_knobs(name: str) -> list[str]:
-    """The knobs that the conditions of this one name."""
-    return re.findall(r"(\w+)!?=", KNOBS[name].metadata["needs"])
+    """The knobs whose values decide whether this one has an effect."""
+    return [need.name for need in needs_of(KNOBS[name])]
 
 
 def one_changed(start: Values, goal: Values, knob: str, refill: bool) -> Values:

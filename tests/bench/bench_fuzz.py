@@ -129,7 +129,7 @@ def artifacts() -> st.SearchStrategy[bytes]:
     torch.manual_seed(0)
     state = GPT(CFG).state_dict() | {"wide": torch.randn(300, 240)}  # so large that it is stored as integers
     whole = pack(CFG, state, ABOUT)
-    raw = train_gpt.CODECS["zstd"][1](whole[PREFIX.size :], 10**8)
+    raw = train_gpt.CODECS["zstd"].decompress(whole[PREFIX.size :], 10**8)
     stop = 4 + struct.unpack_from("<I", raw)[0]
     header = json.loads(raw[4:stop])
     anything = st.recursive(
@@ -147,12 +147,12 @@ def artifacts() -> st.SearchStrategy[bytes]:
     whole_kinds = st.sampled_from([["int8", "step"], ["fp16"], ["fp32"], ["step"], ["fp16", "fp32"]])
     fits = st.lists(st.tuples(st.sampled_from("abc"), small, whole_kinds), max_size=3)
 
-    def sealed(body: bytes, size: int = len(raw)) -> bytes:
-        return train_gpt.sealed(b"zstd", size % 2**64, body)
+    def seal(body: bytes, size: int = len(raw)) -> bytes:
+        return train_gpt.seal(b"zstd", size % 2**64, body)
 
     def packed(text: bytes, planes: bytes) -> bytes:
         inner = struct.pack("<I", len(text)) + text + planes
-        return train_gpt.sealed(b"zlib", len(inner), zlib.compress(inner, 1))
+        return train_gpt.seal(b"zlib", len(inner), zlib.compress(inner, 1))
 
     def fitting(rows: list[tuple]) -> bytes:  # as many bytes as the table says
         count = sum(np.dtype(train_gpt.PLANES[k]).itemsize * (s[0] if k == "step" else math.prod(s))
@@ -166,8 +166,8 @@ def artifacts() -> st.SearchStrategy[bytes]:
 
     return (
         damage.map(lambda changes: damaged(whole, changes))
-        | st.builds(lambda changes, n: sealed(damaged(whole[PREFIX.size :], changes), n), damage, sizes)
-        | damage.map(lambda changes: sealed(damaged(whole[PREFIX.size :], changes)))
+        | st.builds(lambda changes, n: seal(damaged(whole[PREFIX.size :], changes), n), damage, sizes)
+        | damage.map(lambda changes: seal(damaged(whole[PREFIX.size :], changes)))
         | damage.map(lambda changes: packed(damaged(raw[4:stop], changes), raw[stop:]))
         | fits.map(fitting)
         | st.builds(lambda n: packed(b" " * n, b"") if n < 2**24 else packed(b"", bytes(n)), sizes_of_bombs)

@@ -29,7 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import commit  # noqa: E402
 
-HIGHEST, PARTS, LANES = 6, ("ngram", "gate", "hedge"), 4096
+HIGHEST = 6
+LANES = 4096
+# Column of the report -> the function of train_gpt that it times.
+PARTS = dict(ngram="ngram_probabilities", gate="gate_shares", hedge="hedge_mixture")
 
 
 def zipf_markov(count: int, vocab: int, seed: int = 0) -> np.ndarray:
@@ -49,12 +52,14 @@ def zipf_markov(count: int, vocab: int, seed: int = 0) -> np.ndarray:
 
 def open_tokens(path: Path, count: int) -> np.ndarray:
     """The first tokens of an official shard or of bare uint16, on disk; RunError where there are too few."""
-    train_gpt.require(path.is_file() and path.stat().st_size > 1, f"{path} holds no tokens")
+    if not path.is_file() or path.stat().st_size < 2:
+        raise train_gpt.RunError(f"{path} holds no tokens")
     head = np.fromfile(path, dtype="<i4", count=1)
     is_shard = len(head) and head[0] == train_gpt.SHARD_MAGIC
     tokens = train_gpt.open_shard(path) if is_shard else np.memmap(path, dtype="<u2", mode="r")
     few = f"{path} holds {len(tokens)} tokens, {count} are needed; to repeat them would flatter the mixer"
-    train_gpt.require(len(tokens) >= count, few)
+    if len(tokens) < count:
+        raise train_gpt.RunError(few)
     return tokens[:count]
 
 
@@ -63,7 +68,8 @@ def make_text(options: argparse.Namespace, count: int) -> np.ndarray:
     if not options.tokens:
         return zipf_markov(count, options.vocab)
     tokens = np.array(open_tokens(options.tokens, count))
-    train_gpt.require(tokens.max() < options.vocab, f"{options.tokens} has token {tokens.max()}; set --vocab")
+    if tokens.max() >= options.vocab:
+        raise train_gpt.RunError(f"{options.tokens} has token {tokens.max()}; set --vocab")
     return tokens
 
 
@@ -82,7 +88,7 @@ def timed(runtime: train_gpt.Runtime, seconds: dict[str, float], name: str, work
 
 
 def measure(options: argparse.Namespace, count: int, order: int) -> dict:
-    """The row of one size: `mix` on so many targets."""
+    """The row of one size: `mix_with_ngrams` on so many targets."""
     where = dict(device=options.device, dtype="fp32", compile="0")
     cfg = train_gpt.Config(vocab_size=options.vocab, use_hedge=True, hedge_order=order, **where)
     with train_gpt.Runtime.launch(cfg, {}) as runtime:
@@ -90,17 +96,22 @@ def measure(options: argparse.Namespace, count: int, order: int) -> dict:
         text = make_text(options, count + 1)
         tokens, rng = torch.from_numpy(text).to(device).long(), torch.Generator().manual_seed(0)
         nats = torch.empty(count, dtype=torch.float64).exponential_(0.4, generator=rng).to(device)
-        train_gpt.mix(cfg, tokens[:4097], nats[:4096])  # what only a first call costs is no growth
-        for name in PARTS:
-            setattr(train_gpt, name, timed(runtime, seconds, name, getattr(train_gpt, name)))
+        train_gpt.mix_with_ngrams(
+            cfg, tokens[:4097], nats[:4096]
+        )  # what only a first call costs is no growth
+        for name, function in PARTS.items():
+            setattr(train_gpt, function, timed(runtime, seconds, name, getattr(train_gpt, function)))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         if runtime.is_cuda:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated() // 2**20
-        logs, _, totals = timed(runtime, seconds, "total", train_gpt.mix)(cfg, tokens, nats)
-        train_gpt.require(bool(logs.isfinite().all()), "the mixture is not finite")
+        mixture = timed(runtime, seconds, "total", train_gpt.mix_with_ngrams)(cfg, tokens, nats)
+        logs = mixture.log_probs
+        if not logs.isfinite().all():
+            raise train_gpt.RunError("the mixture is not finite")
         memory = dict(before_mib=before, peak_mib=runtime.peak_memory_mib()[0])
-        nats = dict(mixture=-logs.sum().item(), neural=-totals[0], gate=-totals[-1])
+        neural, *_, gate = (-expert.log_likelihood for expert in mixture.experts)
+        nats = dict(mixture=-logs.sum().item(), neural=neural, gate=gate)
         machine = train_gpt.describe_machine(runtime)
     seconds["other"] = seconds["total"] - sum(seconds[name] for name in PARTS)
     loss = {name: round(value / count, 4) for name, value in nats.items()}

@@ -36,7 +36,7 @@ def once(knobs: dict[str, str], keep: bool, steps: int, tokens: int) -> dict[str
     rng = torch.Generator().manual_seed(0)
     stream = torch.randint(variant.cfg.vocab_size, (tokens + 1,), generator=rng)
     began = time.perf_counter()
-    train_gpt.mix(variant.cfg, stream, torch.rand(tokens, generator=rng, dtype=torch.float64) + 1)
+    train_gpt.mix_with_ngrams(variant.cfg, stream, torch.rand(tokens, generator=rng, dtype=torch.float64) + 1)
     mixing = time.perf_counter() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return dict(step_seconds=step, mix_seconds=mixing, peak_mib=peak) | train_gpt.describe_machine(

@@ -203,10 +203,10 @@ def cost_of(knobs: dict[str, str], count: int) -> dict[str, object]:
         began = time.perf_counter()
         training.save(0.0)
         times.append(1000 * (time.perf_counter() - began))
-        sizes.append(run.checkpoints.kept[-1].stat().st_size)
+        sizes.append(run.checkpoints.paths[-1].stat().st_size)
     assert len(list(folder.iterdir())) == 2
     began = time.perf_counter()
-    train_gpt.read_checkpoint(run.checkpoints.kept[-1])
+    train_gpt.read_checkpoint(run.checkpoints.paths[-1])
     reading = 1000 * (time.perf_counter() - began)
     return dict(
         knobs=knobs,

@@ -27,7 +27,7 @@ from tests.bench.bench_throughput import Sizes, commit, preset_env  # noqa: E402
 def naive(run: train_gpt.Run, stride: int, share: float) -> float:
     """Seconds of all windows by whole logits of the eager model, measured on the first `share` of them."""
     cfg, data = run.cfg, run.data
-    todo = train_gpt.windows(data.targets, cfg.eval_length, stride)
+    todo = train_gpt.plan_windows(data.targets, cfg.eval_length, stride)
     todo = todo[: max(cfg.eval_batch_seqs, int(share * len(todo)))]
     began = time.perf_counter()
     for at in range(0, len(todo), cfg.eval_batch_seqs):
@@ -39,7 +39,7 @@ def naive(run: train_gpt.Run, stride: int, share: float) -> float:
         nats[:, -stride:].double().sum().item()
     return (
         (time.perf_counter() - began)
-        * len(train_gpt.windows(data.targets, cfg.eval_length, stride))
+        * len(train_gpt.plan_windows(data.targets, cfg.eval_length, stride))
         / len(todo)
     )
 

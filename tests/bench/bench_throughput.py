@@ -197,7 +197,8 @@ def here(options: argparse.Namespace, base: dict[str, str]) -> dict[str, object]
     """The variants in this process; with torchrun's environment its ranks train together."""
     env = {name: os.environ[name] for name in os.environ if "RANK" in os.environ and name not in KNOBS}
     rows = variants(base, options.vary, env)
-    train_gpt.require(len(rows) == 1 or not env, "--vary needs one process: ranks join only once")
+    if len(rows) != 1 and env:
+        raise train_gpt.RunError("--vary needs one process: ranks join only once")
     for row in rows:
         row.build()
     for _ in range(options.rounds):
@@ -223,7 +224,8 @@ def over_ranks(options: argparse.Namespace, base: dict[str, str]) -> dict[str, o
             env = dict(os.environ, OMP_NUM_THREADS=str(max(1, cores // count)))
             done = subprocess.run(command, env=env, capture_output=True, text=True)
             last = " ".join(done.stderr.strip().splitlines()[-1:])
-            train_gpt.require("{" in done.stdout, f"{count} ranks ended with {done.returncode}: {last}")
+            if "{" not in done.stdout:
+                raise train_gpt.RunError(f"{count} ranks ended with {done.returncode}: {last}")
             found[count].append(json.loads(done.stdout[done.stdout.index("{") :])["rows"][0])
     speed = {n: [row["tokens_per_second"] for row in rows] for n, rows in found.items()}
     return dict(

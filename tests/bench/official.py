@@ -36,7 +36,8 @@ def for_cpu(source: str, name: str) -> str:
     for what, pattern, new in CPU_EDITS:
         source, count = re.subn(pattern, new, source)
         missing = f"{name} has no {what} (/{pattern}/): it cannot be made to run on a CPU"
-        train_gpt.require(count > 0, missing)
+        if count == 0:
+            raise train_gpt.RunError(missing)
     return source
 
 
@@ -44,7 +45,8 @@ def official_names(source: Path, folder: Path, val_tokens: int) -> Path:
     """A dataset with the official file names: links to the training shards, the head of the other text."""
     folder.mkdir(parents=True)
     train, val = (sorted(source.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
-    train_gpt.require(bool(train and val), f"no *_train_*.bin and *_val_*.bin in {source}; set DATA_PATH")
+    if not (train and val):
+        raise train_gpt.RunError(f"no *_train_*.bin and *_val_*.bin in {source}; set DATA_PATH")
     for number, path in enumerate(train):
         (folder / f"fineweb_train_{number:06d}.bin").symlink_to(path.resolve())
     write_shard(folder / "fineweb_val_000000.bin", read_tokens(val[0])[: val_tokens + 1])
@@ -65,7 +67,8 @@ def run_script(script: Path, knobs: dict[str, str], folder: Path) -> dict[str, o
     env = clean_environment() | knobs | dict(RUN_ID=folder.name)
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
-    train_gpt.require(done.returncode == 0, f"{script.name} ended with {done.returncode}: {' '.join(said)}")
+    if done.returncode != 0:
+        raise train_gpt.RunError(f"{script.name} ended with {done.returncode}: {' '.join(said)}")
     found = {int(step): (int(ms), float(loss)) for step, loss, ms in STEP.findall(done.stdout)}
     cpu = sum(os.times()[2:4]) - sum(used[2:4])  # beside the seconds it tells whether the machine was shared
     params = re.search(r"model_params:(\d+)", done.stdout)

@@ -99,7 +99,7 @@ def observed(run: train_gpt.Run, timers: Timers, steps: int, limit: int, split: 
 
     changes = [
         (train_gpt.Clock, "tick", lap),
-        (train_gpt, "finished", lambda cfg, step, *_: step >= steps),
+        (train_gpt, "is_finished", lambda cfg, step, *_: step >= steps),
         (train_gpt, "warm_up", lambda *_: (limit, [0.0])),
         (train_gpt, "forecast", lambda *_: None),
         (train_gpt, "validate", lambda *_: None),

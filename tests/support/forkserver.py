@@ -24,10 +24,15 @@ MODELS = "final_model.pt", "final_model.int8.ptz"
 class ForkServer:
     """The caller's side."""
 
-    def __init__(self):
+    def __init__(self, folder: Path = ROOT):
+        """folder: that of the train_gpt.py to run."""
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+            [sys.executable, __file__, folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
         )
 
     def run(self, cwd: Path, env: dict[str, str], ranks: int = 1, patch: str = "", kill=None) -> list[int]:
@@ -125,7 +130,7 @@ def serve(order: dict) -> list[int]:
 
 
 def main() -> None:
-    sys.path.insert(0, str(ROOT))
+    sys.path.insert(0, sys.argv[1])
     import torch
     import torch._dynamo  # which the first optimiser imports, for a second
 

@@ -39,7 +39,7 @@ DIES_IN_STEP = """
 def arm(step, number, only):
     inside = train_gpt.train_step
     def armed(run, optimisers, batch, plan, limit):
-        if run.runtime.patient and plan.step == step:
+        if run.runtime.defers_stop and plan.step == step:
             die(number)
         return inside(run, optimisers, batch, plan, limit)
     if only is None or rank == only:

@@ -1,0 +1,239 @@
+"""Pack train_gpt.py into a self-extracting train_gpt.py, and put the source to read beside it.
+
+    python records/pack_script.py                        packed/train_gpt.py, packed/train_gpt_readable.py
+    python records/pack_script.py SCRIPT -o OUT.py       OUT.py and OUT_readable.py
+    python records/pack_script.py --unpack SCRIPT        the source that a packed script holds, ours or not
+
+Comments and bare strings (docstrings) become empty, every line keeps its number, and the rest is compressed
+(xz, base85). What runs is the packed file; its tracebacks name the functions and lines of the readable one.
+The stripped source is the same for any Python from 3.10 on, the packed bytes too where liblzma is the same.
+Exit code 2, one line and nothing written where the input or the output will not do.
+"""
+
+import argparse
+import ast
+import base64
+import hashlib
+import io
+import lzma
+import os
+import re
+import sys
+import tokenize
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from records.finished import Parser, Refused, guarded, require  # noqa: E402
+from records.unpack_script import Unreadable, unpack  # noqa: E402
+
+QUOTES = '"' * 3
+SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
+# pb=0: text has no alignment; 0.3 % smaller. The check sum makes a damaged file fail instead of run.
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "pb": 0}]
+
+# Of the loader's names only READABLE_SHA256 and packed_code are there when the source runs. The source goes
+# by the readable file's name where that is the file that was packed, so that a traceback shows its lines;
+# else by one of its own. Either way Python finds the lines in memory: neither file is looked at again.
+LOADER = """\
+# Packed by records/pack_script.py, which can --unpack it; {readable} is the same script to read.
+import base64, hashlib, linecache, lzma, pathlib
+READABLE_SHA256 = "{sha256}"
+packed_text = lzma.decompress(base64.b85decode("{blob}")).decode()
+packed_path = pathlib.Path(__file__).resolve().with_name("{readable}")
+try:
+    packed_shown = packed_path.read_bytes()
+except OSError:
+    packed_shown = b""
+if hashlib.sha256(packed_shown).hexdigest() != READABLE_SHA256:
+    packed_path = packed_path.with_name("{unpacked}")
+    packed_shown = packed_text.encode()
+packed_shown = packed_shown.decode("utf-8-sig").replace("\\r\\n", "\\n").replace("\\r", "\\n").split("\\n")
+linecache.cache[str(packed_path)] = 0, None, [line + "\\n" for line in packed_shown], str(packed_path)
+packed_code = compile(packed_text, str(packed_path), "exec", dont_inherit=True)
+del base64, hashlib, linecache, lzma, pathlib, packed_text, packed_path, packed_shown
+exec(packed_code)
+"""
+
+
+def source_text(data: bytes, name: str) -> str:
+    """The script as text, lines ending in a newline alone, as Python reads it. Refused if it is no Python."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        require(encoding in ("utf-8", "utf-8-sig"), f"{name} is in {encoding}; save it as UTF-8")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+        parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Refused(f"{name} is no Python script: {reason}") from None
+    return text
+
+
+def parse(text: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an odd escape in a string is the script's own affair
+        return ast.parse(text)
+
+
+def is_bare_string(node: ast.AST) -> bool:
+    """A string that is a statement by itself: a docstring, or one that nothing reads."""
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def kept_strings(tree: ast.Module) -> set[ast.AST]:
+    """The docstrings that the script itself reads: its own if it names `__doc__`, all if it asks others'."""
+    kept: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and node.id == "__doc__":
+            kept.update(tree.body[:1])
+        if isinstance(node, ast.Attribute) and node.attr in ("__doc__", "getdoc"):
+            kept.update(part for part in ast.walk(tree) if is_bare_string(part))
+    return kept
+
+
+def cuts(text: str) -> Iterator[tuple[tuple[int, int], tuple[int, int], str]]:
+    """(start, end, replacement) of each comment and bare string; (line from 0, column in characters)."""
+    lines = text.split("\n")
+
+    def place(line: int, offset: int) -> tuple[int, int]:
+        """ast counts columns in bytes of UTF-8."""
+        return line - 1, len(lines[line - 1].encode()[:offset].decode())
+
+    tree = parse(text)
+    kept = kept_strings(tree)
+    for node in ast.walk(tree):
+        if is_bare_string(node) and node not in kept:
+            start = place(node.lineno, node.col_offset)
+            end = place(node.end_lineno, node.end_col_offset)
+            yield start, end, '""'
+    for token in tokenize.generate_tokens(io.StringIO(text, newline="\n").readline):
+        if token.type == tokenize.COMMENT:
+            yield (token.start[0] - 1, token.start[1]), (token.end[0] - 1, token.end[1]), ""
+
+
+def strip(text: str) -> str:
+    """The same program without comments and with empty bare strings; each line keeps its number.
+
+    Only positions are taken from the parser, and no code is written anew, so that the result does not depend
+    on the Python that makes it.
+    """
+    lines = text.split("\n")
+    for (first, start), (last, end), replacement in sorted(cuts(text), reverse=True):
+        head = lines[first][:start]
+        tail = lines[last][end:]
+        if not replacement:  # a comment ends its line
+            lines[first] = head.rstrip()
+        elif last > first and tail.strip():  # more follows on the string's last line
+            lines[first : last + 1] = [head + QUOTES, *[""] * (last - first - 1), QUOTES + tail]
+        else:
+            lines[first : last + 1] = [head + replacement + tail, *[""] * (last - first)]
+    return "\n".join(lines)
+
+
+def outline(text: str) -> tuple[str, list[int]]:
+    """The program without its bare strings, and the line of each statement and expression that is left."""
+    tree = without_bare_strings(parse(text))
+    numbers = [node.lineno for node in ast.walk(tree) if hasattr(node, "lineno")]
+    return ast.dump(tree), numbers
+
+
+def without_bare_strings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        for name in ("body", "orelse", "finalbody"):
+            statements = getattr(node, name, None)
+            if isinstance(statements, list):
+                setattr(node, name, [part for part in statements if not is_bare_string(part)])
+    return tree
+
+
+def is_same_program(first: str, second: str) -> bool:
+    """Whether two sources differ in nothing but comments, layout and bare strings."""
+    try:
+        return outline(first)[0] == outline(second)[0]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+
+
+def pack(data: bytes, name: str = "train_gpt.py") -> bytes:
+    """The self-extracting form of a script; `name` is that of the file that it will be in."""
+    text = source_text(data, name)
+    try:
+        stripped = strip(text)
+        is_kept = outline(stripped) == outline(text)
+    except (SyntaxError, RecursionError, tokenize.TokenError):
+        is_kept = False
+    require(is_kept, f"{name} cannot be stripped of its comments line by line; set aside its odd layout")
+    stem = Path(name).stem
+    blob = lzma.compress(stripped.encode(), lzma.FORMAT_XZ, lzma.CHECK_CRC32, filters=FILTERS)
+    packed = LOADER.format(
+        readable=f"{stem}_readable.py",
+        unpacked=f"{stem}_unpacked.py",
+        sha256=hashlib.sha256(data).hexdigest(),
+        blob=base64.b85encode(blob).decode(),
+    ).encode()
+    larger = f"{name} would be larger packed: {len(packed)} bytes, and {len(data)} as it is"
+    require(len(packed) < len(data), f"{larger}; run it as it is")
+    return packed
+
+
+def write_all(files: dict[Path, bytes]) -> None:
+    """Write the files that are not there; Refused before anything is written if one is, and differs."""
+    for path, data in files.items():
+        is_free = not os.path.lexists(path) or path.is_file() and path.read_bytes() == data
+        require(is_free, f"{path} is there already; move it away or choose another -o")
+    for path, data in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            temporary.write_bytes(data)
+            temporary.rename(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def show_unpacked(path: Path, out: Path | None) -> None:
+    """Print the source that a self-extracting script holds, or write it to `out`."""
+    try:
+        found = unpack(path.read_bytes())
+    except Unreadable as error:
+        raise Refused(f"{path} cannot be unpacked without running it: {error}") from None
+    require(found, f"{path} is not self-extracting; it is readable as it is")
+    if out:
+        write_all({out: found.source.encode()})
+    else:
+        sys.stdout.buffer.write(found.source.encode())
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", nargs="?", type=Path, default=SCRIPT, help="default: the repository's")
+    parser.add_argument("-o", "--out", type=Path, help="file to write; default packed/train_gpt.py")
+    parser.add_argument("--unpack", action="store_true", help="print (-o: write) what a packed script holds")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    require(options.script.is_file(), f"{options.script} is no file")
+    if options.unpack:
+        show_unpacked(options.script, options.out)
+        return 0
+    out = options.out or Path("packed/train_gpt.py")
+    clear = re.fullmatch(r"[\w.-]+\.py", out.name)
+    require(clear, f"-o {out}: name a .py file, with no signs but letters, digits, _, - and .")
+    data = options.script.read_bytes()
+    packed = pack(data, out.name)
+    readable = out.with_name(f"{out.stem}_readable.py")
+    write_all({readable: data, out: packed})
+    share = f"{len(packed)} bytes of {len(data)} ({len(packed) / len(data):.0%})"
+    print(f"{out}: {share}; to read: {readable}, sha256 {hashlib.sha256(data).hexdigest()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, None))
