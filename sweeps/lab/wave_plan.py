@@ -84,17 +84,14 @@ def values_of(env: Mapping[str, str]) -> Values:
 
 
 def idle_knobs(values: Values) -> set[str]:
-    """The knobs whose conditions do not hold under these values, whether they are set or not."""
+    """Knobs whose conditions do not hold under these values, so that they do nothing, set or not."""
     by_field = {name.lower(): value for name, value in values.items()}
-    idle = set()
-    for name, knob in KNOBS.items():
-        if unmet_needs(knob, by_field, Config.__dataclass_fields__):
-            idle.add(name)
-    return idle
+    fields_by_name = Config.__dataclass_fields__
+    return {name for name, knob in KNOBS.items() if unmet_needs(knob, by_field, fields_by_name)}
 
 
 def needed_knobs(name: str) -> list[str]:
-    """The knobs that the conditions of this one name."""
+    """The knobs whose values decide whether this one has an effect."""
     return [need.name for need in needs_of(KNOBS[name])]
 
 
