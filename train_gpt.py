@@ -1623,7 +1623,7 @@ class Validation:
     target_bytes: np.ndarray  # [N - 1] int16, of tokens[1:]
     documents: int  # 0 where its bytes were not proved
     sha256: str  # of the tokens
-    starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # targets that open a document
+    starts: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int64))  # targets that open a document
 
     @property
     def targets(self) -> int:
@@ -5225,11 +5225,11 @@ def log_header(run: Run, run_id: str, stream: TokenStream | None) -> None:
     log_inputs(run, run_id, len(stream.paths) if stream else 0)
     log_settings(run, machine)
     log_start_warnings(run)
-    code = dict(version=VERSION, code_sha256=hashlib.sha256(source).hexdigest(), code_bytes=len(source))
+    code = dict(code_sha256=hashlib.sha256(source).hexdigest(), code_bytes=len(source))
     if readable_sha256():
         code["readable_sha256"] = readable_sha256()
         run.log.line(" ".join(f"{name}:{value}" for name, value in code.items()))
-    run.log.event("config", config=asdict(run.cfg), config_hash=run.cfg.hash, **code)
+    run.log.event("config", config=asdict(run.cfg), config_hash=run.cfg.hash, version=VERSION, **code)
     run.log.event(
         "env",
         **machine,

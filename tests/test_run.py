@@ -97,7 +97,7 @@ def test_dry_run_prints_and_writes_nothing(run_main, tmp_path):
 def test_dry_run_counts_the_parameters(run_main, tiny):
     out = run_main("--dry-run")[1]
     count = sum(p.numel() for p in train_gpt.GPT(tiny()).parameters())
-    assert f"\nmodel_params: {count}\n" in out and f"MODEL_DIM={TINY['model_dim']}\n" in out
+    assert out.startswith(f"model_params: {count}\n") and f"MODEL_DIM={TINY['model_dim']}\n" in out
 
 
 def test_dry_run_refuses_what_a_run_refuses(run_main):
