@@ -110,6 +110,8 @@ class Project:
             shutil.copy(ROOT / name, self.root / name)
         write(self.root / "train_gpt.py", TRAIN)
         write(self.root / "data/pydocs.py", PYDOCS)
+        for name in ("data/__init__.py", "data/user_error.py"):
+            shutil.copy(ROOT / name, self.root / name)
         self.bin, self.stubs = root / "bin", root / "stubs"
         self.python("python3")
         write(self.bin / "nvidia-smi", "#!/bin/bash\n", 0o755)  # keeps the wheel choice off the network
