@@ -42,8 +42,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from records.pack_script import is_same_program, strip  # noqa: E402
 from records.unpack_script import Unpacked, Unreadable, unpack  # noqa: E402
+from sweeps.lab.size_limit import SIZE_LIMIT  # noqa: E402
 
-CAP = 16_000_000  # decimal bytes of code and model
 CLOCK, OVERSHOOT = 600.0, 1.0  # seconds; the official script ends after the step that crosses the limit
 GAIN, LEVEL = 0.005, 0.01  # nats a record must gain, at this p
 READ_LIMIT, WHOLE_LIMIT, SCRIPT_LIMIT = 2**24, 2**28, 2**21  # bytes read of a file, of all, of a script
@@ -571,8 +571,8 @@ def check_bytes(folder: Folder, record: dict, logs: list[Log], scripts: dict[str
     check_shipped(folder, logs, shipped)
     total, code = (number(record.get(key)) for key in ("bytes_total", "bytes_code"))
     totals = [log.total_bytes for log in logs if log.total_bytes]
-    if total is not None and total > CAP:
-        folder.add("error", "over_cap", f"bytes_total {total} is over {CAP}")
+    if total is not None and total > SIZE_LIMIT:
+        folder.add("error", "over_cap", f"bytes_total {total} is over {SIZE_LIMIT}")
     if (
         total is not None
         and totals
@@ -595,14 +595,16 @@ def check_bytes(folder: Folder, record: dict, logs: list[Log], scripts: dict[str
             folder.add(
                 "error", "artifact_size", f"{name} has {size} bytes, the logs' model {sorted(models)[-1]}"
             )
-        if size + main > CAP:
-            folder.add("error", "over_cap", f"{name} and the script have {size + main} bytes, over {CAP}")
+        if size + main > SIZE_LIMIT:
+            folder.add(
+                "error", "over_cap", f"{name} and the script have {size + main} bytes, over {SIZE_LIMIT}"
+            )
 
 
 def check_log_bytes(folder: Folder, log: Log) -> None:
     """A log's sizes add up and are under the cap."""
-    if log.total_bytes is not None and log.total_bytes > CAP:
-        folder.add("error", "over_cap", f"{log.name} says {log.total_bytes} bytes, over {CAP}")
+    if log.total_bytes is not None and log.total_bytes > SIZE_LIMIT:
+        folder.add("error", "over_cap", f"{log.name} says {log.total_bytes} bytes, over {SIZE_LIMIT}")
     if log.total_bytes and log.model_bytes and log.code_bytes:
         whole = log.model_bytes + log.code_bytes
         if whole != log.total_bytes:
@@ -621,12 +623,12 @@ def check_shipped(folder: Folder, logs: list[Log], shipped: dict[str, int]) -> N
         if main:
             text = f"{names[0]}{more}: {size} bytes of code, {main} has {shipped[main]}"
             folder.add("error", "code_size", text)
-    under = [log for log in logs if log.model_bytes and (log.total_bytes or 0) <= CAP]
+    under = [log for log in logs if log.model_bytes and (log.total_bytes or 0) <= SIZE_LIMIT]
     largest = max(under, key=lambda log: log.model_bytes, default=None)
-    if main and largest and (real := largest.model_bytes + shipped[main]) > CAP:
+    if main and largest and (real := largest.model_bytes + shipped[main]) > SIZE_LIMIT:
         text = f"{largest.name}: the model with {main} as it is here ({shipped[main]} bytes) takes {real}"
         kind = ("warn", "over_cap_unpacked") if largest.plain_bytes else ("error", "over_cap_shipped")
-        folder.add(*kind, f"{text}, over {CAP}")
+        folder.add(*kind, f"{text}, over {SIZE_LIMIT}")
 
 
 def check_clocks(folder: Folder, record: dict, logs: list[Log]) -> None:
