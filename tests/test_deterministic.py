@@ -91,8 +91,10 @@ def test_without_a_deterministic_kernel_one_line_names_the_operation(tmp_path, d
         return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
 
     run = start("on")
-    line = "error: torch has no deterministic kernel for put_ here; set DETERMINISTIC=0\n"
-    assert (run.returncode, run.stderr) == (2, line)
+    line = "error: torch has no deterministic kernel for put_ here; set DETERMINISTIC=0"
+    # torch may say before it that there is a CUDA compiler and no card.
+    errors = [text for text in run.stderr.splitlines() if "No CUDA runtime is found" not in text]
+    assert (run.returncode, errors) == (2, [line])
     assert json.loads((tmp_path / "logs/on.txt").read_text().splitlines()[-1][7:])["exit_code"] == 2
     if compiled == "0":  # one of the two will do
         assert start("off", deterministic=0).returncode == 0
