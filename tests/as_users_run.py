@@ -200,7 +200,7 @@ class Family:
             "first": self.uninterrupted("first"),
             "again": self.uninterrupted("again"),
             "SIGTERM": self.stopped("term", self.terminate),
-            # A checkpoint after each step: on a fast machine all steps of a small family take less than 0.2 s.
+            # A checkpoint after each step: all steps of a small family may take less than 0.2 s.
             "SIGKILL": self.stopped("kill", self.kill, CHECKPOINT_SECONDS="0.001"),
         }
 
