@@ -313,7 +313,7 @@ def another_artifact(folder):
 @defect("error artifact_size", "error over_cap")
 def an_artifact_over_the_cap(folder):
     with (folder / "final_model.int8.ptz").open("wb") as file:
-        file.truncate(lint.CAP)
+        file.truncate(lint.SIZE_LIMIT)
 
 
 def counted(folder: Path, model: int, code: str) -> None:
