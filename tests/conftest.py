@@ -45,6 +45,23 @@ FAST_FILES = {
     "test_wave.py",
 }
 
+# Files of about a minute and more on one core, the longest first; tests/run.sh gives files out in this order.
+LONG_FILES = (
+    "test_run.py",
+    "test_ideas.py",
+    "test_run_best.py",
+    "test_committed_records.py",
+    "test_hedge.py",
+    "test_pack_script.py",
+    "test_as_users_run.py",
+    "test_records.py",
+    "test_resume.py",
+    "test_ranks.py",
+    "test_deterministic.py",
+    "test_legality.py",
+    "test_bad_input.py",
+)
+
 PAD, BOS, EOS, UNK = range(4)
 VOCAB = 320  # 4 controls, 256 bytes, the letters and some pairs
 TINY = dict(
@@ -108,9 +125,12 @@ def show(page: str) -> str:
 
 
 def pytest_collection_modifyitems(items) -> None:
+    """Mark what is fast, and begin with the long files, so that no worker is left with one at the end."""
     for item in items:
         if item.path.name in FAST_FILES:
             item.add_marker("fast")
+    long_first = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: long_first.get(item.path.name, len(long_first)))
 
 
 def pytest_ignore_collect(collection_path: Path, config) -> bool | None:

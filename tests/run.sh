@@ -9,4 +9,4 @@ if [[ ${1-} == fast ]]; then set -- -m "$@"; fi
 use_python requirements.txt requirements-lab.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -q -n 2 --dist loadfile "$@"
+"$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
