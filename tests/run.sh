@@ -9,4 +9,6 @@ if [[ ${1-} == fast ]]; then set -- -m "$@"; fi
 use_python requirements.txt requirements-lab.txt
 "$PYTHON" -m ruff check .
 "$PYTHON" -m ruff format --check .
-"$PYTHON" -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
+# A worker that crashes fails its test and ends the run: with --dist loadfile, pytest-xdist 3.8.0 never ends
+# after it has put another worker in its place.
+"$PYTHON" -m pytest -q -n 2 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder "$@"
