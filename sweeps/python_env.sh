@@ -8,7 +8,7 @@ die() { say "$*" >&2; exit 1; }
 
 # The packages named in requirements files, by import name, as one comma-separated line. pytest-xdist is xdist.
 package_names() {
-  sed -E 's/[[:space:]]*#.*//; s/[^A-Za-z0-9_-].*//; /^$/d; s/^pytest-//; y/-/_/' "$@" | sort -u | paste -s -d , -
+  sed -E 's/[[:space:]]*#.*//; s/[^A-Za-z0-9_-].*//; /^$/d; s/^pytest-xdist$/xdist/; y/-/_/' "$@" | sort -u | paste -s -d , -
 }
 
 is_recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1; }

@@ -8,7 +8,7 @@ from tests import as_users_run
 from tests.as_users_run import Family, Trace, environment, read_events, try_family
 from tests.conftest import ROOT, VOCAB
 
-DATA_KNOBS = f"VOCAB_SIZE={VOCAB} ITERATIONS=16 WARMDOWN_ITERS=4"
+DATA_KNOBS = f"VOCAB_SIZE={VOCAB} ITERATIONS=16 WARMDOWN_ITERS=4 NUM_LAYERS=1"
 
 
 @pytest.fixture

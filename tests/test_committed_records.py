@@ -1,4 +1,4 @@
-"""The records in records/: made by real runs on a CPU, linted here, and a seed of each scored again."""
+"""The records in records/: made by real runs on a CPU, linted here, and a seed of three of them scored again."""
 
 import json
 import subprocess
@@ -40,7 +40,11 @@ def test_it_says_that_it_is_of_a_cpu(folder):
     assert "No leaderboard claim is made" in (folder / "README.md").read_text()
 
 
-@pytest.mark.parametrize("folder", RECORDS, ids=NAMES)
+# Not cpu_progressive_depth: its twelve layers take 80 s, and nothing of the way there differs from cpu_best.
+SCORED_AGAIN = [path for path in RECORDS if not path.name.endswith("_cpu_progressive_depth")]
+
+
+@pytest.mark.parametrize("folder", SCORED_AGAIN, ids=lambda path: path.name.partition("_")[2])
 def test_a_seed_scores_again(folder, corpus, capsys):
     claim = json.loads((folder / "submission.json").read_text())
     shard = corpus / "datasets/pydocs_sp1024"
