@@ -1,4 +1,4 @@
-"""The records in records/: made by real runs on a CPU, linted here, and a seed of three of them scored again."""
+"""The records in records/: made by real runs on a CPU, linted here, a seed of most scored again."""
 
 import json
 import subprocess

@@ -572,7 +572,8 @@ def test_package_names_are_read_from_the_requirements(project: Project):
     assert sourced(project, "package_names requirements.txt").split(",") == sorted(RUN_TIME)
     write(
         project.root / "x.txt",
-        "# note\nhuggingface-hub==1; sys_platform == 'x'\n\nb[extra]>=2  # why\npytest-xdist==3\npytest-timeout==2\n",
+        "# note\nhuggingface-hub==1; sys_platform == 'x'\n\nb[extra]>=2  # why\n"
+        "pytest-xdist==3\npytest-timeout==2\n",
     )
     assert sourced(project, "package_names x.txt") == "b,huggingface_hub,pytest_timeout,xdist"
 
