@@ -132,7 +132,7 @@ packed=${PACKED:-0} script=train_gpt.py
 unset PACKED  # it is no knob
 
 use_python requirements.txt
-gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')
+gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.is_available() * torch.cuda.device_count())')
 [[ ${DEVICE:-auto} != cpu ]] || gpus=0
 if ((gpus == 0)); then
   sizing='' own=${overlay%.env}/$preset.env  # a preset may need sizes of its own; they go first

@@ -43,6 +43,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import gc
 import hashlib
 import itertools
 import json
@@ -79,6 +80,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:  # faster on Hopper; its wheels are built for one torch and one CUDA each
+    from flash_attn_interface import flash_attn_func as flash_attention_3
+except ImportError:
+    flash_attention_3 = None
 
 VERSION = "1.0.0"
 
@@ -461,8 +467,11 @@ class ProcessRank:
 
 
 def pick_device_type(wanted: str) -> str:
-    """'cuda', 'mps' or 'cpu'; RunError (2) if torch sees no device of the wanted type."""
+    """'cuda', 'mps' or 'cpu'; RunError (2) if torch sees no device of the wanted type, or cannot use a GPU
+    that is there: a run for 8 GPUs must not start on their CPU in silence."""
     is_available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    if wanted in ("auto", "cuda") and not is_available["cuda"]:
+        refuse_unused_gpu(*nvidia_gpu())
     device_type = wanted
     if wanted == "auto":
         device_type = "cuda" if is_available["cuda"] else "cpu"
@@ -471,14 +480,75 @@ def pick_device_type(wanted: str) -> str:
     return device_type
 
 
+def nvidia_gpu() -> tuple[str, str]:
+    """(name, driver version) of the first NVIDIA GPU that the driver's own tool sees; ('', '') without one.
+
+    An empty CUDA_VISIBLE_DEVICES hides GPUs on purpose: there is none then.
+    """
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return "", ""
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return "", ""
+    name, _, driver = answer.stdout.partition("\n")[0].rpartition(", ")
+    return (name, driver) if answer.returncode == 0 else ("", "")
+
+
+# The oldest driver for each CUDA that PyTorch has wheels of, the newest first. CUDA 12 needs 525 by its rule
+# of minor versions (docs.nvidia.com/deploy/cuda-compatibility).
+WHEEL_DRIVERS = (("cu130", 580), ("cu128", 570), ("cu126", 525))
+
+
+def refuse_unused_gpu(name: str, driver: str) -> None:
+    """RunError (2) if there is an NVIDIA GPU of this name, since torch sees none; it says how to mend it."""
+    if not name:
+        return
+    major = int(driver.partition(".")[0] or 0)
+    wheels = [wheel for wheel, oldest in WHEEL_DRIVERS if major >= oldest]
+    mend = "install NVIDIA driver 580 or newer"
+    if wheels:
+        mend = f"pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/{wheels[0]}"
+    built_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs alone"
+    raise RunError(
+        f"there is a {name} (driver {driver}), but torch {torch.__version__}, built for {built_for}, cannot "
+        f"use it: {mend}; or set DEVICE=cpu"
+    )
+
+
+def serves_capability(architectures: list[str], capability: tuple[int, int]) -> bool:
+    """Whether a torch built for these (sm_90, compute_120, ...) has kernels for a GPU of this capability.
+
+    Compiled kernels (sm) run on later GPUs of their major version, PTX (compute) on all later ones.
+    """
+    for architecture in architectures:
+        kind, _, digits = architecture.partition("_")
+        digits = digits.rstrip("af")  # sm_90a, sm_120f
+        built_for = (int(digits[:-1]), int(digits[-1]))
+        is_same_major = built_for[0] == capability[0]
+        if built_for <= capability and (is_same_major or kind == "compute"):
+            return True
+    return False
+
+
 def pick_device(device_type: str, local_rank: int) -> torch.device:
-    """The rank's own GPU, or the CPU or MPS that all share; RunError (2) if there is no GPU left for it."""
+    """The rank's own GPU, or the CPU or MPS that all share; RunError (2) if there is no GPU left for it, or
+    if this torch has no kernels for it."""
     if device_type != "cuda":
         return torch.device(device_type)
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise RunError(
             f"rank {local_rank} has no GPU: torch sees {count}; lower --nproc_per_node", lone_rank=True
+        )
+    capability = torch.cuda.get_device_capability(local_rank)
+    architectures = torch.cuda.get_arch_list()
+    if not serves_capability(architectures, capability):
+        raise RunError(
+            f"{torch.cuda.get_device_name(local_rank)} has compute capability {capability[0]}.{capability[1]},"
+            f" but torch {torch.__version__} was built for {' '.join(architectures)}; install a wheel that "
+            "has it (V100 and older: cu126, Blackwell: cu128 or cu130), or set DEVICE=cpu"
         )
     return torch.device("cuda", local_rank)
 
@@ -530,6 +600,28 @@ def use_deterministic_kernels(wanted: bool) -> bool:
     torch.use_deterministic_algorithms(wanted)
     torch.utils.deterministic.fill_uninitialized_memory = False  # it fills what is overwritten anyway
     return earlier
+
+
+def use_fused_attention(device: torch.device, deterministic: bool) -> tuple[bool, bool]:
+    """Let CUDA's attention take fused kernels alone; returns the earlier (math, cuDNN) settings.
+
+    Never the unfused "math" one, which writes out all scores: without it an input that no fused kernel takes
+    is an error. cuDNN's is the fastest on Hopper, has no deterministic backward pass, and is torch's first
+    choice or its last on others, by version; FlashAttention-2 is the choice there.
+    """
+    backends = torch.backends.cuda
+    earlier = (backends.math_sdp_enabled(), backends.cudnn_sdp_enabled())
+    if device.type == "cuda":
+        backends.enable_math_sdp(False)
+        is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+        backends.enable_cudnn_sdp(is_hopper and not deterministic)
+    return earlier
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, at most 200 characters."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0][:200]
 
 
 def missing_kernel(error: BaseException) -> str:
@@ -606,6 +698,7 @@ class Runtime:
         runtime.compiles, runtime.eager_reason = pick_compile(cfg.compile, device)
         runtime.deterministic = pick_deterministic(cfg.deterministic, device)
         earlier_kernels = use_deterministic_kernels(runtime.deterministic)
+        math_attention, cudnn_attention = use_fused_attention(device, runtime.deterministic)
         runtime.claim_device()
         if device.type == "cpu":
             keep_freed_memory()
@@ -621,6 +714,8 @@ class Runtime:
             for number, handler in earlier_handlers.items():
                 signal.signal(number, handler)
             use_deterministic_kernels(earlier_kernels)
+            torch.backends.cuda.enable_math_sdp(math_attention)
+            torch.backends.cuda.enable_cudnn_sdp(cudnn_attention)
 
     def claim_device(self) -> None:
         """Make this rank's GPU the thread's own; a new thread would open a context on the first one."""
@@ -651,6 +746,9 @@ class Runtime:
         prefix = ""
         if env.get("GROUP_WORLD_SIZE") == "1":
             prefix = env.get("TORCHELASTIC_RESTART_COUNT", "")
+            # Ranks of one machine need no network; a host name that leads elsewhere would stop them.
+            if Path("/sys/class/net/lo").exists():
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         shared_store = next(dist.rendezvous("env://"))[0]
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.is_cuda else "gloo",
@@ -1176,7 +1274,10 @@ class StepPlan:
 
     def dials(self, device: torch.device) -> Tensor:
         """What compiled code sees of the plan, float32: [noise, progress, 1 or 0 for each layer]."""
-        return torch.tensor([self.noise, self.progress, *self.layers], dtype=torch.float32).to(device)
+        values = torch.tensor([self.noise, self.progress, *self.layers], dtype=torch.float32)
+        if device.type != "cuda":
+            return values.to(device)
+        return values.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
 
 
 def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> StepPlan:
@@ -2104,13 +2205,26 @@ class BlockedAttention(torch.autograd.Function):
 # -- The model -------------------------------------------------------------------------------------------
 
 
+def has_flash_attention_3(device: torch.device) -> bool:
+    """Whether FlashAttention-3 (Shah et al. 2407.08608) is installed and this is a GPU for it, a Hopper."""
+    has_package = flash_attention_3 is not None and device.type == "cuda"
+    return has_package and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention with grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
     if q.device.type == "cpu" and q.size(2) <= LONGEST_BLOCKED:
         return BlockedAttention.apply(q, k, v)
+    is_half = q.dtype != torch.float32
+    if is_half and has_flash_attention_3(q.device):
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        rows = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        y = flash_attention_3(*rows, causal=True, deterministic=deterministic)
+        y = y[0] if isinstance(y, tuple) else y  # its first versions return the softmax's sums as well
+        return y.transpose(1, 2)
     groups = q.size(1) // k.size(1)
-    # Only the half-precision CUDA kernels take grouped heads as they are.
-    takes_groups = q.is_cuda and q.dtype != torch.float32
+    # Only the half-precision kernels of GPUs from sm_80 on take grouped heads as they are.
+    takes_groups = q.is_cuda and is_half and torch.cuda.get_device_capability(q.device) >= (8, 0)
     if groups > 1 and not takes_groups:
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
@@ -4698,19 +4812,32 @@ class Run:
     def settle(self, warm: Callable):
         """Call `warm`, which runs the graphs for the first time and so compiles them; returns its result.
 
-        If that fails (no C++ compiler, torch 2.5's bf16), nothing is compiled from now on and it is called
-        again, unless COMPILE=1 insists.
+        If that fails on a CPU (no C++ compiler, torch 2.5's bf16) on any rank, nothing is compiled on all of
+        them from now on and it is called again, unless COMPILE=1 insists. On a GPU it is a RunError (2):
+        eager code would waste the clock, and after some errors CUDA can do nothing more. `warm` may call no
+        collective operation.
         """
+        result = None
+        failure = ""
         try:
-            return warm()
+            result = warm()
         except Exception as error:
             is_known = isinstance(error, torch.OutOfMemoryError | RunError) or missing_kernel(error)
             if is_known or not self.runtime.compiles or self.cfg.compile == "1":
                 raise
-            self.log.warn(f"no torch.compile ({type(error).__name__}); running eagerly, slower")
-            self.runtime.compiles = False
-            self.make_graphs()
-            return warm()
+            failure = f"{type(error).__name__}: {first_line(error)}"
+        failures = [text for text in self.runtime.gather(failure) if text] if self.runtime.compiles else []
+        if not failures:
+            return result
+        if self.runtime.is_cuda:
+            raise RunError(
+                f"torch.compile failed: {failures[0]}. Is there a C compiler (gcc) on the PATH? "
+                "`python train_gpt.py --doctor` tries it; COMPILE=0 runs eagerly, slower"
+            )
+        self.log.warn(f"no torch.compile ({failures[0]}); running eagerly, slower")
+        self.runtime.compiles = False
+        self.make_graphs()
+        return warm()
 
     def score(
         self,
@@ -4786,18 +4913,23 @@ def fit_micro_batch(run: Run, batch: tuple[Tensor, Tensor]) -> int:
     plan = plan_step(cfg, 0, 0.0, 0.0)
     deepest = final_depth(cfg)
     max_sequences = min(micro_batch_limit(cfg, device), max(1, len(batch[0])))
-    while True:
+
+    def fits() -> bool:
         try:
             for ids, target_ids in micro_batches(batch, max_sequences)[:1]:
                 objective, _ = run.loss(ids.to(device), target_ids.to(device), plan.dials(device), deepest)
                 objective.backward()
-            return max_sequences
         except torch.OutOfMemoryError:
             if max_sequences == 1:
                 raise
-            max_sequences //= 2
-            torch.cuda.empty_cache()
-            print(f"warning: out of memory, micro-batch is now {max_sequences} sequences", file=sys.stderr)
+            return False
+        return True
+
+    while not fits():
+        max_sequences //= 2
+        torch.cuda.empty_cache()  # here, where the error no longer holds the failed pass's tensors
+        print(f"warning: out of memory, micro-batch is now {max_sequences} sequences", file=sys.stderr)
+    return max_sequences
 
 
 def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int, list[float]]:
@@ -5036,6 +5168,8 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     max_sequences, seconds_of_phase = warm_up(run, optimisers, stream)
     forecast(run, stream, max_sequences, seconds_of_phase)
     graphs_before = compiled_graphs()
+    gc.collect()
+    gc.freeze()  # or one rank collects the warm-up's garbage in the middle of a step that all wait for
     training = Training(run, optimisers, seconds_of_phase[0])
     clock = training.clock
     plan = training.resume()
@@ -5068,6 +5202,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         if not runtime.is_cuda or is_due(step + 1, 50):  # a GPU would be waited for
             training.check({})
     loader.close()
+    gc.unfreeze()
     runtime.defers_stop = False
     if runtime.stop_signal:  # during the validation: the state is saved
         raise KeyboardInterrupt
@@ -5186,7 +5321,11 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
     """The `env` event: device, settings and versions. A CPU goes by its name and its threads."""
     if runtime.is_cuda:
         device_name = torch.cuda.get_device_name()
-        attention = "sdpa"
+        attention = f"sdpa, cuDNN {torch.backends.cudnn.version()}"
+        if torch.backends.cuda.cudnn_sdp_enabled():
+            attention = "cudnn or " + attention
+        if has_flash_attention_3(runtime.device) and runtime.dtype != torch.float32:
+            attention = "FlashAttention-3"
     else:
         device_name = f"{cpu_name()}, {torch.get_num_threads()} threads"
         attention = f"blocked to {LONGEST_BLOCKED}, then sdpa"

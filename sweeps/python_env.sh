@@ -32,12 +32,30 @@ venv_is_complete() {  # FILE...
   done
 }
 
-# On Linux the default torch brings gigabytes of CUDA libraries; without a GPU the CPU wheel will do.
-cpu_wheels() {
-  local index=https://download.pytorch.org/whl/cpu
-  [[ $(uname -s) == Linux ]] && ! command -v nvidia-smi rocm-smi >/dev/null || return 0
+# The word for pip that adds the right build of torch, or none where the default one, of CUDA 13, is right.
+# Without a GPU the default would bring gigabytes of CUDA libraries for nothing; drivers before 580 and
+# GPUs before compute capability 7.5 need a build of CUDA 12.
+torch_wheels() {
+  local build index
+  [[ $(uname -s) == Linux ]] && ! command -v rocm-smi >/dev/null || return 0
+  build=$(torch_build)
+  index=https://download.pytorch.org/whl/$build
+  [[ -n $build ]] || return 0
   .venv/bin/python -c "import urllib.request as u; u.urlopen('$index/torch/', timeout=5)" >/dev/null 2>&1 || return 0
   echo "--extra-index-url=$index"
+}
+
+torch_build() {  # cpu, cu126, cu128, or nothing for the default
+  local gpu driver capability
+  command -v nvidia-smi >/dev/null || { echo cpu; return; }
+  gpu=$(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader 2>/dev/null | head -n 1)
+  driver=${gpu%%.*} capability=${gpu##*, }
+  [[ $driver =~ ^[0-9]+$ ]] || return 0
+  if [[ $capability =~ ^[5-7]\.[0-4]$ ]]; then echo cu126
+  elif ((driver >= 580)); then return
+  elif ((driver >= 570)); then echo cu128
+  else echo cu126
+  fi
 }
 
 make_venv() {  # COMMAND FILE...
@@ -53,7 +71,7 @@ make_venv() {  # COMMAND FILE...
   done
   "$python" -m venv .venv || die "could not make .venv"
   # shellcheck disable=SC2046  # no word at all where the default index is right
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check $(cpu_wheels) \
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check $(torch_wheels) \
     -c constraints.txt "${requirements[@]}" ||
     die "pip could not install $* (above); run again to go on from here"
   has_packages .venv/bin/python "$@" || die ".venv is damaged: remove it and run again"

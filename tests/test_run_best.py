@@ -581,13 +581,27 @@ def test_package_names_are_read_from_the_requirements(project: Project):
 def test_cpu_wheels_only_on_linux_without_a_gpu_driver_and_when_reachable(project: Project):
     write(project.bin / "uname", "#!/bin/bash\necho ${STUB_SYSTEM:-Linux}\n", 0o755)
     write(project.root / ".venv/bin/python", "#!/bin/bash\nexit 0\n", 0o755)
-    assert sourced(project, "cpu_wheels") == ""
+    assert sourced(project, "torch_wheels") == ""
     (project.bin / "nvidia-smi").unlink()
     if shutil.which("nvidia-smi", path="/usr/bin:/bin") is None:
-        assert sourced(project, "cpu_wheels").startswith("--extra-index-url=https://download.pytorch.org/")
-    assert sourced(project, "cpu_wheels", STUB_SYSTEM="Darwin") == ""
+        assert sourced(project, "torch_wheels").startswith("--extra-index-url=https://download.pytorch.org/")
+    assert sourced(project, "torch_wheels", STUB_SYSTEM="Darwin") == ""
     write(project.root / ".venv/bin/python", "#!/bin/bash\nexit 1\n", 0o755)
-    assert sourced(project, "cpu_wheels") == ""
+    assert sourced(project, "torch_wheels") == ""
+
+
+@pytest.mark.parametrize("answer, build", [
+    ("580.65.06, 9.0", ""),
+    ("570.124.06, 9.0", "cu128"),
+    ("550.54.15, 8.9", "cu126"),
+    ("580.65.06, 7.0", "cu126"),  # V100
+    ("580.65.06, 7.5", ""),  # T4
+    ("580.65.06, 12.0", ""),
+    ("NVIDIA-SMI has failed because it could not communicate with the driver", ""),
+])  # fmt: skip
+def test_the_build_of_torch_fits_driver_and_gpu(project: Project, answer, build):
+    write(project.bin / "nvidia-smi", f"#!/bin/bash\necho '{answer}'\n", 0o755)
+    assert sourced(project, "torch_build") == build
 
 
 # ---------------------------------------------------------------- summary

@@ -186,11 +186,15 @@ class Doctor:
         return expect(error < 0.05, text, "update torch or the driver")
 
     def compiler(self) -> str:
-        """A C++ compiler, which torch.compile needs on a CPU."""
+        """A C++ compiler, which torch.compile needs on a CPU; on a GPU it compiles something, by Triton."""
+        if self.runtime.is_cuda:
+            ones = torch.ones(8, device=self.runtime.device)
+            doubled = torch.compile(torch.add, fullgraph=True)(ones, ones)
+            is_right = bool((doubled == 2).all())
+            return expect(is_right, "Triton", "its kernels are wrong; update the driver")
         names = (os.environ.get("CXX", "g++"), "g++", "clang++")
         found = [name for name in names if shutil.which(name)]
-        is_good = self.runtime.is_cuda or bool(found)
-        return expect(is_good, found[0] if found else "no C++ compiler", "runs are eager, slower")
+        return expect(bool(found), found[0] if found else "no C++ compiler", "runs are eager, slower")
 
     def codec(self) -> str:
         codec = CODECS[self.cfg.codec]
