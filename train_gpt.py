@@ -542,11 +542,11 @@ def pick_device(device_type: str, local_rank: int) -> torch.device:
         raise RunError(
             f"rank {local_rank} has no GPU: torch sees {count}; lower --nproc_per_node", lone_rank=True
         )
-    capability = torch.cuda.get_device_capability(local_rank)
+    major, minor = torch.cuda.get_device_capability(local_rank)
     architectures = torch.cuda.get_arch_list()
-    if not serves_capability(architectures, capability):
+    if not serves_capability(architectures, (major, minor)):
         raise RunError(
-            f"{torch.cuda.get_device_name(local_rank)} has compute capability {capability[0]}.{capability[1]},"
+            f"{torch.cuda.get_device_name(local_rank)} has compute capability {major}.{minor},"
             f" but torch {torch.__version__} was built for {' '.join(architectures)}; install a wheel that "
             "has it (V100 and older: cu126, Blackwell: cu128 or cu130), or set DEVICE=cpu"
         )
