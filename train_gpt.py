@@ -45,6 +45,7 @@ import errno
 import fcntl
 import gc
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -80,11 +81,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-try:  # faster on Hopper; its wheels are built for one torch and one CUDA each
-    from flash_attn_interface import flash_attn_func as flash_attention_3
-except ImportError:
-    flash_attention_3 = None
 
 VERSION = "1.0.0"
 
@@ -345,7 +341,7 @@ def active(cfg: Config, point: str) -> list[Callable]:
 # every method is a no-op or the identity. `claim_outputs` makes sure that no run writes over another, RunLog
 # writes both logs, `write_atomic` every other file. Section 18 calls these in that order.
 # ----------------------------------------------------------------------------------------------------------
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM: 4 times float32's products on an EPYC
 
 # The model files in OUT_DIR, by their official names; the integers of the second may have fewer levels.
@@ -386,8 +382,9 @@ class RuntimeKnobs:
     )
     dtype: str = knob(
         "auto",
-        "Type that the model computes in; auto takes bf16 where the device has bf16 products, else fp32.",
-        choices=("auto", "bf16", "fp32"),
+        "Type that the model computes in; auto takes bf16 where the device has bf16 products, fp16 on older "
+        "GPUs (T4, V100), else fp32.",
+        choices=("auto", "bf16", "fp16", "fp32"),
         source="ours",
     )
     compile: str = knob(
@@ -466,12 +463,12 @@ class ProcessRank:
         return cls(local_rank, rank, world_size)
 
 
-def pick_device_type(wanted: str) -> str:
+def pick_device_type(wanted: str, env: Mapping[str, str]) -> str:
     """'cuda', 'mps' or 'cpu'; RunError (2) if torch sees no device of the wanted type, or cannot use a GPU
     that is there: a run for 8 GPUs must not start on their CPU in silence."""
     is_available = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     if wanted in ("auto", "cuda") and not is_available["cuda"]:
-        refuse_unused_gpu(*nvidia_gpu())
+        refuse_unused_gpu(*nvidia_gpu(env))
     device_type = wanted
     if wanted == "auto":
         device_type = "cuda" if is_available["cuda"] else "cpu"
@@ -480,13 +477,13 @@ def pick_device_type(wanted: str) -> str:
     return device_type
 
 
-def nvidia_gpu() -> tuple[str, str]:
+def nvidia_gpu(env: Mapping[str, str]) -> tuple[str, str]:
     """(name, driver version) of the first NVIDIA GPU that the driver's own tool sees; ('', '') without one.
 
     An empty CUDA_VISIBLE_DEVICES hides GPUs on purpose: there is none then.
     """
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+    if env.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
         return "", ""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
@@ -554,16 +551,20 @@ def pick_device(device_type: str, local_rank: int) -> torch.device:
 
 
 def pick_dtype(wanted: str, device: torch.device) -> str:
-    """'bf16' or 'fp32', by what the device can do.
+    """'bf16', 'fp16' or 'fp32', by what the device can do.
 
     It is never picked by a race, which load could turn: two runs of one command must compute in one type.
-    GPUs from sm_80 on have bf16 products (T4 and V100 do not), CPUs if Linux names one of BF16_CPU_FLAGS.
+    GPUs from sm_80 on have bf16 products, T4 and V100 fp16 ones alone, 5 times as fast as fp32's; CPUs have
+    bf16 if Linux names one of BF16_CPU_FLAGS.
     """
     if wanted != "auto":
         return wanted
     has_bf16 = False
     if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        capability = torch.cuda.get_device_capability(device)
+        has_bf16 = capability >= (8, 0)
+        if not has_bf16 and capability >= (7, 0):
+            return "fp16"
     elif device.type == "cpu":
         has_bf16 = not BF16_CPU_FLAGS.isdisjoint(cpu_flags())
     return "bf16" if has_bf16 else "fp32"
@@ -616,6 +617,28 @@ def use_fused_attention(device: torch.device, deterministic: bool) -> tuple[bool
         is_hopper = torch.cuda.get_device_capability(device)[0] == 9
         backends.enable_cudnn_sdp(is_hopper and not deterministic)
     return earlier
+
+
+def optional_function(module: str, name: str) -> Callable | None:
+    """A function of a package that a run can do without, or None where it does not import."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except ImportError:
+        return None
+
+
+flash_attention_3 = optional_function("flash_attn_interface", "flash_attn_func")
+
+
+def has_flash_attention_3(device: torch.device) -> bool:
+    """Whether FlashAttention-3 (Shah et al. 2407.08608) is installed and this is a GPU for it, a Hopper."""
+    has_package = flash_attention_3 is not None and device.type == "cuda"
+    return has_package and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def takes_grouped_heads(device: torch.device) -> bool:
+    """Whether its half-precision attention kernels take fewer key heads than query heads: from sm_80 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def first_line(error: BaseException) -> str:
@@ -691,7 +714,7 @@ class Runtime:
 
         RunError (2) if the device or torchrun's variables cannot be used.
         """
-        device_type = pick_device_type(cfg.device)
+        device_type = pick_device_type(cfg.device, env)
         process = ProcessRank.from_env(env)
         device = pick_device(device_type, process.local_rank)
         runtime = cls(device, process.rank, process.world_size)
@@ -2205,12 +2228,6 @@ class BlockedAttention(torch.autograd.Function):
 # -- The model -------------------------------------------------------------------------------------------
 
 
-def has_flash_attention_3(device: torch.device) -> bool:
-    """Whether FlashAttention-3 (Shah et al. 2407.08608) is installed and this is a GPU for it, a Hopper."""
-    has_package = flash_attention_3 is not None and device.type == "cuda"
-    return has_package and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention with grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
     if q.device.type == "cpu" and q.size(2) <= LONGEST_BLOCKED:
@@ -2223,8 +2240,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         y = y[0] if isinstance(y, tuple) else y  # its first versions return the softmax's sums as well
         return y.transpose(1, 2)
     groups = q.size(1) // k.size(1)
-    # Only the half-precision kernels of GPUs from sm_80 on take grouped heads as they are.
-    takes_groups = q.is_cuda and is_half and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    takes_groups = is_half and takes_grouped_heads(q.device)
     if groups > 1 and not takes_groups:
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
@@ -2838,6 +2854,8 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     x <- a x + (b A + c A^2) x with A = x x^T, after scaling to a Frobenius norm of 1.
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's: steep at 0, all within 0.7..1.2 after 5 steps
+    if dtype == torch.float16:  # which has no number below 6e-8: scaled before it is rounded
+        matrices = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-30)
     x = matrices.to(dtype)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     is_tall = x.size(1) > x.size(2)
@@ -2908,6 +2926,51 @@ def muon_weight_decay(cfg: Config, progress: float) -> float:
     return cfg.muon_wd
 
 
+class LossScale:
+    """What the loss is multiplied by before a float16 backward pass, whose gradients would vanish else.
+
+    Halved, and the step left out, when a gradient overflows; doubled after 2,000 sound steps (Micikevicius et
+    al. 1710.03740). The other types have the range of float32: 1 for them, for good.
+    """
+
+    FIRST = 2.0**15
+    SOUND_STEPS = 2_000
+
+    def __init__(self, dtype: torch.dtype):
+        self.is_used = dtype == torch.float16
+        self.value = self.FIRST if self.is_used else 1.0
+        self.sound_steps = 0  # since it last changed
+        self.skipped_steps = 0
+
+    def take_off(self, gradient: Tensor) -> bool:
+        """Divide the summed gradient by the scale, in place; False if the step must be left out.
+
+        At a scale of 1 it is left in, so that a run that diverges is found out. It waits for the device,
+        which the types without a scale do not. Equal on every rank.
+        """
+        if not self.is_used:
+            return True
+        if self.value > 1 and not gradient.isfinite().all().item():
+            self.value /= 2
+            self.sound_steps = 0
+            self.skipped_steps += 1
+            return False
+        gradient.div_(self.value)
+        self.sound_steps += 1
+        if self.sound_steps == self.SOUND_STEPS:
+            self.value *= 2
+            self.sound_steps = 0
+        return True
+
+    def state(self) -> list[float]:
+        """What a checkpoint keeps."""
+        return [self.value, self.sound_steps, self.skipped_steps]
+
+    def load(self, state: list[float]) -> None:
+        """Go back to a state."""
+        self.value, self.sound_steps, self.skipped_steps = state
+
+
 class Optimisers:
     """Muon and Adam over one flat gradient buffer, stepped together."""
 
@@ -2944,6 +3007,7 @@ class Optimisers:
         for group in self.adam.param_groups + self.muon.param_groups:
             self.trained += group["params"]
         self.flat = self.make_gradient_buffer()
+        self.loss_scale = LossScale(runtime.dtype)
         self.norm = torch.zeros((), device=runtime.device)  # of the last step's gradient, before the clip
         self.gradient_edits = active(cfg, "edit_gradients")
         self.weight_edits = active(cfg, "edit_weights")
@@ -2960,8 +3024,13 @@ class Optimisers:
 
     @torch.no_grad()
     def step(self, plan: StepPlan) -> None:
-        """Sum gradients over ranks, edit, clip, update by the plan's learning rate and momentum, edit."""
+        """Sum gradients over ranks, edit, clip, update by the plan's learning rate and momentum, edit.
+
+        In float16 a step whose gradient has overflown changes nothing but the loss scale.
+        """
         self.runtime.sum(self.flat)
+        if not self.loss_scale.take_off(self.flat):
+            return
         for edit in self.gradient_edits:
             edit(self.cfg, self.weights, plan)
         self.norm = self.flat.norm()
@@ -3015,11 +3084,16 @@ class Optimisers:
             pieces.append(held.flatten())
         momentum = self.runtime.sum(torch.cat(pieces))
         memory = {weight.name: dict(weight.memory) for weight in self.weights if weight.memory}
-        return dict(adam=self.adam.state_dict(), muon=momentum, memory=memory)
+        state = dict(adam=self.adam.state_dict(), muon=momentum, memory=memory)
+        if self.loss_scale.is_used:
+            state["loss_scale"] = self.loss_scale.state()
+        return state
 
     def load(self, state: Mapping) -> None:
         """Go back to a state, at any world size."""
         self.adam.load_state_dict(state["adam"])
+        if self.loss_scale.is_used:
+            self.loss_scale.load(state["loss_scale"])
         sizes = [parameter.numel() for parameter in self.muon.matrices]
         pieces = state["muon"].to(self.runtime.device).split(sizes)
         pairs = list(zip(self.muon.matrices, pieces, strict=True))
@@ -4886,7 +4960,7 @@ def accumulate_gradient(
         target_ids = target_ids.to(device, non_blocking=True)
         share = len(ids) / run.cfg.sequences
         objective, nats = run.loss(ids, target_ids, dials, plan.depth)
-        (objective * share).backward()
+        (objective * (share * optimisers.loss_scale.value)).backward()
         nats_share += nats * share
     return nats_share
 
@@ -5215,6 +5289,10 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         late_graphs=compiled_graphs() - graphs_before,
     )
     report_end_of_training(run, trained)
+    if optimisers.loss_scale.is_used:
+        skipped, scale = optimisers.loss_scale.skipped_steps, optimisers.loss_scale.value
+        run.log.line(f"loss_scale:{scale:.0f} steps_left_out:{skipped}")
+        run.log.event("loss_scale", scale=scale, skipped_steps=skipped)
     if training.average.kind:
         trained.averaged = use_average(run, training.average, trained)
     return trained

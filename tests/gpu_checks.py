@@ -454,7 +454,7 @@ def describe(lab: Lab) -> dict:
     about = dict(torch=torch.__version__, python=platform.python_version(), calibrated=CALIBRATED)
     if not lab.is_cuda:
         return about | dict(device="cpu")
-    _, driver = train_gpt.nvidia_gpu()
+    _, driver = train_gpt.nvidia_gpu({})
     return about | dict(
         device=torch.cuda.get_device_name(),
         cards=torch.cuda.device_count(),

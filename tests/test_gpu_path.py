@@ -20,7 +20,6 @@ def nvidia_smi(tmp_path, monkeypatch):
         program.write_text(f"#!/bin/sh\necho '{text}'\nexit {code}\n")
         program.chmod(0o755)
         monkeypatch.setenv("PATH", str(tmp_path))
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     return install
@@ -36,7 +35,7 @@ def nvidia_smi(tmp_path, monkeypatch):
 def test_a_gpu_that_torch_cannot_use_is_no_cpu_run(nvidia_smi, wanted, driver, mend):
     nvidia_smi(f"NVIDIA L4, {driver}")
     with pytest.raises(RunError, match="there is a NVIDIA L4") as refusal:
-        pick_device_type(wanted)
+        pick_device_type(wanted, {})
     text = str(refusal.value)
     assert mend in text and driver in text and "DEVICE=cpu" in text and "\n" not in text
     assert refusal.value.code == 2
@@ -44,19 +43,18 @@ def test_a_gpu_that_torch_cannot_use_is_no_cpu_run(nvidia_smi, wanted, driver, m
 
 def test_device_cpu_takes_the_cpu_beside_any_gpu(nvidia_smi):
     nvidia_smi("NVIDIA L4, 470.1")
-    assert pick_device_type("cpu") == "cpu"
+    assert pick_device_type("cpu", {}) == "cpu"
 
 
 @pytest.mark.parametrize("hidden", ["", "-1"])
-def test_a_gpu_hidden_on_purpose_is_not_missed(nvidia_smi, monkeypatch, hidden):
+def test_a_gpu_hidden_on_purpose_is_not_missed(nvidia_smi, hidden):
     nvidia_smi("NVIDIA L4, 470.1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-    assert pick_device_type("auto") == "cpu"
+    assert pick_device_type("auto", dict(CUDA_VISIBLE_DEVICES=hidden)) == "cpu"
 
 
 def test_a_driver_without_a_gpu_is_no_gpu(nvidia_smi):
     nvidia_smi("No devices were found", 6)
-    assert pick_device_type("auto") == "cpu"
+    assert pick_device_type("auto", {}) == "cpu"
 
 
 @pytest.mark.parametrize("architectures, capability, expected", [
@@ -155,3 +153,82 @@ def test_out_of_memory_halves_the_passes_until_they_fit(tiny, capfd):
     assert train_gpt.fit_micro_batch(run, (ids, ids)) == 4
     assert capfd.readouterr().err.count("out of memory") == 2
     assert all(math.isfinite(param.grad.sum()) for param in run.model.parameters() if param.grad is not None)
+
+
+# --- float16, for GPUs without bf16 ---
+
+
+@pytest.fixture
+def half_run(tiny):
+    """half_run(steps) -> (optimisers, losses) of a float16 run on the CPU on one batch, learned by heart."""
+
+    def run_steps(steps: int, scale: float = 0.0, dtype: torch.dtype = torch.float16, **knobs):
+        cfg = tiny(matrix_lr=0.02, **knobs)
+        torch.manual_seed(1)
+        model = GPT(cfg, dtype)
+        runtime = train_gpt.Runtime(dtype=dtype)
+        run = Run(cfg, runtime, RunLog(None, ""), model, None)
+        optimisers = train_gpt.Optimisers(cfg, model, runtime)
+        if scale:
+            optimisers.loss_scale.value = scale
+        ids = torch.randint(cfg.vocab_size, (4, 33), generator=torch.Generator().manual_seed(2))
+        batch = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+        losses = []
+        for step in range(steps):
+            plan = train_gpt.plan_step(cfg, step, 0.0, 0.0)
+            losses.append(train_gpt.train_step(run, optimisers, batch, plan, 4).item())
+        return optimisers, losses
+
+    return run_steps
+
+
+def test_float16_trains_as_float32_does(half_run):
+    half, losses = half_run(15)
+    _, exact = half_run(15, dtype=torch.float32)
+    assert losses == pytest.approx(exact, rel=0.02) and losses[-1] < losses[0] - 0.5
+    assert half.loss_scale.value == half.loss_scale.FIRST and half.loss_scale.skipped_steps == 0
+
+
+def test_a_gradient_that_overflows_leaves_the_step_out_and_halves_the_scale(half_run):
+    optimisers, _ = half_run(1, scale=2.0**40)
+    assert optimisers.loss_scale.value == 2.0**39 and optimisers.loss_scale.skipped_steps == 1
+    torch.manual_seed(1)
+    untrained = GPT(optimisers.cfg, torch.float16)
+    first = dict(untrained.named_parameters())
+    assert all(torch.equal(weight.param, first[weight.name]) for weight in optimisers.weights)
+    assert not optimisers.adam.state  # nothing has stepped
+
+
+def test_the_scale_grows_after_sound_steps_and_is_kept_by_checkpoints(half_run, monkeypatch):
+    monkeypatch.setattr(train_gpt.LossScale, "SOUND_STEPS", 3)
+    optimisers, _ = half_run(4)
+    assert optimisers.loss_scale.value == 2 * optimisers.loss_scale.FIRST
+    other, _ = half_run(0)
+    other.load(optimisers.state())
+    assert other.loss_scale.state() == optimisers.loss_scale.state() == [2.0**16, 1, 0]
+
+
+def test_at_a_scale_of_one_a_run_that_diverges_is_let_be_seen():
+    scale = train_gpt.LossScale(torch.float16)
+    scale.value = 1.0
+    assert scale.take_off(torch.tensor([math.nan])) and scale.skipped_steps == 0
+
+
+def test_other_types_have_no_scale():
+    gradient = torch.tensor([math.inf, 3.0])
+    scale = train_gpt.LossScale(torch.bfloat16)
+    assert scale.take_off(gradient) and scale.value == 1.0 and gradient[1] == 3.0
+
+
+@pytest.mark.parametrize("capability, expected", [
+    ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16"), ((6, 1), "fp32"),
+])  # fmt: skip
+def test_the_type_is_the_fastest_that_the_card_has(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert train_gpt.pick_dtype("auto", torch.device("cuda", 0)) == expected
+
+
+def test_a_float16_run_says_what_became_of_its_scale(run_main):
+    code, out, err = run_main(dtype="fp16", iterations=6)
+    assert code == 0, err
+    assert "loss_scale:32768 steps_left_out:0" in out
