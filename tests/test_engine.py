@@ -3,8 +3,11 @@
 An engine that is to be killed runs in a fork of this process, which has the imports already.
 """
 
+import errno
+import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import file_locks
 from sweeps.lab import run_process as process
 from sweeps.lab import run_rows as rows
 from sweeps.lab import validation_halves as halves
@@ -242,6 +246,35 @@ def test_a_second_engine_is_refused(bench, capfd):
     assert bench.run("", seeds="1") == 2
     assert capfd.readouterr().err == "error: another engine is running the wave w\n"
     assert ended(number) == 0
+
+
+@pytest.fixture(params=["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def no_locks(request, monkeypatch):
+    """A file system that has no locks, as some network file systems."""
+
+    def flock(*_):
+        raise OSError(getattr(errno, request.param), "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    file_locks.warn_of_no_locks.cache_clear()
+
+
+def test_a_wave_runs_on_a_file_system_without_locks(bench, capfd, no_locks):
+    assert bench.run("a", seeds="1") == 0
+    assert bench.states() == {"control.1": "ok", "a.1": "ok"}
+    assert re.fullmatch(r"warning: this file system has no locks: .*\n", capfd.readouterr().err)
+
+
+def test_a_run_is_found_again_without_locks(bench, no_locks):
+    """Its number has to do: the next engine waits for the run and starts no second one."""
+    bench.plan(dict(control=dict(seconds=0.1)))
+    number = bench.fork("", seeds="1")
+    bench.wait_for(lambda: len(bench.journal()) >= 2)
+    os.kill(number, signal.SIGKILL)
+    assert ended(number) == -signal.SIGKILL
+    assert process.is_alive(bench.out / "w/w.control.1")
+    assert bench.run("", seeds="1") == 0 and bench.states() == {"control.1": "ok"}
+    assert len(bench.journal()) == 10 and not process.is_alive(bench.out / "w/w.control.1")
 
 
 def test_what_another_version_left_is_started_anew(bench):

@@ -6,7 +6,6 @@ The latest row of a run counts.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -15,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
+from data.file_locks import lock
 from sweeps.lab import run_summary as summary
 from sweeps.lab.paths import ROOT
 from sweeps.lab.run_state import RunState
@@ -259,11 +259,14 @@ class Results:
         self.lock_path = folder / f".{wave}.lock"
 
     def claim(self) -> bool:
-        """Whether this process is now the only one that writes; it is until it ends."""
+        """Whether no other process writes; this one alone may until it ends.
+
+        Always true where the file system has no locks, after a warning.
+        """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.lock = self.lock_path.open("a+")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.lock, wait=False)
         except BlockingIOError:
             self.lock.close()
             return False
