@@ -192,12 +192,18 @@ def counts_line(rows: Sequence[Row]) -> str:
 def noise_line(rows: Sequence[Row]) -> str:
     """Both parts of the noise, and how to read p beside the family interval."""
     found = fx.noise(rows)
-    rerun = f"SD {found.rerun_sd:.4f}, df {found.rerun_df}" if found.rerun_df else "not measured"
-    pair = ABSENT if found.pair_sd is None else f"SD {found.pair_sd:.4f} from {found.pair_arms} arms"
-    part = "" if found.seed_sd is None or not found.rerun_df else f", {found.seed_sd:.4f} of it from seeds"
+    rerun = "not measured"
+    if found.rerun_df:
+        rerun = f"SD {found.rerun_sd:.4f}, df {found.rerun_df}"
+    pair = ABSENT
+    if found.pair_sd is not None:
+        pair = f"SD {found.pair_sd:.4f} from {found.pair_arms} arms"
+    if found.seed_sd is not None and found.rerun_df:
+        pair += f", {found.seed_sd:.4f} of it from seeds"
     return (
-        f"same seed again {rerun}; one paired difference {pair}{part}; floor {found.floor:.4f}. "
-        "p is family-wise: 5 % of waves without effects name any arm. The family interval holds for all arms "
+        f"same seed again {rerun}; one paired difference {pair}; floor {found.floor:.4f}. "
+        "p is family-wise: 5 % of waves without effects name any arm, if arms and control are equally noisy. "
+        "The family interval holds for all arms "
         "at once; p steps down from arm to arm and may be clear where that interval just touches zero."
     )
 

@@ -7,18 +7,25 @@ Noise     Two parts. The rerun SD is that of control runs repeated with the same
 one paired difference: from each arm's variance between seeds the median over the arms is taken and divided by
 what that median is for normal noise, so that no arm that went wild sets it; arms that hardly differ from the
 control are left out. It holds the rerun noise of both runs too. The floor is the larger of the pair SD and
-sqrt(2) rerun SDs.
+sqrt(2) rerun SDs; it is shown, and names arms that look unsteady.
 
-Test      t = mean / (larger of the arm's own SD and the floor) * sqrt(pairs). No table has this statistic,
+Test      t = mean / (larger of the arm's own SD and the pair SD) * sqrt(pairs). No table has this statistic,
 and all differences share the control, so its distribution is drawn: waves of the same shape (which arm has
-which seed, how often the control ran) in which no arm does anything. p comes from the arm's own draws. The
-family-wise p is Holm's step-down over the wave; for the arms that remain it takes the drawn distribution of
-their smallest p instead of the sum of their p's. So 5 % of waves without effects name an arm, not fewer.
+which seed, how often the control ran) in which no arm does anything. Where the control ran again, its mean is
+drawn as much quieter as its reruns show: as their share of a run's variance says, and not at all if they gave
+the same bits. p comes from the arm's own draws. The family-wise p is Holm's step-down over the wave; for the
+arms that remain it takes the drawn distribution of their smallest p instead of the sum of their p's. So
+5 % of waves without effects name an arm, not fewer: 4.7 to 5.5 % of simulated ones.
 
-Limits    The 5 % are for arms of one noise. An arm that is noisier than the others is held to its own SD,
-which few seeds tell badly: with one arm of twelve at three times the noise some 9 % of waves without effects
-name an arm, with half of the arms some 13 % (simulated, 3 seeds). `unsteady` names arms that look so; they
-want more seeds.
+The rerun SD does not bound the spread in t. It did once: then 0.2 to 2.6 % of waves whose reruns vary named
+an arm; and draws of that rule would have to know the reruns' share exactly (with the share that a wave shows,
+4 to 9 %).
+
+Limits    The 5 % are for arms and a control of one noise. An arm that is noisier than the others is held to
+its own SD, which few seeds tell badly: with one arm of twelve at three times the noise 8 % of waves without
+effects name an arm, with half of the arms 14 %. `unsteady` names arms that look so; they want more seeds. With
+a control twice as noisy as its arms it is 7 to 8 %, and 92 of 100 intervals of 95 % hold; with a quieter one
+4 %. A wave cannot tell that by itself. All rates: sweeps/results/study_false_alarms.md, by null_study.py.
 """
 
 import json
@@ -39,8 +46,14 @@ from sweeps.lab.statistics import Interval, mean, mean_interval, stdev
 Row = Mapping[str, Any]
 BySeed = dict[int, float]
 
-CONTROL, LEVEL, DRAWS = "control", 0.05, 20_000
-BETTER, WORSE, INSIDE, UNDECIDED = "better", "worse", "inside noise", "undecided"
+CONTROL = "control"
+BETTER = "better"
+WORSE = "worse"
+INSIDE = "inside noise"
+UNDECIDED = "undecided"
+LEVEL = 0.05  # of the family-wise p
+DRAWS = 20_000  # waves without effects, for each shape
+SHARE_STEP = 0.05  # rerun_share is told in such steps
 # A table holds runs that agree on all of these; those of the second line but for the arm's own knobs.
 MACHINE = (
     "code_sha256", "val_sha256", "val_tokens", "device", "world_size", "dtype", "compile", "torch", "python",
@@ -211,22 +224,28 @@ def step_limited(rows: Iterable[Row]) -> bool | None:
 
 def arms_of(rows: Iterable[Row]) -> list[str]:
     """Arms other than the control, in the order in which they first appear."""
-    return [arm for arm in dict.fromkeys(str(row.get("arm")) for row in latest(rows)) if arm != CONTROL]
+    names = dict.fromkeys(str(row.get("arm")) for row in latest(rows))
+    return [name for name in names if name != CONTROL]
 
 
 def by_seed(rows: Iterable[Row], arm: str) -> dict[int, list[Row]]:
     """An arm's valid runs by seed; several where the same seed was run again."""
-    found: dict[int, list[Row]] = {}
+    runs: dict[int, list[Row]] = {}
     for row in valid(rows):
         if str(row.get("arm")) == arm:
-            found.setdefault(row.get("seed"), []).append(row)
-    return found
+            runs.setdefault(row.get("seed"), []).append(row)
+    return runs
 
 
 def scores(rows: Iterable[Row], arm: str, of: Callable[[Row], float | None] = final_score) -> BySeed:
     """seed -> score, the mean over reruns of that seed."""
-    values = {seed: [v for v in map(of, runs) if v is not None] for seed, runs in by_seed(rows, arm).items()}
-    return {seed: mean(some) for seed, some in values.items() if some}
+    averages: BySeed = {}
+    for seed, runs in by_seed(rows, arm).items():
+        values = [of(run) for run in runs]
+        values = [value for value in values if value is not None]
+        if values:
+            averages[seed] = mean(values)
+    return averages
 
 
 def subtract(ours: BySeed, theirs: BySeed) -> BySeed:
@@ -239,6 +258,11 @@ def differences(rows: Iterable[Row], of: Callable[[Row], float | None] = final_s
     rows = latest(rows)
     control = scores(rows, CONTROL, of)
     return {arm: subtract(scores(rows, arm, of), control) for arm in arms_of(rows)}
+
+
+def control_scores(rows: Iterable[Row]) -> dict[int, list[float]]:
+    """seed -> the score of every valid run of the control."""
+    return {seed: [run["val_bpb"] for run in runs] for seed, runs in by_seed(rows, CONTROL).items()}
 
 
 class Noise(NamedTuple):
@@ -255,48 +279,101 @@ class Noise(NamedTuple):
         """The part of the pair SD that reruns do not explain."""
         if self.pair_sd is None:
             return None
-        return math.sqrt(max(0.0, self.pair_sd**2 - 2 * (self.rerun_sd or 0.0) ** 2))
+        rerun_part = 2 * (self.rerun_sd or 0.0) ** 2
+        return math.sqrt(max(0.0, self.pair_sd**2 - rerun_part))
 
 
 def pooled_variance(variances: np.ndarray, freedoms: Sequence[int]) -> np.ndarray:
-    """Of [..., arms] variances. The median over the arms that do anything, made right for normal noise; of
-    one or two arms, the mean."""
-    if len(freedoms) < 3:
+    """One variance from those of the arms, [..., arms] -> [...]; freedoms: their degrees of freedom.
+
+    The median over the arms that do anything, made right for normal noise: each variance is divided by what
+    the median of such a variance is, so that no arm that went wild sets it, and arms that hardly differ from
+    the control are left out. Of one or two arms, the mean.
+    """
+    arms = len(freedoms)
+    if arms < 3:
         return np.average(variances, axis=-1, weights=freedoms)
-    scaled = np.sort(variances / [stats.chi2.median(f) / f for f in freedoms], axis=-1)
-    usual = np.median(scaled[..., len(freedoms) // 2 :], axis=-1, keepdims=True)
-    idle = (scaled < IDLE * usual).sum(-1)
-    middle = [(idle + len(freedoms) - 1 + half) // 2 for half in (0, 1)]
-    return np.mean([np.take_along_axis(scaled, m[..., None], -1)[..., 0] for m in middle], axis=0)
+    medians = np.array([stats.chi2.median(freedom) / freedom for freedom in freedoms])
+    ascending = np.sort(variances / medians, axis=-1)
+    usual = np.median(ascending[..., arms // 2 :], axis=-1, keepdims=True)
+    idle_arms = (ascending < IDLE * usual).sum(-1)
+    lower_place = (idle_arms + arms - 1) // 2  # the middle of the arms that are left; two if they are even
+    upper_place = (idle_arms + arms) // 2
+    lower = np.take_along_axis(ascending, lower_place[..., None], -1)[..., 0]
+    upper = np.take_along_axis(ascending, upper_place[..., None], -1)[..., 0]
+    return np.mean([lower, upper], axis=0)
 
 
 def noise(rows: Iterable[Row]) -> Noise:
     """Of the wave's valid runs; its two parts are said at the head of this file."""
     rows = latest(rows)
-    again = [[row["val_bpb"] for row in runs] for runs in by_seed(rows, CONTROL).values() if len(runs) > 1]
-    df = sum(len(values) - 1 for values in again)
-    rerun = math.sqrt(sum(stdev(v) ** 2 * (len(v) - 1) for v in again) / df) if df else None
-    several = [list(pairs.values()) for pairs in differences(rows).values() if len(pairs) > 1]
-    variances = np.array([stdev(values) ** 2 for values in several])
-    pair = math.sqrt(pooled_variance(variances, [len(v) - 1 for v in several])) if several else None
-    floor = max(pair or 0.0, math.sqrt(2) * (rerun or 0.0))
-    return Noise(rerun, df, pair, len(several), floor)
+    return noise_of(differences(rows), control_scores(rows))
+
+
+def noise_of(pairs: Mapping[str, BySeed], control: Mapping[int, Sequence[float]]) -> Noise:
+    """From the differences of each arm and the scores of the control, both by seed."""
+    rerun_df = 0
+    rerun_squares = 0.0
+    for values in control.values():
+        if len(values) > 1:
+            rerun_df += len(values) - 1
+            rerun_squares += stdev(values) ** 2 * (len(values) - 1)
+    rerun_sd = math.sqrt(rerun_squares / rerun_df) if rerun_df else None
+    several = [list(values.values()) for values in pairs.values() if len(values) > 1]
+    pair_sd = None
+    if several:
+        variances = np.array([stdev(values) ** 2 for values in several])
+        pair_sd = math.sqrt(pooled_variance(variances, [len(values) - 1 for values in several]))
+    floor = max(pair_sd or 0.0, math.sqrt(2) * (rerun_sd or 0.0))
+    return Noise(rerun_sd, rerun_df, pair_sd, len(several), floor)
 
 
 # The test
 
 
-def null_draws(shape: tuple[tuple[int, ...], ...], control: tuple[int, ...], draws: int) -> np.ndarray:
-    """|t| of every arm [draws, arms] in waves without effects. shape: each arm's seeds, as places in
-    `control`; control: how many runs of the control each seed has."""
-    rng, freedoms = np.random.default_rng(1434), [len(seeds) - 1 for seeds in shape]
-    base = rng.standard_normal((draws, len(control))) / np.sqrt(control)
-    means, variances = (np.empty((draws, len(shape))) for _ in range(2))
+def rerun_share(rerun_variance, pair_variance, inverse_runs):
+    """The share of a run's variance V that shows when the same seed is run again; of numbers or arrays.
+
+    inverse_runs: 1 / n, n runs of the control a seed, as the mean over the seeds. The control's mean keeps
+    V (1 - share + share / n), and so
+        rerun variance = share V,    pair variance = V (2 - share (1 - 1/n)).
+    The share is solved from these two and held to 0 .. 1: 0 where reruns give the same bits, 1 where seeds
+    add nothing of their own. It is rounded to steps of 0.05, of which each has its own draws.
+    """
+    whole = pair_variance + (1 - inverse_runs) * rerun_variance
+    share = np.divide(2 * rerun_variance, whole, out=np.zeros_like(whole), where=whole > 0)
+    return np.round(np.clip(share, 0.0, 1.0) / SHARE_STEP) * SHARE_STEP
+
+
+def share_in(found: Noise, control_runs: Iterable[int]) -> float:
+    """The share of a wave; 0 where nothing was run again."""
+    if not found.rerun_df or found.pair_sd is None:
+        return 0.0
+    inverse_runs = mean([1 / runs for runs in control_runs])
+    return float(rerun_share(np.array(found.rerun_sd**2), np.array(found.pair_sd**2), inverse_runs))
+
+
+def null_draws(
+    shape: tuple[tuple[int, ...], ...], control: tuple[int, ...], draws: int, share: float = 1.0
+) -> np.ndarray:
+    """|t| of every arm [draws, arms] in waves without effects.
+
+    shape: each arm's seeds, as places in `control`; control: how many runs of the control each seed has;
+    share: of the control's variance that its reruns average out, as rerun_share tells it.
+    """
+    rng = np.random.default_rng(1434)
+    runs = np.array(control)
+    control_means = rng.standard_normal((draws, len(control))) * np.sqrt(1 - share + share / runs)
+    means = np.empty((draws, len(shape)))
+    variances = np.empty((draws, len(shape)))
     for arm, seeds in enumerate(shape):
-        drawn = rng.standard_normal((draws, len(seeds))) - base[:, seeds]
-        means[:, arm], variances[:, arm] = drawn.mean(1), drawn.var(1, ddof=1)
-    spread = np.maximum(variances, pooled_variance(variances, freedoms)[:, None])
-    return np.abs(means) * np.sqrt([len(seeds) for seeds in shape]) / np.sqrt(spread)
+        pairs = rng.standard_normal((draws, len(seeds))) - control_means[:, seeds]
+        means[:, arm] = pairs.mean(1)
+        variances[:, arm] = pairs.var(1, ddof=1)
+    pooled = pooled_variance(variances, [len(seeds) - 1 for seeds in shape])
+    squared_spread = np.maximum(variances, pooled[:, None])
+    counts_of_pairs = np.sqrt([len(seeds) for seeds in shape])
+    return np.abs(means) * counts_of_pairs / np.sqrt(squared_spread)
 
 
 class Null(NamedTuple):
@@ -308,28 +385,42 @@ class Null(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def null(shape: tuple[tuple[int, ...], ...], control: tuple[int, ...], draws: int = DRAWS) -> Null:
+def null(
+    shape: tuple[tuple[int, ...], ...], control: tuple[int, ...], share: float = 1.0, draws: int = DRAWS
+) -> Null:
     """Arguments as for null_draws."""
-    ts = null_draws(shape, control, draws)
+    ts = null_draws(shape, control, draws, share)
     ps = stats.rankdata(-ts, axis=0, method="max") / draws
     rarest = np.quantile(ps.min(1), LEVEL)
     reaches = np.quantile(ts, [1 - LEVEL, 1 - rarest], axis=0).T.tolist()
     return Null(np.sort(ts, axis=0), ps, [(own, family) for own, family in reaches])
 
 
+def p_of(t, sorted_ts: np.ndarray):
+    """How often waves without effects give an arm such a |t| or a larger one; of a number or an array."""
+    draws = len(sorted_ts)
+    above = draws - np.searchsorted(sorted_ts, t)
+    return (1 + above) / (1 + draws)
+
+
 def step_down(ps: Sequence[float], null_ps: np.ndarray) -> list[float]:
     """Family-wise p of each arm: how often one of the arms that are not yet named goes so low by luck."""
-    order, adjusted, highest = np.argsort(ps, kind="stable"), [1.0] * len(ps), 0.0
-    least = np.minimum.accumulate(null_ps[:, order[::-1]], axis=1)[:, ::-1]  # of this arm and those after it
+    order = np.argsort(ps, kind="stable")
+    from_last = null_ps[:, order[::-1]]
+    least = np.minimum.accumulate(from_last, axis=1)[:, ::-1]  # of this arm and those after it
+    adjusted = [1.0] * len(ps)
+    highest = 0.0
     for place, arm in enumerate(order):
-        highest = max(highest, (1 + np.count_nonzero(least[:, place] <= ps[arm])) / (1 + len(null_ps)))
+        as_low = np.count_nonzero(least[:, place] <= ps[arm])
+        highest = max(highest, (1 + as_low) / (1 + len(null_ps)))
         adjusted[arm] = min(1.0, highest)
     return adjusted
 
 
 def holm(ps: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, for tests whose dependence is not known."""
-    adjusted, highest = [1.0] * len(ps), 0.0
+    adjusted = [1.0] * len(ps)
+    highest = 0.0
     for place, index in enumerate(np.argsort(ps, kind="stable")):
         highest = max(highest, (len(ps) - place) * ps[index])
         adjusted[index] = min(1.0, highest)
@@ -347,30 +438,46 @@ class Judged(NamedTuple):
     family_reach: float
 
 
-def judge(pairs: Mapping[str, BySeed], control: Mapping[int, int], floor: float) -> dict[str, Judged]:
-    """Of the arms with two pairs or more. control: how many runs of the control each seed has."""
-    several = {arm: values for arm, values in pairs.items() if len(values) > 1}
+def t_of(difference: float, error: float) -> float:
+    """|difference| in errors; without any spread 0 or infinite."""
+    if error:
+        return abs(difference) / error
+    return math.inf if difference else 0.0
+
+
+def judge(pairs: Mapping[str, BySeed], control_runs: Mapping[int, int], found: Noise) -> dict[str, Judged]:
+    """Of the arms with two pairs or more. control_runs: how many runs of the control each seed has."""
+    several = {arm: list(values.values()) for arm, values in pairs.items() if len(values) > 1}
     if not several:
         return {}
-    places = {seed: place for place, seed in enumerate(control)}
-    shape = tuple(tuple(places[seed] for seed in values) for values in several.values())
-    drawn = null(shape, tuple(control.values()))
-    errors, ts, ps = [], [], []
-    for arm, values in enumerate(map(list, (pairs.values() for pairs in several.values()))):
-        errors.append(max(stdev(values), floor) / math.sqrt(len(values)))
-        middle = abs(mean(values))
-        ts.append(middle / errors[-1] if errors[-1] else math.inf if middle else 0.0)
-        above = DRAWS - np.searchsorted(drawn.sorted_ts[:, arm], ts[-1])
-        ps.append(float(1 + above) / (1 + DRAWS))
-    columns = zip(several, errors, ts, ps, step_down(ps, drawn.ps), drawn.reaches, strict=True)
-    return {arm: Judged(*test, *reaches) for arm, *test, reaches in columns}
+    places = {seed: place for place, seed in enumerate(control_runs)}
+    shape = tuple(tuple(places[seed] for seed in pairs[arm]) for arm in several)
+    runs = tuple(control_runs.values())
+    drawn = null(shape, runs, share_in(found, runs))
+    errors = []
+    ts = []
+    ps = []
+    for place, values in enumerate(several.values()):
+        error = max(stdev(values), found.pair_sd) / math.sqrt(len(values))
+        t = t_of(mean(values), error)
+        errors.append(error)
+        ts.append(t)
+        ps.append(float(p_of(t, drawn.sorted_ts[:, place])))
+    families = step_down(ps, drawn.ps)
+    judged = {}
+    for place, arm in enumerate(several):
+        reach, family_reach = drawn.reaches[place]
+        judged[arm] = Judged(errors[place], ts[place], ps[place], families[place], reach, family_reach)
+    return judged
 
 
 def verdict(middle: float, p_family: float | None) -> str:
     """The one place where the words come from."""
     if p_family is None:
         return UNDECIDED
-    return INSIDE if p_family >= LEVEL else BETTER if middle < 0 else WORSE
+    if p_family >= LEVEL:
+        return INSIDE
+    return BETTER if middle < 0 else WORSE
 
 
 class Column(NamedTuple):
@@ -411,9 +518,16 @@ def effects(rows: Iterable[Row]) -> list[Effect]:
     if len({row.get("wave") for row in rows}) > 1:
         raise UserError("runs of several waves in one table")
     require_one_regime(valid(rows))
-    pairs, control = differences(rows), {seed: len(runs) for seed, runs in by_seed(rows, CONTROL).items()}
-    judged = judge(pairs, control, noise(rows).floor)
+    pairs = differences(rows)
+    control = control_scores(rows)
+    control_runs = {seed: len(values) for seed, values in control.items()}
+    judged = judge(pairs, control_runs, noise_of(pairs, control))
     return [effect(rows, arm, values, judged.get(arm)) for arm, values in pairs.items()]
+
+
+def around(middle: float, test: Judged, reach: float) -> Interval:
+    """The interval that reaches so many errors to both sides."""
+    return Interval(middle - reach * test.error, middle + reach * test.error)
 
 
 def effect(rows: list[Row], arm: str, pairs: BySeed, test: Judged | None) -> Effect:
@@ -421,18 +535,22 @@ def effect(rows: list[Row], arm: str, pairs: BySeed, test: Judged | None) -> Eff
     own = [row for row in rows if str(row.get("arm")) == arm]
     values = list(pairs.values())
     middle = mean(values) if values else None
-
-    def around(reach: float) -> Interval:
-        return Interval(middle - reach * test.error, middle + reach * test.error)
-
     return Effect(
-        arm=arm, change=change(own[0]), hypothesis=str(own[0].get("hypothesis") or ""), runs=len(own),
-        pairs=pairs, mean=middle, sd=stdev(values) if test else None, p=test.p if test else None,
-        p_family=test.p_family if test else None, interval=around(test.reach) if test else None,
-        family=around(test.family_reach) if test else None,
+        arm=arm,
+        change=change(own[0]),
+        hypothesis=str(own[0].get("hypothesis") or ""),
+        runs=len(own),
+        pairs=pairs,
+        mean=middle,
+        sd=stdev(values) if test else None,
+        p=test.p if test else None,
+        p_family=test.p_family if test else None,
+        interval=around(middle, test, test.reach) if test else None,
+        family=around(middle, test, test.family_reach) if test else None,
         verdict=verdict(middle or 0.0, test.p_family if test else None),
-        same_steps=column(rows, arm, same_steps), same_time=column(rows, arm, same_time),
-    )  # fmt: skip
+        same_steps=column(rows, arm, same_steps),
+        same_time=column(rows, arm, same_time),
+    )
 
 
 def unsteady(found: Iterable[Effect], floor: float) -> list[str]:
