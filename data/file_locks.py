@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import sys
-from functools import cache
 from typing import IO
 
 # What flock says where a file system has no locks, as some network file systems have none. EBADF: NFS locks
@@ -36,8 +35,15 @@ def lock(file: IO | int, wait: bool) -> bool:
     return True
 
 
-@cache  # once a process
+has_warned = False
+
+
 def warn_of_no_locks() -> None:
+    """Say it once a process."""
+    global has_warned
+    if has_warned:
+        return
+    has_warned = True
     print(
         "warning: this file system has no locks: start no second program that writes to the same folder, "
         "neither would notice the other",

@@ -363,7 +363,7 @@ def test_a_folder_that_cannot_be_locked_is_built_in_after_one_warning(name, tmp_
         raise OSError(getattr(errno, name), "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    file_locks.warn_of_no_locks.cache_clear()
+    monkeypatch.setattr(file_locks, "has_warned", False)
     for place in ("a", "b"):
         with shards.exclusive(tmp_path / place):
             (tmp_path / place / "built").touch()

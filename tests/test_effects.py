@@ -11,7 +11,7 @@ from scipy import stats
 from data.user_error import UserError
 from sweeps.lab import null_study
 from sweeps.lab import verdicts as effects
-from sweeps.lab.paths import RESULTS
+from sweeps.lab.paths import SHIPPED_RESULTS
 from sweeps.lab.verdicts import CONTROL
 from tests.support.lab_rows import broken_rows, finished, row
 
@@ -160,15 +160,13 @@ def test_family_wise_error_is_five_percent_where_the_control_is_run_again(arms, 
 def test_reruns_that_give_the_same_bits_say_nothing():
     """The control's mean is no quieter for them: every number is that of the wave without them."""
     plain = null_wave(np.random.default_rng(10), 5)
-    again = [
-        row(CONTROL, one["seed"], one["val_bpb"], rerun=1) for one in plain if one["arm"] == CONTROL
-    ]
+    again = [row(CONTROL, one["seed"], one["val_bpb"], rerun=1) for one in plain if one["arm"] == CONTROL]
     assert effects.effects(plain + again) == effects.effects(plain)
     assert effects.noise(plain + again).rerun_df == 3 and effects.noise(plain + again).rerun_sd == 0
 
 
 def test_the_share_of_reruns_by_hand():
-    """Of variance 4 a run, 1 shows again: the pair of two runs has 2 * 4 - (1 - 1/2) = 7.5, with two reruns."""
+    """Of a run's variance 4, 1 shows again: with two runs a seed a pair has 2 * 4 - (1 - 1/2) = 7.5."""
     share = effects.rerun_share(np.array([1.0, 0.0, 9.0, 0.0]), np.array([7.5, 3.0, 1.0, 0.0]), 0.5)
     assert share == pytest.approx([0.25, 0.0, 1.0, 0.0])
 
@@ -192,8 +190,10 @@ def test_the_study_of_false_alarms_judges_as_waves_are_judged():
 @pytest.mark.parametrize("place", [0, 2, 14])
 def test_the_page_of_false_alarms_is_what_the_study_finds(place):
     kind = null_study.KINDS[place]
-    line = null_study.line_of(kind, null_study.judged_rates(kind, null_study.simulate(kind, null_study.WAVES)))
-    page = (RESULTS / "study_false_alarms.md").read_text(encoding="utf-8")
+    line = null_study.line_of(
+        kind, null_study.judged_rates(kind, null_study.simulate(kind, null_study.WAVES))
+    )
+    page = (SHIPPED_RESULTS / "study_false_alarms.md").read_text(encoding="utf-8")
     assert line in page and f"seed {null_study.SEED}" in page
 
 
@@ -262,7 +262,9 @@ def test_reruns_of_the_control_are_averaged_and_counted():
     assert effects.differences(rows)["a"] == {1: pytest.approx(-0.01), 2: 0.0}
     quiet = effects.null_draws(((0, 1), (0, 1)), (4, 4), 20_000)
     usual = effects.null_draws(((0, 1), (0, 1)), (1, 1), 20_000)
-    assert np.corrcoef(quiet.T)[0, 1] < np.corrcoef(usual.T)[0, 1] - 0.05, "arms share less of a quiet control"
+    assert np.corrcoef(quiet.T)[0, 1] < np.corrcoef(usual.T)[0, 1] - 0.05, (
+        "arms share less of a quiet control"
+    )
 
 
 @given(st.lists(st.floats(1e-6, 1), min_size=1, max_size=12))

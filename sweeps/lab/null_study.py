@@ -1,8 +1,8 @@
 """How often waves in which no arm does anything name one all the same: `python -m sweeps.lab.null_study`.
 
-It draws such waves, judges them by the rule of verdicts.py, and prints a Markdown table. For each kind of wave
-it tells how many of them name an arm (5 % are promised), how many of the 95 % intervals hold the true
-difference, zero, and in how many waves all family intervals do. What it found: results/study_false_alarms.md.
+It draws such waves, judges them by the rule of verdicts.py, and prints a Markdown table. For each kind of
+wave it tells how many of them name an arm (5 % are promised), how many of the 95 % intervals hold the true
+difference, zero, and in how many waves all family intervals do. results/study_false_alarms.md has it.
 """
 
 from __future__ import annotations

@@ -23,9 +23,10 @@ an arm; and draws of that rule would have to know the reruns' share exactly (wit
 
 Limits    The 5 % are for arms and a control of one noise. An arm that is noisier than the others is held to
 its own SD, which few seeds tell badly: with one arm of twelve at three times the noise 8 % of waves without
-effects name an arm, with half of the arms 14 %. `unsteady` names arms that look so; they want more seeds. With
-a control twice as noisy as its arms it is 7 to 8 %, and 92 of 100 intervals of 95 % hold; with a quieter one
-4 %. A wave cannot tell that by itself. All rates: sweeps/results/study_false_alarms.md, by null_study.py.
+effects name an arm, with half of the arms 14 %. `unsteady` names arms that look so; they want more seeds.
+With a control twice as noisy as its arms it is 7 to 8 %, and 92 of 100 intervals of 95 % hold; with one half
+as noisy 4 %. A wave of few seeds cannot tell. All rates: sweeps/results/study_false_alarms.md, which
+null_study.py makes.
 """
 
 import json
