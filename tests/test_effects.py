@@ -172,8 +172,8 @@ def test_the_share_of_reruns_by_hand():
 
 
 def test_the_study_of_false_alarms_judges_as_waves_are_judged():
-    kind = null_study.Kind("", arms=3, seeds=3, runs=2, share=0.5)
-    drawn = null_study.simulate(kind, 60, seed=1)
+    design = null_study.Design("", arms=3, seeds=3, runs=2, share=0.5)
+    drawn = null_study.simulate(design, 60, seed=1)
     rng = np.random.default_rng(1)  # as the study draws
     of_seed = rng.standard_normal((60, 3)) * math.sqrt(0.5)
     control = of_seed[..., None] + rng.standard_normal((60, 3, 2)) * math.sqrt(0.5)
@@ -184,15 +184,14 @@ def test_the_study_of_false_alarms_judges_as_waves_are_judged():
         rows += wave({f"a{arm}": list(values) for arm, values in enumerate(arms)}, range(3))
         found = effects.effects(rows)
         named.append(any(e.verdict != effects.INSIDE for e in found))
-    assert null_study.judged_rates(kind, drawn).named == pytest.approx(np.mean(named)) and any(named)
+    assert null_study.judged_rates(design, drawn).named == pytest.approx(np.mean(named)) and any(named)
 
 
 @pytest.mark.parametrize("place", [0, 2, 14])
 def test_the_page_of_false_alarms_is_what_the_study_finds(place):
-    kind = null_study.KINDS[place]
-    line = null_study.line_of(
-        kind, null_study.judged_rates(kind, null_study.simulate(kind, null_study.WAVES))
-    )
+    design = null_study.DESIGNS[place]
+    drawn = null_study.simulate(design, null_study.WAVES)
+    line = null_study.line_of(design, null_study.judged_rates(design, drawn))
     page = (SHIPPED_RESULTS / "study_false_alarms.md").read_text(encoding="utf-8")
     assert line in page and f"seed {null_study.SEED}" in page
 

@@ -32,9 +32,9 @@ null_study.py makes.
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,8 @@ from sweeps.lab.statistics import Interval, mean, mean_interval, stdev
 
 Row = Mapping[str, Any]
 BySeed = dict[int, float]
+Facts = dict[str, object]  # of a regime
+Curve = Sequence[tuple[float, float]]
 
 CONTROL = "control"
 BETTER = "better"
@@ -77,15 +79,17 @@ def number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
-        found = float(value)
+        as_float = float(value)
     except ValueError:
         return None
-    return found if math.isfinite(found) else None
+    return as_float if math.isfinite(as_float) else None
 
 
 def run_id(row: Row) -> str:
-    again = f".r{row['rerun']}" if row.get("rerun") else ""
-    return row.get("run_id") or f"{row.get('wave')}.{row.get('arm')}.{row.get('seed')}{again}"
+    if row.get("run_id"):
+        return row["run_id"]
+    rerun = f".r{row['rerun']}" if row.get("rerun") else ""
+    return f"{row.get('wave')}.{row.get('arm')}.{row.get('seed')}{rerun}"
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
@@ -105,8 +109,8 @@ def final_score(row: Row) -> float | None:
 
 def setting(row: Row, knob: str) -> object:
     """A knob as the run had it: from its resolved config, else from what was set; None where unknown."""
-    for place in ("config", "change", "env"):
-        for name, value in (row.get(place) or {}).items():
+    for source in ("config", "change", "env"):
+        for name, value in (row.get(source) or {}).items():
             if name.lower() == knob.lower():
                 return value
     return None
@@ -115,6 +119,14 @@ def setting(row: Row, knob: str) -> object:
 def change(row: Row) -> dict[str, str]:
     """The arm's diff from the base, in capitals and as text."""
     return {knob.upper(): str(value) for knob, value in sorted((row.get("change") or {}).items())}
+
+
+def first_of(rows: Iterable[Row], arm: str) -> Row | None:
+    """The first row of an arm."""
+    for row in rows:
+        if str(row.get("arm")) == arm:
+            return row
+    return None
 
 
 class Counts(NamedTuple):
@@ -149,75 +161,108 @@ def counts(rows: Iterable[Row]) -> Counts:
 # Regimes
 
 
-def regime(row: Row, free: Iterable[str] = ()) -> dict[str, object]:
+def regime(row: Row, free: Iterable[str] = ()) -> Facts:
     """What a run must share with those it is compared with; None where unknown, the arm's own, or `free`."""
-    own = {knob.lower() for knob in change(row)} | set(free)
-    sizes = {name: None if name in own else number(setting(row, name)) for name in SIZES}
-    return {name: row.get(name) for name in MACHINE} | sizes
+    facts = {name: row.get(name) for name in MACHINE}
+    varied = {knob.lower() for knob in change(row)} | set(free)
+    for name in SIZES:
+        facts[name] = None if name in varied else number(setting(row, name))
+    return facts
 
 
 def agree(ours: Mapping[str, object], theirs: Mapping[str, object]) -> bool:
-    return all(None in (value, theirs[name]) or value == theirs[name] for name, value in ours.items())
+    return not clashes(ours, theirs)
 
 
-def filled(ours: Mapping[str, object], theirs: Mapping[str, object]) -> dict[str, object]:
+def clashes(ours: Mapping[str, object], theirs: Mapping[str, object]) -> list[str]:
+    """The facts that both know and that differ."""
+    return [
+        name
+        for name, value in ours.items()
+        if value is not None and theirs[name] is not None and value != theirs[name]
+    ]
+
+
+def filled(ours: Mapping[str, object], theirs: Mapping[str, object]) -> Facts:
     """Ours, and theirs where ours knows nothing."""
     return {name: value if ours.get(name) is None else ours[name] for name, value in theirs.items()}
 
 
-def home(groups: list[tuple[dict[str, object], list[Row]]], facts: dict[str, object]) -> list[Row]:
-    """The rows of the newest group that agrees with the facts and now knows them too, or of a new one."""
-    known, members = next((group for group in reversed(groups) if agree(facts, group[0])), ({}, []))
-    if not members:
-        groups.append((known, members))
-    known |= filled(known, facts)
-    return members
+@dataclass
+class Group:
+    """Rows of one regime, and what is known of it."""
+
+    facts: Facts
+    rows: list[Row]
+
+
+def home(groups: list[Group], facts: Facts) -> Group:
+    """The newest group that agrees with the facts, or a new one; it knows the facts from now on."""
+    for group in reversed(groups):
+        if agree(facts, group.facts):
+            group.facts |= filled(group.facts, facts)
+            return group
+    groups.append(Group(dict(facts), []))
+    return groups[-1]
 
 
 def by_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> list[list[Row]]:
     """The rows in groups that agree wherever both sides know; a row that knows nothing joins the last."""
-    groups: list[tuple[dict[str, object], list[Row]]] = []
     rows = latest(rows)
+    groups: list[Group] = []
     for row in sorted(rows, key=lambda row: row.get("code_sha256") is None):  # those that know, first
-        home(groups, regime(row, free)).append(row)
-    place = {id(row): place for place, row in enumerate(rows)}
-    return [sorted(members, key=lambda row: place[id(row)]) for _, members in groups]
+        home(groups, regime(row, free)).rows.append(row)
+    order = {id(row): index for index, row in enumerate(rows)}
+    return [sorted(group.rows, key=lambda row: order[id(row)]) for group in groups]
 
 
 def joined(parts: Iterable[list[Row]]) -> list[list[Row]]:
-    """The regimes of several waves, those that agree in one list: what an arm's own knobs change must not
-    part it from its control."""
-    groups: list[tuple[dict[str, object], list[Row]]] = []
+    """The regimes of several waves, those that agree in one list.
+
+    The control speaks first for its wave: what an arm's own knobs change must not part it from its control.
+    """
+    groups: list[Group] = []
     for rows in parts:
-        facts: dict[str, object] = {}
+        facts: Facts = {}
         for row in sorted(rows, key=lambda row: row.get("arm") != CONTROL):
             facts = filled(facts, regime(row))
-        home(groups, facts).extend(rows)
-    return [members for _, members in groups]
+        home(groups, facts).rows.extend(rows)
+    return [group.rows for group in groups]
 
 
 def require_one_regime(rows: Iterable[Row], free: Iterable[str] = ()) -> None:
     """Raises UserError, which names the facts that differ."""
     groups = by_regime(rows, free)
-    if len(groups) > 1:
-        first, second = (regime(group[0], free) for group in groups[:2])
-        apart = [k for k in first if None not in (first[k], second[k]) and first[k] != second[k]]
-        text = f"runs of {len(groups)} regimes in one table; they differ in {', '.join(apart)}"
-        raise UserError(text)
+    if len(groups) < 2:
+        return
+    differing = clashes(regime(groups[0][0], free), regime(groups[1][0], free))
+    raise UserError(f"runs of {len(groups)} regimes in one table; they differ in {', '.join(differing)}")
 
 
 def sharing(rows: Iterable[Row]) -> int:
     """How many runs had another one beside them on the machine for part of their time."""
-    spans = [(number(row.get("started")), number(row.get("ended"))) for row in latest(rows)]
-    known = [span for span in spans if None not in span]
-    return sum(any(a[0] < b[1] and b[0] < a[1] for b in known if b is not a) for a in known)
+    spans = []
+    for row in latest(rows):
+        start = number(row.get("started"))
+        end = number(row.get("ended"))
+        if start is not None and end is not None:
+            spans.append((start, end))
+    count = 0
+    for index, (start, end) in enumerate(spans):
+        others = spans[:index] + spans[index + 1 :]
+        count += any(start < their_end and their_start < end for their_start, their_end in others)
+    return count
 
 
 def step_limited(rows: Iterable[Row]) -> bool | None:
     """Did all of the runs end by their step count, not by a clock? None where nothing says so."""
-    pairs = [(number(row.get("steps")), number(setting(row, "iterations"))) for row in rows]
-    known = [pair for pair in pairs if None not in pair]
-    return all(steps >= most for steps, most in known) if known else None
+    ended_by_steps = []
+    for row in rows:
+        steps = number(row.get("steps"))
+        most = number(setting(row, "iterations"))
+        if steps is not None and most is not None:
+            ended_by_steps.append(steps >= most)
+    return all(ended_by_steps) if ended_by_steps else None
 
 
 # Paired differences
@@ -341,17 +386,19 @@ def rerun_share(rerun_variance, pair_variance, inverse_runs):
     The share is solved from these two and held to 0 .. 1: 0 where reruns give the same bits, 1 where seeds
     add nothing of their own. It is rounded to steps of 0.05, of which each has its own draws.
     """
-    whole = pair_variance + (1 - inverse_runs) * rerun_variance
-    share = np.divide(2 * rerun_variance, whole, out=np.zeros_like(whole), where=whole > 0)
+    total = pair_variance + (1 - inverse_runs) * rerun_variance
+    share = np.divide(2 * rerun_variance, total, out=np.zeros_like(total), where=total > 0)
     return np.round(np.clip(share, 0.0, 1.0) / SHARE_STEP) * SHARE_STEP
 
 
-def share_in(found: Noise, control_runs: Iterable[int]) -> float:
+def share_in(wave_noise: Noise, control_runs: Iterable[int]) -> float:
     """The share of a wave; 0 where nothing was run again."""
-    if not found.rerun_df or found.pair_sd is None:
+    if not wave_noise.rerun_df or wave_noise.pair_sd is None:
         return 0.0
+    rerun_variance = np.array(wave_noise.rerun_sd**2)
+    pair_variance = np.array(wave_noise.pair_sd**2)
     inverse_runs = mean([1 / runs for runs in control_runs])
-    return float(rerun_share(np.array(found.rerun_sd**2), np.array(found.pair_sd**2), inverse_runs))
+    return float(rerun_share(rerun_variance, pair_variance, inverse_runs))
 
 
 def null_draws(
@@ -411,8 +458,8 @@ def step_down(ps: Sequence[float], null_ps: np.ndarray) -> list[float]:
     least = np.minimum.accumulate(from_last, axis=1)[:, ::-1]  # of this arm and those after it
     adjusted = [1.0] * len(ps)
     highest = 0.0
-    for place, arm in enumerate(order):
-        as_low = np.count_nonzero(least[:, place] <= ps[arm])
+    for rank, arm in enumerate(order):
+        as_low = np.count_nonzero(least[:, rank] <= ps[arm])
         highest = max(highest, (1 + as_low) / (1 + len(null_ps)))
         adjusted[arm] = min(1.0, highest)
     return adjusted
@@ -422,8 +469,8 @@ def holm(ps: Sequence[float]) -> list[float]:
     """Holm's adjusted p-values, for tests whose dependence is not known."""
     adjusted = [1.0] * len(ps)
     highest = 0.0
-    for place, index in enumerate(np.argsort(ps, kind="stable")):
-        highest = max(highest, (len(ps) - place) * ps[index])
+    for rank, index in enumerate(np.argsort(ps, kind="stable")):
+        highest = max(highest, (len(ps) - rank) * ps[index])
         adjusted[index] = min(1.0, highest)
     return adjusted
 
@@ -446,29 +493,31 @@ def t_of(difference: float, error: float) -> float:
     return math.inf if difference else 0.0
 
 
-def judge(pairs: Mapping[str, BySeed], control_runs: Mapping[int, int], found: Noise) -> dict[str, Judged]:
+def judge(
+    pairs: Mapping[str, BySeed], control_runs: Mapping[int, int], wave_noise: Noise
+) -> dict[str, Judged]:
     """Of the arms with two pairs or more. control_runs: how many runs of the control each seed has."""
     several = {arm: list(values.values()) for arm, values in pairs.items() if len(values) > 1}
     if not several:
         return {}
-    places = {seed: place for place, seed in enumerate(control_runs)}
+    places = {seed: index for index, seed in enumerate(control_runs)}
     shape = tuple(tuple(places[seed] for seed in pairs[arm]) for arm in several)
     runs = tuple(control_runs.values())
-    drawn = null(shape, runs, share_in(found, runs))
+    without_effects = null(shape, runs, share_in(wave_noise, runs))
     errors = []
     ts = []
     ps = []
-    for place, values in enumerate(several.values()):
-        error = max(stdev(values), found.pair_sd) / math.sqrt(len(values))
+    for index, values in enumerate(several.values()):
+        error = max(stdev(values), wave_noise.pair_sd) / math.sqrt(len(values))
         t = t_of(mean(values), error)
         errors.append(error)
         ts.append(t)
-        ps.append(float(p_of(t, drawn.sorted_ts[:, place])))
-    families = step_down(ps, drawn.ps)
+        ps.append(float(p_of(t, without_effects.sorted_ts[:, index])))
+    families = step_down(ps, without_effects.ps)
     judged = {}
-    for place, arm in enumerate(several):
-        reach, family_reach = drawn.reaches[place]
-        judged[arm] = Judged(errors[place], ts[place], ps[place], families[place], reach, family_reach)
+    for index, arm in enumerate(several):
+        reach, family_reach = without_effects.reaches[index]
+        judged[arm] = Judged(errors[index], ts[index], ps[index], families[index], reach, family_reach)
     return judged
 
 
@@ -481,12 +530,19 @@ def verdict(middle: float, p_family: float | None) -> str:
     return BETTER if middle < 0 else WORSE
 
 
+class Reading(NamedTuple):
+    """A difference of one pair of runs, and how it was read."""
+
+    difference: float
+    how: str  # final: scores of the packed models; curve: validation curves of the live ones
+
+
 class Column(NamedTuple):
     """A mean difference by another yardstick, over n pairs; how it was read."""
 
     mean: float
     n: int
-    how: str  # final: scores of the packed models; curve: validation curves of the live ones
+    how: str  # as of a reading; both, where seeds differ in it
 
 
 @dataclass(frozen=True)
@@ -533,14 +589,14 @@ def around(middle: float, test: Judged, reach: float) -> Interval:
 
 def effect(rows: list[Row], arm: str, pairs: BySeed, test: Judged | None) -> Effect:
     """One arm's, from its pairs and their test; without a test it is undecided."""
-    own = [row for row in rows if str(row.get("arm")) == arm]
+    arm_rows = [row for row in rows if str(row.get("arm")) == arm]
     values = list(pairs.values())
     middle = mean(values) if values else None
     return Effect(
         arm=arm,
-        change=change(own[0]),
-        hypothesis=str(own[0].get("hypothesis") or ""),
-        runs=len(own),
+        change=change(arm_rows[0]),
+        hypothesis=str(arm_rows[0].get("hypothesis") or ""),
+        runs=len(arm_rows),
         pairs=pairs,
         mean=middle,
         sd=stdev(values) if test else None,
@@ -554,25 +610,35 @@ def effect(rows: list[Row], arm: str, pairs: BySeed, test: Judged | None) -> Eff
     )
 
 
-def unsteady(found: Iterable[Effect], floor: float) -> list[str]:
+def unsteady(of_arms: Iterable[Effect], floor: float) -> list[str]:
     """Arms whose seeds differ so much more than the floor that their p is a hopeful one."""
-    return [e.arm for e in found if e.sd is not None and e.sd > UNSTEADY * floor > 0]
+    return [e.arm for e in of_arms if e.sd is not None and e.sd > UNSTEADY * floor > 0]
 
 
 # Equal steps, equal time
 
-
-def points(row: Row, axis: int) -> list[tuple[float, float]]:
-    """(step or training ms, val_bpb) of the run's validations, ascending; axis: 0 for steps, 1 for time."""
-    found = [(number(point[axis]), number(point[2])) for point in row.get("curve") or [] if len(point) > 2]
-    return sorted({x: y for x, y in found if x is not None and y is not None}.items())
+STEPS = 0  # the axes of a curve's points
+TIME = 1
 
 
-def read_curve(curve: Sequence[tuple[float, float]], at: float) -> float | None:
+def points(row: Row, axis: int) -> Curve:
+    """(step or training ms, val_bpb) of the run's validations, ascending; axis: STEPS or TIME."""
+    values = {}
+    for point in row.get("curve") or []:
+        if len(point) > 2:
+            x = number(point[axis])
+            y = number(point[2])
+            if x is not None and y is not None:
+                values[x] = y
+    return sorted(values.items())
+
+
+def read_curve(curve: Curve, at: float) -> float | None:
     """bpb at `at`, between points in the axis's logarithm; None outside, or where points are too sparse."""
-    for (left, low), (right, high) in zip(curve, [*curve[1:], curve[-1]], strict=True):
-        if at in (left, right):
-            return low if at == left else high
+    for x, y in curve:
+        if x == at:
+            return y
+    for (left, low), (right, high) in pairwise(curve):
         if left < at < right:
             if left <= 0 or right - left > WIDEST_GAP * at:
                 return None
@@ -580,40 +646,48 @@ def read_curve(curve: Sequence[tuple[float, float]], at: float) -> float | None:
     return None
 
 
-def by_curves(arm: Row, control: Row, axis: int) -> tuple[float, str] | None:
+def by_curves(arm: Row, control: Row, axis: int) -> Reading | None:
     """Difference where the shorter of two curves ends, whatever the runs did after."""
-    curves = points(arm, axis), points(control, axis)
-    if not all(curves):
+    arm_curve = points(arm, axis)
+    control_curve = points(control, axis)
+    if not arm_curve or not control_curve:
         return None
-    at = min(curve[-1][0] for curve in curves)
-    ours, theirs = (read_curve(curve, at) for curve in curves)
-    return None if at <= 0 or None in (ours, theirs) else (ours - theirs, "curve")
+    at = min(arm_curve[-1][0], control_curve[-1][0])
+    ours = read_curve(arm_curve, at)
+    theirs = read_curve(control_curve, at)
+    if at <= 0 or ours is None or theirs is None:
+        return None
+    return Reading(ours - theirs, "curve")
 
 
-def same_steps(arm: Row, control: Row) -> tuple[float, str] | None:
+def same_steps(arm: Row, control: Row) -> Reading | None:
     """Difference at equal steps: the final scores, or the curves where the slower run ended."""
-    steps = number(arm.get("steps")), number(control.get("steps"))
-    if None not in steps and steps[0] == steps[1]:
-        return arm["val_bpb"] - control["val_bpb"], "final"
-    return by_curves(arm, control, 0)
+    arm_steps = number(arm.get("steps"))
+    if arm_steps is not None and arm_steps == number(control.get("steps")):
+        return Reading(arm["val_bpb"] - control["val_bpb"], "final")
+    return by_curves(arm, control, STEPS)
 
 
-def same_time(arm: Row, control: Row) -> tuple[float, str] | None:
+def same_time(arm: Row, control: Row) -> Reading | None:
     """Difference at equal training time, where the run that took less of it ended."""
-    return by_curves(arm, control, 1)
+    return by_curves(arm, control, TIME)
 
 
-def column(rows: Iterable[Row], arm: str, compare: Callable) -> Column | None:
+def column(rows: Iterable[Row], arm: str, compare: Callable[[Row, Row], Reading | None]) -> Column | None:
     """Mean of `compare` over seeds; over the control's reruns within a seed. None unless a pair can tell."""
-    ours, theirs = by_seed(rows, arm), by_seed(rows, CONTROL)
-    found, hows = [], set()
+    ours = by_seed(rows, arm)
+    theirs = by_seed(rows, CONTROL)
+    means = []
+    ways = set()
     for seed in ours.keys() & theirs.keys():
-        told = [compare(a, c) for a in ours[seed] for c in theirs[seed]]
-        told = [pair for pair in told if pair]
-        if told:
-            found.append(mean([value for value, _ in told]))
-            hows |= {how for _, how in told}
-    return Column(mean(found), len(found), "+".join(sorted(hows))) if found else None
+        readings = [compare(run, control) for run in ours[seed] for control in theirs[seed]]
+        readings = [reading for reading in readings if reading]
+        if readings:
+            means.append(mean([reading.difference for reading in readings]))
+            ways |= {reading.how for reading in readings}
+    if not means:
+        return None
+    return Column(mean(means), len(means), "+".join(sorted(ways)))
 
 
 # Dose and response
@@ -643,53 +717,72 @@ class Trend:
         if self.seeds < 2:
             return UNDECIDED
         p = self.page_p if self.p_family is None else self.p_family
-        return "no trend" if p >= LEVEL else "falls" if self.slope < 0 else "rises"
+        if p >= LEVEL:
+            return "no trend"
+        return "falls" if self.slope < 0 else "rises"
 
 
 def doses(rows: Iterable[Row]) -> dict[str, dict[float, BySeed]]:
     """knob -> value -> seed -> score, of knobs that arms change alone, to numbers; and the control's."""
-    rows, found = valid(rows), {}
+    rows = valid(rows)
+    scores_of: dict[str, dict[float, BySeed]] = {}
     for arm in arms_of(rows):
-        row = next(row for row in rows if str(row.get("arm")) == arm)
-        knobs = change(row)
-        value = number(next(iter(knobs.values()))) if len(knobs) == 1 else None
-        if value is not None:
-            found.setdefault(next(iter(knobs)), {})[value] = scores(rows, arm)
-    control = next((row for row in rows if row.get("arm") == CONTROL), None)
-    for knob, levels in found.items():
+        knobs = change(first_of(rows, arm))
+        if len(knobs) == 1:
+            ((knob, text),) = knobs.items()
+            value = number(text)
+            if value is not None:
+                scores_of.setdefault(knob, {})[value] = scores(rows, arm)
+    control = first_of(rows, CONTROL)
+    for knob, levels in scores_of.items():
         own = number(setting(control, knob)) if control else None
         if own is not None:
             levels.setdefault(own, scores(rows, CONTROL))
         if max(levels) > 0:  # a negative value beside others is a code word, as -1 for automatic
-            found[knob] = {value: by for value, by in levels.items() if value >= 0}
-    return found
+            scores_of[knob] = {value: levels[value] for value in levels if value >= 0}
+    return scores_of
+
+
+def slopes_of(x: np.ndarray, table: np.ndarray) -> list[float]:
+    """The slope of each line of the table over x."""
+    return [float(stats.linregress(x, line).slope) for line in table]
 
 
 def trend(knob: str, levels: Mapping[float, BySeed]) -> Trend | None:
     """None for fewer than three values, or without a seed that has them all."""
     values = sorted(levels)
-    seeds = sorted(set.intersection(*(set(levels[value]) for value in values))) if values else []
-    if len(values) < 3 or not seeds:
+    if len(values) < 3:
+        return None
+    seeds = sorted(set.intersection(*(set(levels[value]) for value in values)))
+    if not seeds:
         return None
     table = np.array([[levels[value][seed] for value in values] for seed in seeds])
-    doubling = values[0] > 0 and values[-1] >= 4 * values[0]
-    x = np.log2(values) if doubling else np.array(values)
-    slopes = [float(stats.linregress(x, line).slope) for line in table]
-    ups = [stats.page_trend_test(table[:, ::way], ranked=False).pvalue for way in (1, -1)]
-    with np.errstate(all="ignore"):
-        p = float(stats.ttest_1samp(slopes, 0.0).pvalue) if len(slopes) > 1 and stdev(slopes) else None
-    means = (table - table[:, :1]).mean(0).tolist()
-    page = float(min(1.0, 2 * min(ups)))
-    return Trend(knob, values, means, len(seeds), page, mean(slopes), p, "doubling" if doubling else "unit")
+    is_by_doubling = values[0] > 0 and values[-1] >= 4 * values[0]
+    slopes = slopes_of(np.log2(values) if is_by_doubling else np.array(values), table)
+    p_rising = stats.page_trend_test(table, ranked=False).pvalue
+    p_falling = stats.page_trend_test(table[:, ::-1], ranked=False).pvalue
+    slope_p = None
+    if len(slopes) > 1 and stdev(slopes):
+        with np.errstate(all="ignore"):
+            slope_p = float(stats.ttest_1samp(slopes, 0.0).pvalue)
+    return Trend(
+        knob=knob,
+        levels=values,
+        means=(table - table[:, :1]).mean(0).tolist(),
+        seeds=len(seeds),
+        page_p=float(min(1.0, 2 * min(p_rising, p_falling))),
+        slope=mean(slopes),
+        slope_p=slope_p,
+        unit="doubling" if is_by_doubling else "unit",
+    )
 
 
 def trends(rows: Iterable[Row]) -> list[Trend]:
     """All of a wave, with Holm's correction over them."""
-    found = [some for knob, levels in doses(rows).items() if (some := trend(knob, levels))]
-    return [
-        Trend(**(vars(some) | dict(p_family=p)))
-        for some, p in zip(found, holm([some.page_p for some in found]), strict=True)
-    ]
+    of_knobs = [trend(knob, levels) for knob, levels in doses(rows).items()]
+    of_knobs = [one for one in of_knobs if one]
+    families = holm([one.page_p for one in of_knobs])
+    return [replace(one, p_family=p) for one, p in zip(of_knobs, families, strict=True)]
 
 
 # Parts and the whole
@@ -704,12 +797,16 @@ class Contrast(NamedTuple):
 
     @property
     def clear(self) -> bool:
+        """The interval leaves out zero."""
         return self.interval is not None and not self.interval.low <= 0 <= self.interval.high
 
 
-def contrast(values: BySeed) -> Contrast | None:
-    some = list(values.values())
-    return Contrast(mean(some), mean_interval(some) if len(some) > 1 else None, len(some)) if some else None
+def contrast(differences_by_seed: BySeed) -> Contrast | None:
+    values = list(differences_by_seed.values())
+    if not values:
+        return None
+    interval = mean_interval(values) if len(values) > 1 else None
+    return Contrast(mean(values), interval, len(values))
 
 
 class Part(NamedTuple):
@@ -739,7 +836,9 @@ def part(name: str, alone: BySeed, last: BySeed) -> Part:
 
 def summed(parts: Sequence[BySeed]) -> BySeed:
     """By seed, where all parts have it."""
-    seeds = set.intersection(*map(set, parts)) if parts else set()
+    if not parts:
+        return {}
+    seeds = set.intersection(*map(set, parts))
     return {seed: math.fsum(values[seed] for values in parts) for seed in sorted(seeds)}
 
 
@@ -751,60 +850,105 @@ def summarise(name: str, whole: BySeed, alone: Mapping[str, BySeed], last: Mappi
     return Ablation(name, parts, contrast(whole), contrast(total), contrast(subtract(whole, total)))
 
 
+Words = frozenset  # of (knob, value): an arm's change
+
+
+def words_of_arms(rows: Iterable[Row]) -> dict[str, Words]:
+    """arm -> its change, as the first of its rows has it."""
+    words: dict[str, Words] = {}
+    for row in rows:
+        words.setdefault(str(row.get("arm")), Words(change(row).items()))
+    return words
+
+
+def names_of_parts(stack: Words, inside: Mapping[str, Words]) -> dict[Words, str]:
+    """change -> arm, of the arms inside the stack that have no arm inside them, if these add up to it.
+
+    They add up if each word of the stack is in one of them, and in one only; else nothing is returned.
+    """
+    smallest = {arm: words for arm, words in inside.items() if not any(w < words for w in inside.values())}
+    count = sum(len(words) for words in smallest.values())
+    every_word = Words().union(*smallest.values())
+    if not count == len(stack) == len(every_word):
+        return {}
+    return {words: arm for arm, words in smallest.items()}
+
+
 def ablation(rows: Iterable[Row]) -> Ablation | None:
     """Within one wave. The whole is an arm whose change is that of two or more other arms together; an arm
     with all of it but one part gives that part's worth in the presence of the others. Where the control is a
     full stack whose arms take parts out, `alone` is leaving one out, and `last` leaving out the last one."""
-    pairs, words = differences(rows := latest(rows)), {}
-    for row in rows:
-        words.setdefault(str(row.get("arm")), frozenset(change(row).items()))
-    for name in sorted(pairs, key=lambda arm: -len(words[arm])):
-        inside = {arm: words[arm] for arm in pairs if words[arm] and words[arm] < words[name]}
-        parts = {arm: own for arm, own in inside.items() if not any(o < own for o in inside.values())}
-        exact = sum(map(len, parts.values())) == len(words[name]) == len(frozenset().union(*parts.values()))
-        names = {own: arm for arm, own in parts.items()} if exact else {}
+    rows = latest(rows)
+    pairs = differences(rows)
+    words = words_of_arms(rows)
+    for stack in sorted(pairs, key=lambda arm: -len(words[arm])):
+        inside = {arm: words[arm] for arm in pairs if words[arm] and words[arm] < words[stack]}
+        if len(inside) < 2:
+            continue
+        names = names_of_parts(words[stack], inside)
         last = {}
-        for arm, own in inside.items():
-            missing = words[name] - own
-            if not exact or missing in names:
-                label = names.get(missing) or " ".join(f"{k}={v}" for k, v in sorted(missing))
-                last[label] = subtract(pairs[name], pairs[arm])
-        if len(inside) > 1:
-            return summarise(name, pairs[name], {arm: pairs[arm] for arm in names.values()}, last)
+        for arm in inside:
+            missing = words[stack] - words[arm]
+            if names and missing not in names:
+                continue
+            label = names.get(missing) or " ".join(f"{knob}={value}" for knob, value in sorted(missing))
+            last[label] = subtract(pairs[stack], pairs[arm])
+        return summarise(stack, pairs[stack], {arm: pairs[arm] for arm in names.values()}, last)
     return None
+
+
+def goes_forth_and_back(adds: Row, drops: Row, base: Row, stack: Row) -> bool:
+    """Whether one arm sets knobs of the base to the stack's values, and the other sets them back."""
+    forth = change(adds)
+    back = change(drops)
+    if not forth or forth.keys() != back.keys():
+        return False
+    for knob in forth:
+        if not same_value(forth[knob], setting(stack, knob)):
+            return False
+        if not same_value(back[knob], setting(base, knob)):
+            return False
+    return True
 
 
 def add_and_drop(adds: Iterable[Row], drops: Iterable[Row]) -> Ablation | None:
     """Across two waves: in one, arms add a part to a base; in the other, arms take the part out of the stack,
     which is its control. A part is a set of knobs whose values go forth in one and back in the other."""
-    adds, drops = valid(adds), valid(drops)
-    bases = [next((row for row in rows if row.get("arm") == CONTROL), None) for rows in (adds, drops)]
-    if None in bases:
+    adds = valid(adds)
+    drops = valid(drops)
+    base = first_of(adds, CONTROL)
+    stack = first_of(drops, CONTROL)
+    if base is None or stack is None:
         return None
-    forth, back = differences(adds), differences(drops)
-    alone, last = {}, {}
-    for (arm, pairs), (other, taken) in ((a, b) for a in forth.items() for b in back.items()):
-        ours, theirs = (
-            change(next(row for row in rows if str(row.get("arm")) == name))
-            for rows, name in ((adds, arm), (drops, other))
-        )
-        if ours and ours.keys() == theirs.keys() and all(
-            same_value(ours[k], setting(bases[1], k)) and same_value(theirs[k], setting(bases[0], k))
-            for k in ours
-        ):  # fmt: skip
-            alone[arm], last[arm] = pairs, {seed: -value for seed, value in taken.items()}
+    added = differences(adds)
+    dropped = differences(drops)
+    alone = {}
+    last = {}
+    for arm in added:
+        for other in dropped:
+            if goes_forth_and_back(first_of(adds, arm), first_of(drops, other), base, stack):
+                alone[arm] = added[arm]
+                last[arm] = {seed: -value for seed, value in dropped[other].items()}
     whole = subtract(scores(drops, CONTROL), scores(adds, CONTROL))
     return summarise("the stack", whole, alone, last) if alone else None
 
 
+def plain_value(value: object) -> object:
+    """A knob's value without the ways to spell it: True as 1, a list as its words."""
+    if isinstance(value, bool):
+        return int(value)
+    if isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return value
+
+
 def same_value(ours: object, theirs: object) -> bool:
     """Of knobs: 1, 1.0 and True are one value, and so are "a,b" and a list of both."""
-    plain = [
-        int(v) if isinstance(v, bool) else ",".join(map(str, v)) if isinstance(v, list | tuple) else v
-        for v in (ours, theirs)
-    ]
-    a, b = map(number, plain)
-    return a == b if None not in (a, b) else str(plain[0]) == str(plain[1])
+    our_number = number(plain_value(ours))
+    their_number = number(plain_value(theirs))
+    if our_number is not None and their_number is not None:
+        return our_number == their_number
+    return str(plain_value(ours)) == str(plain_value(theirs))
 
 
 # Horizons
@@ -830,21 +974,23 @@ class Ladder:
 
     @property
     def flips(self) -> bool:
-        """The shortest and another run disagree in sign, both with intervals clear of zero."""
-        return any(
-            a.effect.clear and b.effect.clear and a.effect.mean * b.effect.mean < 0
-            for a, b in combinations(self.rungs, 2)
-        )
+        """Two runs disagree in sign, both with intervals clear of zero."""
+        clear_means = [rung.effect.mean for rung in self.rungs if rung.effect.clear]
+        return any(one * other < 0 for one, other in combinations(clear_means, 2))
 
     @property
     def says(self) -> str:
         """Generated as verdicts are: one sign and sign flips need intervals clear of zero."""
+        if self.flips:
+            return "sign flips"
         signs = {math.copysign(1, rung.effect.mean) for rung in self.rungs}
-        unsure = any(not rung.effect.clear for rung in self.rungs)
-        return "sign flips" if self.flips else "one sign" if len(signs) == 1 and not unsure else "unclear"
+        all_clear = all(rung.effect.clear for rung in self.rungs)
+        return "one sign" if len(signs) == 1 and all_clear else "unclear"
 
 
-HORIZON = "iterations", "max_wallclock_seconds"
+STEP_LIMIT = "iterations"
+CLOCK = "max_wallclock_seconds"
+HORIZON = (STEP_LIMIT, CLOCK)
 # Of a run's config, what does not make its base another one.
 PLACES = HORIZON + (
     "seed", "run_id", "out_dir", "data_path", "tokenizer_path", "resume", "checkpoint_seconds",
@@ -854,8 +1000,10 @@ PLACES = HORIZON + (
 
 def horizon(row: Row) -> tuple[float, str] | None:
     """(length, unit): the clock where there is one, else the steps asked for."""
-    clock, steps = number(setting(row, HORIZON[1])), number(setting(row, HORIZON[0]))
-    if clock and not (steps and steps <= (number(row.get("steps")) or 0)):
+    clock = number(setting(row, CLOCK))
+    steps = number(setting(row, STEP_LIMIT))
+    made_all_steps = steps and steps <= (number(row.get("steps")) or 0)
+    if clock and not made_all_steps:
         return clock, "seconds"
     return (steps, "steps") if steps else None
 
@@ -871,44 +1019,61 @@ def base_of(row: Row) -> str:
     return json.dumps(config, sort_keys=True, default=str)
 
 
+@dataclass
+class Length:
+    """The runs of one wave at one length."""
+
+    length: float
+    unit: str
+    base: str = ""  # of its control, as base_of tells it; there is none without a control
+    scores: dict[str, dict[int, list[float]]] = field(default_factory=dict)  # by change and seed
+
+
+def lengths_of(rows: Iterable[Row]) -> tuple[list[Length], dict[str, str]]:
+    """All lengths of all waves, in the order met; and of each base the preset that it is of."""
+    lengths: dict[tuple, Length] = {}
+    parents: dict[str, str] = {}
+    for row in rows:
+        at = horizon(row)
+        if at is None:
+            continue
+        one = lengths.setdefault((*at, row.get("wave")), Length(*at))
+        arm = rest(row)
+        scores_by_seed = one.scores.setdefault(arm, {})
+        scores_by_seed.setdefault(row.get("seed"), []).append(row["val_bpb"])
+        if not arm:
+            one.base = base_of(row)
+            parents.setdefault(one.base, str(row.get("parent") or ""))
+    return list(lengths.values()), parents
+
+
 def ladders(rows: Iterable[Row]) -> list[Ladder]:
     """Effects against length. Rows may be of several waves, of which those with one base make rungs together,
     or of one whose arms set ITERATIONS too: an arm without any other change is the control there."""
-    require_one_regime(rows := valid(rows), HORIZON)
-    groups: dict[tuple, dict[str, dict[int, list[float]]]] = {}
-    bases: dict[tuple, str] = {}
-    parents: dict[str, str] = {}
-    for row in rows:
-        if at := horizon(row):
-            key, arm = (*at, row.get("wave")), rest(row)
-            seeds = groups.setdefault(key, {}).setdefault(arm, {})
-            seeds.setdefault(row.get("seed"), []).append(row["val_bpb"])
-            if not arm:
-                bases[key] = base_of(row)
-                parents.setdefault(bases[key], str(row.get("parent") or ""))
-    found: dict[tuple[str, str, str], dict[float, BySeed]] = {}
-    for key, arms in groups.items():
-        averages = {arm: {seed: mean(v) for seed, v in seeds.items()} for arm, seeds in arms.items()}
+    rows = valid(rows)
+    require_one_regime(rows, HORIZON)
+    lengths, parents = lengths_of(rows)
+    changes: dict[tuple[str, str, str], dict[float, BySeed]] = {}
+    for one in lengths:
+        averages = {}
+        for arm, scores_by_seed in one.scores.items():
+            averages[arm] = {seed: mean(values) for seed, values in scores_by_seed.items()}
+        control = averages.get("", {})
         for arm, values in averages.items():
-            if pairs := subtract(values, averages.get("", {})) if arm else {}:
-                rungs = found.setdefault((arm, key[1], bases[key]), {})
-                rungs.setdefault(key[0], {}).update(pairs)
-    return [
-        ladder(arm, parents[base], unit, rungs)
-        for (arm, unit, base), rungs in found.items()
-        if len(rungs) > 1
-    ]
+            pairs = subtract(values, control) if arm else {}
+            if pairs:
+                rungs = changes.setdefault((arm, one.unit, one.base), {})
+                rungs.setdefault(one.length, {}).update(pairs)
+    several = {key: rungs for key, rungs in changes.items() if len(rungs) > 1}
+    return [ladder(arm, parents[base], unit, rungs) for (arm, unit, base), rungs in several.items()]
 
 
 def ladder(name: str, parent: str, unit: str, lengths: Mapping[float, BySeed]) -> Ladder:
     """From length -> seed -> difference. The slope is fitted to each seed for itself."""
     order = sorted(lengths)
-    seeds = set.intersection(*(set(lengths[length]) for length in order))
-    x = np.log2(order)
-    slopes = {
-        seed: float(stats.linregress(x, [lengths[length][seed] for length in order]).slope)
-        for seed in sorted(seeds)
-    }
+    seeds = sorted(set.intersection(*(set(lengths[length]) for length in order)))
+    table = np.array([[lengths[length][seed] for length in order] for seed in seeds])
+    slopes = dict(zip(seeds, slopes_of(np.log2(order), table), strict=True))
     rungs = [Rung(length, contrast(lengths[length])) for length in order]
     return Ladder(name, parent, unit, rungs, contrast(slopes))
 
@@ -925,12 +1090,17 @@ class HeldOut(NamedTuple):
     shrink: Contrast  # held-out less selection: above zero is what the choice had flattered
 
 
+def held_out_score(row: Row) -> float | None:
+    return number(row.get("held_out_val_bpb"))
+
+
 def held_out(rows: Iterable[Row]) -> list[HeldOut]:
     """Of the arms that were scored there, best on the selection text first."""
     chosen = differences(rows)
-    found = []
-    for arm, values in differences(rows, lambda row: number(row.get("held_out_val_bpb"))).items():
-        there = {seed: chosen[arm][seed] for seed in values}
+    finalists = []
+    for arm, values in differences(rows, held_out_score).items():
         if values:
-            found.append(HeldOut(arm, *map(contrast, (there, values, subtract(values, there)))))
-    return sorted(found, key=lambda one: one.selection.mean)
+            selection = {seed: chosen[arm][seed] for seed in values}
+            flattered = subtract(values, selection)
+            finalists.append(HeldOut(arm, contrast(selection), contrast(values), contrast(flattered)))
+    return sorted(finalists, key=lambda one: one.selection.mean)
