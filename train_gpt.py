@@ -989,18 +989,42 @@ def claim_outputs(cfg: Config, run_id: str) -> list[TextIO]:
     return list(owners)
 
 
+# What flock says where a file system has no locks, as some network file systems have none.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+def try_lock(file: TextIO) -> bool:
+    """Lock an open file for this process without waiting; False if its file system has no locks.
+
+    BlockingIOError if another process holds it.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    return True
+
+
 def lock_outputs(outputs: Outputs) -> dict[TextIO, str]:
     """Lock the name of the logs and, if there will be models, of these.
 
     Returns each lock, that of the logs first, with the RUN_ID in it, '' if no unfinished run left one.
-    RunError (2) if another run holds a lock, or if nothing can be written there.
+    One warning where the file system has no locks. RunError (2) if another run holds a lock, or if nothing
+    can be written there.
     """
     try:
         (outputs.folder / "logs").mkdir(parents=True, exist_ok=True)
         locked_paths = outputs.logs[:1] + outputs.models[:1]
         locks = [path.with_name(f".{path.name}.lock").open("a+") for path in locked_paths]
-        for lock in locks:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        has_locks = [try_lock(lock) for lock in locks]
+        if not all(has_locks):
+            print(
+                f"warning: the file system of OUT_DIR={outputs.folder} has no locks: give no other run this "
+                "OUT_DIR, it would not be noticed",
+                file=sys.stderr,
+            )
         return {lock: Path(lock.name).read_text() for lock in locks}
     except BlockingIOError:
         raise RunError(f"another run is writing to OUT_DIR={outputs.folder}; set another OUT_DIR") from None

@@ -21,6 +21,7 @@ from typing import IO
 
 import numpy as np
 
+from data.file_locks import lock
 from data.user_error import UserError, tell, tell_os_error
 
 MAGIC, VERSION = 20240520, 1
@@ -222,19 +223,13 @@ class Progress:
 def exclusive(folder: Path) -> Iterator[None]:
     """Hold a folder for one builder; a second one waits here. The kernel drops it if we die.
 
-    Where the system has no such lock (Windows, some network file systems) nothing is held: two
-    builders then repeat each other's work, which is slow but harmless, as files appear whole.
+    Where the system has no such lock (Windows, some network file systems) nothing is held, which one warning
+    says: two builders then repeat each other's work, which is slow but harmless, as files appear whole.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        lock(handle, wait=True)
         yield
     finally:
         os.close(handle)

@@ -647,6 +647,21 @@ def test_a_run_beside_another(made, tmp_path):
         refused(made, tmp_path, Case("another run is writing to OUT_DIR=.|set another OUT_DIR"))
 
 
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks(made, tmp_path, name):
+    """Some network file systems: the run goes on, and says once what it cannot notice."""
+    patch = f"""
+import errno, fcntl
+def flock(*_):
+    raise OSError(errno.{name}, "no locks here")
+fcntl.flock = flock
+"""
+    assert start(made, tmp_path, patch) == [0]
+    said = (tmp_path / "0.err").read_text()
+    assert said.startswith("warning: the file system of OUT_DIR=. has no locks") and said.count("\n") == 1
+    assert {"final_model.pt", "final_model.int8.ptz"} <= files(tmp_path).keys()
+
+
 def test_an_empty_out_dir_is_the_current_folder(made, tmp_path):
     root = {path.name for path in Path("/").iterdir()}
     assert start(made, tmp_path, out_dir="") == [0]

@@ -1,5 +1,7 @@
 """data/shards.py, tokenize_docs.py and verify.py: files that are right or absent, and plain errors."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -13,7 +15,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import shards, verify
+from data import file_locks, shards, verify
 from data import tokenize_docs as tools
 from data.user_error import UserError
 
@@ -351,3 +353,20 @@ def test_verify_compares_totals_with_the_manifest(copy, capsys, monkeypatch):
 def test_verify_without_shards_exits_2(tmp_path):
     result = run("verify", tmp_path)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "data/pydocs.py" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EBADF"])
+def test_a_folder_that_cannot_be_locked_is_built_in_after_one_warning(name, tmp_path, monkeypatch, capsys):
+    """Network file systems; those that have locks take none on a folder (EBADF)."""
+
+    def flock(*_):
+        raise OSError(getattr(errno, name), "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(file_locks, "has_warned", False)
+    for place in ("a", "b"):
+        with shards.exclusive(tmp_path / place):
+            (tmp_path / place / "built").touch()
+    assert (tmp_path / "b/built").exists()
+    said = capsys.readouterr().err
+    assert said.startswith("warning: this file system has no locks") and said.count("\n") == 1

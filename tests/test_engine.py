@@ -3,8 +3,13 @@
 An engine that is to be killed runs in a fork of this process, which has the imports already.
 """
 
+import dataclasses
+import errno
+import fcntl
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import file_locks
 from sweeps.lab import run_process as process
 from sweeps.lab import run_rows as rows
 from sweeps.lab import validation_halves as halves
@@ -106,7 +112,7 @@ def ended(number: int) -> int:
 def test_every_ending_has_its_state_and_the_wave_goes_on(bench, capfd):
     ends = "crash crash_once kill_once bad_input untrained no_loss truncated diverged over_size"
     bench.plan({end: dict(end=end) for end in ends.split()})
-    assert bench.run(f"{ends} fine", "--jobs", "4", seeds="1", every=5) == 1, "one crashed"
+    assert bench.run(f"{ends} fine", "--jobs", "4", "--reruns", seeds="1", every=5) == 1, "one crashed"
     states = bench.states()
     expected = dict.fromkeys(("crash", "bad_input"), "crashed") | dict.fromkeys(
         ("untrained", "no_loss"), "untrained"
@@ -244,6 +250,35 @@ def test_a_second_engine_is_refused(bench, capfd):
     assert ended(number) == 0
 
 
+@pytest.fixture(params=["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def no_locks(request, monkeypatch):
+    """A file system that has no locks, as some network file systems."""
+
+    def flock(*_):
+        raise OSError(getattr(errno, request.param), "no locks here")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(file_locks, "has_warned", False)
+
+
+def test_a_wave_runs_on_a_file_system_without_locks(bench, capfd, no_locks):
+    assert bench.run("a", seeds="1") == 0
+    assert bench.states() == {"control.1": "ok", "a.1": "ok"}
+    assert re.fullmatch(r"warning: this file system has no locks: .*\n", capfd.readouterr().err)
+
+
+def test_a_run_is_found_again_without_locks(bench, no_locks):
+    """Its number has to do: the next engine waits for the run and starts no second one."""
+    bench.plan(dict(control=dict(seconds=0.1)))
+    number = bench.fork("", seeds="1")
+    bench.wait_for(lambda: len(bench.journal()) >= 2)
+    os.kill(number, signal.SIGKILL)
+    assert ended(number) == -signal.SIGKILL
+    assert process.is_alive(bench.out / "w/w.control.1")
+    assert bench.run("", seeds="1") == 0 and bench.states() == {"control.1": "ok"}
+    assert len(bench.journal()) == 10 and not process.is_alive(bench.out / "w/w.control.1")
+
+
 def test_what_another_version_left_is_started_anew(bench):
     """A checkpoint of other code is refused by the run with exit 2."""
     left = bench.out / "w/w.control.1/checkpoints"
@@ -292,10 +327,8 @@ def test_an_unfinished_arm_that_was_edited_starts_anew(bench, monkeypatch):
 
 
 def test_a_plan_runs_nothing(bench, capfd):
-    assert (
-        bench.run("a b", "--plan", "--seconds-per-run", "60", "--usd-per-hour", "3", "--jobs", "2", every=1)
-        == 0
-    )
+    cost = ["--seconds-per-run", "60", "--usd-per-hour", "3", "--jobs", "2"]
+    assert bench.run("a b", "--plan", "--reruns", *cost, every=1) == 0
     shown = capfd.readouterr().out
     assert "a        QK_GAIN_INIT=2  # why a" in shown
     assert "runs      10 (4 reruns of the control), 0 duplicates not run" in shown
@@ -303,6 +336,50 @@ def test_a_plan_runs_nothing(bench, capfd):
     assert not bench.results.exists() and not bench.out.exists()
     assert bench.run("a b", "--dry") == 0
     assert capfd.readouterr().out.splitlines()[1] == "w.a.1  QK_GAIN_INIT=2"
+
+
+def test_a_control_that_gives_the_same_bits_is_not_run_again_unless_asked(bench, capfd):
+    assert bench.run("a b", "--plan", every=1) == 0
+    shown = capfd.readouterr()
+    assert "runs      6 (0 reruns of the control)" in shown.out
+    assert (
+        "note: 4 reruns of the control are left out: on this CPU the same bits would come again" in shown.err
+    )
+    assert bench.run("a", seeds="1", every=1) == 0 and bench.states() == {"control.1": "ok", "a.1": "ok"}
+    assert bench.run("a", "--reruns", seeds="1", every=1) == 0 and bench.states()["control.1.r1"] == "ok"
+
+
+@pytest.mark.parametrize("knob", ["MAX_WALLCLOCK_SECONDS=5", "DETERMINISTIC=0"])
+def test_a_control_that_a_clock_ends_or_that_may_vary_is_run_again(knob):
+    arm = ["@arm", "a", "why", "QK_GAIN_INIT=2", "@control_every", "1"]
+    wave = engine.parse_wave("w", [*WORDS[1:], knob, *arm])
+    for changed, count in ((wave, 3), (dataclasses.replace(wave, base_changes=()), 2)):
+        assert len(engine.without_exact_reruns(engine.expand(changed, engine.Sizes(True, True)))) == count
+
+
+def test_the_results_that_came_with_the_project_are_told_and_left_alone(bench, capfd):
+    """A wave of that name makes results of one's own, and says where both are."""
+    assert engine.parse_options([]).results == ROOT / "runs/results"
+    shipped = ROOT / "sweeps/results/wave08_asymmetry.jsonl"
+    before = shipped.read_bytes(), shipped.stat().st_mtime_ns
+    command = bench.command("a", seeds="1")
+    assert engine.main(["wave08_asymmetry", *command[1:]]) == 0
+    said = capfd.readouterr()
+    assert "note: 24 results of wave08_asymmetry came with the project, tables in sweeps/results/" in said.err
+    assert "done: planned 2 started 2 finished 2 valid 2" in said.out and len(bench.journal()) == 20
+    assert (shipped.read_bytes(), shipped.stat().st_mtime_ns) == before
+    assert engine.main(["wave08_asymmetry", *command[1:], "--plan"]) == 0
+    assert "to do     0, " in capfd.readouterr().out, "those of one's own count"
+
+
+def test_a_plan_is_timed_by_own_runs_first_then_by_what_was_given_then_by_the_shipped_ones(bench, capfd):
+    def time_line(*options) -> str:
+        words = ["w", "@question", "Why?", "@base", "baseline", "@seeds", "1", "--", *bench.options]
+        assert engine.main([*words, "--plan", *options]) == 0
+        return capfd.readouterr().out.partition("time ")[2]
+
+    assert "runs of the same sizes that came with the project, made on another machine" in time_line()
+    assert "at 7 s a run, as given" in time_line("--seconds-per-run", "7")
 
 
 @pytest.mark.parametrize(
@@ -424,3 +501,47 @@ def test_a_real_wave_from_its_script_to_the_held_out_score(tmp_path, dataset):
         assert len(row["code_sha256"]) == 64 and row["peak_memory_mib"] > 50 and row["step_ms"]["median"] > 0
     assert found["tiny.high.3"]["val_bpb"] != found["tiny.control.3"]["val_bpb"]
     assert "(" in run.stdout and "held out     tiny.high.3" in run.stdout
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ["-c", "user.name=x", "-c", "user.email=x@x", "-c", "core.autocrlf=false"]
+    return subprocess.run(
+        ["git", *who, *words], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def copied_project(folder: Path) -> Path:
+    """What git knows of this project, and what is new in it, without the large records; committed."""
+    listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in listed.split("\0")[:-1]:
+        if (ROOT / name).is_file() and not name.startswith("records/20"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "as it came")
+    return folder
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="no git checkout")
+def test_a_scratch_wave_and_its_report_leave_git_status_clean(tmp_path, dataset):
+    project = copied_project(tmp_path / "project")
+    script = tmp_path / "scratch.sh"
+    script.write_text(
+        f'source "{project}/sweeps/lib.sh"\nquestion "Why?"\nbase baseline\n'
+        'arm a "it is" QK_GAIN_INIT=2\nseeds 1 2\nrun_wave "$@"\n'
+    )
+    options = ["--proxy", "--data", str(dataset), "--tokenizer", str(dataset / "tokenizer.model")]
+    options += ["--script", str(project / "tests/support/stub_train.py")]
+    env = {name: value for name, value in os.environ.items() if name not in engine.KNOBS}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "STUB": str(tmp_path)}
+    (tmp_path / "plan.json").write_text("{}")
+    commands = (["bash", str(script), *options], [sys.executable, "sweeps/report.py"])
+    for command in commands:
+        subprocess.run(command, cwd=project, env=env, check=True, timeout=120, capture_output=True)
+    assert git(project, "status", "--porcelain", "--untracked-files=all") == ""
+    assert len(Results(project / "runs/results", "scratch").latest()) == 4
+    assert (project / "runs/results/scratch.md").is_file() and (project / "runs/report.html").is_file()
+    assert list((project / "runs/results").glob(".*.lock")), "a lock was there to be seen"
+    (project / ".final_model.pt.lock").touch()  # beside the models of a run in the project's folder
+    assert git(project, "status", "--porcelain", "--untracked-files=all") == ""

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from sweeps.lab import rekey_results
-from sweeps.lab.paths import RESULTS
+from sweeps.lab.paths import SHIPPED_RESULTS
 from sweeps.lab.run_rows import Results, read_lines
 from tests.support.lab_rows import write_rows
 from train_gpt import Config, asdict, fields
 
 LATER = "z_loss"  # stands for a knob that came after the row: the first definition never saw it
-COMMITTED = sorted(RESULTS.glob("*.jsonl"))
+COMMITTED = sorted(SHIPPED_RESULTS.glob("*.jsonl"))
 
 
 def old_row(name: str, **knobs) -> dict:

@@ -19,6 +19,7 @@ from data.user_error import UserError
 from sweeps.lab import report, report_figures, report_page
 from sweeps.lab import report_tables as tables
 from sweeps.lab import verdicts as fx
+from sweeps.lab.paths import ROOT, SHIPPED_FIGURES, SHIPPED_RESULTS
 from tests.support.lab_rows import broken_rows, row, write_rows
 
 SEEDS = 1337, 42, 7
@@ -155,6 +156,38 @@ def test_the_list_in_the_log_is_oldest_first_and_hand_written_text_stays(newline
     before = lab.log.read_bytes(), lab.log.stat().st_mtime_ns
     assert lab.run("--publish") == 0  # nothing new: not even written
     assert (lab.log.read_bytes(), lab.log.stat().st_mtime_ns) == before
+
+
+def tracked_state() -> dict[str, tuple[int, int]]:
+    """Size and time of every file that the report writes when it publishes."""
+    paths = [*SHIPPED_RESULTS.iterdir(), *SHIPPED_FIGURES.iterdir(), ROOT / "experiment_log.md"]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def test_what_git_knows_is_written_only_when_it_is_published(tmp_path, monkeypatch, capsys):
+    before = tracked_state()
+    own = tmp_path / "runs/results"
+    monkeypatch.setattr(report, "OWN_RESULTS", own)
+    html = ["--html", str(tmp_path / "x.html")]
+    assert report.main(html) == 0 and "--shipped shows the results" in capsys.readouterr().out
+    write_rows(own / "mine.jsonl", some_rows("mine"))
+    assert report.main(html) == 0
+    assert (own / "mine.md").is_file() and (own / "figures/mine_effects.png").is_file()
+    assert "(figures/mine_effects.png)" in (own / "mine.md").read_text()
+    assert report.main(["wave08_asymmetry", *html]) == 2
+    assert "--shipped wave08_asymmetry" in capsys.readouterr().err
+    for shipped in (["--shipped"], ["--results", str(SHIPPED_RESULTS)]):
+        assert report.main(["wave08_asymmetry", *shipped, *html]) == 0
+        assert payload((tmp_path / "x.html").read_text())["waves"][0]["name"] == "wave08_asymmetry"
+    assert tracked_state() == before
+    assert not list(tmp_path.glob("*.md"))
+
+
+def test_publishing_means_the_shipped_results():
+    asked = report.options(["--publish"])
+    assert (asked.results, asked.figures, asked.only_html) == (SHIPPED_RESULTS, SHIPPED_FIGURES, False)
+    with pytest.raises(SystemExit):
+        report.options(["--shipped", "--results", "x"])
 
 
 # The pages

@@ -153,6 +153,18 @@ def test_power_without_an_effect_is_the_level():
     assert ours.power(5, 0.0, 1.0, 0.01) == pytest.approx(0.01, rel=1e-6)
 
 
+def test_welch_with_unequal_sizes_wins_by_luck_as_often_as_is_said():
+    """2.0 % at a nominal 1 %: three runs against ten of half their spread."""
+    shown = share_shown(ours.welch, 0.0, (3, 10), (1.0, 0.5), 20_000, seed=13)
+    low, high = binomial_bounds(0.0204, 20_000)
+    assert low <= shown <= high and "2.0 % at a nominal 1 %" in significance.UNEQUAL
+
+
+def test_unequal_sizes_are_told(capsys):
+    assert significance.UNEQUAL in run(capsys, "--ours", "1,2,3", "--baseline", "2,3,4,5")
+    assert "unequal" not in run(capsys, "--ours", "1,2,3", "--baseline", "2,3,4")
+
+
 def run(capsys, *arguments) -> str:
     assert significance.main(arguments) == 0
     return capsys.readouterr().out

@@ -1,7 +1,10 @@
 """Waves: their words, what is refused before anything runs, the arms made by rule, the order of the runs."""
 
+import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +14,7 @@ from sweeps.lab import wave_spec as wave
 from sweeps.lab.wave_plan import expand, warnings_of
 from sweeps.lab.wave_spec import CONTROL, PLACES, Sizes, parse_wave
 from tests.conftest import ROOT
+from tests.support.lab_rows import row, write_rows
 
 PROXY = Sizes(cpu=True, proxy=True)
 HEAD = "@question Why? @base tidal_1434"
@@ -235,11 +239,70 @@ def test_every_wave_in_the_repository_is_valid():
             assert expand(found, sizes)
 
 
+def script_of(folder: Path, *lines: str) -> Path:
+    """A wave's script in a folder of its own."""
+    script = folder / "w.sh"
+    script.write_text("\n".join([f'source "{ROOT}/sweeps/lib.sh"', *lines]) + "\n")
+    return script
+
+
 def test_a_misused_word_ends_the_script(tmp_path):
-    script = tmp_path / "w.sh"
-    script.write_text(f'source "{ROOT}/sweeps/lib.sh"\narm only_a_name\n')
+    script = script_of(tmp_path, "arm only_a_name")
     run = subprocess.run(["bash", str(script)], capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr == 'w.sh: usage: arm NAME "HYPOTHESIS" KNOB=VALUE ...\n'
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("armm", "did you mean arm?"),
+        ("sedes", "did you mean seeds?"),
+        ("leave_one_in", "did you mean leave_one_out?"),
+        ("xyzzy", "the words: question base arm"),
+    ],
+)
+def test_a_misspelt_word_ends_the_script_with_a_suggestion(word, said, tmp_path):
+    script = script_of(tmp_path, f'{word} a "b" MLP_ACT=relu2', "echo went on")
+    run = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith(f"w.sh: {word} is no word of a wave; {said}") and run.stderr.count("\n") == 1
+
+
+def test_a_misspelt_word_of_the_engine_has_a_suggestion_too():
+    with pytest.raises(UserError, match="not a word of a wave: @armm; did you mean arm"):
+        parse_wave("w", ["@armm", "a"])
+
+
+def wave_environment() -> dict[str, str]:
+    """An environment without knobs, whose first Python is this one."""
+    env = {name: value for name, value in os.environ.items() if name not in wave.KNOBS}
+    return env | {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}"}
+
+
+def test_a_wave_outside_of_the_project_works_and_paths_mean_what_they_mean_there(tmp_path):
+    here = tmp_path / "a place"
+    here.mkdir()
+    write_rows(here / "mine/w.jsonl", [row("control", 1, 2.0, wave="w")])
+    script_of(here, 'question "Why?"', "base baseline", "seeds 1 2", 'run_wave "$@"')
+    command = ["bash", "w.sh", "--plan", "--proxy", "--results", "mine"]
+    run = subprocess.run(command, cwd=here, env=wave_environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "to do     1, " in run.stdout, "a finished run is in the results beside the script"
+
+
+def test_the_worked_example_of_the_page_is_a_wave(tmp_path):
+    """README.md of sweeps/ shows a wave of two arms, and what its plan says."""
+    page = (ROOT / "sweeps/README.md").read_text(encoding="utf-8")
+    example = re.search(r"```\n(#!/usr/bin/env bash\n.*?)```", page, re.S)[1]
+    assert example.count("\narm ") == 2 and "source sweeps/lib.sh" in example
+    script = tmp_path / "rates.sh"
+    script.write_text(example)
+    command = ["bash", str(script), "--plan", "--proxy", "--results", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, env=wave_environment(), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    plan = run.stdout[run.stdout.index("question  ") :]
+    planned = plan.partition("\nto do")[0]
+    assert planned in page, planned
 
 
 def test_the_proxy_is_of_whole_knobs():

@@ -9,12 +9,12 @@ of the baseline after several numbers of steps.
 from pathlib import Path
 from typing import NamedTuple
 
-from sweeps.lab.paths import FIGURES, RESULTS
+from sweeps.lab.paths import SHIPPED_FIGURES, SHIPPED_RESULTS
 from sweeps.lab.report_figures import plt, save
 from sweeps.lab.run_rows import read_lines
 from sweeps.lab.verdicts import effects
 
-FIGURE = FIGURES / "gains_by_length.png"
+FIGURE = SHIPPED_FIGURES / "gains_by_length.png"
 
 
 class Curve(NamedTuple):
@@ -48,7 +48,7 @@ class Point(NamedTuple):
     high: float
 
 
-def points_of(curve: Curve, results: Path = RESULTS) -> list[Point]:
+def points_of(curve: Curve, results: Path = SHIPPED_RESULTS) -> list[Point]:
     """The effect of a change in each wave of its ladder, the shortest first."""
     found = []
     for path in results.glob(f"{curve.wave}_h*.jsonl"):

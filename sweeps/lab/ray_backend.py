@@ -16,6 +16,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from data import file_locks
 from data.user_error import UserError
 from sweeps.lab import run_process as process
 
@@ -38,7 +39,7 @@ def connect() -> None:
         ray.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"no Ray cluster at {os.environ.get('RAY_ADDRESS', 'hand')}: {error}") from None
-    for module in (process, sys.modules[__name__]):  # so that a worker needs no path to them
+    for module in (file_locks, process, sys.modules[__name__]):  # so that a worker needs no path to them
         ray.cloudpickle.register_pickle_by_value(module)
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from data.user_error import UserError, tell, tell_os_error
-from sweeps.lab.paths import RESULTS
+from sweeps.lab.paths import SHIPPED_RESULTS
 from sweeps.lab.run_rows import Results, Row
 from train_gpt import Config, RunError, write_atomic
 
@@ -187,7 +187,9 @@ def rekey_files(paths: Sequence[Path]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of *.jsonl; default: ours")
+    parser.add_argument(
+        "--results", type=Path, default=SHIPPED_RESULTS, help="folder of *.jsonl; default: ours"
+    )
     options = parser.parse_args(arguments)
     paths = sorted(options.results.glob("*.jsonl"))
     try:

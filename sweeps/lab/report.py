@@ -1,14 +1,17 @@
 """What waves found, for people: a page of tables for each wave, figures, and one offline HTML page.
 
-    python sweeps/report.py                      everything in sweeps/results
+    python sweeps/report.py                      all results of your own, runs/results
     python sweeps/report.py stack loo            the pages and figures of these waves only
-    python sweeps/report.py --publish            and the list of all waves in experiment_log.md
+    python sweeps/report.py --shipped            the HTML page of the results that came with the project
     python sweeps/report.py --watch 30           rewrite the HTML page alone every 30 s while waves run
+    python sweeps/report.py --publish            the pages and figures of the shipped results, and the list of
+                                                 all waves in experiment_log.md
 
 The tables of WAVE.jsonl go to WAVE.md beside it, those of all waves together to all_waves.md. Each is written
-as a whole; a page by another hand is never overwritten. experiment_log.md is written by hand: `--publish`
-fills in what stands between its two markers `waves` and touches nothing else. All numbers are computed by
-verdicts.py from the result rows, and runs of different regimes never share a table.
+as a whole; a page by another hand is never overwritten. Files that git knows, sweeps/results, sweeps/figures
+and experiment_log.md, are written with `--publish` alone. The log is written by hand: `--publish` fills in
+what stands between its two markers `waves` and touches nothing else. All numbers are computed by verdicts.py
+from the result rows, and runs of different regimes never share a table.
 """
 
 import argparse
@@ -20,7 +23,7 @@ from pathlib import Path
 
 from data.user_error import UserError, tell
 from sweeps.lab import report_figures, report_page
-from sweeps.lab.paths import FIGURES, RESULTS, ROOT
+from sweeps.lab.paths import OWN_PAGE, OWN_RESULTS, ROOT, SHIPPED_FIGURES, SHIPPED_RESULTS
 from sweeps.lab.report_tables import (
     ALL_WAVES,
     GENERATED,
@@ -113,20 +116,34 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )  # fmt: skip
-    parser.add_argument("waves", nargs="*", metavar="WAVE", help="write these pages only; default all")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of WAVE.jsonl and WAVE.md")
-    parser.add_argument("--publish", action="store_true", help="write the list of all waves into the log")
-    parser.add_argument("--log", type=Path, default=ROOT / "experiment_log.md")
-    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder for the PNGs")
-    parser.add_argument("--html", type=Path, default=ROOT / "runs/report.html")
-    parser.add_argument("--only-html", action="store_true", help="leave all other files alone")
-    parser.add_argument(
-        "--watch", type=float, metavar="S", help="rewrite the HTML page every S seconds; only it"
-    )
+    add = parser.add_argument
+    add("waves", nargs="*", metavar="WAVE", help="write these pages only; default all")
+    add("--results", type=Path, help="folder of WAVE.jsonl and WAVE.md; default runs/results, your own")
+    add("--shipped", action="store_true", help="the results that came with the project, sweeps/results")
+    add("--publish", action="store_true", help="write what git knows: the shipped pages and the log's list")
+    add("--log", type=Path, default=ROOT / "experiment_log.md")
+    add("--figures", type=Path, help="folder for the PNGs; default figures/ in the folder of results")
+    add("--html", type=Path, default=OWN_PAGE)
+    add("--only-html", action="store_true", help="leave all other files alone")
+    add("--watch", type=float, metavar="S", help="rewrite the HTML page every S seconds; only it")
     asked = parser.parse_args(arguments)
     if asked.watch is not None and asked.watch <= 0:
         parser.error("--watch takes a number of seconds above zero")
+    if asked.shipped and asked.results:
+        parser.error("--shipped is a folder of results already; leave --results out")
+    choose_folders(asked)
     return asked
+
+
+def choose_folders(asked: argparse.Namespace) -> None:
+    """Fill in the folders that were not named; what git knows is for `--publish`."""
+    if asked.results is None:
+        asked.results = SHIPPED_RESULTS if asked.shipped or asked.publish else OWN_RESULTS
+    are_shipped = asked.results.resolve() == SHIPPED_RESULTS
+    if asked.figures is None:
+        asked.figures = SHIPPED_FIGURES if are_shipped else asked.results / "figures"
+    if are_shipped and not asked.publish:
+        asked.only_html = True
 
 
 def write_html(asked: argparse.Namespace) -> list[Wave]:
@@ -150,17 +167,23 @@ def write_rest(asked: argparse.Namespace, waves: Sequence[Wave]) -> None:
         print(f"wrote the list of waves in {asked.log}")
 
 
-def unknown(asked: argparse.Namespace) -> list[str]:
+def unknown_waves(asked: argparse.Namespace) -> list[str]:
     return [name for name in asked.waves if not (asked.results / f"{name}.jsonl").is_file()]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     asked = options(arguments)
-    if missing := unknown(asked):
-        print(f"no results of {', '.join(missing)} in {asked.results}", file=sys.stderr)
+    unknown = unknown_waves(asked)
+    if unknown:
+        print(f"no results of {', '.join(unknown)} in {asked.results}", file=sys.stderr)
+        for name in unknown:
+            if (SHIPPED_RESULTS / f"{name}.jsonl").is_file():
+                print(f"those of {name} that came with the project: --shipped {name}", file=sys.stderr)
         return 2
     waves = write_html(asked)
     print(f"wrote {asked.html}")
+    if not waves and asked.results == OWN_RESULTS:
+        print("no wave was run here yet; --shipped shows the results that came with the project")
     while asked.watch:
         time.sleep(asked.watch)
         write_html(asked)

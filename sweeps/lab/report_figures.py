@@ -1,5 +1,6 @@
 """The figures of sweeps/report.py: effects with their intervals, validation curves, and ladders."""
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 from sweeps.lab import verdicts as fx  # noqa: E402
+from sweeps.lab.report_tables import Wave  # noqa: E402
 from sweeps.lab.statistics import mean  # noqa: E402
 from sweeps.lab.verdicts import Effect, Ladder, Row  # noqa: E402
 
@@ -37,17 +39,17 @@ def plain(text: object) -> str:
 
 def forest(rows: Sequence[Row], title: str, path: Path) -> Path | None:
     """Every arm's difference: dots are seeds, thick 95 %, thin family-wise, grey one SD of a difference."""
-    found = [e for e in fx.effects(rows) if e.mean is not None]
-    if not found:
+    effects = [effect for effect in fx.effects(rows) if effect.mean is not None]
+    if not effects:
         return None
-    figure, axes = plt.subplots(figsize=(7.5, 1.4 + 0.28 * len(found)))
+    figure, axes = plt.subplots(figsize=(7.5, 1.4 + 0.28 * len(effects)))
     floor = fx.noise(rows).floor
     axes.axvspan(-floor, floor, color="#d0d7de", alpha=0.5, lw=0, label="noise floor of one difference (SD)")
     axes.axvline(0, color="#24292f", lw=0.8)
-    for place, one in enumerate(found):
-        draw_arm(axes, place, one)
-    axes.set_yticks(range(len(found)), [plain(e.arm) for e in found])
-    axes.set_ylim(len(found) - 0.4, -0.6)
+    for line, effect in enumerate(effects):
+        draw_arm(axes, line, effect)
+    axes.set_yticks(range(len(effects)), [plain(effect.arm) for effect in effects])
+    axes.set_ylim(len(effects) - 0.4, -0.6)
     axes.set_xlabel("bpb less the control's (left is better)")
     axes.set_title(plain(title), loc="left")
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.55 / figure.get_figheight() - 0.04), fontsize=8)
@@ -56,62 +58,87 @@ def forest(rows: Sequence[Row], title: str, path: Path) -> Path | None:
     return save(figure, path)
 
 
-def draw_arm(axes, place: int, one: Effect) -> None:
-    colour = COLOURS[one.verdict]
-    if one.family:
-        axes.plot(one.family, [place, place], color=colour, lw=1)
-        axes.plot(one.interval, [place, place], color=colour, lw=3, alpha=0.75)
-    axes.plot(list(one.pairs.values()), [place] * one.n, "o", ms=3.2, mfc="white", mec=colour, mew=0.9)
-    axes.plot([one.mean], [place], "D", ms=5, color=colour)
-    axes.annotate(one.verdict, (1.01, place), xycoords=("axes fraction", "data"), va="center", fontsize=8,
-                  color=colour)  # fmt: skip
+def draw_arm(axes, line: int, effect: Effect) -> None:
+    """One arm of the forest, on its line from the top."""
+    colour = COLOURS[effect.verdict]
+    if effect.family:
+        axes.plot(effect.family, [line, line], color=colour, lw=1)
+        axes.plot(effect.interval, [line, line], color=colour, lw=3, alpha=0.75)
+    seeds = list(effect.pairs.values())
+    axes.plot(seeds, [line] * effect.n, "o", ms=3.2, mfc="white", mec=colour, mew=0.9)
+    axes.plot([effect.mean], [line], "D", ms=5, color=colour)
+    axes.annotate(
+        effect.verdict,
+        (1.01, line),
+        xycoords=("axes fraction", "data"),
+        va="center",
+        fontsize=8,
+        color=colour,
+    )
 
 
 def average_curve(rows: Sequence[Row], arm: str) -> list[tuple[float, float]]:
     """Mean over the arm's runs, at the steps that all of them have."""
-    curves = [dict(fx.points(row, 0)) for runs in fx.by_seed(rows, arm).values() for row in runs]
-    curves = [curve for curve in curves if curve]
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
+    curves = []
+    for runs in fx.by_seed(rows, arm).values():
+        for row in runs:
+            curve = dict(fx.points(row, fx.STEPS))
+            if curve:
+                curves.append(curve)
+    if not curves:
+        return []
+    steps = sorted(set.intersection(*map(set, curves)))
     return [(step, mean([curve[step] for curve in curves])) for step in steps if step > 0]
 
 
 def curves(rows: Sequence[Row], title: str, path: Path) -> Path | None:
     """Validation against steps, of the control and of the arms that moved most."""
-    found = sorted((e for e in fx.effects(rows) if e.mean is not None), key=lambda e: -abs(e.mean))
-    arms = [fx.CONTROL, *(e.arm for e in found[: MOST_CURVES - 1])]
-    lines = {arm: line for arm in arms if len(line := average_curve(rows, arm)) > 1}
+    effects = [effect for effect in fx.effects(rows) if effect.mean is not None]
+    effects.sort(key=lambda effect: -abs(effect.mean))
+    arms = [fx.CONTROL, *(effect.arm for effect in effects[: MOST_CURVES - 1])]
+    lines = {}
+    for arm in arms:
+        line = average_curve(rows, arm)
+        if len(line) > 1:
+            lines[arm] = line
     if not lines:
         return None
     figure, axes = plt.subplots(figsize=(7.5, 4))
     colours = plt.get_cmap("tab10")
-    for place, (arm, line) in enumerate(lines.items()):
-        style = dict(color="black", lw=2) if arm == fx.CONTROL else dict(color=colours(place % 10), lw=1.2)
-        axes.plot(*zip(*line, strict=True), label=plain(arm), **style)
+    for number, (arm, line) in enumerate(lines.items()):
+        steps, values = zip(*line, strict=True)
+        style = {"color": "black", "lw": 2}
+        if arm != fx.CONTROL:
+            style = {"color": colours(number % 10), "lw": 1.2}
+        axes.plot(steps, values, label=plain(arm), **style)
     axes.set(xlabel="step", ylabel="validation bpb of the live weights")
-    left = len(found) + 1 - len(arms)
-    more = f" ({left} arms that moved less are left out)" if left > 0 else ""
+    left_out = len(effects) + 1 - len(arms)
+    more = f" ({left_out} arms that moved less are left out)" if left_out > 0 else ""
     axes.set_title(plain(title + more), loc="left")
     axes.grid(color="#eaeef2", lw=0.6)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
     return save(figure, path)
 
 
-def ladders(found: Sequence[Ladder], path: Path) -> Path | None:
+def ladders(of_changes: Sequence[Ladder], path: Path) -> Path | None:
     """A small panel for each change: its effect (95 %) at every length of run that was tried.
 
     All panels share their axes, so that what shrinks with length is seen to shrink."""
-    if not found:
+    if not of_changes:
         return None
-    columns = min(LADDER_COLUMNS, len(found))
-    rows = -(-len(found) // columns)
+    columns = min(LADDER_COLUMNS, len(of_changes))
+    rows = math.ceil(len(of_changes) / columns)
     size = (2.6 * columns, 0.8 + 2.1 * rows)
     figure, grid = plt.subplots(rows, columns, figsize=size, sharey=True, squeeze=False)
     panels = list(grid.flat)
-    for axes, one in zip(panels, found, strict=False):
-        draw_ladder(axes, one)
-        lengths = [rung.length for ladder in found if ladder.unit == one.unit for rung in ladder.rungs]
+    for axes, ladder in zip(panels, of_changes, strict=False):
+        draw_ladder(axes, ladder)
+        lengths = []
+        for other in of_changes:
+            if other.unit == ladder.unit:
+                lengths += [rung.length for rung in other.rungs]
         axes.set_xlim(min(lengths) / 1.3, max(lengths) * 1.3)
-    for axes in panels[len(found) :]:
+    for axes in panels[len(of_changes) :]:
         axes.axis("off")
     figure.suptitle(
         "Effect against length of run, 95 % intervals: green is better, red worse, grey holds zero",
@@ -144,21 +171,32 @@ def draw_ladder(axes, one: Ladder) -> None:
     axes.tick_params(labelsize=8)
 
 
+def draw_wave(wave: Wave, folder: Path) -> list[Path]:
+    """The figures of one wave, two for each regime; those without anything to show are not made."""
+    drawn = []
+    groups = wave.regimes
+    for number, rows in enumerate(groups, 1):
+        stem = wave.name
+        title = wave.name
+        if len(groups) > 1:
+            stem += f"_{number}"
+            title += f", regime {number}"
+        drawn.append(forest(rows, title, folder / f"{stem}_effects.png"))
+        drawn.append(curves(rows, title, folder / f"{stem}_curves.png"))
+    return [path for path in drawn if path]
+
+
 def draw(
-    waves: Sequence, found: Sequence[Ladder], chosen: Iterable[str], folder: Path, base: Path
+    waves: Sequence[Wave], of_changes: Sequence[Ladder], chosen: Iterable[str], folder: Path, base: Path
 ) -> dict[str, list[str]]:
     """All figures: wave name, or "" for those of all waves -> paths as a page in `base` names them."""
-    drawn: dict[str, list[Path | None]] = {"": [ladders(found, folder / "ladders.png")]}
-    for wave in (wave for wave in waves if wave.name in set(chosen)):
-        groups = wave.regimes
-        for place, rows in enumerate(groups, 1):
-            several = len(groups) > 1
-            stem, title = wave.name + f"_{place}" * several, wave.name + f", regime {place}" * several
-            drawn.setdefault(wave.name, []).extend([
-                forest(rows, title, folder / f"{stem}_effects.png"),
-                curves(rows, title, folder / f"{stem}_curves.png"),
-            ])  # fmt: skip
-    return {
-        name: [Path(os.path.relpath(path, base)).as_posix() for path in paths if path]
-        for name, paths in drawn.items()
-    }
+    together = ladders(of_changes, folder / "ladders.png")
+    drawn = {"": [together] if together else []}
+    names = set(chosen)
+    for wave in waves:
+        if wave.name in names:
+            drawn[wave.name] = draw_wave(wave, folder)
+    links = {}
+    for name, paths in drawn.items():
+        links[name] = [Path(os.path.relpath(path, base)).as_posix() for path in paths]
+    return links

@@ -7,7 +7,7 @@ import html
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from functools import cache
 from pathlib import Path
@@ -26,7 +26,7 @@ from sweeps.lab.report_tables import (
     regime_line,
 )
 from sweeps.lab.size_limit import SIZE_LIMIT
-from sweeps.lab.verdicts import Ablation, Contrast, Effect, Row
+from sweeps.lab.verdicts import Ablation, Contrast, Effect, Ladder, Row, Trend
 
 PARTS = Path(__file__).resolve().parent / "page"
 # What the page reads of a run; the rest of a row would only make it heavier.
@@ -52,90 +52,137 @@ def as_json(value: object) -> str:
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
+def change_text(change: Mapping[str, str]) -> str:
+    return " ".join(f"{knob}={value}" for knob, value in change.items())
+
+
 def run(row: Row) -> dict:
-    found = {name: row.get(name) for name in SHOWN.split()}
-    batch = fx.number(fx.setting(row, "train_batch_tokens"))
-    change = " ".join(f"{knob}={value}" for knob, value in fx.change(row).items())
-    return found | dict(run_id=fx.run_id(row), change=change, tokens_per_step=batch)
+    """What the page shows of a run."""
+    shown = {name: row.get(name) for name in SHOWN.split()}
+    shown["run_id"] = fx.run_id(row)
+    shown["change"] = change_text(fx.change(row))
+    shown["tokens_per_step"] = fx.number(fx.setting(row, "train_batch_tokens"))
+    return shown
 
 
 def bars(value: Contrast | None) -> dict | None:
     if value is None:
         return None
     low, high = value.interval or (None, None)
-    return dict(mean=value.mean, low=low, high=high, n=value.n)
+    return {"mean": value.mean, "low": low, "high": high, "n": value.n}
 
 
-def effect(found: Effect) -> dict:
-    return dict(
-        arm=found.arm, change=" ".join(f"{k}={v}" for k, v in found.change.items()), n=found.n,
-        hypothesis=found.hypothesis, mean=found.mean, sd=found.sd, interval=found.interval,
-        family=found.family, p=found.p_family, verdict=found.verdict,
-        pairs=[[seed, value] for seed, value in found.pairs.items()],
-        same_steps=found.same_steps, same_time=found.same_time,
-    )  # fmt: skip
+def effect(one: Effect) -> dict:
+    return {
+        "arm": one.arm,
+        "change": change_text(one.change),
+        "n": one.n,
+        "hypothesis": one.hypothesis,
+        "mean": one.mean,
+        "sd": one.sd,
+        "interval": one.interval,
+        "family": one.family,
+        "p": one.p_family,
+        "verdict": one.verdict,
+        "pairs": [[seed, value] for seed, value in one.pairs.items()],
+        "same_steps": one.same_steps,
+        "same_time": one.same_time,
+    }
 
 
-def parts(found: Ablation | None, title: str) -> dict | None:
-    if found is None:
+def trend(one: Trend) -> dict:
+    return {
+        "knob": one.knob,
+        "levels": one.levels,
+        "means": one.means,
+        "p": one.p_family,
+        "verdict": one.verdict,
+        "unit": one.unit,
+    }
+
+
+def parts(ablation: Ablation | None, title: str) -> dict | None:
+    if ablation is None:
         return None
-    lines = [[one.name, bars(one.alone), bars(one.last)] for one in found.parts]
-    lines += [["sum of the parts", bars(found.total), None], ["the whole", None, bars(found.whole)]]
-    return dict(title=title, lines=lines, interaction=bars(found.interaction))
+    lines = [[part.name, bars(part.alone), bars(part.last)] for part in ablation.parts]
+    lines.append(["sum of the parts", bars(ablation.total), None])
+    lines.append(["the whole", None, bars(ablation.whole)])
+    return {"title": title, "lines": lines, "interaction": bars(ablation.interaction)}
 
 
 def group(rows: Sequence[Row], wave: str, title: str) -> dict:
     """A regime of a wave: its own table, never joined with another."""
-    found = fx.effects(rows)
-    trends = [
-        dict(knob=t.knob, levels=t.levels, means=t.means, p=t.p_family, verdict=t.verdict, unit=t.unit)
-        for t in fx.trends(rows)
-    ]
-    return dict(
-        wave=wave, title=title, regime=regime_line(rows), counts=counts_line(rows), noise=noise_line(rows),
-        note=notes(rows, found), floor=fx.noise(rows).floor, effects=[effect(e) for e in found],
-        trends=trends, ablation=parts(fx.ablation(rows), title),
-        held_out=[[h.arm, bars(h.selection), bars(h.held_out)] for h in fx.held_out(rows)],
-    )  # fmt: skip
+    effects = fx.effects(rows)
+    return {
+        "wave": wave,
+        "title": title,
+        "regime": regime_line(rows),
+        "counts": counts_line(rows),
+        "noise": noise_line(rows),
+        "note": notes(rows, effects),
+        "floor": fx.noise(rows).floor,
+        "effects": [effect(one) for one in effects],
+        "trends": [trend(one) for one in fx.trends(rows)],
+        "ablation": parts(fx.ablation(rows), title),
+        "held_out": [[one.arm, bars(one.selection), bars(one.held_out)] for one in fx.held_out(rows)],
+    }
+
+
+def ladder(one: Ladder) -> dict:
+    return {
+        "change": one.change,
+        "parent": one.parent,
+        "unit": one.unit,
+        "says": one.says,
+        "slope": bars(one.slope),
+        "rungs": [[rung.length, bars(rung.effect)] for rung in one.rungs],
+    }
 
 
 def across(waves: Sequence) -> dict:
     """What several waves say together."""
-    steps = [
-        [s.wave, s.regime, s.control, s.best.arm if s.best else None, s.best_bpb] for s in progression(waves)
-    ]
-    ladders = [
-        dict(change=one.change, parent=one.parent, unit=one.unit, says=one.says, slope=bars(one.slope),
-             rungs=[[rung.length, bars(rung.effect)] for rung in one.rungs])
-        for one in all_ladders(waves)
-    ]  # fmt: skip
-    ablations = [
-        parts(found, f"added in {adds}, taken out in {drops}") for adds, drops, found in all_ablations(waves)
-    ]
-    regimes = [regime_line(group) for group in all_regimes(waves)]
-    return dict(steps=steps, regimes=regimes, ladders=ladders, ablations=ablations)
+    steps = []
+    for step in progression(waves):
+        best_arm = step.best.arm if step.best else None
+        steps.append([step.wave, step.regime, step.control, best_arm, step.best_bpb])
+    ablations = []
+    for adds, drops, ablation in all_ablations(waves):
+        ablations.append(parts(ablation, f"added in {adds}, taken out in {drops}"))
+    return {
+        "steps": steps,
+        "regimes": [regime_line(rows) for rows in all_regimes(waves)],
+        "ladders": [ladder(one) for one in all_ladders(waves)],
+        "ablations": ablations,
+    }
 
 
 def payload(waves: Sequence, watch: float | None) -> dict:
     """All that page.js draws, as it will find it."""
     groups = []
+    runs = []
+    names = []
     for wave in waves:
-        several = wave.regimes
-        for place, rows in enumerate(several, 1):
-            title = wave.name + f", regime {place} of {len(several)}" * (len(several) > 1)
+        regimes = wave.regimes
+        for number, rows in enumerate(regimes, 1):
+            title = f"{wave.name}, regime {number} of {len(regimes)}" if len(regimes) > 1 else wave.name
             groups.append(group(rows, wave.name, title))
-    names = [dict(name=w.name, question=w.question, unreadable=w.unreadable, began=w.began) for w in waves]
-    runs = [run(row) for wave in waves for row in wave.rows]
+        runs += [run(row) for row in wave.rows]
+        names.append({
+            "name": wave.name,
+            "question": wave.question,
+            "unreadable": wave.unreadable,
+            "began": wave.began,
+        })  # fmt: skip
     written = datetime.fromtimestamp(time.time(), timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-    return dict(
-        waves=names,
-        groups=groups,
-        runs=runs,
-        across=across(waves),
-        limit=SIZE_LIMIT,
-        watch=watch,
-        written=written,
-    )
+    return {
+        "waves": names,
+        "groups": groups,
+        "runs": runs,
+        "across": across(waves),
+        "limit": SIZE_LIMIT,
+        "watch": watch,
+        "written": written,
+    }
 
 
 @cache
@@ -146,16 +193,18 @@ def library() -> str:
 
 def page(waves: Sequence, watch: float | None = None) -> str:
     """The whole file. watch: it reloads itself every so many seconds."""
-    reload = f'<meta http-equiv="refresh" content="{max(1, round(watch))}">' if watch else ""
     title = "Waves: " + (", ".join(wave.name for wave in waves) or "no results yet")
-    pieces = dict(
-        TITLE=html.escape(title), RELOAD=reload, DATA=as_json(payload(waves, watch)), LIBRARY=library(),
-        STYLE=(PARTS / "page.css").read_text(encoding="utf-8"),
-        SCRIPT=(PARTS / "page.js").read_text(encoding="utf-8"),
-    )  # fmt: skip
-    text = (PARTS / "page.html").read_text(encoding="utf-8")
-    before, *rest = text.split("@@")  # @@NAME@@ marks a place
-    out = [before]
+    pieces = {
+        "TITLE": html.escape(title),
+        "RELOAD": f'<meta http-equiv="refresh" content="{max(1, round(watch))}">' if watch else "",
+        "DATA": as_json(payload(waves, watch)),
+        "LIBRARY": library(),
+        "STYLE": (PARTS / "page.css").read_text(encoding="utf-8"),
+        "SCRIPT": (PARTS / "page.js").read_text(encoding="utf-8"),
+    }
+    template = (PARTS / "page.html").read_text(encoding="utf-8")
+    before, *rest = template.split("@@")  # @@NAME@@ marks where a piece goes
+    text = [before]
     for name, after in zip(rest[::2], rest[1::2], strict=True):
-        out += [pieces[name], after]
-    return "".join(out)
+        text += [pieces[name], after]
+    return "".join(text)

@@ -13,7 +13,8 @@ from sweeps.lab.run_summary import read_events
 from sweeps.lab.statistics import Interval, mean
 from sweeps.lab.verdicts import Contrast, Effect, Row
 
-ABSENT, NAME = "–", re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+ABSENT = "–"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")  # of a wave that the report will read
 # The first line of every file that the report owns as a whole.
 GENERATED = "<!-- Written by sweeps/report.py from the .jsonl files beside it; changes by hand are lost. -->"
 ALL_WAVES = "all_waves"  # the page of all waves together
@@ -32,11 +33,14 @@ class Wave:
 
     @property
     def question(self) -> str:
-        return next((str(row["question"]) for row in self.rows if row.get("question")), "")
+        questions = [str(row["question"]) for row in self.rows if row.get("question")]
+        return questions[0] if questions else ""
 
     @property
     def began(self) -> float:
-        return min((t for row in self.rows if (t := fx.number(row.get("started"))) is not None), default=0.0)
+        """The start of its first run in seconds since 1970; 0 before that."""
+        starts = [fx.number(row.get("started")) for row in self.rows]
+        return min((start for start in starts if start is not None), default=0.0)
 
     @property
     def regimes(self) -> list[list[Row]]:
@@ -45,15 +49,20 @@ class Wave:
 
 def read_wave(path: Path, root: Path = ROOT) -> Wave:
     """One file of results. A line that a killed writer cut short is skipped, and counted."""
-    rows, unreadable = [], 0
+    rows = []
+    unreadable = 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line) if line.strip() else None
+            value = json.loads(line)
         except ValueError:
-            row = line
-        if isinstance(row, dict):
-            rows.append(row | dict(wave=path.stem))
-        unreadable += isinstance(row, str)
+            unreadable += 1
+            continue
+        if isinstance(value, dict):
+            rows.append(value | {"wave": path.stem})
+        elif isinstance(value, str):
+            unreadable += 1
     return Wave(path.stem, [follow(row, root) for row in fx.latest(rows)], unreadable)
 
 
@@ -65,28 +74,35 @@ def read_waves(folder: Path, root: Path = ROOT) -> list[Wave]:
 
 def follow(row: Row, root: Path) -> Row:
     """A running run with what its own event log says so far; all other rows as they are."""
-    folder = root / str(row.get("out_dir") or "")
     if row.get("state") != "running" or not row.get("out_dir"):
         return row
+    log_folder = root / str(row["out_dir"]) / "logs"
     try:
-        logs = sorted((folder / "logs").glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
+        logs = sorted(log_folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
         events = read_events(logs[-1])[0] if logs else []
     except OSError:  # it may be moved or removed at any time
         return row
-    steps, vals = ([*newest_by_step(events, kind)] for kind in ("step", "val"))
-    return row | dict(
-        loss_curve=[[e.get("step"), e.get("train_ms"), e.get("train_loss")] for e in steps],
-        curve=[[e.get("step"), e.get("train_ms"), e.get("val_bpb")] for e in vals],
-        lr_trace=[[e.get("progress"), e.get("lr_scale")] for e in steps],
-        **{k: steps[-1].get(k) for k in ("progress", "train_loss") if steps},
-        steps=max((e.get("step") or 0 for e in steps + vals), default=None),
-    )
+    steps = newest_by_step(events, "step")
+    vals = newest_by_step(events, "val")
+    known = {
+        "loss_curve": [[e.get("step"), e.get("train_ms"), e.get("train_loss")] for e in steps],
+        "curve": [[e.get("step"), e.get("train_ms"), e.get("val_bpb")] for e in vals],
+        "lr_trace": [[e.get("progress"), e.get("lr_scale")] for e in steps],
+        "steps": max((e.get("step") or 0 for e in steps + vals), default=None),
+    }
+    if steps:
+        known["progress"] = steps[-1].get("progress")
+        known["train_loss"] = steps[-1].get("train_loss")
+    return row | known
 
 
-def newest_by_step(events: Iterable[dict], kind: str) -> Iterable[dict]:
+def newest_by_step(events: Iterable[dict], event_name: str) -> list[dict]:
     """Ascending; a step that a resumed run did again, as it went the last time."""
-    found = {e["step"]: e for e in events if e["event"] == kind and fx.number(e.get("step")) is not None}
-    return (found[step] for step in sorted(found))
+    newest = {}
+    for event in events:
+        if event["event"] == event_name and fx.number(event.get("step")) is not None:
+            newest[event["step"]] = event
+    return [newest[step] for step in sorted(newest)]
 
 
 # Cells
@@ -116,7 +132,9 @@ def between(interval: Interval | None) -> str:
 
 
 def chance(p: float | None) -> str:
-    return ABSENT if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+    if p is None:
+        return ABSENT
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def by_column(column: fx.Column | None) -> str:
@@ -126,23 +144,33 @@ def by_column(column: fx.Column | None) -> str:
 def of_contrast(value: Contrast | None) -> str:
     if value is None:
         return ABSENT
-    return f"{value.mean:+.4f} ({between(value.interval)})" if value.interval else f"{value.mean:+.4f}"
+    if value.interval is None:
+        return f"{value.mean:+.4f}"
+    return f"{value.mean:+.4f} ({between(value.interval)})"
 
 
 def table(head: str, align: str, rows: Iterable[Sequence[str]]) -> list[str]:
     """Markdown lines. head: words parted by |; align: l or r of each column."""
     marks = {"l": "---", "r": "--:"}
-    lines = [f"| {' | '.join(head.split('|'))} |", f"|{'|'.join(marks[a] for a in align)}|"]
-    return [*lines, *(f"| {' | '.join(row)} |" for row in rows)]
+    lines = [f"| {' | '.join(head.split('|'))} |"]
+    lines.append(f"|{'|'.join(marks[letter] for letter in align)}|")
+    for row in rows:
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
 
 
 def spread(values: Iterable[float | None], pattern: str = "{:,.0f}") -> str:
     """One value, or the range."""
-    known = sorted(value for value in values if value is not None)
+    known = [value for value in values if value is not None]
     if not known:
         return ABSENT
-    low, high = pattern.format(known[0]), pattern.format(known[-1])
+    low = pattern.format(min(known))
+    high = pattern.format(max(known))
     return low if low == high else f"{low} to {high}"
+
+
+def numbers_of(rows: Iterable[Row], name: str) -> list[float | None]:
+    return [fx.number(row.get(name)) for row in rows]
 
 
 # One wave
@@ -150,20 +178,41 @@ def spread(values: Iterable[float | None], pattern: str = "{:,.0f}") -> str:
 
 def common(rows: Iterable[Row], name: str) -> str:
     """A field that all runs agree on, as text; all values where they do not."""
-    found = dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None)
-    return " and ".join(found) or ABSENT
+    texts = dict.fromkeys(str(row[name]) for row in rows if row.get(name) is not None)
+    return " and ".join(texts) or ABSENT
+
+
+def control_row(rows: Sequence[Row]) -> Row:
+    """The first run of the control; of a wave without one, the first run."""
+    control = fx.first_of(rows, fx.CONTROL)
+    if control is not None:
+        return control
+    return rows[0] if rows else {}
+
+
+def ran_or_all(rows: Sequence[Row]) -> Sequence[Row]:
+    """The valid runs; all rows where none is."""
+    return fx.valid(rows) or list(rows)
+
+
+def steps_text(rows: Sequence[Row]) -> str:
+    """How many steps the runs made, and what ended them, where that is known."""
+    steps = f"{spread(numbers_of(rows, 'steps'))} steps"
+    are_step_limited = fx.step_limited(rows)
+    if are_step_limited is None:
+        return steps
+    return steps + (", all that were asked for" if are_step_limited else ", limited by the clock")
 
 
 def regime_line(rows: Sequence[Row]) -> str:
     """Where the numbers of a table come from, and how far the runs went."""
-    ran = fx.valid(rows) or list(rows)
-    control = next((row for row in ran if row.get("arm") == fx.CONTROL), ran[0] if ran else {})
+    ran = ran_or_all(rows)
+    control = control_row(ran)
     size = {name: fx.number(fx.setting(control, name)) for name in fx.SIZES}
-    limited = {True: ", all that were asked for", False: ", limited by the clock", None: ""}
-    compiled = "compiled" if common(ran, "compile").lower() in ("true", "1", "auto") else "eager"
+    is_compiled = common(ran, "compile").lower() in ("true", "1", "auto")
     words = [
-        f"{spread(fx.number(row.get('steps')) for row in ran)} steps{limited[fx.step_limited(ran)]}",
-        f"{spread(fx.number(row.get('tokens')) for row in ran)} tokens",
+        steps_text(ran),
+        f"{spread(numbers_of(ran, 'tokens'))} tokens",
         f"{plain(size['train_batch_tokens'], '{:,.0f}')} tokens a step",
         f"sequence {plain(size['train_seq_len'], '{:.0f}')}",
         f"{plain(size['num_layers'], '{:.0f}')} layers x {plain(size['model_dim'], '{:.0f}')}",
@@ -171,7 +220,7 @@ def regime_line(rows: Sequence[Row]) -> str:
         f"preset {common(ran, 'parent')}",
         "seeds " + " ".join(dict.fromkeys(str(row.get("seed")) for row in ran)),
         f"{common(ran, 'world_size')} x {common(ran, 'device')}",
-        f"{common(ran, 'dtype')}, {compiled}",
+        f"{common(ran, 'dtype')}, {'compiled' if is_compiled else 'eager'}",
         f"torch {common(ran, 'torch')}, numpy {common(ran, 'numpy')}, Python {common(ran, 'python')}",
         f"code {common(ran, 'code_sha256')[:12]}",
         f"validation text {common(ran, 'val_sha256')[:12]}, {common(ran, 'val_tokens')} tokens",
@@ -181,134 +230,183 @@ def regime_line(rows: Sequence[Row]) -> str:
 
 def counts_line(rows: Sequence[Row]) -> str:
     """Planned, started, finished, scored, valid, and how many are in each state."""
-    found = fx.counts(rows)
-    states = ", ".join(f"{number} {state}" for state, number in found.states.items())
+    counted = fx.counts(rows)
+    states = ", ".join(f"{number} {state}" for state, number in counted.states.items())
     return (
-        f"{found.planned} runs planned, {found.started} started, {found.finished} finished, "
-        f"{found.scored} with a score, {found.valid} valid ({states})"
+        f"{counted.planned} runs planned, {counted.started} started, {counted.finished} finished, "
+        f"{counted.scored} with a score, {counted.valid} valid ({states})"
     )
 
 
 def noise_line(rows: Sequence[Row]) -> str:
     """Both parts of the noise, and how to read p beside the family interval."""
-    found = fx.noise(rows)
-    rerun = f"SD {found.rerun_sd:.4f}, df {found.rerun_df}" if found.rerun_df else "not measured"
-    pair = ABSENT if found.pair_sd is None else f"SD {found.pair_sd:.4f} from {found.pair_arms} arms"
-    part = "" if found.seed_sd is None or not found.rerun_df else f", {found.seed_sd:.4f} of it from seeds"
+    noise = fx.noise(rows)
+    rerun = "not measured"
+    if noise.rerun_df:
+        rerun = f"SD {noise.rerun_sd:.4f}, df {noise.rerun_df}"
+    pair = ABSENT
+    if noise.pair_sd is not None:
+        pair = f"SD {noise.pair_sd:.4f} from {noise.pair_arms} arms"
+    if noise.seed_sd is not None and noise.rerun_df:
+        pair += f", {noise.seed_sd:.4f} of it from seeds"
     return (
-        f"same seed again {rerun}; one paired difference {pair}{part}; floor {found.floor:.4f}. "
-        "p is family-wise: 5 % of waves without effects name any arm. The family interval holds for all arms "
-        "at once; p steps down from arm to arm and may be clear where that interval just touches zero."
+        f"same seed again {rerun}; one paired difference {pair}; floor {noise.floor:.4f}. "
+        "p is family-wise: 5 % of waves without effects name any arm, if arms and control are equally noisy. "
+        "The family interval holds for all arms at once; p steps down from arm to arm and may be clear where "
+        "that interval just touches zero."
     )
 
 
-def effect_rows(rows: Sequence[Row], found: Sequence[Effect]) -> list[list[str]]:
+MAIN_HEAD = "arm|change|n|bpb|less control|SD|95 %|family|p|verdict|same steps|same time"
+MAIN_ALIGN = "llrrrrrrrlrr"
+
+
+def control_cells(rows: Sequence[Row]) -> list[str]:
+    """The first line of the main table."""
+    scores = list(fx.scores(rows, fx.CONTROL).values())
+    runs = [row for row in rows if row.get("arm") == fx.CONTROL]
+    preset = code(common(runs, "parent")) if runs else ""
+    cells = ["`control`", preset, str(len(scores)), plain(mean(scores) if scores else None)]
+    return cells + [""] * 8  # it has no difference to itself
+
+
+def effect_cells(rows: Sequence[Row], effect: Effect) -> list[str]:
+    """An arm's line of the main table."""
+    scores = list(fx.scores(rows, effect.arm).values())
+    return [
+        code(effect.arm),
+        code(" ".join(f"{knob}={value}" for knob, value in effect.change.items())),
+        str(effect.n),
+        plain(mean(scores) if scores else None),
+        signed(effect.mean),
+        plain(effect.sd),
+        between(effect.interval),
+        between(effect.family),
+        chance(effect.p_family),
+        effect.verdict,
+        by_column(effect.same_steps),
+        by_column(effect.same_time),
+    ]
+
+
+def effect_rows(rows: Sequence[Row], effects: Sequence[Effect]) -> list[list[str]]:
     """The cells of the main table: the control, then every arm, whatever became of it."""
-    control = fx.scores(rows, fx.CONTROL)
-    own = [row for row in rows if row.get("arm") == fx.CONTROL]
-    first = ["`control`", code(common(own, "parent")) if own else "", f"{len(control)}"]
-    lines = [[*first, plain(mean(list(control.values())) if control else None), *[""] * 8]]
-    for e in found:
-        scores = list(fx.scores(rows, e.arm).values())
-        cells = [code(e.arm), code(" ".join(f"{k}={v}" for k, v in e.change.items())), str(e.n)]
-        cells += [plain(mean(scores) if scores else None), signed(e.mean), plain(e.sd)]
-        cells += [between(e.interval), between(e.family), chance(e.p_family), e.verdict]
-        lines.append([*cells, by_column(e.same_steps), by_column(e.same_time)])
-    return lines
+    return [control_cells(rows), *(effect_cells(rows, effect) for effect in effects)]
 
 
-def notes(rows: Sequence[Row], found: Sequence[Effect]) -> str:
+def notes(rows: Sequence[Row], effects: Sequence[Effect]) -> str:
     """How far the table may be trusted, its column at equal time above all."""
     ran = fx.valid(rows)
-    shared, limited = fx.sharing(ran), fx.step_limited(ran)
-    says = ["same steps, same time: pairs read where the shorter run ended; curve: from live validations"]
-    if limited:
-        says.append("all runs were limited by steps, so time is only what each happened to take")
-    if restless := fx.unsteady(found, fx.noise(rows).floor):
-        says.append(f"{', '.join(restless)}: far noisier than the floor, so p is hopeful there; more seeds")
+    sentences = [
+        "Same steps, same time: pairs read where the shorter run ended; curve: from live validations"
+    ]
+    if fx.step_limited(ran):
+        sentences.append("All runs were limited by steps, so time is only what each happened to take")
+    unsteady = fx.unsteady(effects, fx.noise(rows).floor)
+    if unsteady:
+        names = ", ".join(unsteady)
+        names = names[:1].upper() + names[1:]
+        sentences.append(f"{names}: far noisier than the floor, so p is hopeful there; more seeds")
+    shared = fx.sharing(ran)
     if shared:
-        says.append(
+        sentences.append(
             f"{shared} of {len(ran)} runs shared the machine with another, so their time is a busy one's"
         )
-    return ". ".join(word[0].upper() + word[1:] for word in says) + "."
+    return ". ".join(sentences) + "."
 
 
 def unranked(rows: Sequence[Row]) -> list[str]:
     """The runs that gave no number to rank, with why."""
-    good = {fx.run_id(row) for row in fx.valid(rows)}
+    ranked = {fx.run_id(row) for row in fx.valid(rows)}
+    texts = []
+    for row in rows:
+        if fx.run_id(row) not in ranked:
+            why = f": {cell(row['message'])[:200]}" if row.get("message") else ""
+            texts.append(f"{code(fx.run_id(row))} {cell(row.get('state') or ABSENT)}{why}")
+    return texts
+
+
+def trend_cells(trend: fx.Trend) -> list[str]:
     return [
-        f"{code(fx.run_id(row))} {cell(row.get('state') or ABSENT)}"
-        + (f": {cell(row['message'])[:200]}" if row.get("message") else "")
-        for row in rows
-        if fx.run_id(row) not in good
+        code(trend.knob),
+        " ".join(f"{level:g}" for level in trend.levels),
+        " ".join(f"{value:+.4f}" for value in trend.means),
+        str(trend.seeds),
+        f"{trend.slope:+.4f} a {trend.unit} (p {chance(trend.slope_p)})",
+        chance(trend.page_p),
+        chance(trend.p_family),
+        f"{trend.verdict}, lowest at {trend.best:g}",
     ]
 
 
 def trend_table(rows: Sequence[Row]) -> list[str]:
-    found = fx.trends(rows)
-    if not found:
+    trends = fx.trends(rows)
+    if not trends:
         return []
-    lines = [
-        [
-            code(one.knob), " ".join(f"{level:g}" for level in one.levels),
-            " ".join(f"{value:+.4f}" for value in one.means), str(one.seeds),
-            f"{one.slope:+.4f} a {one.unit} (p {chance(one.slope_p)})", chance(one.page_p),
-            chance(one.p_family), f"{one.verdict}, lowest at {one.best:g}",
-        ]
-        for one in found
-    ]  # fmt: skip
     head = "knob|values|bpb against the first|seeds|slope|Page's p|p (Holm)|trend"
-    return ["", *table(head, "lllrlrrl", lines)]
+    return ["", *table(head, "lllrlrrl", [trend_cells(trend) for trend in trends])]
 
 
-def ablation_table(found: fx.Ablation | None, title: str = "") -> list[str]:
-    if found is None:
+def ablation_table(ablation: fx.Ablation | None, title: str = "") -> list[str]:
+    if ablation is None:
         return []
-    lines = [
-        [code(one.name), of_contrast(one.alone), of_contrast(one.last), of_contrast(one.interaction)]
-        for one in found.parts
-    ]
-    lines.append(["sum of the parts, each alone", of_contrast(found.total), "", ""])
-    lines.append([f"the whole ({code(found.whole_name)})", of_contrast(found.whole), "",
-                  of_contrast(found.interaction)])  # fmt: skip
+    lines = []
+    for part in ablation.parts:
+        effects = [of_contrast(part.alone), of_contrast(part.last), of_contrast(part.interaction)]
+        lines.append([code(part.name), *effects])
+    lines.append(["sum of the parts, each alone", of_contrast(ablation.total), "", ""])
+    name = f"the whole ({code(ablation.whole_name)})"
+    lines.append([name, of_contrast(ablation.whole), "", of_contrast(ablation.interaction)])
+    above = [title, ""] if title else []
     head = "part|alone|with all others there|difference (interaction)"
-    return ["", *([title, ""] if title else []), *table(head, "llll", lines)]
+    return ["", *above, *table(head, "llll", lines)]
 
 
 def held_out_table(rows: Sequence[Row]) -> list[str]:
-    lines = [
-        [code(one.arm), *map(of_contrast, (one.selection, one.held_out, one.shrink))]
-        for one in fx.held_out(rows)
-    ]
+    lines = []
+    for one in fx.held_out(rows):
+        lines.append([
+            code(one.arm), of_contrast(one.selection), of_contrast(one.held_out), of_contrast(one.shrink)
+        ])  # fmt: skip
+    if not lines:
+        return []
     head = "finalist|on the text it was chosen by|on the held-out half|held-out less chosen"
-    return ["", *table(head, "llll", lines)] if lines else []
+    return ["", *table(head, "llll", lines)]
 
 
 def regime_block(rows: Sequence[Row], title: str) -> list[str]:
     """All tables of one regime."""
-    head = "arm|change|n|bpb|less control|SD|95 %|family|p|verdict|same steps|same time"
-    lines = [f"Regime    {title}{cell(regime_line(rows))}", "", f"Counts    {cell(counts_line(rows))}", ""]
+    effects = fx.effects(rows)
+    lines = [f"Regime    {title}{cell(regime_line(rows))}", ""]
+    lines += [f"Counts    {cell(counts_line(rows))}", ""]
     lines += [f"Noise     {noise_line(rows)}", ""]
-    found = fx.effects(rows)
-    lines += table(head, "llrrrrrrrlrr", effect_rows(rows, found))
-    lines += ["", cell(notes(rows, found))]
-    lines += trend_table(rows) + ablation_table(fx.ablation(rows)) + held_out_table(rows)
+    lines += table(MAIN_HEAD, MAIN_ALIGN, effect_rows(rows, effects))
+    lines += ["", cell(notes(rows, effects))]
+    lines += trend_table(rows)
+    lines += ablation_table(fx.ablation(rows))
+    lines += held_out_table(rows)
     missing = unranked(rows)
-    return lines + (["", "Not ranked: " + "; ".join(missing) + "."] if missing else [])
+    if missing:
+        lines += ["", "Not ranked: " + "; ".join(missing) + "."]
+    return lines
+
+
+def figure_lines(figures: Iterable[str]) -> list[str]:
+    return [f"![{Path(path).stem}]({path})" for path in figures]
 
 
 def wave_block(wave: Wave, figures: Sequence[str] = ()) -> str:
     """The tables of a wave, one set for each regime, then its figures."""
     groups = wave.regimes
     lines = []
-    for place, rows in enumerate(groups, 1):
-        title = f"{place} of {len(groups)}, not to be merged: " if len(groups) > 1 else ""
+    for number, rows in enumerate(groups, 1):
+        title = f"{number} of {len(groups)}, not to be merged: " if len(groups) > 1 else ""
         lines += [*regime_block(rows, title), ""]
     if not groups:
         lines += ["No runs yet.", ""]
     if wave.unreadable:
         lines += [f"{wave.unreadable} unreadable line(s) in the results were skipped.", ""]
-    lines += [f"![{Path(path).stem}]({path})" for path in figures]
+    lines += figure_lines(figures)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -338,59 +436,90 @@ class Step:
 
 def all_rows(waves: Iterable[Wave]) -> list[Row]:
     """Of all waves, each run under a name of its own."""
-    return [row | dict(run_id=f"{wave.name}/{fx.run_id(row)}") for wave in waves for row in wave.rows]
+    rows = []
+    for wave in waves:
+        for row in wave.rows:
+            rows.append(row | {"run_id": f"{wave.name}/{fx.run_id(row)}"})
+    return rows
 
 
 def all_regimes(waves: Iterable[Wave]) -> list[list[Row]]:
     """The rows of all waves by regime; runs that never started are in none."""
-    started = [[row for row in all_rows([wave]) if row.get("code_sha256") is not None] for wave in waves]
-    return fx.joined(part for rows in started for part in fx.by_regime(rows))
+    groups = []
+    for wave in waves:
+        started = [row for row in all_rows([wave]) if row.get("code_sha256") is not None]
+        groups += fx.by_regime(started)
+    return fx.joined(groups)
 
 
 def all_ladders(waves: Iterable[Wave]) -> list[fx.Ladder]:
     """Over waves that differ in the length of their runs only."""
-    groups = fx.by_regime(fx.valid(all_rows(waves)), fx.HORIZON)
-    return [ladder for group in groups for ladder in fx.ladders(group)]
+    ladders = []
+    for group in fx.by_regime(fx.valid(all_rows(waves)), fx.HORIZON):
+        ladders += fx.ladders(group)
+    return ladders
 
 
 def all_ablations(waves: Iterable[Wave]) -> list[tuple[str, str, fx.Ablation]]:
     """(wave that adds parts to a base, wave that takes them from the stack, what they say together). Which
     control is the stack: the better one."""
-    found = []
-    for pair in permutations(waves, 2):
-        if len(fx.by_regime(fx.valid(all_rows(pair)))) == 1:
-            one = fx.add_and_drop(*(wave.rows for wave in pair))
-            if one and one.whole and one.whole.mean < 0:
-                found.append((*(wave.name for wave in pair), one))
-    return found
+    ablations = []
+    for adds, drops in permutations(waves, 2):
+        if len(fx.by_regime(fx.valid(all_rows([adds, drops])))) != 1:
+            continue
+        ablation = fx.add_and_drop(adds.rows, drops.rows)
+        if ablation and ablation.whole and ablation.whole.mean < 0:
+            ablations.append((adds.name, drops.name, ablation))
+    return ablations
+
+
+def best_arm(rows: Sequence[Row]) -> Effect | None:
+    """The arm of a wave that is better than the control by most, beyond noise."""
+    better = [effect for effect in fx.effects(rows) if effect.verdict == fx.BETTER]
+    return min(better, key=lambda effect: effect.mean, default=None)
+
+
+def mean_score(rows: Sequence[Row], arm: str) -> float | None:
+    scores = list(fx.scores(rows, arm).values())
+    return mean(scores) if scores else None
+
+
+def step_of(wave: str, regime: int, rows: Sequence[Row]) -> Step:
+    """A wave's place in the progression, from its rows of one regime."""
+    ran = ran_or_all(rows)
+    best = best_arm(rows)
+    return Step(
+        wave=wave,
+        regime=regime,
+        length=spread(numbers_of(ran, "steps")),
+        parent=common(ran, "parent"),
+        control=mean_score(rows, fx.CONTROL),
+        best=best,
+        best_bpb=mean_score(rows, best.arm) if best else None,
+    )
 
 
 def progression(waves: Iterable[Wave]) -> list[Step]:
     """Each wave's control and its best arm, in the order in which they ran; a step for each regime of it."""
     steps = []
-    for place, group in enumerate(all_regimes(waves), 1):
+    for number, group in enumerate(all_regimes(waves), 1):
         for name in dict.fromkeys(str(row["wave"]) for row in group):
-            rows = [row for row in group if row["wave"] == name]
-            better = [e for e in fx.effects(rows) if e.verdict == fx.BETTER]
-            best = min(better, key=lambda e: e.mean, default=None)
-            control = list(fx.scores(rows, fx.CONTROL).values())
-            bpb = mean(list(fx.scores(rows, best.arm).values())) if best else None
-            ran = fx.valid(rows) or rows
-            length = spread(fx.number(row.get("steps")) for row in ran)
-            parent = common(ran, "parent")
-            steps.append(Step(name, place, length, parent, mean(control) if control else None, best, bpb))
-    order = {wave.name: place for place, wave in enumerate(waves)}
+            steps.append(step_of(name, number, [row for row in group if row["wave"] == name]))
+    order = {wave.name: index for index, wave in enumerate(waves)}
     return sorted(steps, key=lambda step: (order[step.wave], step.regime))
 
 
 def ladder_table(waves: Sequence[Wave]) -> list[str]:
     lines = []
-    for one in all_ladders(waves):
-        rungs = "; ".join(f"{r.length:g}: {of_contrast(r.effect)}" for r in one.rungs)
-        change, parent = code(one.change), code(one.parent)
-        lines.append([change, parent, one.unit, rungs, of_contrast(one.slope), one.says])
+    for ladder in all_ladders(waves):
+        rungs = "; ".join(f"{rung.length:g}: {of_contrast(rung.effect)}" for rung in ladder.rungs)
+        change = code(ladder.change)
+        parent = code(ladder.parent)
+        lines.append([change, parent, ladder.unit, rungs, of_contrast(ladder.slope), ladder.says])
+    if not lines:
+        return []
     head = "change|made to|length in|effect at each length (95 %)|slope a doubling|sign"
-    return ["", *table(head, "llllll", lines)] if lines else []
+    return ["", *table(head, "llllll", lines)]
 
 
 def best_of(step: Step) -> str:
@@ -400,22 +529,25 @@ def best_of(step: Step) -> str:
 def across_block(waves: Sequence[Wave], figures: Sequence[str] = ()) -> str:
     """What all waves say together: regimes, a line for each wave, ladders of length, parts and wholes."""
     lines = [f"All {len(waves)} waves: {cell(counts_line(all_rows(waves)))}", ""]
-    for place, rows in enumerate(all_regimes(waves), 1):
-        lines += [f"Regime {place}  {cell(regime_line(rows))}", ""]
+    for number, rows in enumerate(all_regimes(waves), 1):
+        lines += [f"Regime {number}  {cell(regime_line(rows))}", ""]
     cells = []
     for step in progression(waves):
-        best_bpb = plain(step.best_bpb)
-        less_control = signed(step.best.mean if step.best else None)
-        family = between(step.best.family if step.best else None)
-        link = f"[{step.wave}]({step.wave}.md)"
-        control = plain(step.control)
-        cells.append([link, str(step.regime), control, best_of(step), best_bpb, less_control, family])
+        cells.append([
+            f"[{step.wave}]({step.wave}.md)",
+            str(step.regime),
+            plain(step.control),
+            best_of(step),
+            plain(step.best_bpb),
+            signed(step.best.mean if step.best else None),
+            between(step.best.family if step.best else None),
+        ])  # fmt: skip
     lines += table("wave|regime|control bpb|best arm|its bpb|less control|family", "lrrlrrr", cells)
     lines += ladder_table(waves)
-    for adds, drops, found in all_ablations(waves):
+    for adds, drops, ablation in all_ablations(waves):
         title = f"Parts added one by one in {code(adds)}, taken out one by one in {code(drops)}:"
-        lines += ablation_table(found, title)
-    lines += ["", *(f"![{Path(path).stem}]({path})" for path in figures)]
+        lines += ablation_table(ablation, title)
+    lines += ["", *figure_lines(figures)]
     return "\n".join(lines).rstrip() + "\n"
 
 

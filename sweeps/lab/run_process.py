@@ -2,13 +2,13 @@
 
 A run holds the lock on OUT_DIR/run.lock for as long as it lives, because it inherits the open file: no list
 of process numbers can say so without doubt. Another engine that meets the lock waits for that run and reads
-what it wrote; nothing is trained twice at once.
+what it wrote; nothing is trained twice at once. Where a file system has no locks, the run's number in that
+file has to do; it says nothing of a run on another machine.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import signal
@@ -16,6 +16,9 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
+
+from data.file_locks import lock
 
 
 @dataclass(frozen=True)
@@ -67,24 +70,27 @@ class Orphan:
                 os.killpg(int(text), number)
 
 
-def claim(path: Path):
-    """The open lock file, or None if another process holds it."""
-    lock = path.open("a+")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    return lock
-
-
 def is_alive(out_dir: Path) -> bool:
-    """Whether a run is writing there now."""
+    """Whether a run is writing there now: its lock says so, or its number where there are no locks."""
     path = out_dir / "run.lock"
-    lock = claim(path) if path.exists() else None
-    if lock:
-        lock.close()
-    return path.exists() and lock is None
+    if not path.exists():
+        return False
+    with path.open("a+") as file:
+        try:
+            if lock(file, wait=False):
+                return False
+        except BlockingIOError:
+            return True
+        file.seek(0)
+        return leads_a_group(file.read())
+
+
+def leads_a_group(text: str) -> bool:
+    """Whether that is the number of a process here that leads a process group, as every run does."""
+    try:
+        return os.getpgid(int(text)) == int(text)
+    except (ValueError, ProcessLookupError, PermissionError):
+        return False
 
 
 def running_on(spec: Spec) -> str | None:
@@ -99,25 +105,39 @@ def start(spec: Spec) -> Process | Orphan:
     """Start the run in a session of its own, or take over the one that is running there."""
     out = Path(spec.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    lock = claim(out / "run.lock")
-    if not lock:
+    if is_alive(out):
         return Orphan(out)
-    with lock, (out / "stdout.txt").open("ab") as stdout, (out / "stderr.txt").open("wb") as stderr:
-        temporary = out / ".run.json.tmp"
-        temporary.write_text(json.dumps(asdict(spec), indent=1) + "\n")
-        temporary.replace(out / "run.json")
-        lock.truncate(0)
-        kept = {name: value for name, value in os.environ.items() if name not in spec.hidden}
+    with (out / "run.lock").open("a+") as own_lock:
+        try:
+            lock(own_lock, wait=False)
+        except BlockingIOError:  # another engine was faster
+            return Orphan(out)
+        return Process(start_group(spec, out, own_lock))
+
+
+def start_group(spec: Spec, out: Path, own_lock: TextIO) -> subprocess.Popen:
+    """Start the run as a process group of its own that inherits the lock; its number is written there."""
+    temporary = out / ".run.json.tmp"
+    temporary.write_text(json.dumps(asdict(spec), indent=1) + "\n")
+    temporary.replace(out / "run.json")
+    own_lock.truncate(0)
+    kept = {name: value for name, value in os.environ.items() if name not in spec.hidden}
+    with (out / "stdout.txt").open("ab") as stdout, (out / "stderr.txt").open("wb") as stderr:
         child = subprocess.Popen(
-            spec.command, env=kept | dict(spec.env), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
-            start_new_session=True, pass_fds=(lock.fileno(),),
-        )  # fmt: skip
-        lock.write(str(child.pid))
-        lock.flush()
-        if spec.cores and hasattr(os, "sched_setaffinity"):
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(child.pid, spec.cores)
-    return Process(child)
+            spec.command,
+            env=kept | dict(spec.env),
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=stderr,
+            start_new_session=True,
+            pass_fds=(own_lock.fileno(),),
+        )
+    own_lock.write(str(child.pid))
+    own_lock.flush()
+    if spec.cores and hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(child.pid, spec.cores)
+    return child
 
 
 def share_cores(jobs: int, threads: int) -> list[tuple[int, ...]]:

@@ -43,7 +43,12 @@ def stdev(values: Sequence[float]) -> float:
 
 def t_test(difference: float, error: float, df: float) -> TTest:
     """Of a difference with its standard error, both in one unit. Without any spread p is 0, 1/2 or 1."""
-    t = difference / error if error else math.copysign(math.inf, difference) if difference else 0.0
+    if error:
+        t = difference / error
+    elif difference:
+        t = math.copysign(math.inf, difference)
+    else:
+        t = 0.0
     return TTest(t, df, float(special.stdtr(df, t)))
 
 
@@ -53,13 +58,18 @@ def interval(middle: float, error: float, df: float, confidence: float) -> Inter
 
 
 def welch_error(ours: Sequence[float], baseline: Sequence[float]) -> tuple[float, float]:
-    """(standard error of the difference of means, Welch-Satterthwaite degrees of freedom)."""
-    parts = [variance(values) / len(values) for values in (ours, baseline)]
-    total = sum(parts)
+    """(standard error of the difference of means, Welch-Satterthwaite degrees of freedom).
+
+    error² = v1 / n1 + v2 / n2,   1 / df = sum of ((v / n) / error²)² / (n - 1).
+    """
+    our_part = variance(ours) / len(ours)
+    their_part = variance(baseline) / len(baseline)
+    total = our_part + their_part
     if not total:
         return 0.0, len(ours) + len(baseline) - 2
-    scaled = [(part / total) ** 2 / (len(v) - 1) for part, v in zip(parts, (ours, baseline), strict=True)]
-    return math.sqrt(total), 1 / sum(scaled)
+    our_term = (our_part / total) ** 2 / (len(ours) - 1)
+    their_term = (their_part / total) ** 2 / (len(baseline) - 1)
+    return math.sqrt(total), 1 / (our_term + their_term)
 
 
 def welch(ours: Sequence[float], baseline: Sequence[float], gain: float = 0.0) -> TTest:
@@ -111,14 +121,19 @@ def seeds_needed(
     effect: float, noise: float, level: float = LEVEL, chance: float = POWER, sides: int = 2
 ) -> int | None:
     """The fewest runs a side with power >= chance; None if that is over 100,000. Units as for `power`."""
-    low, high = 1, 2
     if effect <= 0:
         return None
-    while power(high, effect, noise, level, sides) < chance:
-        low, high = high, 2 * high
-        if high > MOST_SEEDS:
+    not_enough = 1
+    enough = 2
+    while power(enough, effect, noise, level, sides) < chance:
+        not_enough = enough
+        enough *= 2
+        if enough > MOST_SEEDS:
             return None
-    while high - low > 1:  # not enough at low, enough at high
-        middle = (low + high) // 2
-        low, high = (low, middle) if power(middle, effect, noise, level, sides) >= chance else (middle, high)
-    return high
+    while enough - not_enough > 1:
+        middle = (not_enough + enough) // 2
+        if power(middle, effect, noise, level, sides) >= chance:
+            enough = middle
+        else:
+            not_enough = middle
+    return enough

@@ -7,7 +7,8 @@
                                                    score finished runs on the text no choice has seen
 
 Finished runs are never repeated. Ctrl-C or SIGTERM lets the runs save their state; the same command goes on
-from it. Rows go to sweeps/results/WAVE.jsonl, the runs' own files to runs/waves/WAVE/RUN_ID.
+from it. Rows go to runs/results/WAVE.jsonl, the runs' own files to runs/waves/WAVE/RUN_ID. The results that
+came with the project, in sweeps/results, are not touched.
 Exit codes: 0 done, 1 a run crashed, 2 a fault in the wave or the command, 75 stopped, to go on later.
 """
 
@@ -29,7 +30,7 @@ from statistics import mean
 from data.user_error import UserError, tell, tell_os_error
 from sweeps.lab.held_out import finalists, score_by_id, score_rows
 from sweeps.lab.local_backend import LocalBackend
-from sweeps.lab.paths import RESULTS, ROOT
+from sweeps.lab.paths import OWN_RESULTS, OWN_RUNS, ROOT, SHIPPED_RESULTS
 from sweeps.lab.run_process import Orphan, Spec, core_count, is_alive
 from sweeps.lab.run_rows import (
     FIELDS,
@@ -53,6 +54,7 @@ from sweeps.lab.wave_plan import (
     print_runs,
     select_arms,
     warnings_of,
+    without_exact_reruns,
 )
 from sweeps.lab.wave_spec import CONTROL, KNOBS, Env, Sizes, parse_wave
 from train_gpt import write_atomic
@@ -86,12 +88,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--jobs", type=int, help="runs at once (default: the GPUs, or what the cores allow)")
     add("--threads", type=int, help="CPU threads a run (default: proxy 1, else the cores shared out)")
     add("--engine", choices=("local", "ray"), default="local", help="ray: RAY_ADDRESS, or one of its own")
-    add("--out", type=Path, default=ROOT / "runs/waves", help="the runs' files (default runs/waves)")
-    add("--results", type=Path, default=RESULTS, help="default sweeps/results")
+    add("--out", type=Path, default=OWN_RUNS, help="the runs' files (default runs/waves)")
+    add("--results", type=Path, default=OWN_RESULTS, help="default runs/results")
     add("--data", type=Path, help="folder of shards (default as run_best.sh: FineWeb, else pydocs)")
     add("--tokenizer", type=Path, help="its SentencePiece model")
     add("--val-tokens", type=int, help="select on so many validation tokens, hold out as many more; 0: all")
     add("--only", nargs="+", metavar="ARM", default=[], help="these arms and the control")
+    add("--reruns", action="store_true", help="run the control again even where that gives the same bits")
     add("--early-kill", metavar="MARGIN[@PROGRESS]", help="end an arm that is worse by so many bpb by then")
     add("--finalists", type=int, default=0, metavar="N", help="then score the N best arms on held-out text")
     add("--again", action="store_true", help="run crashed runs once more")
@@ -619,6 +622,28 @@ def show_plan(runs: list[Run], jobs: int, options: argparse.Namespace) -> None:
     print_plan(runs, todo, jobs, options.results, options.seconds_per_run, options.usd_per_hour)
 
 
+def notes_on(all_runs: list[Run], runs: list[Run], results: Path) -> list[str]:
+    """What is there already, and what is left out because it would say nothing, a line each."""
+    lines = []
+    for name in dict.fromkeys(run.wave.name for run in runs):
+        shipped = count_finished(SHIPPED_RESULTS, name)
+        if shipped and results != SHIPPED_RESULTS:
+            lines.append(
+                f"{shipped} results of {name} came with the project, tables in sweeps/results/{name}.md; "
+                f"this makes your own, in {os.path.relpath(results)}"
+            )
+    left_out = len(all_runs) - len(runs)
+    if left_out:
+        reruns = "1 rerun of the control is" if left_out == 1 else f"{left_out} reruns of the control are"
+        lines.append(f"{reruns} left out: on this CPU the same bits would come again (--reruns runs them)")
+    return lines
+
+
+def count_finished(folder: Path, wave: str) -> int:
+    """How many runs of a wave have a final result there."""
+    return sum(row.get("state") in FINISHED for row in Results(folder, wave).latest().values())
+
+
 def make_backend(options: argparse.Namespace, gpus: list[str], jobs: int, threads: int):
     """Where the runs are started."""
     if options.engine == "local":
@@ -635,9 +660,14 @@ def run_wave(name: str, words: list[str], options: argparse.Namespace) -> int:
     gpus = find_gpus(options)
     wave = parse_wave(name, words)
     sizes = Sizes(cpu=not gpus, proxy=options.proxy)
-    runs = select_arms(expand(wave, sizes), options.only)
+    all_runs = select_arms(expand(wave, sizes), options.only)
+    runs = all_runs
+    if options.engine == "local" and not gpus and not options.reruns:
+        runs = without_exact_reruns(all_runs)
     for line in warnings_of(runs, wave, sizes):
         print(f"warning: {line}", file=sys.stderr)
+    for line in notes_on(all_runs, runs, options.results):
+        print(f"note: {line}", file=sys.stderr)
     jobs, threads = choose_widths(options, gpus)
     if options.plan or options.dry:
         show_plan(runs, jobs, options)

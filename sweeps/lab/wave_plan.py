@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from data.user_error import UserError
-from sweeps.lab.paths import PRESETS
+from sweeps.lab.paths import PRESETS, SHIPPED_RESULTS
 from sweeps.lab.run_rows import Results
 from sweeps.lab.run_state import RunState
 from sweeps.lab.wave_spec import (
@@ -401,6 +401,20 @@ def select_arms(runs: list[Run], only: list[str]) -> list[Run]:
     return [run for run in runs if run.arm.name in only or run.is_control]
 
 
+def without_exact_reruns(runs: list[Run]) -> list[Run]:
+    """The runs without those of the control that would give the bits of its first run of the same seed.
+
+    On the CPU of one machine a run that ends by its steps does so (README.md, "The law of reproducibility"),
+    so that its repetition says nothing about noise. A run that a clock ends is not repeatable.
+    """
+    return [run for run in runs if not (run.rerun and is_repeatable(run.cfg))]
+
+
+def is_repeatable(cfg: Config) -> bool:
+    """Whether a run with this config gives the same bits again on one machine's CPU."""
+    return cfg.max_wallclock_seconds == 0 and cfg.deterministic != "0"
+
+
 # ---------------------------------------------------------------------------------- what it would take
 
 
@@ -424,22 +438,42 @@ def earlier_seconds(results: Path) -> dict[tuple, list[float]]:
 def predict_seconds(
     todo: list[Run], results: Path, seconds_per_run: float | None
 ) -> tuple[float | None, str]:
-    """(seconds of all runs one after another or None, where that is from)."""
+    """(seconds of all runs one after another or None, where that is from).
+
+    From runs that were made here; else as was given; else from the runs that came with the project.
+    """
     if not todo:
         return 0.0, "nothing is left to do"
-    known = earlier_seconds(results)
-    keys = [size_key(vars(run.cfg)) for run in todo]
-    if any(key in known for key in keys):
-        median_of_all = median(chain.from_iterable(known.values()))
-        total = sum(median(known.get(key, [median_of_all])) for key in keys)
-        count = sum(len(known.get(key, [])) for key in set(keys))
-        return total, f"from {count} earlier runs of the same sizes"
+    own = earlier_seconds(results)
+    count = count_alike(todo, own)
+    if count:
+        return seconds_like(todo, own), f"from {count} earlier runs of the same sizes"
     if seconds_per_run:
         return seconds_per_run * len(todo), f"at {seconds_per_run:g} s a run, as given"
+    shipped = earlier_seconds(SHIPPED_RESULTS)
+    count = count_alike(todo, shipped)
+    if count:
+        source = f"from {count} runs of the same sizes that came with the project, made on another machine"
+        return seconds_like(todo, shipped), source
     clocks = [run.cfg.max_wallclock_seconds for run in todo]
     if all(clocks):
         return sum(clocks), "the training clocks alone; compiling and scoring come on top"
     return None, "unknown: no earlier run of this size (--seconds-per-run says how long one takes)"
+
+
+def count_alike(todo: list[Run], known: Mapping[tuple, list[float]]) -> int:
+    """How many runs are known that have the sizes of one that is to be made."""
+    keys = {size_key(vars(run.cfg)) for run in todo}
+    return sum(len(known.get(key, [])) for key in keys)
+
+
+def seconds_like(todo: list[Run], known: Mapping[tuple, list[float]]) -> float:
+    """Seconds of all runs: for each the median of its size, or that of all where its size is not known."""
+    median_of_all = median(chain.from_iterable(known.values()))
+    total = 0.0
+    for run in todo:
+        total += median(known.get(size_key(vars(run.cfg)), [median_of_all]))
+    return total
 
 
 def clock_text(seconds: float) -> str:
@@ -473,7 +507,7 @@ def print_arms(runs: Iterable[Run]) -> None:
             print(f"\n{wave_name}")
         about = f"{change_text(run)}  # {run.arm.hypothesis}" if run.arm.change else ""
         duplicate = f"  DUPLICATE of {run.duplicate_of}, not run" if run.duplicate_of else ""
-        print(f"  {run.arm.name:{width}}  {about}{duplicate}")
+        print(f"  {run.arm.name:{width}}  {about}{duplicate}".rstrip())
 
 
 def print_plan(

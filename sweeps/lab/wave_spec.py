@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 from data.user_error import UserError
@@ -105,7 +106,9 @@ def split_sentences(words: list[str]) -> Iterator[tuple[str, list[str]]]:
     tags = {f"@{word}" for word in WORDS}
     starts = [position for position, word in enumerate(words) if word in tags]
     if words and (not starts or starts[0] > 0):
-        raise UserError(f"not a word of a wave: {words[0]}")
+        near = get_close_matches(words[0].removeprefix("@"), WORDS, n=1)
+        mend = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(f"not a word of a wave: {words[0]}{mend}")
     stops = [*starts[1:], len(words)]
     for start, stop in zip(starts, stops, strict=True):
         word = words[start].removeprefix("@")
