@@ -23,6 +23,7 @@ from train_gpt import (
     RunError,
     Runtime,
     attend,
+    compile_cache_fault,
     describe_machine,
     knob_rows,
     load_inputs,
@@ -186,7 +187,9 @@ class Doctor:
         return expect(error < 0.05, text, "update torch or the driver")
 
     def compiler(self) -> str:
-        """A C++ compiler, which torch.compile needs on a CPU."""
+        """A C++ compiler, which torch.compile needs on a CPU, and a folder for what it makes."""
+        cache_fault = compile_cache_fault(self.runtime.device)
+        expect(not cache_fault, cache_fault, "runs are eager, slower")
         names = (os.environ.get("CXX", "g++"), "g++", "clang++")
         found = [name for name in names if shutil.which(name)]
         is_good = self.runtime.is_cuda or bool(found)
