@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # Sets up Python and data, trains and scores on this machine. `bash run_best.sh --help` says how.
+# With Windows line ends bash cannot read this file; the next line is one that it can read even so.
+[[ $(head -n 1 "$0") != *$'\r' ]] || { echo "error: $0 has Windows line ends (CRLF), which bash cannot read. In a clone without changes of your own: git rm -rq --cached . && git reset -q --hard; else: sed -i 's/\\r\$//' on its files" >&2; exit 2; }  #
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")"
 source sweeps/python_env.sh
 
 overlay=sweeps/presets/cpu.env
+byte_order_mark=$'\xef\xbb\xbf'  # some editors begin a file with it
 
 is_overlay() { [[ $1 == "$overlay" || $1 == sweeps/presets/proxy.env ]]; }  # of sizes: no presets
 
@@ -42,11 +45,13 @@ is_assignment() { [[ $1 =~ ^[A-Z][A-Z0-9_]*= ]]; }
 apply() {
   local words=() line i name
   applied=''
-  while read -ra line || ((${#line[@]})); do
+  while IFS=$' \t\r' read -ra line || ((${#line[@]})); do
+    line[0]=${line[0]-}
+    line[0]=${line[0]#"$byte_order_mark"}
     [[ ${line[0]:-#} == '#'* ]] || words+=("${line[@]}")
   done <"$1"
   for ((i = ${#words[@]} - 1; i >= 0; i--)); do
-    is_assignment "${words[i]}" || die "$1: not KNOB=VALUE: ${words[i]}"
+    is_assignment "${words[i]}" || die "$1: not KNOB=VALUE: $(printf %q "${words[i]}")"
     name=${words[i]%%=*}
     [[ -z ${!name+set} ]] || continue
     export "${words[i]}"
@@ -69,11 +74,26 @@ choose_data() {
   fi
 }
 
-# The preset's newest run under runs/ that left checkpoints, if there is one.
+# The seconds in the last event of the run of a folder; 0 without a log.
+last_event() {
+  local seconds
+  seconds=$(tail -q -n 2 "$1"/logs/*.jsonl 2>/dev/null | sed -n 's/.*"time": \([0-9]*\).*/\1/p' | sort -n | tail -n 1)
+  echo "${seconds:-0}"
+}
+
+# The preset's newest run under runs/ that left checkpoints, if there is one. A copy to another disk loses the
+# times of files, so the logs say which is the newest.
 unfinished_run() {
-  local folder newest=''
+  local folder newest='' seconds newest_seconds=0
   for folder in "runs/$preset"-*/checkpoints; do
-    [[ ! -d $folder || $newest -nt $folder ]] || newest=$folder
+    [[ -d $folder ]] || continue
+    # What a file browser leaves keeps the folder of a finished run.
+    compgen -G "$folder/*.pt" >/dev/null || [[ -z $(ls -A "$folder") ]] || continue
+    seconds=$(last_event "${folder%/checkpoints}")
+    if ((seconds >= newest_seconds)); then
+      newest=$folder
+      newest_seconds=$seconds
+    fi
   done
   [[ -z $newest ]] || basename "${newest%/checkpoints}"
 }

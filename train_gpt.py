@@ -44,8 +44,10 @@ import ctypes
 import errno
 import fcntl
 import gc
+import getpass
 import hashlib
 import importlib
+import io
 import itertools
 import json
 import math
@@ -60,6 +62,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import zipfile
@@ -570,16 +573,54 @@ def pick_dtype(wanted: str, device: torch.device) -> str:
     return "bf16" if has_bf16 else "fp32"
 
 
-def pick_compile(wanted: str, device: torch.device) -> tuple[bool, str]:
-    """(whether to compile, why not if that is news to the user).
+def pick_compile(wanted: str, device: torch.device, cache_fault: str = "") -> tuple[bool, str]:
+    """(whether to compile, why not if that is news to the user); RunError (2) if COMPILE=1 cannot be done.
 
     torch 2.5.1 drops repeated tokens' gradients silently on CPUs; 2.13 does not.
     """
+    if wanted == "1" and cache_fault:
+        raise RunError(f"COMPILE=1 but {cache_fault}", lone_rank=True)
     if wanted != "auto":
         return wanted == "1", ""
     if device.type == "cpu" and torch.__version__ < (2, 6):  # a TorchVersion, which compares with tuples
         return False, f"torch {torch.__version__}'s CPU compiler gives wrong gradients"
-    return device.type != "mps", ""
+    return device.type != "mps" and not cache_fault, cache_fault
+
+
+def compile_cache_fault(device: torch.device) -> str:
+    """Why torch.compile cannot keep its files, with the variable that names the folder; '' if it can."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a uid without a name, as in many containers
+        user = f"uid_{os.getuid()}"
+    names = ["TORCHINDUCTOR_CACHE_DIR"]
+    if device.type == "cuda" and "TRITON_CACHE_DIR" in os.environ:
+        names.append("TRITON_CACHE_DIR")
+    for name in names:
+        folder = os.environ.get(name)
+        try:
+            if folder is None:
+                folder = os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")  # torch's own default
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(4096))
+        except OSError as error:
+            return f"{name}={folder or ''} cannot be written ({error.strerror}); set another folder"
+    return ""
+
+
+def import_compiler_without_cache() -> None:
+    """Import torch's compiler where its folder cannot be made: an eager run imports it too.
+
+    It makes the folder as it is imported, and needs it only to compile.
+    """
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    earlier = os.environ.get(name)
+    os.environ[name] = "/"  # is there on every machine
+    importlib.import_module("torch._inductor")
+    del os.environ[name]
+    if earlier is not None:
+        os.environ[name] = earlier
 
 
 def pick_deterministic(wanted: str, device: torch.device) -> bool:
@@ -639,12 +680,6 @@ def has_flash_attention_3(device: torch.device) -> bool:
 def takes_grouped_heads(device: torch.device) -> bool:
     """Whether its half-precision attention kernels take fewer key heads than query heads: from sm_80 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 200 characters."""
-    lines = str(error).strip().splitlines() or [""]
-    return lines[0][:200]
 
 
 def missing_kernel(error: BaseException) -> str:
@@ -718,7 +753,10 @@ class Runtime:
         process = ProcessRank.from_env(env)
         device = pick_device(device_type, process.local_rank)
         runtime = cls(device, process.rank, process.world_size)
-        runtime.compiles, runtime.eager_reason = pick_compile(cfg.compile, device)
+        cache_fault = compile_cache_fault(device)
+        runtime.compiles, runtime.eager_reason = pick_compile(cfg.compile, device, cache_fault)
+        if cache_fault:
+            import_compiler_without_cache()
         runtime.deterministic = pick_deterministic(cfg.deterministic, device)
         earlier_kernels = use_deterministic_kernels(runtime.deterministic)
         math_attention, cudnn_attention = use_fused_attention(device, runtime.deterministic)
@@ -879,7 +917,8 @@ class RunLog:
                 end_of_last_line = path.read_bytes().rfind(b"\n") + 1
                 os.truncate(path, end_of_last_line)
         mode = "a" if self.goes_on else "x"
-        self.text_file = text_path.open(mode, encoding="utf-8")
+        # A path from the environment may hold bytes that are no UTF-8: they are written as escapes.
+        self.text_file = text_path.open(mode, encoding="utf-8", errors="backslashreplace")
         self.event_file = event_path.open(mode, encoding="utf-8")
 
     def line(self, text: str, echo: bool = True) -> None:
@@ -936,6 +975,30 @@ def write_atomic(path: Path, data: bytes | Callable) -> None:
         raise OSError(number, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# How a file begins that was taken for another: what it is and, where that helps, what to do.
+FILE_KINDS = {
+    b"version https://git-lfs": "a Git LFS pointer, which `git lfs pull` replaces by the file",
+    b"\x1f\x8b": "packed with gzip; unpack it first",
+    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it first",
+    b"PK\x03\x04": "a zip archive or what torch.save wrote",
+    b"\x93NUMPY": "a NumPy array",
+    b"PAR1": "a Parquet table",
+    b"<": "a web page; was it downloaded without a login?",
+    b"{": "JSON",
+    b"\x80": "a pickle; save it with today's torch.save",
+}
+
+
+def describe_kind(head: bytes) -> str:
+    """A phrase that says what a file is, by its first bytes, if it is of a well-known other kind; else ''."""
+    if head[8:9] == b"{":
+        return "; it is a safetensors file: load it and torch.save its tensors"
+    for start, kind in FILE_KINDS.items():
+        if head.lstrip().startswith(start):
+            return f"; it is {kind}"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -1427,6 +1490,8 @@ SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_INTS = 256  # int32: magic, version, count of tokens, zeros
 SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
+LLAMA_MAGIC = 20240801  # of llm.c's shards of uint32 tokens
+MAKE_SHARDS = "make shards from the text with `python data/tokenize_docs.py`"
 
 
 @dataclass(frozen=True)
@@ -1473,6 +1538,25 @@ class DataKnobs:
         return self.train_batch_tokens // self.train_seq_len
 
 
+def describe_magic(header: np.ndarray) -> str:
+    """A phrase that says whose header [256] a foreign shard's is, and what to do."""
+    magic = header[0]
+    if magic == LLAMA_MAGIC:
+        return f"; llm.c wrote it for Llama 3, 4 bytes a token; this reads 2; {MAKE_SHARDS}"
+    if magic.byteswap() == SHARD_MAGIC:
+        return f"; its bytes are in the other order (big-endian); {MAKE_SHARDS}"
+    return f"; another tool's, or bare tokens without a header, as nanoGPT's; {MAKE_SHARDS}"
+
+
+def refuse_copies(paths: list[Path]) -> None:
+    """RunError (2) on a file like `x_train_000000 (1).bin` beside x_train_000000.bin: tokens read twice."""
+    stems = {path.stem for path in paths}
+    for path in paths:
+        numbered = re.match(r"(.*_\d+)\D", path.stem)
+        if numbered and numbered[1] in stems:
+            raise RunError(f"{path} seems a copy of {numbered[1]}.bin beside it; move one of them away")
+
+
 def open_shard(path: Path) -> np.ndarray:
     """Memory-map the uint16 tokens [count] of an official shard.
 
@@ -1484,17 +1568,23 @@ def open_shard(path: Path) -> np.ndarray:
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
     if len(header) != SHARD_HEADER_INTS:
-        raise RunError(f"{path} is no token shard: {size} bytes do not hold a header; fetch it again")
-    magic, version, count = header[:3]
+        mend = describe_kind(header.tobytes()) or "; fetch it again"
+        raise RunError(f"{path} is no token shard: {size} bytes do not hold a header{mend}")
+    magic, version, count = map(int, header[:3])
     if magic != SHARD_MAGIC:
-        raise RunError(f"{path} is no token shard: magic {magic}, not {SHARD_MAGIC}")
+        kind = describe_kind(header.tobytes()) or describe_magic(header)
+        raise RunError(f"{path} is no token shard: magic {magic}, not {SHARD_MAGIC}{kind}")
     if version != SHARD_VERSION:
-        raise RunError(f"{path} has shard version {version}; this reads {SHARD_VERSION}")
-    expected = SHARD_HEADER_BYTES + 2 * int(count)
+        raise RunError(f"{path} has shard version {version}; this reads {SHARD_VERSION}; {MAKE_SHARDS}")
+    if count == 0:
+        room = (size - SHARD_HEADER_BYTES) // 2
+        fault = f"its header says 0, {room} follow: was its writer stopped?" if room else "remove it"
+        raise RunError(f"{path} holds no tokens; {fault}; {MAKE_SHARDS}")
+    expected = SHARD_HEADER_BYTES + 2 * count
+    if size == SHARD_HEADER_BYTES + 4 * count:
+        raise RunError(f"{path} holds 4 bytes a token (uint32); this reads 2; {MAKE_SHARDS}")
     if size != expected:
         raise RunError(f"{path} is damaged: {size} bytes, its header says {expected}; fetch it again")
-    if count <= 0:
-        raise RunError(f"{path} holds no tokens")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES)
     return np.asarray(tokens)  # a plain array over the same map: its slices are made faster
 
@@ -1504,7 +1594,9 @@ class TokenStream:
 
     def __init__(self, folder: str, split: str, vocab_size: int):
         """RunError (2) if the folder has no shards of that split, or those of two datasets."""
-        self.paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+        # "._x.bin" is what macOS leaves beside x.bin on other disks.
+        shards = [path for path in Path(folder).glob(f"*_{split}_*.bin") if path.name[0] != "."]
+        self.paths = sorted(shards)
         if not self.paths:
             raise RunError(
                 f"no *_{split}_*.bin in DATA_PATH={folder}; "
@@ -1513,6 +1605,7 @@ class TokenStream:
         datasets = {path.name.partition(f"_{split}_")[0] for path in self.paths}
         if len(datasets) != 1:
             raise RunError(f"DATA_PATH={folder} mixes datasets {sorted(datasets)}; keep one a folder")
+        refuse_copies(self.paths)
         self.shards = [open_shard(path) for path in self.paths]
         self.vocab_size = vocab_size
         self.bounds = np.cumsum([0, *map(len, self.shards)])  # where each shard begins; then the total
@@ -1702,10 +1795,13 @@ def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
             "it comes with the dataset (see data/README.md)"
         )
     try:
-        tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        content = path.read_bytes()  # sentencepiece itself opens no path that is not UTF-8
+        tokenizer = sentencepiece.SentencePieceProcessor()
+        tokenizer.LoadFromSerializedProto(content)
     except Exception as error:  # sentencepiece raises RuntimeError, OSError or its own, by version
+        kind = "" if isinstance(error, OSError) else describe_kind(content)
         raise RunError(
-            f"TOKENIZER_PATH={cfg.tokenizer_path} is not a SentencePiece model ({type(error).__name__})"
+            f"TOKENIZER_PATH={cfg.tokenizer_path} is not a SentencePiece model ({type(error).__name__}){kind}"
         ) from None
     size = tokenizer.vocab_size()
     if size != cfg.vocab_size:
@@ -1837,7 +1933,7 @@ def measure_text(
 
 def read_text_size(cache: Path, key: str) -> TextSize | None:
     """What an earlier run measured under this key; None if that is absent, damaged or of other files."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         saved = json.loads(cache.read_text())
         size = TextSize(int(saved["documents"]), int(saved["bytes"]))
         if saved["key"] == key and size.documents > 0:
@@ -3570,7 +3666,7 @@ def unpack(blob: bytes, source: str) -> tuple[dict[str, Tensor], dict]:
 def open_seal(blob: bytes, source: str) -> tuple[Codec, int, bytes]:
     """(codec, raw length, body) of an artifact; RunError (2) if a byte of it is not as it was written."""
     if len(blob) < PREFIX.size or not blob.startswith(MAGIC):
-        raise RunError(f"{source} is not an artifact of this script")
+        raise RunError(f"{source} is not an artifact of this script{describe_kind(blob)}")
     _, version, tag, _, raw_length, _ = PREFIX.unpack_from(blob)
     if version != FORMAT_VERSION:
         raise RunError(f"{source} has format version {version}; this reads {FORMAT_VERSION}")
@@ -4661,6 +4757,9 @@ CHECKED_TYPES = {
 # -- Reading what torch.save wrote -----------------------------------------------------------------------
 
 
+WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
 def read_saved(path: Path | str, knob_name: str = "") -> object:
     """What torch.save wrote, on the CPU. Nothing in the file is executed.
 
@@ -4676,15 +4775,44 @@ def read_saved(path: Path | str, knob_name: str = "") -> object:
                 raise RunError("damaged")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and zipfile have many kinds for a damaged or foreign file
-        raise RunError(f"{knob_name}{path} is no whole checkpoint ({type(error).__name__})") from None
+        kind = ""
+        with suppress(OSError), open(path, "rb") as file:
+            head = file.read(100)
+            kind = "" if head.startswith(b"PK") else describe_kind(head)  # torch.save writes a zip archive
+        raise RunError(f"{knob_name}{path} is no whole checkpoint ({type(error).__name__}){kind}") from None
 
 
 def load_initial_weights(path: str) -> dict[str, Tensor]:
-    """The state dict that INIT_FROM names, as float32; RunError (2) if the file holds anything else."""
+    """The state dict that INIT_FROM names, as float32, without the prefixes of torch's wrappers.
+
+    RunError (2) if the file holds anything else; it names the entry at fault, or the one that would do.
+    """
     state = read_saved(path, "INIT_FROM=")
     if not is_state_dict(state):
-        raise RunError(f"INIT_FROM={path} is not a state dict of tensors")
-    return {name: tensor.float() for name, tensor in state.items()}
+        raise RunError(f"INIT_FROM={path} is not a state dict of tensors{describe_entries(state)}")
+    weights = {bare_name(name): tensor.float() for name, tensor in state.items()}
+    if len(weights) < len(state):
+        raise RunError(f"INIT_FROM={path} holds weights twice, with and without a prefix like module.")
+    return weights
+
+
+def bare_name(name: str) -> str:
+    """A parameter's name without what torch.compile, DistributedDataParallel and FSDP put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def describe_entries(state: object) -> str:
+    """A phrase on what of a saved object could be a state dict, or else on what spoils it."""
+    if not isinstance(state, dict):
+        return f", but a {type(state).__name__}"
+    for name, entry in state.items():
+        if isinstance(entry, dict) and entry and is_state_dict(entry):
+            return f"; its entry {name!r} is one: torch.save that alone"
+    for name, entry in state.items():
+        if not is_state_dict({name: entry}):
+            kind = f"{entry.dtype} tensor" if isinstance(entry, Tensor) else type(entry).__name__
+            return f" of floats: its entry {name!r} is a {kind}"
+    return ""
 
 
 def is_state_dict(state: object) -> bool:
@@ -4766,13 +4894,21 @@ class Checkpoints:
 
 
 def checkpoint_files(folder: Path, run_id: str = "") -> list[Path]:
-    """The checkpoints of a run, or else of the run that wrote the newest; the newest first."""
-    names = folder.glob(f"{run_id or '*'}-{'[0-9]' * 8}.pt")
-    paths = sorted(names, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+    """The checkpoints of a run, that of the most steps first; without run_id, of the folder's latest run.
+
+    A copy to another disk loses the times of files, so these decide only between runs, and only where the
+    lock of OUT_DIR's models does not name the one that wrote there last.
+    """
+    found = folder.glob(f"{run_id or '*'}-{'[0-9]' * 8}.pt")
+    paths = sorted((path for path in found if path.name[0] != "."), reverse=True)
     if run_id or not paths:
         return paths
-    newest_run_id = paths[0].stem[: -len("-00000000")]
-    return checkpoint_files(folder, newest_run_id)
+    with suppress(OSError, ValueError):
+        owner = (folder.parent / f".{WEIGHTS_FILE}.lock").read_text(encoding="utf-8")
+        if owner and checkpoint_files(folder, owner):
+            return checkpoint_files(folder, owner)
+    newest = max(paths, key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return checkpoint_files(folder, newest.stem[: -len("-00000000")])
 
 
 def read_checkpoint(path: Path) -> CheckpointState:
@@ -4923,7 +5059,7 @@ class Run:
             is_known = isinstance(error, torch.OutOfMemoryError | RunError) or missing_kernel(error)
             if is_known or not self.runtime.compiles or self.cfg.compile == "1":
                 raise
-            failure = f"{type(error).__name__}: {first_line(error)}"
+            failure = " ".join([f"{type(error).__name__}:", *str(error).split()])[:200]
         failures = [text for text in self.runtime.gather(failure) if text] if self.runtime.compiles else []
         if not failures:
             return result
@@ -5428,6 +5564,10 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
             attention = "cudnn or " + attention
         if has_flash_attention_3(runtime.device) and runtime.dtype != torch.float32:
             attention = "FlashAttention-3"
+        attention = "sdpa"
+    elif runtime.device.type == "mps":
+        device_name = f"MPS of {cpu_name()}"
+        attention = "sdpa"
     else:
         device_name = f"{cpu_name()}, {torch.get_num_threads()} threads"
         attention = f"blocked to {LONGEST_BLOCKED}, then sdpa"
@@ -5544,12 +5684,18 @@ def log_settings(run: Run, machine: Mapping) -> None:
     )
 
 
+UNIX_LINE_ENDS = "sed -i 's/\\r$//' train_gpt.py removes them"
+
+
 def log_start_warnings(run: Run) -> None:
-    """Warn of knobs without effect, which ALLOW_INERT lets pass, and of a compiler that is not used."""
+    """Warn of knobs that ALLOW_INERT lets pass, of a compiler not used, and of bytes that say nothing."""
     for phrase in run.cfg.inert():
         run.log.warn(phrase)
     if run.runtime.eager_reason:
         run.log.warn(f"no torch.compile ({run.runtime.eager_reason}); running eagerly, slower")
+    line_ends = own_source().count(b"\r\n")
+    if line_ends:
+        run.log.warn(f"this script has Windows line ends, which count {line_ends} bytes; {UNIX_LINE_ENDS}")
 
 
 # -- The artifact ----------------------------------------------------------------------------------------
@@ -6448,6 +6594,13 @@ def swinging_weight_decay(cfg: Config, progress: float) -> float:
 NOT_BUILT = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM")  # published switches that are not here: refused unless off
 # First words of many programs' variables, as in MAX_JOBS: not taken for a knob of ours misspelt.
 COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
+# Words of clusters, as in HEAD_NODE_IP and MLP_WORKER_0_HOST: with one a first word of ours is no family.
+CLUSTER_WORDS = {
+    "DIR", "FILE", "SCRIPT", "IMAGE", "CONFIG", "JOB", "TASK", "NODE", "WORKER", "ROLE", "GPU", "IP",
+    "HOST", "HOSTNAME", "PORT", "ADDR", "ADDRESS", "URL", "URI", "NAME", "ID", "USER", "PROJECT",
+    "BUCKET", "REF", "SHA", "BRANCH", "COMMIT",
+}  # fmt: skip
+FOREIGN = {"MODEL_DIR", "COMPILER"}  # other programs' variables, though a letter from a knob
 
 
 @dataclass(frozen=True)
@@ -6578,8 +6731,11 @@ def refuse_strangers(cfg: Config, env: Mapping[str, str]) -> None:
             if text not in ("", "0", "0.0"):
                 raise RunError(f"{name}={text} is a published switch that is not built yet; unset it")
             continue
+        if name in FOREIGN:
+            continue
         near = get_close_matches(name, known, n=1, cutoff=0.88)
-        is_of_a_family = "_" in name and name.partition("_")[0] in families
+        first_word, *other_words = name.split("_")
+        is_of_a_family = first_word in families and other_words and CLUSTER_WORDS.isdisjoint(other_words)
         if near or is_of_a_family:
             hint = f"did you mean {near[0]}?" if near else "see --help"
             raise RunError(f"{name} is not a knob; {hint} (ALLOW_ENV={name} ignores it)")
@@ -6816,6 +6972,8 @@ def run_command(arguments: list[str], env: Mapping[str, str]) -> int:
 
 def main() -> None:
     """Run the command line; an error that a user can meet is one line on stderr and an exit code."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what an ASCII console lacks is no error
     try:
         code = run_command(sys.argv[1:], os.environ)
     except (Exception, KeyboardInterrupt) as error:

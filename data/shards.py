@@ -22,13 +22,15 @@ from typing import IO
 import numpy as np
 
 from data.file_locks import lock
-from data.user_error import UserError, tell, tell_os_error
+from data.user_error import UserError, tell, tell_os_error, use_any_console
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
 TOKEN_BYTES = 2
 MAX_SHARD_TOKENS = 100_000_000
 BOS = 1
+LLAMA_MAGIC = 20240801  # of llm.c's shards of uint32 tokens
+MAKE_SHARDS = "make shards from the text with data/tokenize_docs.py"
 
 
 def command(main: Callable[[], int | None]) -> None:
@@ -37,6 +39,7 @@ def command(main: Callable[[], int | None]) -> None:
     A termination signal ends it like Ctrl-C, so that temporary files go there too.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    use_any_console()
     try:
         code = main() or 0
     except UserError as error:
@@ -100,10 +103,16 @@ def read_header(path: Path) -> int:
         raise UserError(f"{path}: {size} bytes is shorter than a shard header; fetch or build it again")
     header = np.fromfile(path, dtype="<i4", count=256)
     magic, version, tokens = (int(value) for value in header[:3])
+    if magic == LLAMA_MAGIC:
+        raise UserError(f"{path}: llm.c's shard for Llama 3, 4 bytes a token; this reads 2; {MAKE_SHARDS}")
     if magic != MAGIC:
-        raise UserError(f"{path}: magic {magic}, not {MAGIC}; this is not a token shard")
+        raise UserError(f"{path}: magic {magic}, not {MAGIC}; this is not a token shard; {MAKE_SHARDS}")
     if version != VERSION:
         raise UserError(f"{path}: version {version}, not {VERSION}; made by another tool, build it again")
+    if tokens == 0 and size > HEADER_BYTES:
+        raise UserError(f"{path}: its header says 0 tokens, but some follow; {MAKE_SHARDS}")
+    if size == HEADER_BYTES + 4 * tokens and tokens:
+        raise UserError(f"{path}: 4 bytes a token (uint32); this reads 2; {MAKE_SHARDS}")
     if not 0 < tokens <= MAX_SHARD_TOKENS:
         raise UserError(f"{path}: header says {tokens} tokens, allowed are 1 to {MAX_SHARD_TOKENS}")
     expected = HEADER_BYTES + TOKEN_BYTES * tokens
@@ -121,6 +130,11 @@ def read_tokens(path: Path) -> np.ndarray:
 def shard_name(prefix: str, split: str, index: int) -> str:
     """The official name of a shard; `split` is "train" or "val"."""
     return f"{prefix}_{split}_{index:06d}.bin"
+
+
+def shard_paths(folder: Path, split: str) -> list[Path]:
+    """The shards of a split in order, without the hidden `._x.bin` that macOS leaves beside x.bin."""
+    return sorted(path for path in folder.glob(f"*_{split}_*.bin") if path.name[0] != ".")
 
 
 class SplitWriter:
@@ -242,7 +256,8 @@ def scratch_folder(target: Path) -> Iterator[Path]:
     Leftovers of builders that were killed outright are swept first.
     """
     for stale in target.parent.glob(f".{target.name}.tmp-*"):
-        if not process_alive(int(stale.name.rpartition("-")[2])):
+        process_id = stale.name.rpartition("-")[2]
+        if process_id.isdecimal() and not process_alive(int(process_id)):
             shutil.rmtree(stale, ignore_errors=True)
     folder = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     folder.mkdir(parents=True)

@@ -11,6 +11,7 @@ manifest in OUT/datasets/NAME_spV, tokenizer in OUT/tokenizers. The same input g
 from __future__ import annotations
 
 import argparse
+import codecs
 import contextlib
 import hashlib
 import io
@@ -245,11 +246,39 @@ def open_lines(path: Path) -> Iterator[tuple[int, str]]:
         source = zstandard.ZstdDecompressor().stream_reader(file) if path.suffix == ".zst" else file
         try:
             for number, line in enumerate(io.BufferedReader(source, 1 << 20), 1):
+                if number == 1:
+                    refuse_other_kinds(path, line)
+                    line = line.removeprefix(codecs.BOM_UTF8)
                 yield number, line.decode("utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{path}:{number}: not UTF-8 ({error.reason}); convert the file") from None
         except zstandard.ZstdError as error:
-            raise UserError(f"{path}: damaged zstandard file ({error}); fetch it again") from None
+            raise UserError(
+                f"{path}: damaged zstandard file ({error}); fetch it again, or drop .zst if it is plain text"
+            ) from None
+
+
+# How a file begins that is no UTF-8 text: what it is and what to do.
+OTHER_KINDS = {
+    codecs.BOM_UTF16_LE: "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8",
+    codecs.BOM_UTF16_BE: "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "packed with gzip; unpack it first: gunzip",
+    b"\x28\xb5\x2f\xfd": "packed with zstd; let its name end in .jsonl.zst",
+    b"BZh": "packed with bzip2; unpack it first",
+    b"\xfd7zXZ": "packed with xz; unpack it first",
+    b"PK\x03\x04": "a zip archive; unpack it first",
+    b"PAR1": "a Parquet table; write its text column as .jsonl",
+    b"version https://git-lfs": "a Git LFS pointer; `git lfs pull` fetches the file",
+}
+
+
+def refuse_other_kinds(path: Path, line: bytes) -> None:
+    """UserError if a file begins as one of another kind does; line: its first."""
+    for start, kind in OTHER_KINDS.items():
+        if line.startswith(start):
+            raise UserError(f"{path}: {kind}")
+    if b"\0" in line[:4]:
+        raise UserError(f"{path}: UTF-16 or UTF-32 text without a mark, or binary; convert it to UTF-8")
 
 
 def json_texts(path: Path) -> Iterator[str]:
@@ -258,12 +287,25 @@ def json_texts(path: Path) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            text = None
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            entry = None
+        text = entry.get("text") if isinstance(entry, dict) else None
         if not isinstance(text, str):
-            raise UserError(f'{path}:{number}: not an object with a "text" string; mend or drop the line')
+            raise UserError(
+                f'{path}:{number}: not an object with a "text" string{describe_entry(line, entry)}; '
+                "mend or drop the line"
+            )
         yield text
+
+
+def describe_entry(line: str, entry: object) -> str:
+    """What a line of a .jsonl file is instead, if that is worth a phrase."""
+    if isinstance(entry, dict):
+        return f", it has {', '.join(map(repr, list(entry)[:5])) or 'nothing'}"
+    if isinstance(entry, list) or line.strip() in ("[", "{"):
+        return ", but part of one JSON document; write one object a line: jq -c '.[]'"
+    return ""
 
 
 def plain_texts(path: Path, txt: str) -> Iterator[str]:

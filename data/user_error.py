@@ -6,6 +6,7 @@ that may come too. This file imports next to nothing, so that every tool can use
 
 from __future__ import annotations
 
+import io
 import sys
 
 EXIT_CODE = 2
@@ -20,6 +21,13 @@ class UserError(Exception):
     def __init__(self, *lines: str):
         super().__init__("\n".join(lines))
         self.lines = lines
+
+
+def use_any_console() -> None:
+    """Print what the console cannot show, as in a path on an ASCII terminal, as an escape: no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def tell(error: object) -> int:

@@ -26,6 +26,7 @@ from data.shards import (  # noqa: E402
     read_manifest,
     read_tokens,
     sha256_file,
+    shard_paths,
 )
 from data.tokenize_docs import load_tokenizer  # noqa: E402
 from data.user_error import UserError  # noqa: E402
@@ -134,7 +135,7 @@ def main() -> int:
     options = parser.parse_args()
     if not options.dataset.is_dir():
         raise UserError(f"{options.dataset}: no such folder; build one with data/pydocs.py")
-    splits = {split: sorted(options.dataset.glob(f"*_{split}_*.bin")) for split in ("train", "val")}
+    splits = {split: shard_paths(options.dataset, split) for split in ("train", "val")}
     if not any(splits.values()):
         raise UserError(f"{options.dataset}: no *_train_*.bin or *_val_*.bin; build them with data/pydocs.py")
     manifest = read_manifest(options.dataset / "manifest.json") or {}

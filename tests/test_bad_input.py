@@ -493,6 +493,10 @@ def stretched(state: dict) -> dict:
     return dict.fromkeys(state, torch.zeros(1, dtype=torch.half).expand(2**42))
 
 
+def prefixed(prefix: str) -> Callable:
+    return lambda state: {prefix + name: tensor for name, tensor in state.items()}
+
+
 STATES = {
     "missing": (lambda p: p.unlink(), "no checkpoint at INIT_FROM=x.pt"),
     "empty": (lambda p: p.write_bytes(b""), "INIT_FROM=x.pt is no whole checkpoint"),
@@ -506,7 +510,39 @@ STATES = {
         lambda p: torch.save(dict(a=Trap(p.parent / "sprung")), p),
         "INIT_FROM=x.pt is no whole checkpoint",
     ),
-    "list": (lambda p: torch.save([1, 2], p), "INIT_FROM=x.pt is not a state dict"),
+    "list": (lambda p: torch.save([1, 2], p), "INIT_FROM=x.pt is not a state dict of tensors, but a list"),
+    "nested_model": (
+        lambda p: changed(p, lambda state: dict(iter_num=3, optimizer={}, model=state)),
+        "INIT_FROM=x.pt is not a state dict of tensors; its entry 'model' is one",
+    ),
+    "nested_state_dict": (
+        lambda p: changed(p, lambda state: dict(state_dict=prefixed("_orig_mod.")(state), epoch=1)),
+        "its entry 'state_dict' is one: torch.save that alone",
+    ),
+    "mask": (
+        lambda p: changed(p, lambda state: state | {"attn.bias": torch.ones(2, dtype=torch.bool)}),
+        "is not a state dict of tensors of floats: its entry 'attn.bias' is a torch.bool tensor",
+    ),
+    "number": (
+        lambda p: changed(p, lambda state: state | dict(step=3)),
+        "is not a state dict of tensors of floats: its entry 'step' is a int",
+    ),
+    "twice": (
+        lambda p: changed(p, lambda state: state | prefixed("module.")(state)),
+        "INIT_FROM=x.pt holds weights twice, with and without a prefix like module.",
+    ),
+    "foreign_prefix": (
+        lambda p: changed(p, prefixed("transformer.")),
+        "INIT_FROM=x.pt does not fit|missing there",
+    ),
+    "safetensors": (
+        lambda p: p.write_bytes((9).to_bytes(8, "little") + b'{"a": {}}' + bytes(200)),
+        "INIT_FROM=x.pt is no whole checkpoint|it is a safetensors file",
+    ),
+    "pointer": (
+        lambda p: p.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        "INIT_FROM=x.pt is no whole checkpoint|git lfs pull",
+    ),
     "stretched": (lambda p: changed(p, stretched), "INIT_FROM=x.pt is not a state dict"),
     "shapes": (
         lambda p: changed(p, lambda state: state.update({"skip_weights": torch.ones(9, 9)})),
@@ -526,6 +562,32 @@ def test_states_to_start_from(made, tmp_path, name):
     spoil(tmp_path / "x.pt")
     refused(made, tmp_path, Case(words, dict(init_from="x.pt")))
     assert not (tmp_path / "sprung").exists()
+
+
+def compiled_inside(state: dict) -> dict:
+    return {name.replace("blocks.0.", "module.blocks.0._orig_mod."): tensor for name, tensor in state.items()}
+
+
+WRAPPED = {
+    "plain": lambda state: state,
+    "compiled": prefixed("_orig_mod."),
+    "parallel": prefixed("module."),
+    "both": prefixed("module._orig_mod."),
+    "inside": compiled_inside,
+}
+
+
+def test_states_of_wrapped_models_are_taken_as_the_models_own(made, tmp_path):
+    scores = {}
+    for name, wrap in WRAPPED.items():
+        here = tmp_path / name
+        here.mkdir()
+        shutil.copy(made.state, here / "x.pt")
+        changed(here / "x.pt", wrap)
+        assert start(made, here, init_from="x.pt", run_id="r") == [0], (here / "0.err").read_text()
+        last = (here / "logs/r.txt").read_text().splitlines()[-1]
+        scores[name] = json.loads(last.removeprefix("RESULT "))["val_bpb"]
+    assert len(set(scores.values())) == 1, scores
 
 
 def test_weights_that_are_no_numbers(made, tmp_path):

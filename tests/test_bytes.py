@@ -343,7 +343,7 @@ def test_a_damaged_cache_is_counted_again_and_mended(split, oracle, damage):
     assert path.read_bytes() == good
 
 
-@pytest.mark.parametrize("value", ["null", '"x"', "[]"])
+@pytest.mark.parametrize("value", ["null", '"x"', "[]", "Infinity", "-Infinity", "NaN", "1e999"])
 def test_a_cache_with_a_wrong_value_is_counted_again(split, oracle, value):
     load(split.cfg)
     saved = json.loads(cache_of(split).read_text())

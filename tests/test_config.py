@@ -297,6 +297,24 @@ def test_other_peoples_variables_are_left_alone(env):
     assert Config.from_env({**assignments(env), "SEED": "3"}).overrides() == dict(SEED=3)
 
 
+CLUSTER = """
+MODEL_DIR=/m TRAIN_DIR=/t EVAL_DIR=/e HEAD_NODE_IP=10.0.0.1 HEAD_NODE=n1 HEAD_NODE_PORT=6379 COMPILER=gcc
+MLP_WORKER_0_HOST=h MLP_WORKER_NUM=2 MLP_ROLE_INDEX=0 TRAIN_SCRIPT=x.py EVAL_JOB_ID=7 TRAIN_IMAGE=i
+VAL_FILE=v"""
+
+
+@pytest.mark.parametrize("name", assignments(CLUSTER))
+def test_variables_of_clusters_are_left_alone(name):
+    assert Config.from_env({name: "1"}).overrides() == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["MODEL_DIN", "COMPILE_", "COMPIL", "TRAIN_SEQ_LENGTH", "HEAD_L", "EVAL_STEPS"]
+)
+def test_a_near_miss_is_not_taken_for_a_variable_of_a_cluster(name):
+    assert refusal({name: "1"}).startswith(f"{name} is not a knob")
+
+
 def test_allow_env_names_what_to_ignore():
     assert "ALLOW_ENV=MUON_TEAM ignores it" in refusal(dict(MUON_TEAM="x"))
     cfg = Config.from_env(dict(MUON_TEAM="x", MATRX_LR="1", ALLOW_ENV="MUON_TEAM,MATRX_LR"))

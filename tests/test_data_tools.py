@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import gzip
 import json
 import os
 import random
@@ -247,6 +248,18 @@ BAD_INPUTS = {
     "e.jsonl.zst": (b"not zstandard", "e.jsonl.zst: damaged zstandard file"),
     "f.csv": (b"text\n", "f.csv: unknown kind of file"),
     "g.txt": (b"\n \n", "no document is left for training"),
+    "h.jsonl": ('{"text": "fine"}\n'.encode("utf-16"), "h.jsonl: UTF-16 text; convert it: iconv"),
+    "i.jsonl": ('{"text": "fine"}\n'.encode("utf-16-be"), "i.jsonl: UTF-16 or UTF-32 text without a mark"),
+    "j.jsonl": (gzip.compress(b'{"text": "fine"}\n'), "j.jsonl: packed with gzip; unpack it first"),
+    "k.jsonl": (
+        zstandard.compress(b'{"text": "fine"}\n'),
+        r"k.jsonl: packed with zstd; .* end in \.jsonl\.zst",
+    ),
+    "l.txt": (b"PAR1....", "l.txt: a Parquet table"),
+    "m.jsonl": (b'[{"text": "fine"}]\n', "m.jsonl:1: .*one JSON document; write one object a line"),
+    "n.jsonl": (b'{"content": "fine"}\n', "n.jsonl:1: not an object with a .*, it has 'content'"),
+    "o.jsonl.zst": (b'{"text": "fine"}\n', "damaged zstandard file .* drop .zst if it is plain text"),
+    "p.jsonl": (b"version https://git-lfs.github.com/spec/v1\n", "p.jsonl: a Git LFS pointer"),
 }
 
 
@@ -257,6 +270,43 @@ def test_bad_input_is_named_and_nothing_is_written(tmp_path, monkeypatch, name):
     with pytest.raises(UserError, match=message):
         tokenize(monkeypatch, tmp_path / name, "--name", "n", "--out", tmp_path / "out", "--workers", 1)
     assert contents(tmp_path) == {name: body}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.zst", "a.txt"])
+def test_a_byte_order_mark_is_read_as_editors_write_it(tmp_path, name):
+    body = b"fine\r\n" if name == "a.txt" else b'{"text": "fine\\n"}\r\n{"text": "\xef\xbb\xbf2"}\r\n'
+    body = b"\xef\xbb\xbf" + body
+    (tmp_path / name).write_bytes(zstandard.compress(body) if name.endswith("zst") else body)
+    found = [text.rstrip("\r\n") for text in tools.read_documents(tmp_path / name, "blank")]
+    assert found == (["fine"] if name == "a.txt" else ["fine", "\ufeff2"])
+
+
+@pytest.mark.parametrize("how, told", [
+    (dict(magic=20240801, tokens=4), "llm.c's shard for Llama 3"),
+    (dict(tokens=4), "4 bytes a token"),
+    (dict(tokens=0), "says 0 tokens, but some follow"),
+    (dict(magic=7), "not a token shard; make shards from the text"),
+])  # fmt: skip
+def test_a_shard_of_another_tool_is_named(tmp_path, how, told):
+    shards.write_shard(tmp_path / "x_train_000000.bin", np.arange(8, dtype=np.uint16))
+    blob = bytearray((tmp_path / "x_train_000000.bin").read_bytes())
+    for place, name in ((0, "magic"), (8, "tokens")):
+        if name in how:
+            blob[place : place + 4] = how[name].to_bytes(4, "little")
+    (tmp_path / "x_train_000000.bin").write_bytes(blob)
+    with pytest.raises(UserError, match=told):
+        shards.read_tokens(tmp_path / "x_train_000000.bin")
+
+
+def test_verify_passes_over_what_macos_leaves(copy, capsys, monkeypatch):
+    (copy / "._t_train_000000.bin").write_bytes(b"\0\5\x16\7")
+    assert check(capsys, monkeypatch, copy)[0] == 0
+
+
+def test_a_name_that_the_console_lacks_is_escaped(tmp_path):
+    shards.write_shard(tmp_path / "\xe4_train_000000.bin", np.arange(1, 8, dtype=np.uint16))
+    result = run("verify", tmp_path, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0 and r"\xe4_train_000000.bin: tokens 7" in result.stdout
 
 
 def test_too_little_text_for_the_vocabulary(tmp_path, monkeypatch):

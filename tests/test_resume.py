@@ -272,6 +272,33 @@ def test_without_a_whole_checkpoint_it_is_refused(copy, spoil):
     assert all(f"r-0000000{step}.pt" in copy.error() for step in (5, 6)) and "RESUME=0" in copy.error()
 
 
+def test_a_copy_to_another_disk_loses_times_and_not_the_order(copy, whole):
+    """The older checkpoint is the newer file; macOS has left a file beside each."""
+    folder = copy.path / "checkpoints"
+    for age, name in enumerate(["r-00000006.pt", "r-00000005.pt", "._r-00000007.pt", ".DS_Store"]):
+        path = folder / name
+        if not path.exists():
+            path.write_bytes(b"\0\5\x16\7")
+        os.utime(path, (2e9 + age, 2e9 + age))
+    assert copy.resume(run_id="") == [0], copy.text("0.err")
+    assert "resumed: step:6 from" in copy.text("logs/r.txt") and copy.text("0.err") == ""
+    same(copy.left(), whole({}))
+
+
+def test_of_two_runs_the_one_that_claimed_the_folder_last_goes_on(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for age, name in enumerate(["b-00000003.pt", "b-00000002.pt", "a-00000009.pt"]):
+        (folder / name).write_bytes(b"")
+        os.utime(folder / name, (1e9 + age, 1e9 + age))
+    names = {owner: [] for owner in ("", "a", "b", "gone", "b\xff")}
+    for owner in names:
+        (tmp_path / ".final_model.pt.lock").write_bytes(owner.encode("latin-1"))
+        names[owner] = [path.name for path in train_gpt.checkpoint_files(folder)]
+    first, second = ["a-00000009.pt"], ["b-00000003.pt", "b-00000002.pt"]
+    assert names == {"": first, "a": first, "b": second, "gone": first, "b\xff": first}
+
+
 def test_an_absent_checkpoint_is_refused(copy):
     assert copy.start(resume="checkpoints/none.pt") == [2] and "checkpoints/none.pt" in copy.error()
 

@@ -475,6 +475,66 @@ def test_resume_without_a_name_is_the_presets_newest_unfinished_run(project: Pro
     assert re.fullmatch(r"RUN_ID=baseline-\d+-\d+", fresh.knobs("RUN_ID"))
 
 
+def test_the_newest_unfinished_run_is_known_after_a_copy_and_beside_litter(project: Project):
+    """Times of folders say nothing; what a file browser left keeps the folder of a finished run."""
+    for age, (name, files, second) in enumerate([
+        ("best-x", ["best-x-00000005.pt"], 300),
+        ("best-1", ["best-1-00000001.pt"], 200),
+        ("best-3", [".DS_Store"], 400),
+    ]):  # fmt: skip
+        folder = project.root / "runs" / name
+        for file in files:
+            write(folder / "checkpoints" / file, "")
+        write(folder / f"logs/{name}.jsonl", f'{{"event": "step", "time": {second}.5}}\n{{"event": "st')
+        os.utime(folder / "checkpoints", (2e9 + age, 2e9 - age))
+    assert project.run("RESUME=auto").knobs("RUN_ID") == "RUN_ID=best-x"
+
+
+def with_line_ends(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+def test_a_preset_with_windows_line_ends_or_a_mark_is_read(project: Project):
+    plain = project.run("best").env
+    preset = project.root / "sweeps/presets/best.env"
+    with_line_ends(preset)
+    preset.write_bytes(b"\xef\xbb\xbf" + preset.read_bytes())
+    with_line_ends(project.root / "sweeps/presets/cpu.env")
+    run = project.run("best", "RUN_ID=again")
+    assert run.code == 0 and run.env == plain | dict(RUN_ID="again", OUT_DIR="runs/again")
+
+
+def test_an_invisible_character_in_a_preset_is_shown(project: Project):
+    write(project.root / "sweeps/presets/baseline.env", "# mine\nSEED=1 MATRIX_LR\u00a0=0.1\n")
+    run = project.run("baseline")
+    assert not run.trained and r"not KNOB=VALUE: $'MATRIX_LR\302\240=0.1'" in run.err
+
+
+@pytest.mark.parametrize("name", ["run_best.sh", "tests/run.sh", "tests/as_users_run.sh"])
+def test_a_checkout_with_windows_line_ends_is_one_line(project: Project, name):
+    write(project.root / name, (ROOT / name).read_text().replace("\n", "\r\n"))
+    command = ["bash", str(project.root / name), "--help"]
+    done = subprocess.run(command, env=project.environment(), capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert "has Windows line ends (CRLF)" in done.stderr and "git reset" in done.stderr
+
+
+def test_a_clone_with_autocrlf_has_the_same_bytes(tmp_path: Path):
+    """What a clone gets is what .gitattributes says; so a repository of the launch files alone will do."""
+    names = [".gitattributes", "run_best.sh", "train_gpt.py", "sweeps/presets/best.env", "tests/run.sh"]
+    for name in names:
+        (tmp_path / "a" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "a" / name)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], cwd=tmp_path / "a", check=True)
+    subprocess.run([*git, "add", "."], cwd=tmp_path / "a", check=True)
+    subprocess.run([*git, "commit", "-qm", "a"], cwd=tmp_path / "a", check=True)
+    clone = [*git, "clone", "-q", "-c", "core.autocrlf=true", "a", "b"]
+    subprocess.run(clone, cwd=tmp_path, check=True)
+    for name in names:
+        assert (tmp_path / "b" / name).read_bytes() == (ROOT / name).read_bytes(), name
+
+
 def test_sigterm_is_handed_to_training_which_saves(project: Project):
     process = subprocess.Popen(
         ["bash", str(project.root / "run_best.sh"), "baseline"],

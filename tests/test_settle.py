@@ -1,5 +1,6 @@
 """A compiler that fails costs speed, not the run; and a score is taken again the way it was taken first."""
 
+import re
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch.torch_version import TorchVersion
 
 import train_gpt
+from tests.conftest import launch
 from train_gpt import GPT, Run, RunLog, Runtime, artifact_config, pick_compile
 
 
@@ -43,6 +45,19 @@ def test_a_failing_compiler_is_done_without(unlucky, tiny):
     assert not run.runtime.compiles
     assert torch.equal(run.nats(ids, ids), train_gpt.token_nats(run.model, ids, ids))
     assert torch.isfinite(run.loss(ids, ids)[0])
+
+
+def test_the_warning_says_why_the_compiler_failed(tiny, tmp_path):
+    run = Run(tiny(compile="auto"), Unlucky(compiles=True), RunLog(tmp_path, "r"), GPT(tiny()), None)
+
+    def full():
+        if run.runtime.compiles:
+            raise CompilerFailed("OSError: no space left\non /cache")
+
+    run.settle(full)
+    run.log.close()
+    told = "no torch.compile (CompilerFailed: OSError: no space left on /cache); running eagerly, slower"
+    assert told in (tmp_path / "r.txt").read_text()
 
 
 def test_compile_1_insists(unlucky):
@@ -131,3 +146,40 @@ def test_a_compiler_that_is_used_on_a_cpu_learns_repeated_tokens():
 )
 def test_compile_is_as_wanted_and_auto_trusts_cuda(wanted, kind, expected):
     assert pick_compile(wanted, torch.device(kind)) == (expected, "")
+
+
+# --- the folder for what is compiled ---
+
+
+@pytest.fixture
+def no_cache(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/x"))
+
+
+@pytest.mark.parametrize("wanted", ["0", "auto"])
+def test_without_a_folder_to_compile_in_a_run_is_eager(tmp_path, dataset, no_cache, wanted):
+    outcome = launch(tmp_path, dataset, compile=wanted, iterations=2)
+    told = "warning: no torch.compile (TORCHINDUCTOR_CACHE_DIR="
+    assert outcome.result["compile"] is False and (told in outcome.stdout) == (wanted == "auto")
+
+
+def test_compile_1_names_the_folder_that_it_lacks(tmp_path, dataset, no_cache):
+    outcome = launch(tmp_path, dataset, compile="1", expect=2)
+    assert re.match(
+        r"error: COMPILE=1 but TORCHINDUCTOR_CACHE_DIR=\S+ cannot be written \(.*set another", outcome.stderr
+    )
+
+
+def test_the_folder_for_what_is_compiled_is_tried_as_torch_would_use_it(tmp_path, monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "made/of/parts"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/none")
+    assert train_gpt.compile_cache_fault(cpu) == "" and list((tmp_path / "made/of/parts").iterdir()) == []
+    assert train_gpt.compile_cache_fault(cuda).startswith("TRITON_CACHE_DIR=/proc/none cannot be written (")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(train_gpt.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr(train_gpt.getpass, "getuser", lambda: {}["no name"])
+    fault = train_gpt.compile_cache_fault(cpu)
+    assert f"TORCHINDUCTOR_CACHE_DIR={tmp_path}/file/torchinductor_uid_" in fault

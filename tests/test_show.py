@@ -1,5 +1,6 @@
 """--doctor: a row for each thing a run needs, ok, warn or fail, the mend, and an exit code to build on."""
 
+import re
 import shutil
 import sys
 from types import SimpleNamespace
@@ -54,6 +55,17 @@ def test_a_full_disk_and_a_lost_codec_fail(run_main, monkeypatch):
     found = rows(out)
     assert code == 2 and found["disk"][0] == found["codec"][0] == "fail"
     assert "pip install zstandard" in found["codec"][1] and "a run takes" in found["disk"][1]
+
+
+def test_a_compile_cache_that_cannot_be_made_is_named(tmp_path, dataset, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/x"))
+    outcome = launch(tmp_path, dataset, args=("--doctor",))
+    found = rows(outcome.stdout)
+    assert outcome.stderr == "" and found["attention"][0] == "ok" and found["compile"][0] == "warn"
+    assert re.match(
+        r"TORCHINDUCTOR_CACHE_DIR=\S+/x cannot be written \(Not a directory\)", found["compile"][1]
+    )
 
 
 def test_a_bad_knob_is_one_line(run_main):

@@ -1,6 +1,8 @@
 """Shards and batches: damaged files are named, and the global batch is the same on any number of ranks."""
 
+import gzip
 import itertools
+import os
 import shutil
 import threading
 from collections import Counter
@@ -58,6 +60,11 @@ def damage(path: Path, keep: int) -> Path:
     return path
 
 
+def foreign(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
 BAD_SHARDS = dict(
     empty=(lambda path: damage(path, 0), "0 bytes do not hold a header"),
     short_header=(lambda path: damage(path, 1000), "1000 bytes do not hold a header"),
@@ -68,6 +75,21 @@ BAD_SHARDS = dict(
     half_a_token=(lambda path: damage(path, 1024 + 199), "1223 bytes, its header says 1224"),
     longer=(lambda path: write_shard(path, range(100), count=99), "1224 bytes, its header says 1222"),
     negative=(lambda path: write_shard(path, range(100), count=-5), "its header says 1014"),
+    no_count=(lambda path: write_shard(path, range(100), count=0), "its header says 0, 100 follow"),
+    four_bytes=(
+        lambda path: write_shard(path, range(200), count=100),
+        "4 bytes a token (uint32); this reads 2",
+    ),
+    llama=(
+        lambda path: write_shard(path, range(200), magic=20240801, count=100),
+        "llm.c wrote it for Llama 3",
+    ),
+    other_order=(lambda path: foreign(path, np.full(256, 20240520, ">i4").tobytes()), "big-endian"),
+    bare=(lambda path: foreign(path, np.arange(2000, dtype="<u2").tobytes()), "bare tokens without a header"),
+    gzip=(lambda path: foreign(path, gzip.compress(os.urandom(3000))), "packed with gzip; unpack it first"),
+    numpy=(lambda path: np.save(path.open("wb"), np.zeros(999)), "a NumPy array"),
+    page=(lambda path: foreign(path, b"<!DOCTYPE html>" + b"x" * 2000), "a web page"),
+    pointer=(lambda path: foreign(path, b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
     text=(lambda path: path.write_text("404: not found\n" * 200), "no token shard: magic"),
 )
 
@@ -117,6 +139,35 @@ def test_two_datasets_in_a_folder_are_refused(tmp_path):
     with pytest.raises(RunError, match=r"mixes datasets \['a', 'b'\]"):
         open_stream(tmp_path)
     assert len(TokenStream(str(tmp_path), "val", 320)) == 2
+
+
+def test_what_other_programs_leave_in_a_folder_is_no_shard(tmp_path):
+    write_shard(tmp_path / "x_train_000000.bin", [5, 6])
+    litter = "._x_train_000000.bin .x_train_000001.bin .DS_Store Thumbs.db desktop.ini .nfs0001"
+    litter += " x_train_000001.bin~ x_train_000001.bin.part x_train_000001.bin.tmp-7"
+    litter += " x_train_000001.bin.crdownload"
+    for name in litter.split():
+        foreign(tmp_path / name, b"\0\5\x16\7" * 300)
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    foreign(tmp_path / ".ipynb_checkpoints/x_train_000000-checkpoint.bin", b"?")
+    assert open_stream(tmp_path).read(0, 2).tolist() == [5, 6]
+
+
+COPIES = ["{} (1)", "{} copy", "{}-Copy1", "{}_backup", "{}.sync-conflict-20261126", "{} (conflicted copy)"]
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_of_a_shard_is_not_read_as_more_text(tmp_path, name):
+    write_shard(tmp_path / "x_train_000000.bin", [5, 6])
+    write_shard(tmp_path / f"{name.format('x_train_000000')}.bin", [5, 6])
+    with pytest.raises(RunError, match=r"seems a copy of x_train_000000\.bin .* move one of them away"):
+        open_stream(tmp_path)
+
+
+def test_shards_with_numbers_of_any_length_or_names_are_no_copies(tmp_path):
+    for index in ("1", "10", "100", "a", "a_b"):
+        write_shard(tmp_path / f"x_train_{index}.bin", [5])
+    assert len(open_stream(tmp_path)) == 5
 
 
 def test_shards_are_read_in_the_order_of_their_numbers(tmp_path):

@@ -23,6 +23,7 @@ from train_gpt import (
     RunError,
     Runtime,
     attend,
+    compile_cache_fault,
     describe_machine,
     knob_rows,
     load_inputs,
@@ -186,7 +187,9 @@ class Doctor:
         return expect(error < 0.05, text, "update torch or the driver")
 
     def compiler(self) -> str:
-        """A C++ compiler, which torch.compile needs on a CPU; on a GPU it compiles something, by Triton."""
+        """A folder for what torch.compile makes, and a C++ compiler on a CPU; a GPU's is tried, by Triton."""
+        cache_fault = compile_cache_fault(self.runtime.device)
+        expect(not cache_fault, cache_fault, "runs are eager, slower")
         if self.runtime.is_cuda:
             ones = torch.ones(8, device=self.runtime.device)
             doubled = torch.compile(torch.add, fullgraph=True)(ones, ones)

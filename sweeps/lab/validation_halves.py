@@ -21,7 +21,7 @@ def cut(source: Path, out: Path, tokens: int) -> Path:
     """The folder OUT/data/NAME-ID with two datasets, `selection` and `held_out`: the training shards of
     `source`, by links, and its first and second `tokens` validation tokens, or halves of a shorter text."""
     source = source.resolve()
-    shards = sorted(source.glob("*.bin"))
+    shards = sorted(path for path in source.glob("*.bin") if path.name[0] != ".")  # macOS leaves "._x.bin"
     about = [[path.name, path.stat().st_size] for path in shards]
     key = hashlib.sha256(json.dumps([str(source), about, tokens]).encode()).hexdigest()[:8]
     folder = out / "data" / f"{source.name}-{key}"

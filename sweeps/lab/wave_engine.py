@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from data.user_error import UserError, tell, tell_os_error
+from data.user_error import UserError, tell, tell_os_error, use_any_console
 from sweeps.lab.held_out import finalists, score_by_id, score_rows
 from sweeps.lab.local_backend import LocalBackend
 from sweeps.lab.paths import OWN_RESULTS, OWN_RUNS, ROOT, SHIPPED_RESULTS
@@ -719,4 +719,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    use_any_console()
     sys.exit(main(sys.argv[1:]))

@@ -184,11 +184,13 @@ def read_preset(path: Path) -> Env:
     env: Env = {}
     if not path.is_file():
         return env
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8-sig").splitlines():  # an editor's byte order mark is no knob
         if line.lstrip().startswith("#"):
             continue
         for word in line.split():
-            name, value = word.split("=", 1)
+            name, is_set, value = word.partition("=")
+            if not is_set:
+                raise UserError(f"{path}: not KNOB=VALUE: {word!r}")
             env[name] = value
     return env
 
