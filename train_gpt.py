@@ -73,12 +73,26 @@ from pathlib import Path
 from statistics import median_low
 from typing import NamedTuple, TextIO, TypedDict
 
-import numpy as np
-import sentencepiece
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import sentencepiece
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":  # told by whoever imports this file
+        raise
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print(__doc__)
+    advice = "pip install torch numpy sentencepiece zstandard"
+    for folder in Path(__file__).resolve().parents:
+        helper = folder / "data/missing_packages.py"
+        if helper.is_file():
+            print("error:", runpy.run_path(str(helper))["describe_missing"](error.name), file=sys.stderr)
+            sys.exit(2)
+    print(f"error: {error.name} is not installed for {sys.executable}; {advice}", file=sys.stderr)
+    sys.exit(2)
 
 VERSION = "1.0.0"
 

@@ -25,11 +25,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
-import zstandard
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import numpy as np  # noqa: E402
+import sentencepiece  # noqa: E402
+import zstandard  # noqa: E402
+
 from data.shards import (  # noqa: E402
     BOS,
     MAX_SHARD_TOKENS,

@@ -28,12 +28,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import hypothesis
-import numpy as np
-import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import commit  # noqa: E402
 from train_gpt import (  # noqa: E402
