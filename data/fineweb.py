@@ -55,7 +55,9 @@ LONGEST_PAUSE = 30.0
 TIMEOUT = 60.0  # seconds without a byte
 # What the server will say again. Not 403: an address that has expired is signed anew at the next try.
 LASTING_STATUS = (400, 401, 404, 405, 410, 451)
-HOPELESS_MEND = "check the network, HF_ENDPOINT and the proxy"
+# Errors of httpx and requests, whichever the hub's client uses.
+BAD_ADDRESS = ("UnsupportedProtocol", "InvalidURL", "MissingSchema", "InvalidSchema")
+LASTING_MEND = "check the network, HF_ENDPOINT and the proxy"
 BLOCK = 1 << 20
 CATALOGUE = "datasets/fineweb_manifest.json"  # our copy of the hub's manifest
 STOP = threading.Event()  # set when one file has failed: the other downloads end at the next block
@@ -154,14 +156,15 @@ def with_retries(what: str, action: Callable[[], Result], progress: Callable[[],
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if is_hopeless(error):
-                raise UserError(f"{what}: {reason}; no retry mends that, {HOPELESS_MEND}") from None
+            tries = tries_for(error)
         if progress() > reached:
             attempt, pause, reached = 1, FIRST_PAUSE, progress()
-        if attempt == TRIES:
+        if attempt >= tries:
+            if tries < TRIES:
+                raise UserError(f"{what}: {reason}; no retry mends that, {LASTING_MEND}")
             raise UserError(f"{what}: {reason}; gave up after {TRIES} tries, run the command again")
         attempt += 1
-        print(f"{what}: {reason}; try {attempt} of {TRIES} in {pause:.0f} s", flush=True)
+        print(f"{what}: {reason}; try {attempt} of {tries} in {pause:.0f} s", flush=True)
         if STOP.wait(pause):
             raise UserError(f"{what}: stopped")
         pause = min(2 * pause, LONGEST_PAUSE)
@@ -176,16 +179,21 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
         error = wrapped or error.__cause__ or error.__context__
 
 
-def is_hopeless(error: BaseException) -> bool:
-    """Whether the same question will fail again: no such name, no such page, no valid address or certificate."""
+def tries_for(error: BaseException) -> int:
+    """How often a question that failed so is asked: once where the answer will be the same again.
+
+    Without a name server a name "does not resolve for now"; that is mostly a machine without a network.
+    """
     for cause in causes(error):
-        if isinstance(cause, socket.gaierror | ssl.SSLCertVerificationError | http.client.InvalidURL):
-            return True
+        if isinstance(cause, socket.gaierror):
+            return 2 if cause.errno == socket.EAI_AGAIN else 1
+        if isinstance(cause, ssl.SSLCertVerificationError | http.client.InvalidURL):
+            return 1
         if isinstance(cause, urllib.error.HTTPError) and cause.code in LASTING_STATUS:
-            return True
-        if type(cause).__name__ in ("UnsupportedProtocol", "InvalidURL", "MissingSchema", "InvalidSchema"):
-            return True  # of httpx and requests, whichever the hub's client uses
-    return False
+            return 1
+        if type(cause).__name__ in BAD_ADDRESS:
+            return 1
+    return TRIES
 
 
 def download(remote: Remote, part: Path) -> None:
