@@ -816,8 +816,12 @@ class RunLog:
         if self.text_file is None:
             return False
         now = time.monotonic()
-        interval = 0.5 if sys.stdout.isatty() else 60
-        return now - self.told_at.setdefault(phase, now + 3 - interval) >= interval
+        interval = 0.5
+        delay = 0.0
+        if not sys.stdout.isatty():
+            interval = 60.0
+            delay = 3.0
+        return now - self.told_at.setdefault(phase, now + delay - interval) >= interval
 
     def status(self, phase: str, text: str) -> None:
         """Tell whoever watches, and not the log, how far a phase is, if `is_status_due`."""
