@@ -4725,7 +4725,7 @@ class TrainKnobs:
     )
     max_warmup_seconds: float = knob(
         600.0,
-        "Seconds of warm-up, by one uncompiled pass, from which a run on a CPU is refused; 0 = none is.",
+        "Seconds of warm-up, foretold by an uncompiled pass, above which a run on a CPU is refused; 0 = never.",
         low=0,
         role="place",
         source="ours",

@@ -11,8 +11,9 @@ import pytest
 from data import missing_packages
 from tests.conftest import ROOT
 
-# What works on a bare Python, since the standard library is enough.
+# What the standard library is enough for; and what needs Ray, which no requirements file names.
 NEEDS_NOTHING = {
+    "tests/bench/ray_trial.py",
     "data/missing_packages.py",
     "records/make.py",
     "records/pack_script.py",
