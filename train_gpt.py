@@ -4725,7 +4725,7 @@ class TrainKnobs:
     )
     max_warmup_seconds: float = knob(
         600.0,
-        "Seconds of warm-up, foretold by an uncompiled pass, above which a run on a CPU is refused; 0 = never.",
+        "Seconds of warm-up, foretold by an uncompiled pass, above which a CPU refuses the run; 0 = never.",
         low=0,
         role="place",
         source="ours",

@@ -162,13 +162,13 @@ def test_the_limit_is_a_knob(tiny, monkeypatch, limit, step_seconds, is_refused)
         with pytest.raises(train_gpt.RunError, match="MAX_WARMUP_SECONDS"):
             foretell_warm_up(cfg, None, Runtime())
     else:
-        foretell_warm_up(cfg, None, Runtime())
+        assert foretell_warm_up(cfg, None, Runtime()) is None
 
 
 def test_no_warm_up_is_never_refused_and_a_gpu_is_not_timed(tiny, monkeypatch):
     slow(monkeypatch, 1e6)
-    foretell_warm_up(tiny(warmup_steps=0), None, Runtime())
-    foretell_warm_up(tiny(warmup_steps=20), None, Runtime(device=torch.device("cuda")))
+    assert foretell_warm_up(tiny(warmup_steps=0), None, Runtime()) is None
+    assert foretell_warm_up(tiny(warmup_steps=20), None, Runtime(device=torch.device("cuda"))) is None
 
 
 def test_the_pass_that_is_timed_leaves_no_trace(tiny):
