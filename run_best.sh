@@ -122,6 +122,7 @@ pack_into() {
   if [[ ${RESUME:-0} != 0 && -f $script ]]; then
     say "goes on with the packed script in $1"
   else
+    say "packs the script (usually 3 s)"
     "$PYTHON" records/pack_script.py -o "$script"
   fi
 }
@@ -152,6 +153,7 @@ packed=${PACKED:-0} script=train_gpt.py
 unset PACKED  # it is no knob
 
 use_python requirements.txt
+say "asks torch for GPUs (usually 3 s)"
 gpus=$("$PYTHON" -c 'import torch; print(torch.cuda.is_available() * torch.cuda.device_count())')
 [[ ${DEVICE:-auto} != cpu ]] || gpus=0
 if ((gpus == 0)); then
@@ -181,7 +183,7 @@ fi
 if ((packed)); then pack_into "$OUT_DIR"; fi
 run=("$PYTHON")
 ((gpus < 2)) || run+=(-m torch.distributed.run --standalone "--nproc_per_node=$gpus")
-say "run $RUN_ID on $gpus GPU, files in $OUT_DIR"
+say "run $RUN_ID on $gpus GPU, files in $OUT_DIR; the first lines come after about 10 s"
 supervise "${run[@]}" "$script"
 
 log=$OUT_DIR/logs/$RUN_ID.jsonl

@@ -78,12 +78,26 @@ from pathlib import Path
 from statistics import median_low
 from typing import NamedTuple, TextIO, TypedDict
 
-import numpy as np
-import sentencepiece
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import sentencepiece
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ModuleNotFoundError as error:
+    if __name__ != "__main__":  # told by whoever imports this file
+        raise
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print(__doc__)
+    advice = "pip install torch numpy sentencepiece zstandard"
+    for folder in Path(__file__).resolve().parents:
+        helper = folder / "data/missing_packages.py"
+        if helper.is_file():
+            print("error:", runpy.run_path(str(helper))["describe_missing"](error.name), file=sys.stderr)
+            sys.exit(2)
+    print(f"error: {error.name} is not installed for {sys.executable}; {advice}", file=sys.stderr)
+    sys.exit(2)
 
 VERSION = "1.0.0"
 
@@ -895,6 +909,18 @@ class Runtime:
 # -- Logs and files --------------------------------------------------------------------------------------
 
 
+ERASE_LINE = "\r\033[K"  # of a terminal: to the start of the line, and clear it
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for a reader: seconds, minutes or hours."""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours"
+
+
 class RunLog:
     """Rank 0's two logs: logs/RUN_ID.txt in the official line formats, logs/RUN_ID.jsonl as typed events.
 
@@ -906,6 +932,8 @@ class RunLog:
         self.goes_on = False
         self.text_file = None
         self.event_file = None
+        self.told_at: dict[str, float] = {}  # phase -> when `status` last told of it
+        self.shows_status = False  # on a terminal, in a line that the next one replaces
         if folder is None:
             return
         text_path = folder / f"{run_id}.txt"
@@ -926,12 +954,43 @@ class RunLog:
         if self.text_file is None:
             return
         print(text, file=self.text_file, flush=True)
-        if not echo:
-            return
+        if echo:
+            self.show(text)
+
+    def show(self, text: str, is_status: bool = False) -> None:
+        """Print to stdout alone; a status has no end of line and goes when the next line comes."""
+        erase = ERASE_LINE if self.shows_status else ""
+        self.shows_status = is_status
         try:
-            print(text, flush=True)
+            print(erase + text, end="" if is_status else "\n", flush=True)
         except OSError:  # its reader is gone, as `| head` is after ten lines; the run goes on, in the log
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+    def say(self, text: str) -> None:
+        """Tell whoever watches, and not the log, what is waited for and how long that usually takes."""
+        if self.text_file is not None:
+            self.show(text)
+
+    def is_status_due(self, phase: str) -> bool:
+        """Whether to tell how far a phase is: twice a second on a terminal, else after 3 s and each 60 s."""
+        if self.text_file is None:
+            return False
+        now = time.monotonic()
+        interval = 0.5
+        delay = 0.0
+        if not sys.stdout.isatty():
+            interval = 60.0
+            delay = 3.0
+        return now - self.told_at.setdefault(phase, now + delay - interval) >= interval
+
+    def status(self, phase: str, text: str) -> None:
+        """Tell whoever watches, and not the log, how far a phase is, if `is_status_due`."""
+        self.told_at[phase] = time.monotonic()
+        text = f"{phase}: {text}"
+        if sys.stdout.isatty():
+            self.show(text[: shutil.get_terminal_size().columns - 1], is_status=True)
+        else:
+            self.show(text)
 
     def warn(self, text: str) -> None:
         """Write a line that says what the user may want to change."""
@@ -946,6 +1005,8 @@ class RunLog:
 
     def close(self) -> None:
         """Close both files."""
+        if self.shows_status:
+            self.show("", is_status=True)
         for file in (self.text_file, self.event_file):
             if file is None:
                 continue
@@ -1708,6 +1769,8 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
 # ----------------------------------------------------------------------------------------------------------
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 DECODE_BATCH = 1000  # documents decoded at a time
+SLOW_TO_DECODE = 10_000_000  # tokens
+DECODED_PER_SECOND = 3_000_000  # tokens: the embedded corpus on one core gave 3.7 M
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no UTF-8, three bytes itself
 
 
@@ -1924,6 +1987,9 @@ def measure_text(
     cached = read_text_size(cache, key)
     if cached is not None:
         return cached
+    if len(data.tokens) > SLOW_TO_DECODE:
+        seconds = len(data.tokens) / DECODED_PER_SECOND
+        print(f"decoding the validation text to prove its bytes, once: usually {seconds:.0f} s", flush=True)
     measured = decoded_bytes(tokenizer, table, data.tokens)
     content = json.dumps(dict(key=key, documents=measured.documents, bytes=measured.bytes))
     with suppress(OSError):  # a read-only dataset only costs the count again next time
@@ -4050,6 +4116,7 @@ def evaluate(
     limit: float = math.inf,
     announce: Callable[[float], None] | None = None,
     learn: Callable[[Chunk], None] | None = None,
+    watch: Callable[[float, float], None] | None = None,
 ) -> Score:
     """Score the validation text, its windows shared out over the ranks; all ranks call it together.
 
@@ -4058,6 +4125,7 @@ def evaluate(
     limit: seconds by rank 0's clock. No turn starts that would pass them: then the score is a partial one.
     announce(seconds): is told early how long all turns will take, if there is a limit.
     learn(chunk): is called when all targets of a chunk have their scores.
+    watch(share, seconds): is told after each turn what share of them is done, and since when.
     Raises RunError (5) if the nats are not finite.
     """
     began = time.perf_counter()
@@ -4085,6 +4153,8 @@ def evaluate(
             totals += torch.tensor((nats.sum().item(), len(nats), scored_bytes), dtype=torch.float64)
         if turn.chunk:
             learn(turn.chunk)
+        if watch:
+            watch((done + 1) / len(turns), time.perf_counter() - began)
     nats, tokens, size = runtime.sum(totals).tolist()
     if tokens != data.targets and not is_cut:
         raise RunError(f"a bug: {tokens:.0f} of {data.targets} targets have a score")
@@ -5001,6 +5071,13 @@ class TrainKnobs:
         role="place",
         source="official",
     )
+    max_warmup_seconds: float = knob(
+        600.0,
+        "Seconds of warm-up, foretold by an uncompiled pass, above which a CPU refuses the run; 0 = never.",
+        low=0,
+        role="place",
+        source="ours",
+    )
     val_loss_every: int = knob(
         1000,
         "Steps between validations of the live weights; 0 = only at the end.",
@@ -5086,7 +5163,21 @@ class Run:
         depth: effective layers that run; None = those that train at the end.
         """
         nats = partial(self.nats, depth=depth or final_depth(self.cfg))
-        return evaluate(self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn)
+        phase = "scoring the validation text"
+        if stride:
+            phase += f" by windows that slide by {stride}"
+        if learn:
+            phase += ", learning from it"
+        watch = partial(report_wait, self.log, phase)
+        return evaluate(self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn, watch)
+
+
+def report_wait(log: RunLog, phase: str, share: float, seconds: float) -> None:
+    """Say, if it is time, how much of a wait is done after so many seconds."""
+    if share >= 1:
+        log.told_at.pop(phase, None)
+    elif log.is_status_due(phase):
+        log.status(phase, f"{share:.0%} done, about {duration_text(seconds / share - seconds)} left")
 
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:
@@ -5140,6 +5231,58 @@ def train_step(
 # -- Before the clock ------------------------------------------------------------------------------------
 
 
+def time_step(cfg: Config, model: GPT, runtime: Runtime) -> float:
+    """Seconds of an eager step of one process: from the best of up to three passes over blank tokens.
+
+    The model, on the runtime's device, and the random state are left as they were.
+    """
+    sequences = min(micro_batch_limit(cfg, runtime.device), cfg.sequences)
+    ids = torch.zeros(sequences, cfg.train_seq_len, dtype=torch.int64, device=runtime.device)
+    loss = training_loss(cfg, model)
+    random_before = torch.get_rng_state()
+    passes = []
+    while len(passes) < 3 and sum(passes) < 1.0:
+        began = time.perf_counter()
+        loss(ids, ids)[0].backward()
+        runtime.synchronize()
+        passes.append(time.perf_counter() - began)
+    model.zero_grad()
+    torch.set_rng_state(random_before)
+    return min(passes) * cfg.sequences / sequences
+
+
+def warm_up_seconds(cfg: Config, step_seconds: float) -> float:
+    """What the warm-up takes without compiling, at most: some steps are of a shallower model."""
+    if not cfg.warmup_steps:
+        return 0.0
+    return (cfg.warmup_steps + 2 * len(phases(cfg)) - 2) * step_seconds
+
+
+def foretell_warm_up(cfg: Config, model: GPT, runtime: Runtime) -> None:
+    """Say on a CPU how long steps and warm-up will take, before anything is waited for.
+
+    RunError (2) if the warm-up would take longer than MAX_WARMUP_SECONDS.
+    """
+    if runtime.device.type != "cpu":
+        return
+    step_seconds = time_step(cfg, model, runtime)
+    seconds = warm_up_seconds(cfg, step_seconds)
+    if seconds > 3:
+        steps = max(1.0, predict_steps_left(cfg, 0, 0.0, step_seconds))
+        print(
+            f"first forecast: {step_seconds:.3g} s a step on this CPU, uncompiled; "
+            f"warm-up {duration_text(seconds)}, training {duration_text(steps * step_seconds)}, "
+            f"steps: {steps:.0f}",
+            flush=True,
+        )
+    if 0 < cfg.max_warmup_seconds < seconds:
+        raise RunError(
+            f"the warm-up alone would take {duration_text(seconds)} here: {cfg.warmup_steps} steps of "
+            f"{step_seconds:.0f} s; `bash run_best.sh` chooses sizes for this machine, "
+            "MAX_WARMUP_SECONDS=0 starts all the same"
+        )
+
+
 def fit_micro_batch(run: Run, batch: tuple[Tensor, Tensor]) -> int:
     """Sequences of a pass that fit the device: halved on out-of-memory, by each rank. Leaves gradients."""
     cfg = run.cfg
@@ -5180,6 +5323,9 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     optimisers_before = optimisers.state()  # empty as yet
     random_before = torch.get_rng_state()
     source = batches(cfg, stream, runtime)
+    if runtime.compiles:
+        depths = len(phases(cfg))
+        run.log.say(f"compiling the model for training: usually 30 to 80 s a depth, depths: {depths}")
     max_sequences = run.settle(partial(fit_micro_batch, run, next(source)))
     deepest = final_depth(cfg)
     seconds_of_phase = []
@@ -5213,7 +5359,10 @@ def warm_evaluation(run: Run) -> None:
     """Compile the evaluation graphs on blank tokens: each shape, and each depth that will be validated."""
     cfg = run.cfg
     device = run.runtime.device
-    for stride, depth, learns in evaluation_graphs(cfg):
+    graphs = evaluation_graphs(cfg)
+    if run.runtime.compiles:
+        run.log.say(f"compiling the model for scoring: usually 10 to 40 s a graph, graphs: {len(graphs)}")
+    for stride, depth, learns in graphs:
         batch, length, width = pass_shape(cfg, device, stride, learns)
         ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
         target_ids = torch.zeros(batch, width, dtype=torch.int64, device=device)
@@ -5302,6 +5451,7 @@ class Training:
         self.step = 0  # steps done
         self.lr_scale_sum = 0.0  # of all steps so far
         self.saved_at = 0.0  # training seconds at the last checkpoint
+        self.logged_loss = math.nan  # the last one that the log has; reading each would wait for a GPU
         # [steps that were finite, loss and gradient norm of the last of them], on the device: see `check`.
         self.sound = torch.zeros(3, dtype=torch.float64, device=run.runtime.device)
 
@@ -5432,7 +5582,9 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
             break
         loss = train_step(run, optimisers, next(loader), plan, max_sequences)
         training.count_step(plan, loss)
-        report_step(run, stream, plan_before, plan, loss, 1000 * clock.seconds())
+        logged_loss = report_step(run, stream, plan_before, plan, loss, 1000 * clock.seconds())
+        training.logged_loss = logged_loss or training.logged_loss
+        report_progress(run.log, cfg, training)
         if not runtime.is_cuda or is_due(step + 1, 50):  # a GPU would be waited for
             training.check({})
     loader.close()
@@ -5497,8 +5649,11 @@ def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> S
 
 def report_step(
     run: Run, stream: TokenStream, plan_before: StepPlan | None, plan: StepPlan, loss: Tensor, ms: float
-) -> None:
-    """Log an epoch or depth that began with this step and, if due, its end. ms: trained so far."""
+) -> float | None:
+    """Log an epoch or depth that began with this step and, if due, its end. ms: trained so far.
+
+    Returns the loss over all ranks if it was logged.
+    """
     cfg = run.cfg
     log = run.log
     epoch = stream.epoch(cfg, plan.step)
@@ -5512,21 +5667,38 @@ def report_step(
         log.line(f"{switch} at step:{plan.step} frac:{plan.progress:.2f}")
         log.event("phase", step=plan.step, depth=plan.depth, progress=plan.progress)
     steps = plan.step + 1
-    if cfg.train_log_every and (plan.step < 10 or is_due(steps, cfg.train_log_every)):
-        value = run.runtime.sum(loss).item()
-        log.line(
-            f"step:{steps}/{cfg.iterations} train_loss:{value:.4f} train_time:{ms:.0f}ms "
-            f"step_avg:{ms / steps:.2f}ms lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
-        )
-        log.event(
-            "step",
-            step=steps,
-            train_loss=value if math.isfinite(value) else None,
-            lr_scale=plan.lr_scale,
-            progress=plan.progress,
-            tokens=steps * cfg.train_batch_tokens,
-            train_ms=ms,
-        )
+    if not cfg.train_log_every or (plan.step >= 10 and not is_due(steps, cfg.train_log_every)):
+        return None
+    value = run.runtime.sum(loss).item()
+    log.line(
+        f"step:{steps}/{cfg.iterations} train_loss:{value:.4f} train_time:{ms:.0f}ms "
+        f"step_avg:{ms / steps:.2f}ms lr_scale:{plan.lr_scale:.4f} progress:{plan.progress:.4f}"
+    )
+    log.event(
+        "step",
+        step=steps,
+        train_loss=value if math.isfinite(value) else None,
+        lr_scale=plan.lr_scale,
+        progress=plan.progress,
+        tokens=steps * cfg.train_batch_tokens,
+        train_ms=ms,
+    )
+    return value
+
+
+def report_progress(log: RunLog, cfg: Config, training: Training) -> None:
+    """Say, if it is time, how far training is and when it will end, by progress: the clock may end it."""
+    if not log.is_status_due("training"):
+        return
+    seconds = training.clock.seconds()
+    progress = min(1.0, max(training.step / cfg.iterations, seconds / cfg.cap))
+    tokens_per_second = training.step * cfg.train_batch_tokens / seconds
+    seconds_left = seconds / progress - seconds
+    log.status(
+        "training",
+        f"{progress:.0%} of the run, loss {training.logged_loss:.4f}, {tokens_per_second:,.0f} tokens/s, "
+        f"about {duration_text(seconds_left)} left",
+    )
 
 
 def report_end_of_training(run: Run, trained: Trained) -> None:
@@ -5549,6 +5721,8 @@ def report_end_of_training(run: Run, trained: Trained) -> None:
 # the official final lines, `finish` judges the run by all limits and prints RESULT. `explain` turns what
 # can go wrong into one line and an exit code, `recorded` writes that into the logs. It has no knobs.
 # ----------------------------------------------------------------------------------------------------------
+SLOW_TO_PACK = 5_000_000  # weights
+PACKED_PER_SECOND = 1_700_000  # weights, packed twice: measured with zstd on one core, 17 M int8
 STATUS_OF_CODE = {DIVERGED: "diverged", PREEMPTED: "preempted", LOST_RANK: "lost_rank"}
 
 
@@ -5733,6 +5907,10 @@ def save_model(run: Run, path: Path) -> int:
     header = dict(
         dtype=run.runtime.dtype_name, compile=run.runtime.compiles, config_hash=cfg.hash, quant=quant
     )
+    weights = sum(tensor.numel() for tensor in state.values())
+    if weights > SLOW_TO_PACK:
+        seconds = weights / PACKED_PER_SECOND
+        log.say(f"packing {weights / 1e6:.0f} M weights: usually {seconds:.0f} s, with some clips longer")
     blob = pack(cfg, state, header)
     weights_path = path.with_name(WEIGHTS_FILE)
     write_atomic(weights_path, partial(torch.save, state))
@@ -6783,6 +6961,8 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
             runtime.dtype = DTYPES[before["dtype"]]
         check_shapes(cfg, header)
         model = make_model(cfg, runtime)
+        if trains:
+            runtime.on_main(partial(foretell_warm_up, cfg, model, runtime))
         run_id = pick_run_id(cfg, before)
         locks = runtime.on_main(partial(claim_outputs, cfg, run_id))
         run = open_run(cfg, runtime, model, inputs, before, run_id)

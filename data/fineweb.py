@@ -19,13 +19,15 @@ import json
 import os
 import re
 import shutil
+import socket
+import ssl
 import sys
 import threading
 import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -51,6 +53,11 @@ TRIES = 6
 FIRST_PAUSE = 1.0  # seconds before the second try; doubles, at most LONGEST_PAUSE
 LONGEST_PAUSE = 30.0
 TIMEOUT = 60.0  # seconds without a byte
+# What the server will say again. Not 403: an address that has expired is signed anew at the next try.
+LASTING_STATUS = (400, 401, 404, 405, 410, 451)
+# Errors of httpx and requests, whichever the hub's client uses.
+BAD_ADDRESS = ("UnsupportedProtocol", "InvalidURL", "MissingSchema", "InvalidSchema")
+LASTING_MEND = "check the network, HF_ENDPOINT and the proxy"
 BLOCK = 1 << 20
 CATALOGUE = "datasets/fineweb_manifest.json"  # our copy of the hub's manifest
 STOP = threading.Event()  # set when one file has failed: the other downloads end at the next block
@@ -149,15 +156,44 @@ def with_retries(what: str, action: Callable[[], Result], progress: Callable[[],
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES, errno.EROFS):
                 raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            tries = tries_for(error)
         if progress() > reached:
             attempt, pause, reached = 1, FIRST_PAUSE, progress()
-        if attempt == TRIES:
+        if attempt >= tries:
+            if tries < TRIES:
+                raise UserError(f"{what}: {reason}; no retry mends that, {LASTING_MEND}")
             raise UserError(f"{what}: {reason}; gave up after {TRIES} tries, run the command again")
         attempt += 1
-        print(f"{what}: {reason}; try {attempt} of {TRIES} in {pause:.0f} s", flush=True)
+        print(f"{what}: {reason}; try {attempt} of {tries} in {pause:.0f} s", flush=True)
         if STOP.wait(pause):
             raise UserError(f"{what}: stopped")
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that it was raised from: clients wrap what the system said."""
+    while error is not None:
+        yield error
+        reason = error.reason if isinstance(error, urllib.error.URLError) else None
+        wrapped = reason if isinstance(reason, BaseException) else None
+        error = wrapped or error.__cause__ or error.__context__
+
+
+def tries_for(error: BaseException) -> int:
+    """How often a question that failed so is asked: once where the answer will be the same again.
+
+    Without a name server a name "does not resolve for now"; that is mostly a machine without a network.
+    """
+    for cause in causes(error):
+        if isinstance(cause, socket.gaierror):
+            return 2 if cause.errno == socket.EAI_AGAIN else 1
+        if isinstance(cause, ssl.SSLCertVerificationError | http.client.InvalidURL):
+            return 1
+        if isinstance(cause, urllib.error.HTTPError) and cause.code in LASTING_STATUS:
+            return 1
+        if type(cause).__name__ in BAD_ADDRESS:
+            return 1
+    return TRIES
 
 
 def download(remote: Remote, part: Path) -> None:

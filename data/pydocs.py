@@ -28,9 +28,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import numpy as np  # noqa: E402
+
 from data.shards import (  # noqa: E402
     SplitWriter,
     atomic_file,
@@ -441,18 +444,22 @@ def build(
     with scratch_folder(dataset) as scratch:
         clock = Clock()
         files, versions, missing = find_sources(packages, library or standard_library())
+        clock.say(f"reads {len(files):,} files; in all usually 25 s on two free cores, 50 s on busy ones")
         sections = ordered_map(read_batch, file_batches(files), workers)
         documents = make_documents(itertools.chain.from_iterable(sections))
         size = sum(len(document.encode()) for document in documents)
         clock.say(f"read {len(files):,} files: {len(documents):,} documents, {size / 1e6:.1f} MB")
+        clock.say("looks for near-duplicates, to hold out text that is not in training: usually 5 s")
         splits, facts = split_documents(documents)
         share = facts["val_shingles_also_in_train"]
         clock.say(f"held out {splits.count('val'):,} documents; {share:.2%} of their passages also in train")
         pairs = list(zip(splits, documents, strict=True))
+        clock.say("trains a tokenizer: usually 5 s")
         model = train_tokenizer((text for split, text in pairs if split == "train"), VOCAB_SIZE)
         with atomic_file(scratch / TOKENIZER) as file:
             file.write(model)
         clock.say(f"trained a tokenizer of {VOCAB_SIZE:,} pieces")
+        clock.say("encodes the text: usually 5 s")
         writers = {split: SplitWriter(scratch, PREFIX, split) for split in ("train", "val")}
         written, inexact = encode_splits(pairs, model, writers, workers)
         if inexact or not all(entry["tokens"] for entry in written.values()):

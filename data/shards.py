@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -31,6 +32,10 @@ MAX_SHARD_TOKENS = 100_000_000
 BOS = 1
 LLAMA_MAGIC = 20240801  # of llm.c's shards of uint32 tokens
 MAKE_SHARDS = "make shards from the text with data/tokenize_docs.py"
+
+# Below this many a score says little: one standard deviation of its sampling is more than 0.006 bpb.
+FEW_VAL_TOKENS = 100_000
+NATS_DEVIATION = 2.5  # of one token's loss, standard deviation
 
 
 def command(main: Callable[[], int | None]) -> None:
@@ -125,6 +130,12 @@ def read_tokens(path: Path) -> np.ndarray:
     """The tokens of a shard, memory-mapped, [tokens] uint16. Raises UserError on a bad shard."""
     tokens = read_header(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(tokens,))
+
+
+def val_bpb_doubt(tokens: int, text_bytes: int) -> float:
+    """One standard deviation of a score in bits a byte, from the choice of its text: sd / sqrt(n), in bpb."""
+    bits_per_token = NATS_DEVIATION / math.sqrt(max(tokens, 1)) / math.log(2)
+    return bits_per_token * tokens / max(text_bytes, 1)
 
 
 def shard_name(prefix: str, split: str, index: int) -> str:

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections import Counter, deque
@@ -26,13 +27,17 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
-import zstandard
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import numpy as np  # noqa: E402
+import sentencepiece  # noqa: E402
+import zstandard  # noqa: E402
+
 from data.shards import (  # noqa: E402
     BOS,
+    FEW_VAL_TOKENS,
     MAX_SHARD_TOKENS,
     Progress,
     SplitWriter,
@@ -44,6 +49,7 @@ from data.shards import (  # noqa: E402
     publish,
     read_manifest,
     scratch_folder,
+    val_bpb_doubt,
 )
 from data.user_error import UserError  # noqa: E402
 
@@ -413,8 +419,8 @@ def build(options: argparse.Namespace, dataset: Path, tokenizer: Path, made_from
     return manifest
 
 
-def report(manifest: dict, dataset: Path) -> None:
-    """Print one line a split, and a warning where the tokenizer changed the text."""
+def report(manifest: dict, dataset: Path, out: Path) -> None:
+    """Print one line a split, what to be careful about, and last the command that trains on the text."""
     for split, entry in manifest["splits"].items():
         print(
             f"{dataset} {split}: {entry['documents']:,} documents, {entry['tokens']:,} tokens, "
@@ -422,6 +428,35 @@ def report(manifest: dict, dataset: Path) -> None:
         )
     if changed := manifest["documents_not_reproduced_exactly"]:
         print(f"note: the tokenizer rewrites {changed:,} documents; bytes are counted in its text, not yours")
+    val = manifest["splits"].get("val")
+    if not val:
+        print("nothing is held out, so nothing can be scored: train_gpt.py needs --val-fraction above 0")
+        return
+    if val["tokens"] < FEW_VAL_TOKENS:
+        doubt = val_bpb_doubt(val["tokens"], val["bytes"])
+        print(
+            f"warning: {val['tokens']:,} validation tokens are few: a score on them is sure to about "
+            f"{doubt:.3f} bpb; give more text or a larger --val-fraction"
+        )
+    print(f"train on it: {training_command(manifest, dataset, out)}")
+
+
+def training_command(manifest: dict, dataset: Path, out: Path) -> str:
+    """The command line that trains on a finished dataset, to be pasted in the project's folder."""
+    tokenizer = manifest["tokenizer"]
+    words = [
+        f"DATA_PATH={path_for_run(dataset)}",
+        f"TOKENIZER_PATH={path_for_run(out / tokenizer['path'])}",
+        f"VOCAB_SIZE={tokenizer['vocab_size']}",
+    ]
+    return "bash run_best.sh best " + " ".join(map(shlex.quote, words))
+
+
+def path_for_run(path: Path) -> str:
+    """A path as run_best.sh reads it: relative to the project's folder, or absolute if it is elsewhere."""
+    project = Path(__file__).resolve().parents[1]
+    absolute = path.resolve()
+    return str(absolute.relative_to(project) if absolute.is_relative_to(project) else absolute)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -475,7 +510,7 @@ def main() -> None:
             print("already there")
         else:
             manifest = build(options, dataset, options.out / "tokenizers" / file_name, made_from)
-    report(manifest, dataset)
+    report(manifest, dataset, options.out)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,13 @@ import hashlib
 import sys
 from pathlib import Path
 
-import numpy as np
-import sentencepiece
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import numpy as np  # noqa: E402
+import sentencepiece  # noqa: E402
+
 from data.shards import (  # noqa: E402
     BOS,
     Progress,

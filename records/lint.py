@@ -37,9 +37,12 @@ from decimal import Decimal
 from pathlib import Path
 from statistics import mean, pstdev, stdev
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import numpy as np  # noqa: E402
+
 from records.pack_script import is_same_program, strip  # noqa: E402
 from records.unpack_script import Unpacked, Unreadable, unpack  # noqa: E402
 from sweeps.lab.size_limit import SIZE_LIMIT  # noqa: E402

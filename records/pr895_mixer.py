@@ -22,10 +22,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import train_gpt as ours  # noqa: E402
 
 EXPERTS = "neural", "unigram", "bigram", "trigram", "entropy"

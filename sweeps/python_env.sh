@@ -69,9 +69,12 @@ make_venv() {  # COMMAND FILE...
     rm -f "$(stamp "$file")"
     requirements+=(-r "$file")
   done
+  say "makes .venv (usually 5 s), then downloads and installs with pip"
   "$python" -m venv .venv || die "could not make .venv"
-  # shellcheck disable=SC2046  # no word at all where the default index is right
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check $(torch_wheels) \
+  local quiet=--quiet
+  [[ ! -t 1 ]] || quiet=''  # on a terminal pip shows what it fetches, and how far it is
+  # shellcheck disable=SC2046,SC2086  # no word at all where the default index is right
+  .venv/bin/python -m pip install $quiet --disable-pip-version-check $(torch_wheels) \
     -c constraints.txt "${requirements[@]}" ||
     die "pip could not install $* (above); run again to go on from here"
   has_packages .venv/bin/python "$@" || die ".venv is damaged: remove it and run again"
@@ -81,6 +84,7 @@ make_venv() {  # COMMAND FILE...
 # shellcheck disable=SC2034  # PYTHON is for the caller
 use_python() {  # FILE...: the active Python if it has the packages, else .venv
   local candidate base=''
+  say "looks for a Python with the packages of $* (usually 3 s, after a restart longer)"
   for candidate in python3 python; do
     is_recent "$candidate" || continue
     if has_packages "$candidate" "$@"; then PYTHON=$candidate; return; fi

@@ -5,9 +5,12 @@ import hashlib
 import json
 import os
 import re
+import socket
+import ssl
 import subprocess
 import sys
 import threading
+import urllib.error
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -297,6 +300,64 @@ def test_unknown_repository_is_final(hub, get, monkeypatch):
     with pytest.raises(UserError, match="no dataset someone/else"):
         get("1")
     assert len(hub.log) == 1
+
+
+def failing(error: Exception, count: list[int]):
+    """An action of with_retries that always fails so."""
+
+    def act() -> None:
+        count.append(1)
+        raise error
+
+    return act
+
+
+def wrapped(error: Exception) -> OSError:
+    """An error as the hub's client raises it: around what the system said."""
+    outer = OSError("the client's words")
+    outer.__cause__ = error
+    return outer
+
+
+def http_error(code: int) -> urllib.error.HTTPError:
+    return urllib.error.HTTPError("http://hub", code, "no", {}, None)
+
+
+LASTING = dict(
+    no_such_name=(socket.gaierror(socket.EAI_NONAME, "Name or service not known"), 1),
+    wrapped_name=(wrapped(socket.gaierror(socket.EAI_NONAME, "Name or service not known")), 1),
+    urllib_name=(urllib.error.URLError(socket.gaierror(socket.EAI_NONAME, "not known")), 1),
+    no_name_server=(socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution"), 2),
+    certificate=(wrapped(ssl.SSLCertVerificationError("self-signed")), 1),
+    gone=(http_error(404), 1),
+    expired=(http_error(403), fineweb.TRIES),  # the next try asks for a new address
+    busy=(http_error(503), fineweb.TRIES),
+    refused=(ConnectionRefusedError(111, "Connection refused"), fineweb.TRIES),
+    damaged=(fineweb.Damaged("half"), fineweb.TRIES),
+)
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_what_no_retry_mends_is_not_retried(name, monkeypatch):
+    monkeypatch.setattr(fineweb, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(fineweb, "LONGEST_PAUSE", 0.0)
+    fineweb.STOP.clear()
+    error, tries = LASTING[name]
+    count: list[int] = []
+    with pytest.raises(UserError) as told:
+        fineweb.with_retries("shard", failing(error, count))
+    assert len(count) == tries
+    assert ("no retry mends that" in str(told.value)) == (tries < fineweb.TRIES)
+
+
+def test_a_hub_whose_name_does_not_resolve_ends_at_once(get, monkeypatch):
+    def nameless(*_args, **_kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nameless)
+    monkeypatch.setattr(fineweb, "FIRST_PAUSE", 100.0)
+    with pytest.raises(UserError, match="Name or service not known; no retry mends that, check the network"):
+        get("1")
 
 
 def test_other_prefix(hub, get, tmp_path, monkeypatch):

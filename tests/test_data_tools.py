@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_gpt
 from data import file_locks, shards, verify
 from data import tokenize_docs as tools
 from data.user_error import UserError
@@ -317,6 +319,66 @@ def test_too_little_text_for_the_vocabulary(tmp_path, monkeypatch):
             "--vocab-size", 5000, "--val-fraction", 0,
         )  # fmt: skip
     assert list((tmp_path / "out").rglob("*")) == [tmp_path / "out" / "datasets"]
+
+
+def training_environment(printed: str) -> dict[str, str]:
+    """What the last line of the tool sets for the run that it names."""
+    last = printed.strip().splitlines()[-1]
+    words = shlex.split(last.removeprefix("train on it: "))
+    assert words[:3] == ["bash", "run_best.sh", "best"], last
+    return dict(word.split("=", 1) for word in words[3:])
+
+
+def test_the_last_line_is_the_command_that_trains_on_it(tmp_path, monkeypatch, capsys):
+    text = tmp_path / "my text.jsonl"
+    text.write_text("".join(json.dumps({"text": sentence()}) + "\n" for _ in range(300)))
+    out = tmp_path / "a folder"
+    options = ["--name", "mine", "--vocab-size", 300, "--val-fraction", 0.2, "--workers", 1]
+    tokenize(monkeypatch, text, "--out", out, *options)
+    printed = capsys.readouterr().out
+    env = training_environment(printed)
+    cfg = train_gpt.Config.from_env(env)
+    inputs = train_gpt.load_inputs(cfg, 0, trains=True)
+    assert cfg.vocab_size == 300 and len(inputs.training) > 0
+    assert "warning: " in printed and "validation tokens are few" in printed
+    tokenize(monkeypatch, text, "--out", out, *options)
+    assert training_environment(capsys.readouterr().out) == env, "the second call says it again"
+    assert inputs.validation.targets < tools.FEW_VAL_TOKENS
+
+
+def test_paths_in_the_command_count_from_the_projects_folder(monkeypatch):
+    project = Path(tools.__file__).resolve().parents[1]
+    monkeypatch.chdir(project / "data")
+    assert tools.path_for_run(Path("datasets/mine")) == "data/datasets/mine"
+    assert tools.path_for_run(Path("/elsewhere/mine")) == "/elsewhere/mine"
+
+
+def test_enough_validation_text_is_not_warned_of(capsys):
+    split = dict(documents=9, bytes=400_000, bytes_per_token=2.0, files={"a": {}})
+    manifest = dict(
+        splits=dict(train=dict(split, tokens=9), val=dict(split, tokens=200_000)),
+        documents_not_reproduced_exactly=0,
+        tokenizer=dict(path="tokenizers/x.model", vocab_size=512),
+    )
+    tools.report(manifest, Path("/out/datasets/mine"), Path("/out"))
+    assert "warning" not in capsys.readouterr().out
+    manifest["splits"]["val"] |= dict(tokens=2_000, bytes=4_000)
+    tools.report(manifest, Path("/out/datasets/mine"), Path("/out"))
+    printed = capsys.readouterr().out
+    # 2.5 nats are 3.6 bits; by the root of 2,000 tokens, at 2 bytes a token.
+    assert "2,000 validation tokens are few" in printed and "about 0.040 bpb" in printed
+
+
+def test_without_validation_text_no_command_is_promised(capsys):
+    split = dict(documents=9, bytes=40, bytes_per_token=2.0, files={"a": {}}, tokens=9)
+    manifest = dict(
+        splits=dict(train=split),
+        documents_not_reproduced_exactly=0,
+        tokenizer=dict(path="tokenizers/x.model", vocab_size=512),
+    )
+    tools.report(manifest, Path("/out/datasets/mine"), Path("/out"))
+    printed = capsys.readouterr().out
+    assert "--val-fraction" in printed and "run_best.sh" not in printed
 
 
 def test_errors_are_one_line_and_exit_2(tmp_path):

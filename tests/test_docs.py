@@ -184,6 +184,34 @@ def test_each_package_has_one_pin_for_each_python(version):
     assert sorted(on_this) == sorted({pin.name for pin in pins})
 
 
+GLOSSARY = ROOT / "sweeps/GLOSSARY.md"
+
+
+def test_the_glossary_explains_the_words_in_half_a_screen_and_is_linked_from_the_readme():
+    text = GLOSSARY.read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| ([^|]+?) \| ([^|]+?) \|$", text, re.M))
+    wanted = {
+        "bpb",
+        "Tidal",
+        "Muon",
+        "live, packed",
+        "U-Net skip",
+        "Hedge",
+        "wave",
+        "arm",
+        "control",
+        "regime",
+    }
+    assert wanted <= rows.keys() and all(len(rows[word]) > 15 for word in wanted)
+    assert len(text.splitlines()) <= 30
+    assert "](sweeps/GLOSSARY.md)" in README
+
+
+def test_the_readme_says_how_to_enter_the_environment_before_its_python_lines():
+    entered = README.index("\nsource .venv/bin/activate\n")
+    assert entered < min(found.start() for found in re.finditer(r"^python ", README, re.M))
+
+
 def test_the_two_commands_come_first():
     assert [line.split() for line in commands(README)[:2]] == [
         ["bash", "run_best.sh"],

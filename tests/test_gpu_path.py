@@ -80,9 +80,7 @@ def test_a_compiler_that_fails_on_a_gpu_is_an_error_with_its_cause(tiny, monkeyp
     def fails():
         raise CompilerFailed("gcc: not found\nand more")
 
-    with pytest.raises(
-        RunError, match="CompilerFailed: gcc: not found and more[.] Is there a C compiler"
-    ) as refusal:
+    with pytest.raises(RunError, match="gcc: not found and more[.] Is there a C compiler") as refusal:
         run.settle(fails)
     assert refusal.value.code == 2 and run.runtime.compiles
 

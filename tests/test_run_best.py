@@ -110,7 +110,7 @@ class Project:
             shutil.copy(ROOT / name, self.root / name)
         write(self.root / "train_gpt.py", TRAIN)
         write(self.root / "data/pydocs.py", PYDOCS)
-        for name in ("data/__init__.py", "data/user_error.py"):
+        for name in ("data/__init__.py", "data/user_error.py", "data/missing_packages.py"):
             shutil.copy(ROOT / name, self.root / name)
         self.bin, self.stubs = root / "bin", root / "stubs"
         self.python("python3")

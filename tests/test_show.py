@@ -3,13 +3,27 @@
 import re
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from tests.conftest import launch
+import train_gpt
+from tests.conftest import launch, show, write_shard
 
-ROWS = ["python", "torch", "device", "compute", "attention", "compile", "codec", "data", "disk", "ranks"]
+ROWS = [
+    "python",
+    "torch",
+    "device",
+    "compute",
+    "attention",
+    "compile",
+    "codec",
+    "data",
+    "text",
+    "disk",
+    "ranks",
+]
 
 
 def rows(out: str) -> dict[str, tuple[str, str]]:
@@ -46,6 +60,75 @@ def test_damaged_data_fails_with_its_mend(run_main, dataset, tmp_path, name):
     found = rows(out)
     assert code == 2 and err == "" and [what for what in found if found[what][0] == "fail"] == ["data"]
     assert mend in found["data"][1]
+
+
+def test_few_validation_tokens_are_warned_of(run_main, dataset, tmp_path):
+    verdict, text = rows(run_main("--doctor")[1])["text"]
+    assert verdict == "warn" and "--val-fraction" in text and "bpb" in text
+    copy = shutil.copytree(dataset, tmp_path / "data")
+    (shard,) = copy.glob("*_val_*")
+    few = train_gpt.open_shard(shard).tolist()
+    write_shard(shard, few * (100_001 // len(few) + 1))
+    code, out, _ = run_main("--doctor", data=copy)
+    verdict, text = rows(out)["text"]
+    assert code == 0 and verdict == "ok" and float(text.split()[-2]) < 0.01
+
+
+@pytest.fixture
+def project(tmp_path, dataset, monkeypatch) -> Path:
+    """A copy of the project where the embedded corpus is built, and nothing in the environment names data."""
+    root = tmp_path / "project"
+    ours = Path(train_gpt.__file__).parent
+    shutil.copytree(ours / "sweeps/lab", root / "sweeps/lab", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ours / "train_gpt.py", root / "train_gpt.py")
+    for name in ("data/__init__.py", "data/shards.py", "data/user_error.py", "data/missing_packages.py"):
+        (root / "data").mkdir(exist_ok=True)
+        shutil.copy(ours / name, root / name)
+    shutil.copytree(dataset, root / "data/datasets/pydocs_sp1024")
+    (root / "data/tokenizers").mkdir()
+    shutil.copy(dataset / "tokenizer.model", root / "data/tokenizers/pydocs_1024_bpe.model")
+    return root
+
+
+def test_the_doctor_finds_the_embedded_corpus_as_run_best_does(project, dataset, tmp_path):
+    script = project / "train_gpt.py"
+    unnamed = dict(data_path=None, tokenizer_path=None)
+    outcome = launch(tmp_path, dataset, script=script, args=("--doctor",), **unnamed)
+    verdict, text = rows(outcome.stdout)["data"]
+    assert verdict == "ok" and "run_best.sh" in text
+    assert f"DATA_PATH={project}/data/datasets/pydocs_sp1024" in text
+    fineweb = project / "data/datasets/fineweb10B_sp1024"
+    shutil.copytree(dataset, fineweb)
+    shutil.copy(dataset / "tokenizer.model", project / "data/tokenizers/fineweb_1024_bpe.model")
+    outcome = launch(tmp_path, dataset, script=script, args=("--doctor",), **unnamed)
+    verdict, text = rows(outcome.stdout)["data"]
+    assert verdict == "ok" and "embedded" not in text
+    for shard in fineweb.glob("*_val_*"):
+        shard.unlink()
+    outcome = launch(tmp_path, dataset, script=script, args=("--doctor",), **unnamed)
+    assert "embedded" in rows(outcome.stdout)["data"][1], (
+        "half of FineWeb is no FineWeb for run_best.sh either"
+    )
+
+
+def test_the_list_of_ideas_fits_a_terminal_and_loses_no_word():
+    printed = show("--list-ideas")
+    assert max(map(len, printed.splitlines())) <= 80
+    words = printed.split()
+    for row in train_gpt.knob_rows(train_gpt.Config):
+        if row.fate:
+            start = next(
+                at for at, line in enumerate(printed.splitlines()) if line.startswith(f"{row.name} ")
+            )
+            told = " ".join(" ".join(printed.splitlines()[start : start + 12]).split())
+            assert " ".join(row.doc.split()) in told and row.source.split()[0] in words
+
+
+def test_a_dry_run_leads_with_parameters_bytes_steps_and_time(run_main):
+    out = run_main("--dry-run", max_wallclock_seconds=600.0, iterations=10**9)[1]
+    names = [line.partition(":")[0] for line in out.splitlines()[:4]]
+    assert names == ["model_params", "predicted_artifact_bytes", "predicted_steps", "predicted_time"]
+    assert "10 minutes of training" in out.splitlines()[3] and "warm-up" in out.splitlines()[3]
 
 
 def test_a_full_disk_and_a_lost_codec_fail(run_main, monkeypatch):

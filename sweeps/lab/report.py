@@ -148,6 +148,8 @@ def choose_folders(asked: argparse.Namespace) -> None:
 
 def write_html(asked: argparse.Namespace) -> list[Wave]:
     """Write the HTML page; returns all waves of the results, asked for or not."""
+    if not asked.watch:
+        print(f"judges the waves in {asked.results}: the shipped ones take about 5 s", flush=True)
     waves = read_waves(asked.results)
     shown = [wave for wave in waves if not asked.waves or wave.name in asked.waves]
     replace(asked.html, report_page.page(shown, asked.watch).encode())
@@ -158,6 +160,7 @@ def write_rest(asked: argparse.Namespace, waves: Sequence[Wave]) -> None:
     """Draw the figures, write the pages, and the list in the log if that was asked for."""
     chosen = asked.waves or [wave.name for wave in waves]
     refuse_hand_written(asked.results / f"{name}.md" for name in [*chosen, ALL_WAVES])
+    print("draws the figures: about 10 s for the shipped waves", flush=True)
     figures = report_figures.draw(waves, all_ladders(waves), chosen, asked.figures, asked.results)
     written = write_pages(asked.results, waves, chosen, figures)
     drawn = sum(len(paths) for paths in figures.values())

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
-import timeit
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from data.shards import FEW_VAL_TOKENS, val_bpb_doubt
 from train_gpt import (
     CODECS,
     GPT,
@@ -25,31 +26,49 @@ from train_gpt import (
     attend,
     compile_cache_fault,
     describe_machine,
+    duration_text,
     knob_rows,
     load_inputs,
-    micro_batch_limit,
     own_source,
     predict_size,
     predict_steps_left,
-    training_loss,
+    time_step,
+    warm_up_seconds,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = 80  # of a plain terminal
+# What data/pydocs.py builds, which run_best.sh takes where FineWeb is not here.
+EMBEDDED = ROOT / "data/datasets/pydocs_sp1024"
+EMBEDDED_TOKENIZER = ROOT / "data/tokenizers/pydocs_1024_bpe.model"
 BYTES_PER_WEIGHT_OF_A_RUN = 60  # two checkpoints with optimiser state and averages, and both model files
 
 
 def list_ideas(_: Mapping[str, str]) -> int:
     """Every published idea: how it fared at its source, what it does, and what it was measured to do here."""
-    print(
-        "How an idea fared where it was published, and below it what it does and was measured to do here.\n"
-    )
+    print("How an idea fared where it was published, what it does, what it did here.\n")
     print(f"{'idea':17} {'there':9} source")
     for row in knob_rows(Config):
         if row.fate:
-            print(f"{row.name:17} {row.fate:9} {row.source}")
-            print(f"    {row.doc}")
+            print_wrapped(f"{row.name:17} {row.fate:9} {row.source}", later_indent=28)
+            print_wrapped(row.doc, indent=4)
             if row.effect:
-                print(f"    here: {row.effect}")
+                print_wrapped(f"here: {row.effect}", indent=4)
     return 0
+
+
+def print_wrapped(text: str, indent: int = 0, later_indent: int | None = None) -> None:
+    """Print a text in lines that fit a plain terminal; the ones after the first may stand further in."""
+    later = indent if later_indent is None else later_indent
+    # A column of spaces stays as it is: only the ends of lines move.
+    lines = textwrap.wrap(
+        text,
+        COLUMNS,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * later,
+        break_on_hyphens=False,
+    )
+    print("\n".join(lines))
 
 
 def knob_table(_: Mapping[str, str]) -> int:
@@ -71,36 +90,30 @@ def dry_run(env: Mapping[str, str]) -> int:
     cfg = Config.from_env(env)
     with Runtime.launch(replace(cfg, compile="0"), {}) as runtime:
         model = GPT(cfg, runtime.dtype).to(runtime.device)
-        step_seconds = time_step(cfg, model, runtime)
         machine = describe_machine(runtime)["device"]
-    model_bytes = predict_size(cfg, model)
-    code_bytes = len(own_source())
-    steps = predict_steps_left(cfg, 0, 0.0, step_seconds)
-    print(f"model_params: {sum(param.numel() for param in model.parameters())}")
-    print(
-        f"predicted_artifact_bytes: {model_bytes} + code {code_bytes} = {model_bytes + code_bytes} "
-        f"of {SIZE_LIMIT}"
-    )
+        model_bytes = predict_size(cfg, model)
+        code_bytes = len(own_source())
+        print(f"model_params: {sum(param.numel() for param in model.parameters())}")
+        print(
+            f"predicted_artifact_bytes: {model_bytes} + code {code_bytes} = {model_bytes + code_bytes} "
+            f"of {SIZE_LIMIT}",
+            flush=True,
+        )
+        if sys.stderr.isatty():
+            print("a pass is timed: usually 1 to 30 s", file=sys.stderr)
+        step_seconds = time_step(cfg, model, runtime)
+    steps = max(1.0, predict_steps_left(cfg, 0, 0.0, step_seconds))  # one always runs
     print(f"predicted_steps: {steps:.0f} at {1000 * step_seconds:.0f} ms")
+    print(
+        f"predicted_time: {duration_text(steps * step_seconds)} of training, after a warm-up of "
+        f"{duration_text(warm_up_seconds(cfg, step_seconds))} and before the scores"
+    )
     print(f"predicted_for: one eager process on {machine}")
     print(f"flops_per_step: {step_flops(cfg, model):.4g}")
     print(f"config_hash: {cfg.hash}")
     for name, value in cfg.effective().items():
         print(f"{name}={value}")
     return 0
-
-
-def time_step(cfg: Config, model: GPT, runtime: Runtime) -> float:
-    """Seconds of a step of one process, from the best of three backward passes on blank tokens."""
-    sequences = min(micro_batch_limit(cfg, runtime.device), cfg.sequences)
-    ids = torch.zeros(sequences, cfg.train_seq_len, dtype=torch.int64, device=runtime.device)
-    loss = training_loss(cfg, model)
-
-    def backward() -> None:
-        loss(ids, ids)[0].backward()
-        runtime.synchronize()
-
-    return min(timeit.repeat(backward, number=1, repeat=3)) * cfg.sequences / sequences
 
 
 def step_flops(cfg: Config, model: GPT) -> float:
@@ -146,6 +159,7 @@ class Doctor:
         self.cfg = cfg
         self.runtime = runtime
         self.machine = describe_machine(runtime)
+        self.inputs = None  # that `data` found
 
     def checks(self) -> list[Check]:
         """All of them, in the order in which they are told."""
@@ -158,6 +172,7 @@ class Doctor:
             Check("compile", False, self.compiler),
             Check("codec", True, self.codec),
             Check("data", True, self.data),
+            Check("text", False, self.text),
             Check("disk", True, self.disk),
             Check("ranks", self.runtime.is_cuda, self.ranks),
         ]
@@ -205,10 +220,28 @@ class Doctor:
         return codec.decompress(packed, len(b"works")).decode()
 
     def data(self) -> str:
-        inputs = load_inputs(self.cfg, 0, trains=not self.cfg.eval_only)
-        val = inputs.validation
-        train_tokens = len(inputs.training) if inputs.training else 0
-        return f"{train_tokens} training tokens, {val.targets} scored ones of {val.bytes} bytes"
+        """The shards that the run would read, and where run_best.sh took them from if nobody named them."""
+        self.inputs = load_inputs(self.cfg, 0, trains=not self.cfg.eval_only)
+        val = self.inputs.validation
+        train_tokens = len(self.inputs.training) if self.inputs.training else 0
+        text = f"{train_tokens} training tokens, {val.targets} scored ones of {val.bytes} bytes"
+        if self.cfg.data_path == str(EMBEDDED):
+            text = (
+                f"the embedded corpus, as run_best.sh takes it where FineWeb is not here: {text}; for "
+                f"train_gpt.py alone: DATA_PATH={EMBEDDED} TOKENIZER_PATH={EMBEDDED_TOKENIZER}"
+            )
+        return text
+
+    def text(self) -> str:
+        """Whether enough of it is held out: the score is a mean over its tokens."""
+        if not self.inputs:
+            raise RunError("no validation text to judge")
+        val = self.inputs.validation
+        doubt = val_bpb_doubt(val.targets, val.bytes)
+        text = f"a score on it is sure to about {doubt:.4f} bpb"
+        return expect(
+            val.targets >= FEW_VAL_TOKENS, text, "hold more out: data/tokenize_docs.py --val-fraction"
+        )
 
     def disk(self) -> str:
         out = Path(self.cfg.out_dir).absolute()
@@ -227,9 +260,21 @@ class Doctor:
         return expect(is_good, " ".join(backends), "no nccl: one GPU")
 
 
+def choose_data(cfg: Config, env: Mapping[str, str]) -> Config:
+    """The config with the data that run_best.sh takes: as named, else FineWeb if here, else the embedded."""
+    if "DATA_PATH" in env or "TOKENIZER_PATH" in env:
+        return cfg
+    fineweb = ROOT / cfg.data_path
+    tokenizer = ROOT / cfg.tokenizer_path
+    shards_are_here = all(any(fineweb.glob(f"*_{split}_*.bin")) for split in ("train", "val"))
+    if not (shards_are_here and tokenizer.is_file()) and EMBEDDED.is_dir():
+        return replace(cfg, data_path=str(EMBEDDED), tokenizer_path=str(EMBEDDED_TOKENIZER))
+    return replace(cfg, data_path=str(fineweb), tokenizer_path=str(tokenizer))
+
+
 def doctor(env: Mapping[str, str]) -> int:
     """Print what a run needs and what is here: ok, warn, or fail, with the mend. Returns the exit code."""
-    cfg = Config.from_env(env)
+    cfg = choose_data(Config.from_env(env), env)
     exit_code = 0
     with Runtime.launch(replace(cfg, compile="0"), {}) as runtime:
         for check in Doctor(cfg, runtime).checks():

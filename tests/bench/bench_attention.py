@@ -16,10 +16,13 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import torch  # noqa: E402
+
 import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import commit  # noqa: E402
 

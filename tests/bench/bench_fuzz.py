@@ -27,13 +27,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import hypothesis
-import numpy as np
-import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
 import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import commit  # noqa: E402
 from train_gpt import (  # noqa: E402

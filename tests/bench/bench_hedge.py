@@ -22,10 +22,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import commit  # noqa: E402
 

@@ -18,6 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
 import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import Sizes, commit, preset_env  # noqa: E402
 

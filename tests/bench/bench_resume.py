@@ -29,10 +29,13 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-import torch
-import torch._dynamo  # noqa: F401  before the forks: the first optimiser imports it, for a second
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import torch  # noqa: E402
+import torch._dynamo  # noqa: E402, F401  before the forks: the first optimiser imports it, for a second
+
 import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import Sizes, Variant, commit, preset_env  # noqa: E402
 from tests.conftest import env_of, make_dataset  # noqa: E402

@@ -16,10 +16,13 @@ import time
 from pathlib import Path
 from statistics import median
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import Sizes, commit, preset_env  # noqa: E402
 

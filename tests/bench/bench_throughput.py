@@ -31,12 +31,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median, quantiles
 
-import numpy as np
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
 import train_gpt  # noqa: E402
 from data.user_error import UserError  # noqa: E402
 from sweeps.lab.show import step_flops  # noqa: E402
