@@ -309,7 +309,7 @@ class Trial:
         return found
 
     def compare_value(self, text: "TriedText", tokens: np.ndarray, position: int, logs: np.ndarray) -> None:
-        """C3: what `values` says of one value, random by the position, is what the scorer says of it. Else what
+        """C3: what `values` says of one value, by the position, is what the scorer says of it. Else what
         is done before the token, which the values share, knows the token."""
         tokens = tokens.copy()
         tokens[position] = position * 7919 % self.vocab
