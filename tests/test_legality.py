@@ -4,6 +4,7 @@ test-time training that scores first, and an evaluation clock that yields parts,
 import json
 import math
 import re
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from tests.conftest import (
     train_tokenizer,
     write_shard,
 )
+from tests.support.scorers import COLD, HOT, ILLEGAL, LEGAL, TABLE, V, bigram, our_hedge, text
 from train_gpt import (
     Chunk,
     Config,
@@ -47,103 +49,118 @@ from train_gpt import (
 
 # --- check_score on scorers of all kinds ---
 
-V = 8
-TOKENS = np.random.default_rng(7).integers(0, V, 97)
-TABLE = np.random.default_rng(8).dirichlet(np.ones(V), V)  # a bigram table [before, token]
-OTHER = np.random.default_rng(9).dirichlet(np.ones(V), V)
+
+@pytest.mark.parametrize("count", [97, 4001])
+@pytest.mark.parametrize("name", LEGAL)
+def test_a_legal_scorer_passes(name, count):
+    """Also one that rounds, forgets, learns, or looks back no further than a window."""
+    found = check_score(LEGAL[name], text(count), V, seconds=1.5)
+    assert found == {}
+    effort = rf"(\d+) changes of later tokens and all {V} values of (\d+) tokens tried, on texts of up to \d+"
+    said = re.fullmatch(rf"breaks none of .*: {effort} tokens; this is evidence, no proof", str(found))
+    assert (int(said[1]), int(said[2])) == (found.cuts, found.sums) and min(found.cuts, found.sums) > 0
+    assert found.longest >= 4000
 
 
-def fixed(tokens, table=TABLE):
-    return np.log(table[tokens[:-1], tokens[1:]])
+@pytest.mark.parametrize("count", [97, 4001])
+@pytest.mark.parametrize("name", ILLEGAL)
+def test_an_illegal_scorer_is_rejected(name, count):
+    assert check_score(ILLEGAL[name], text(count), V, seconds=60) != {}
 
 
-def adaptive(tokens, chunk=1, first="score", counts=None):
-    """A bigram that counts the text chunk by chunk, after or before it scores the chunk."""
-    counts = np.ones((V, V)) if counts is None else counts
-    scores, pairs = [], list(zip(tokens[:-1], tokens[1:], strict=True))
-    for at in range(0, len(pairs), chunk):
-        for turn in (first, "count" if first == "score" else "score"):
-            for x, y in pairs[at : at + chunk]:
-                if turn == "score":
-                    scores.append(math.log(counts[x, y] / counts[x].sum()))
-                else:
-                    counts[x, y] += 1
-    return np.array(scores)
+def test_the_scorers_are_what_their_names_say():
+    """The caches and mixers work, and what is illegal pays."""
+    tokens = np.tile(text(300), 3)
+    plain = bigram(tokens).sum()
+    assert all(scorer(tokens).sum() > plain + 5 for scorer in (LEGAL["long_cache"], our_hedge))
+    for name in (
+        "cache_not_normalised",
+        "each_16th_sees_next",
+        "halves_after_zero",
+        "rescores_its_beginning",
+    ):
+        assert ILLEGAL[name](tokens).sum() > plain + 5
 
 
-def own_order(tokens):
-    places = np.random.default_rng(len(tokens)).permutation(len(tokens) - 1)
-    return places, fixed(tokens)[places]
+def test_with_little_time_every_text_is_still_cut_and_one_sum_made():
+    def slow(tokens):
+        time.sleep(0.02)
+        return bigram(tokens)
+
+    found = check_score(slow, text(97), V, seconds=0)
+    assert found == {} and (found.cuts, found.sums) == (5, 1)
 
 
-def our_mix(tokens):
-    cfg = Config(vocab_size=V, use_hedge=True, hedge_order=3)
-    nats = torch.from_numpy(-fixed(tokens))
-    return mix_with_ngrams(cfg, torch.from_numpy(tokens.astype(np.int64)), nats).log_probs.numpy()
+@pytest.mark.parametrize("at", [0, 57, 95])
+def test_every_token_of_a_short_text_has_its_sum(at):
+    def off_at_one(tokens):
+        return bigram(tokens) + 0.1 * (np.arange(len(tokens) - 1) == at)
+
+    found = check_score(off_at_one, text(97), V)
+    assert set(found) == {"C2"}
+    assert f"{V} values of token {at + 1} its probabilities sum to 1.105171" in found["C2"]
 
 
-FAIR = dict(fixed=fixed, adaptive=adaptive, own_order=own_order, mix=our_mix)
-FAIR["chunks"] = partial(adaptive, chunk=16)
+def test_a_scorer_may_give_all_values_at_once():
+    def values(tokens, position):
+        asked.append(position)
+        return np.log(TABLE[tokens[position - 1]])
+
+    def wrong(tokens, position):
+        return values(tokens, position)[::-1]
+
+    asked = []
+    assert check_score(bigram, text(97), V, seconds=5, values=values) == {} and len(set(asked)) > 96
+    assert "as among all values" in check_score(bigram, text(97), V, values=wrong)["C3"]
 
 
-@pytest.mark.parametrize("name", FAIR)
-def test_a_fair_scorer_passes(name):
-    assert check_score(FAIR[name], TOKENS, V) == {}
-
-
-def test_our_check_sees_the_mixer_at_work():
-    assert np.abs(our_mix(TOKENS) - fixed(TOKENS)).max() > 0.1
-
-
-def peek(tokens):
-    """Which of two tables depends on the token after the scored one; the last has none."""
-    after = np.append(tokens[2:], 0)
-    return np.where(after % 2, fixed(tokens, OTHER), fixed(tokens))
-
-
-def twice(tokens):
-    places = np.arange(len(tokens) - 1)
-    return np.concatenate((places, places[-5:])), np.concatenate((fixed(tokens), fixed(tokens)[-5:] / 2))
+TOKENS = text(97)
 
 
 def second_pass(tokens):
     counts = np.ones((V, V))
-    adaptive(tokens, counts=counts)
-    return adaptive(tokens, counts=counts)
+    np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
+    return np.log(counts / counts.sum(1, keepdims=True))[tokens[:-1], tokens[1:]]
+
+
+def twice(tokens):
+    places = np.arange(len(tokens) - 1)
+    return np.concatenate((places, places[-5:])), np.concatenate((bigram(tokens), bigram(tokens)[-5:] / 2))
+
+
+def counts_itself(tokens):
+    """A bigram that counts a token before it scores it: no later token, but its own."""
+    counts, logs = np.ones((V, V)), []
+    for before, after in zip(tokens[:-1], tokens[1:], strict=True):
+        counts[before, after] += 1
+        logs.append(math.log(counts[before, after] / counts[before].sum()))
+    return np.array(logs)
 
 
 def pr895(tokens):
     entropy = -(TABLE * np.log(TABLE)).sum(1)[tokens[:-1]]
-    return pr895_mixer.pr895_mix(tokens, -fixed(tokens), entropy, V)[0]
-
-
-def best_of_two(tokens):
-    return np.maximum(fixed(tokens), fixed(tokens, OTHER))
+    return pr895_mixer.pr895_mix(tokens, -bigram(tokens), entropy, V)[0]
 
 
 def leaves_out_some(tokens):
     kept = np.flatnonzero(tokens[1:])
-    return kept, fixed(tokens)[kept]
-
-
-def sees_itself(tokens):
-    """Unnormalised, but for the last token of what it is given."""
-    return fixed(tokens) + 0.1 * (np.arange(1, len(tokens)) < len(tokens) - 1)
+    return kept, bigram(tokens)[kept]
 
 
 FOUL = {  # scorer, the conditions that it must break, and all it may
     "pr895": (pr895, {"C2"}, {"C2"}),
-    "trains_first": (partial(adaptive, chunk=16, first="count"), {"C3"}, {"C1", "C3"}),
-    "counts_itself": (partial(adaptive, first="count"), {"C2"}, {"C2"}),
-    "peeks": (peek, {"C1"}, {"C1"}),
-    "scores_twice": (twice, {"C4"}, {"C4"}),
-    "second_pass": (second_pass, {"C4"}, {"C1", "C3", "C4"}),
-    "leaves_out": (lambda tokens: fixed(tokens)[:-1], {"C4"}, {"C2", "C4"}),
+    "trains_first": (ILLEGAL["learns_first"], {"C1", "C3"}, {"C1", "C3"}),
+    "counts_itself": (counts_itself, {"C2"}, {"C2"}),
+    "peeks": (ILLEGAL["odd_ones_see_next"], {"C1"}, {"C1"}),
+    "scores_twice": (twice, {"C4"}, {"C2", "C4"}),
+    "second_pass": (second_pass, {"C1", "C4"}, {"C1", "C3", "C4"}),
+    "leaves_out": (lambda tokens: bigram(tokens)[:-1], {"C4"}, {"C2", "C4"}),
     "leaves_out_some": (leaves_out_some, {"C4"}, {"C1", "C2", "C3", "C4"}),
     "scores_nothing": (lambda tokens: np.zeros(0), {"C4"}, {"C2", "C4"}),
-    "unnormalised": (lambda tokens: fixed(tokens) + 0.01, {"C2"}, {"C2"}),
-    "unnormalised_but_the_last": (sees_itself, {"C2"}, {"C1", "C2"}),
-    "best_of_two": (best_of_two, {"C2"}, {"C2"}),
+    "unnormalised": (lambda tokens: bigram(tokens) + 0.01, {"C2"}, {"C2"}),
+    "better_of_two": (lambda tokens: np.maximum(bigram(tokens, COLD), bigram(tokens, HOT)), {"C2"}, {"C2"}),
+    "last_is_better": (ILLEGAL["last_is_better"], {"C1"}, {"C1"}),
+    "over_one": (lambda tokens: np.full(len(tokens) - 1, 0.1), {"C2"}, {"C2"}),
 }
 
 
@@ -155,49 +172,36 @@ def test_a_foul_scorer_is_rejected_by_name(name, monkeypatch):
     assert must <= set(check_score(scorer, TOKENS, V)) <= may
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_scorer_may_leave_out_more_or_fewer_by_what_it_reads(seed):
-    tokens = np.random.default_rng(seed).integers(0, V, 97)
-    assert "C4" in check_score(leaves_out_some, tokens, V)
-
-
 def test_the_text_of_a_breach_names_token_and_number():
-    assert check_score(peek, TOKENS, V) == {"C1": "the score of token 95 changes with the tokens from 96 on"}
-    few, many = "56 tokens have 3 scores, not one each", r"\d+ tokens have \d+ scores, not one each"
-    assert check_score(lambda tokens: (np.arange(3), np.zeros(3)), TOKENS[:57], V)["C4"] == few
+    peek = check_score(ILLEGAL["odd_ones_see_next"], TOKENS, V)["C1"]
+    token, cut = re.fullmatch(
+        r"(?:in .*, )?the score of token (\d+) changes with the tokens from (\d+) on", peek
+    ).groups()
+    assert int(cut) == int(token) + 1
+    few, many = r"\d+ tokens have 3 scores, not one each", r"\d+ tokens have \d+ scores, not one each"
+    assert re.fullmatch(few, check_score(lambda tokens: (np.arange(3), np.zeros(3)), TOKENS, V)["C4"])
     assert re.fullmatch(many, check_score(twice, TOKENS, V)["C4"])
-    over = check_score(lambda tokens: fixed(tokens) + math.log(1.5), TOKENS, V)["C2"]
-    assert over == "over the 8 values of token 53 its probabilities sum to 1.500000"
+    over = check_score(lambda tokens: np.full(len(tokens) - 1, math.log(1.5 / V)), TOKENS, V)
+    assert re.fullmatch(rf"over the {V} values of token \d+ its probabilities sum to 1.500000", over["C2"])
+    assert str(over).startswith("breaks C2: over the ") and "changes of later tokens" in str(over)
     early = check_score(second_pass, TOKENS, V)["C4"]
-    assert re.fullmatch(r"token \d+ is scored after a pass to the last one, 96", early)
-
-
-@pytest.mark.parametrize(
-    "ends, caught", [((40,), True), ((39, 41), False), ((39, 40, 41), True), ((), False)]
-)
-def test_ends_are_the_tokens_whose_mass_is_summed(ends, caught):
-    def scorer(tokens):
-        return fixed(tokens) + 0.1 * (np.arange(len(tokens) - 1) == 39)
-
-    found = check_score(scorer, TOKENS, V, ends)
-    assert set(found) == ({"C2"} if caught else set()) and all("token 40" in text for text in found.values())
-
-
-def test_the_first_and_the_last_token_can_be_an_end():
-    assert check_score(fixed, TOKENS, V, (1, 96)) == {}
-    assert set(check_score(best_of_two, TOKENS, V, (1,))) == {"C2"}
+    assert re.fullmatch(r"(in .*, )?token \d+ is scored after a pass to the last one, \d+", early)
 
 
 def test_the_vocabulary_is_the_one_given():
-    found = check_score(fixed, TOKENS % 5, 5)
-    mass = TABLE[TOKENS[52] % 5, :5].sum()
-    assert found == {"C2": f"over the 5 values of token 53 its probabilities sum to {mass:.6f}"}
+    breach = check_score(bigram, TOKENS % 5, 5)["C2"]
+    assert re.search(r"over the 5 values of token \d+ its probabilities sum to 0\.\d+", breach)
 
 
 @pytest.mark.parametrize("nats", [math.nan, -math.inf])
 def test_a_score_that_is_no_number_does_not_pass(nats):
-    assert "C2" in check_score(lambda tokens: np.full(len(tokens) - 1, nats), TOKENS, V) or math.isnan(nats)
     assert check_score(lambda tokens: np.full(len(tokens) - 1, nats), TOKENS, V) != {}
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 60, 98, 200])
+def test_a_text_of_any_length_will_do(count):
+    assert check_score(bigram, text(count), V, seconds=0.5) == {}
+    assert "C1" in check_score(ILLEGAL["each_16th_sees_next"], text(count), V)
 
 
 # --- whole runs ---
@@ -239,8 +243,10 @@ def artifact(small, tmp_path_factory):
 
 
 @pytest.fixture
-def rerun(small, artifact, tmp_path, capsys):
-    """rerun(knob=value, ...): score the artifact in this process."""
+def rerun(small, artifact, tmp_path, capsys, monkeypatch):
+    """rerun(knob=value, ...): score the artifact in this process; SCORE_CHECK takes 12 seconds, not 60."""
+    tool = dict(check_own_scores=partial(check_own_scores, seconds=12))
+    monkeypatch.setattr(train_gpt, "load_tool", lambda path: tool)
 
     def run(**knobs):
         place = dict(device="cpu", eval_only=str(artifact), out_dir=str(tmp_path))
@@ -273,8 +279,12 @@ def test_our_scores_pass_and_the_check_changes_none(rerun, name):
     on = ["roundtrip"] + ["sliding"] * ("eval_stride" in knobs) + ["ttt"] * ("ttt_steps" in knobs)
     on += ["hedge"] * ("use_hedge" in knobs)
     said = [line for line in checked.lines if line.startswith("score_check: ")]
-    same = "is causal, normalised, scored before it learns, in one pass"
-    assert said == [f"score_check: {score} {same}" for score in on]
+    tried = (
+        r"breaks none of the four conditions where it was tried: \d+ changes .*; this is evidence, no proof"
+    )
+    assert len(said) == len(on)
+    for line, score in zip(said, on, strict=True):
+        assert re.fullmatch(f"score_check: {score} {tried}", line)
     assert finals(checked) == finals(plain) and len(finals(plain)) == 2 * len(on)
     numbers = [{k: v for k, v in o.result.items() if "_val_" in f"_{k}"} for o in (plain, checked)]
     assert numbers[0] == numbers[1]
@@ -302,6 +312,7 @@ def learn_first(*given):
 
 
 PLAN_TURNS, COUNTS, PADDED = train_gpt.plan_turns, train_gpt.context_counts, train_gpt.pad_windows
+HEDGE_MIXTURE = train_gpt.hedge_mixture
 
 
 def count_itself(*given):
@@ -318,6 +329,20 @@ def weigh_itself(neural, other, experts, bins, eta, window):
     return Mixture(mixed, [WeighedExpert(expert.name, total, 1 / len(experts)) for expert, total in totals])
 
 
+def ahead_at_each_16th(model, ids, targets, places=None, depth=None):
+    """A hint of the next target, at one place of each half window."""
+    nats = token_nats(model, ids, targets, places, depth)
+    hint = 1 + 0.01 * (targets.roll(-1, 1) % 3)
+    is_hinted = torch.arange(targets.size(1)) % 16 == 7
+    return torch.where(is_hinted, nats * hint, nats)
+
+
+def too_sure_of_what_recurs(*given):
+    """A Hedge that hands out two percent too much where three tokens were seen before."""
+    mixture = HEDGE_MIXTURE(*given)
+    return replace(mixture, log_probs=mixture.log_probs + 0.02 * (given[3] >= 3 * 77))
+
+
 def own_input(*given) -> PaddedWindows:
     """Places one further on: there the target is an input."""
     padded = PADDED(*given)
@@ -327,6 +352,14 @@ def own_input(*given) -> PaddedWindows:
 SABOTAGE = {  # what is replaced, by what, the knobs, the score and the conditions of which one must be named
     "unnormalised": ("token_nats", lenient, {}, "roundtrip", "C2"),
     "one_token_ahead": ("token_nats", ahead, {}, "roundtrip", "C1"),
+    "ahead_at_each_16th": ("token_nats", ahead_at_each_16th, {}, "roundtrip", "C1"),
+    "too_sure_of_what_recurs": (
+        "hedge_mixture",
+        too_sure_of_what_recurs,
+        dict(use_hedge=True),
+        "hedge",
+        "C2",
+    ),
     "own_input": ("pad_windows", own_input, dict(eval_stride=8), "sliding", "C[23]"),
     "learns_first": ("plan_turns", learn_first, TTT, "ttt", "C[13]"),
     "learns_first_lora": ("plan_turns", learn_first, LEARNERS["lora"], "ttt", "C[13]"),
@@ -343,6 +376,15 @@ def test_a_sabotaged_scorer_ends_the_run_by_name(rerun, monkeypatch, name):
     assert run.code == run.result["exit_code"] == 7 and run.result["status"] == "error"
     assert re.search(rf"SCORE_CHECK: {score} breaks (C\d: .*; )?{condition}: .*token", run.error), run.error
     assert not finals(run) and not any("partial_" in line for line in run.lines)
+
+
+def test_a_run_takes_the_check_from_the_repository(monkeypatch):
+    run = learner(60)
+    check = train_gpt.load_tool("records/legality.py")["check_own_scores"]
+    check(run, seconds=0)
+    monkeypatch.setattr(train_gpt, "token_nats", lenient)
+    with pytest.raises(RunError, match="SCORE_CHECK: roundtrip breaks C2: .*token"):
+        check(run, seconds=0)
 
 
 def test_unchecked_a_sabotaged_scorer_is_not_noticed(rerun, monkeypatch):
@@ -468,11 +510,25 @@ def test_lora_gradients_are_those_of_w_plus_b_a():
 def test_neither_the_score_nor_the_check_changes_the_model(name):
     run = learner(**KINDS[name], eval_stride=8)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
-    for use in (each, check_own_scores):
+    for use in (each, partial(check_own_scores, seconds=4)):
         use(run)
         torch.testing.assert_close(run.model.state_dict(), before, rtol=0, atol=0)
     again, first = each(run), each(learner(**KINDS[name], eval_stride=8))
     assert all(torch.equal(again[score], first[score]) for score in first)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_training_leaves_no_gradient_behind(name):
+    """Nor does it make one of a weight that it does not train."""
+    run = learner(**KINDS[name])
+    for weight in run.model.parameters():
+        weight.grad = torch.ones_like(weight)  # of the last step of a training, say
+    training = train_gpt.TestTimeTraining(run)
+    training.learn(Chunk(0, 32, ends_text=False))
+    trained = {id(weight) for weight in training.params}
+    assert all((weight.grad is not None) == (id(weight) in trained) for weight in run.model.parameters())
+    training.learn(Chunk(32, 64, ends_text=True))
+    assert all(weight.grad is None for weight in run.model.parameters())
 
 
 @pytest.mark.parametrize("stride", [0, 8])
@@ -542,6 +598,7 @@ def test_a_roundtrip_that_is_cut_is_no_score(small, rerun, tmp_path, one_second_
     )
     assert run.result["val_bpb"] is None and run.result["val_loss"] is None
     assert not [key for key in run.result if re.match("(roundtrip|sliding|ttt|hedge|partial_[sth])", key)]
+    assert run.result["not_made"] == ["sliding", "ttt", "hedge"]
 
 
 def test_a_later_score_that_is_cut_ends_the_scores(small, rerun, tmp_path, one_second_a_pass):
@@ -602,9 +659,10 @@ def test_two_ranks_stop_together(small, artifact, rerun, tmp_path):
     assert run.result["partial_roundtrip_val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_mixer_that_would_take_too_long_mixes_a_first_part(monkeypatch):
-    """Its time is foretold from 100,000 tokens; here each thousand takes a second."""
-    now, run = [0.0], learner(150_000, use_hedge=True, ttt_steps=0)
+@pytest.fixture
+def one_second_a_thousand(monkeypatch):
+    """A clock that only the mixer moves, by one second for each thousand tokens; it doubles the nats."""
+    now = [0.0]
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def doubled(cfg, tokens, nats):
@@ -613,14 +671,55 @@ def test_a_mixer_that_would_take_too_long_mixes_a_first_part(monkeypatch):
         return Mixture(-2 * nats, [WeighedExpert(number, -1.0, 1 / 7) for number in range(7)])
 
     monkeypatch.setattr(train_gpt, "mix_with_ngrams", doubled)
+
+
+@pytest.mark.parametrize(
+    "limit, count", [(1e9, 150_000), (250.0, 150_000), (249.0, 119_200), (120.0, 16_000)]
+)
+def test_a_mixer_that_would_take_too_long_mixes_a_first_part(one_second_a_thousand, limit, count):
+    """Its time is foretold from 100,000 tokens, whose 100 seconds count too: then it keeps the limit."""
+    run, told = learner(150_000, use_hedge=True, ttt_steps=0), []
     base = Score(1.0, 150_000, 150_000, 0.0, torch.rand(150_000))
-    for limit, count in ((1e9, 150_000), (60.0, 48_000)):
-        now[0], told = 0.0, []
-        score = score_hedge(run, base, limit, told.append)
-        assert told == [150.0] and (score.tokens, score.unscored) == (count, 150_000 - count)
-        assert score.nats == pytest.approx(2 * base.target_nats[:count].double().sum().item())
-        assert score.bytes == count and score.seconds == pytest.approx(100 + count / 1000)
-        assert torch.equal(score.target_nats[:count], 2 * base.target_nats[:count].double())
+    score = score_hedge(run, base, limit, told.append)
+    assert told == [150.0] and (score.tokens, score.unscored) == (count, 150_000 - count)
+    assert score.nats == pytest.approx(2 * base.target_nats[:count].double().sum().item())
+    assert (
+        score.bytes == count and score.seconds == pytest.approx(100 + count / 1000) and score.seconds <= limit
+    )
+    assert torch.equal(score.target_nats[:count], 2 * base.target_nats[:count].double())
+
+
+@pytest.mark.parametrize("limit, spent", [(60.0, 100), (1e-6, 100), (0.0, 0), (-0.5, 0), (-5.0, 0)])
+def test_a_mixer_for_which_nothing_is_left_mixes_nothing(one_second_a_thousand, limit, spent):
+    run = learner(150_000, use_hedge=True, ttt_steps=0)
+    base = Score(1.0, 150_000, 150_000, 0.0, torch.rand(150_000))
+    score = score_hedge(run, base, limit, lambda seconds: None)
+    assert (score.tokens, score.bytes, score.nats) == (0, 0, 0.0)
+    assert (score.unscored, score.seconds) == (150_000, spent)
+
+
+@pytest.mark.parametrize("limit", [0.0, -0.5, -5.0])
+def test_a_mixer_of_a_short_text_is_not_started_either(monkeypatch, limit):
+    monkeypatch.setattr(train_gpt, "mix_with_ngrams", None)
+    run = learner(400, use_hedge=True, ttt_steps=0)
+    base = Score(1.0, 400, 400, 0.0, torch.rand(400))
+    assert score_hedge(run, base, limit, lambda seconds: None).unscored == 400
+
+
+def test_scores_for_which_nothing_is_left_are_not_made_and_named(small, rerun, tmp_path, one_second_a_pass):
+    """The roundtrip is whole when the clock is used up."""
+    first, *more = ["int8_zstd_roundtrip", "sliding_window", "ttt", "hedge_mixer"]
+    passes = -(-targets_of(small[0]) // 128)
+    run = rerun(**ALL, max_eval_seconds=passes, score_dump=str(tmp_path / "some.npz"))
+    assert run.code == run.result["exit_code"] == 4 and run.result["status"] == "over_eval_time"
+    assert [line.split()[0] for line in finals(run)] == [f"final_{first}", f"final_{first}_exact"]
+    lines = [line for line in run.lines if line.startswith("not_made_")]
+    count = f"tokens:0/{targets_of(small[0])} "
+    assert [line.split()[0] for line in lines] == [f"not_made_{name}" for name in more]
+    assert all(count in line for line in lines) and not any("partial_" in line for line in run.lines)
+    assert run.result["not_made"] == ["sliding", "ttt", "hedge"] and run.result["val_bpb"] > 0
+    assert not [key for key in run.result if re.match("(partial_|sliding|ttt|hedge)", key)]
+    assert "roundtrip_logprob" in np.load(tmp_path / "some.npz")
 
 
 def test_the_time_left_is_counted_by_the_clock_of_the_first_rank():
@@ -654,7 +753,7 @@ def test_the_check_does_not_run_on_the_evaluation_clock(small, rerun, one_second
     limit = -(-targets_of(small[0]) // 128) + 0.5
     assert rerun(val_batch_size=1024, max_eval_seconds=limit, score_check=True).code == 0
     run = rerun(val_batch_size=1024, max_eval_seconds=0.5, score_check=True)
-    assert run.code == 4 and any(line.startswith("score_check: roundtrip is causal") for line in run.lines)
+    assert run.code == 4 and any(line.startswith("score_check: roundtrip breaks none") for line in run.lines)
 
 
 def test_every_rank_stops_by_the_clock_of_the_first(monkeypatch):
@@ -676,5 +775,5 @@ def test_every_rank_stops_by_the_clock_of_the_first(monkeypatch):
 def test_the_check_is_not_held_up_by_a_split_shorter_than_its_sample():
     run = learner(60, eval_stride=8)
     short = replace(run.data, tokens=run.data.tokens[:31], target_bytes=run.data.target_bytes[:30])
-    check_own_scores(Run(run.cfg, run.runtime, run.log, run.model, short))
+    check_own_scores(Run(run.cfg, run.runtime, run.log, run.model, short), seconds=4)
     assert short.targets == 30
