@@ -309,10 +309,11 @@ def test_source_is_found_by_inspect_dynamo_and_new_processes(tmp_path, beside):
     run = python(script, *(("fork", "forkserver", "spawn") if beside else ("fork",)), cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert 'print("a graph break")' in run.stdout and run.stdout.endswith(OPERANDS)
-    assert ("Twice as much" in run.stdout) == beside and "    return x * 2\n  " in run.stdout
+    assert ("Twice as much" in run.stdout) == beside and re.search(r" return x \* 2\n ", run.stdout)
     asked = "import script, inspect; print(inspect.getsource(script.fork), script.__file__)"
     run = python("-c", asked, cwd=script.parent)
-    assert run.stdout == f"def fork(number):\n    return number + Pair().x\n {script}\n", run.stderr
+    indent = "    " if beside else " "  # the stripped source is what there is without the file to read
+    assert run.stdout == f"def fork(number):\n{indent}return number + Pair().x\n {script}\n", run.stderr
 
 
 # -- the tool --
