@@ -19,7 +19,7 @@ arms that remain it takes the drawn distribution of their smallest p instead of 
 
 The rerun SD does not bound the spread in t. It did once: then 0.2 to 2.6 % of waves whose reruns vary named
 an arm; and draws of that rule would have to know the reruns' share exactly (with the share that a wave shows,
-4 to 9 %).
+3 to 9 %).
 
 Limits    The 5 % are for arms and a control of one noise. An arm that is noisier than the others is held to
 its own SD, which few seeds tell badly: with one arm of twelve at three times the noise 8 % of waves without
