@@ -142,8 +142,9 @@ def expect(is_good: bool, what: object, mend: str) -> str:
 class Doctor:
     """The looks of --doctor; each says what is here or raises."""
 
-    def __init__(self, cfg: Config, runtime: Runtime):
+    def __init__(self, cfg: Config, runtime: Runtime, env: Mapping[str, str]):
         self.cfg = cfg
+        self.env = env
         self.runtime = runtime
         self.machine = describe_machine(runtime)
 
@@ -188,7 +189,7 @@ class Doctor:
 
     def compiler(self) -> str:
         """A C++ compiler, which torch.compile needs on a CPU, and a folder for what it makes."""
-        cache_fault = compile_cache_fault(self.runtime.device)
+        cache_fault = compile_cache_fault(self.env, self.runtime.device.type)
         expect(not cache_fault, cache_fault, "runs are eager, slower")
         names = (os.environ.get("CXX", "g++"), "g++", "clang++")
         found = [name for name in names if shutil.which(name)]
@@ -228,7 +229,7 @@ def doctor(env: Mapping[str, str]) -> int:
     cfg = Config.from_env(env)
     exit_code = 0
     with Runtime.launch(replace(cfg, compile="0"), {}) as runtime:
-        for check in Doctor(cfg, runtime).checks():
+        for check in Doctor(cfg, runtime, env).checks():
             try:
                 verdict = "ok"
                 text = check.look()
