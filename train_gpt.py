@@ -68,7 +68,7 @@ import traceback
 import zipfile
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
@@ -601,17 +601,20 @@ def pick_compile(wanted: str, device: torch.device, cache_fault: str = "") -> tu
     return device.type != "mps" and not cache_fault, cache_fault
 
 
-def compile_cache_fault(device: torch.device) -> str:
+COMPILE_CACHE = "TORCHINDUCTOR_CACHE_DIR"  # names the folder in which torch.compile keeps what it makes
+
+
+def compile_cache_fault(env: Mapping[str, str], device_type: str) -> str:
     """Why torch.compile cannot keep its files, with the variable that names the folder; '' if it can."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):  # a uid without a name, as in many containers
         user = f"uid_{os.getuid()}"
-    names = ["TORCHINDUCTOR_CACHE_DIR"]
-    if device.type == "cuda" and "TRITON_CACHE_DIR" in os.environ:
+    names = [COMPILE_CACHE]
+    if device_type == "cuda" and "TRITON_CACHE_DIR" in env:
         names.append("TRITON_CACHE_DIR")
     for name in names:
-        folder = os.environ.get(name)
+        folder = env.get(name)
         try:
             if folder is None:
                 folder = os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")  # torch's own default
@@ -623,18 +626,18 @@ def compile_cache_fault(device: torch.device) -> str:
     return ""
 
 
-def import_compiler_without_cache() -> None:
-    """Import torch's compiler where its folder cannot be made: an eager run imports it too.
+def import_compiler(env: MutableMapping[str, str]) -> None:
+    """Import torch's compiler now, if its folder cannot be made; env: the process's own.
 
-    It makes the folder as it is imported, and needs it only to compile.
+    An eager run imports it too. It makes the folder as it is imported, and needs it only to compile.
     """
-    name = "TORCHINDUCTOR_CACHE_DIR"
-    earlier = os.environ.get(name)
-    os.environ[name] = "/"  # is there on every machine
+    if not compile_cache_fault(env, "cpu"):
+        return
+    earlier = {name: env[name] for name in (COMPILE_CACHE,) if name in env}
+    env[COMPILE_CACHE] = "/"  # is there on every machine
     importlib.import_module("torch._inductor")
-    del os.environ[name]
-    if earlier is not None:
-        os.environ[name] = earlier
+    del env[COMPILE_CACHE]
+    env.update(earlier)
 
 
 def pick_deterministic(wanted: str, device: torch.device) -> bool:
@@ -767,10 +770,8 @@ class Runtime:
         process = ProcessRank.from_env(env)
         device = pick_device(device_type, process.local_rank)
         runtime = cls(device, process.rank, process.world_size)
-        cache_fault = compile_cache_fault(device)
+        cache_fault = compile_cache_fault(env, device_type)
         runtime.compiles, runtime.eager_reason = pick_compile(cfg.compile, device, cache_fault)
-        if cache_fault:
-            import_compiler_without_cache()
         runtime.deterministic = pick_deterministic(cfg.deterministic, device)
         earlier_kernels = use_deterministic_kernels(runtime.deterministic)
         math_attention, cudnn_attention = use_fused_attention(device, runtime.deterministic)
@@ -7195,6 +7196,7 @@ def main() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what an ASCII console lacks is no error
     try:
+        import_compiler(os.environ)
         code = run_command(sys.argv[1:], os.environ)
     except (Exception, KeyboardInterrupt) as error:
         explained = explain(error)

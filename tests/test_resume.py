@@ -284,6 +284,10 @@ def test_a_copy_to_another_disk_loses_times_and_not_the_order(copy, whole):
         os.utime(path, (2e9 + age, 2e9 + age))
     assert copy.resume(run_id="") == [0], copy.text("0.err")
     assert "resumed: step:6 from" in copy.text("logs/r.txt") and copy.text("0.err") == ""
+    for path in folder.iterdir():
+        path.unlink()  # what macOS left is still there, and nothing else
+        assert path.name in ("._r-00000007.pt", ".DS_Store")
+    folder.rmdir()
     same(copy.left(), whole({}))
 
 

@@ -172,14 +172,11 @@ def test_compile_1_names_the_folder_that_it_lacks(tmp_path, dataset, no_cache):
 
 
 def test_the_folder_for_what_is_compiled_is_tried_as_torch_would_use_it(tmp_path, monkeypatch):
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "made/of/parts"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/none")
-    assert train_gpt.compile_cache_fault(cpu) == "" and list((tmp_path / "made/of/parts").iterdir()) == []
-    assert train_gpt.compile_cache_fault(cuda).startswith("TRITON_CACHE_DIR=/proc/none cannot be written (")
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    env = dict(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "made/of/parts"), TRITON_CACHE_DIR="/proc/none")
+    fault_of = train_gpt.compile_cache_fault
+    assert fault_of(env, "cpu") == "" and list((tmp_path / "made/of/parts").iterdir()) == []
+    assert fault_of(env, "cuda").startswith("TRITON_CACHE_DIR=/proc/none cannot be written (")
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(train_gpt.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
     monkeypatch.setattr(train_gpt.getpass, "getuser", lambda: {}["no name"])
-    fault = train_gpt.compile_cache_fault(cpu)
-    assert f"TORCHINDUCTOR_CACHE_DIR={tmp_path}/file/torchinductor_uid_" in fault
+    assert f"TORCHINDUCTOR_CACHE_DIR={tmp_path}/file/torchinductor_uid_" in fault_of({}, "cpu")

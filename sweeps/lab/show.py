@@ -155,8 +155,9 @@ def expect(is_good: bool, what: object, mend: str) -> str:
 class Doctor:
     """The looks of --doctor; each says what is here or raises."""
 
-    def __init__(self, cfg: Config, runtime: Runtime):
+    def __init__(self, cfg: Config, runtime: Runtime, env: Mapping[str, str]):
         self.cfg = cfg
+        self.env = env
         self.runtime = runtime
         self.machine = describe_machine(runtime)
         self.inputs = None  # that `data` found
@@ -203,7 +204,7 @@ class Doctor:
 
     def compiler(self) -> str:
         """A folder for what torch.compile makes, and a C++ compiler on a CPU; a GPU's is tried, by Triton."""
-        cache_fault = compile_cache_fault(self.runtime.device)
+        cache_fault = compile_cache_fault(self.env, self.runtime.device.type)
         expect(not cache_fault, cache_fault, "runs are eager, slower")
         if self.runtime.is_cuda:
             ones = torch.ones(8, device=self.runtime.device)
@@ -277,7 +278,7 @@ def doctor(env: Mapping[str, str]) -> int:
     cfg = choose_data(Config.from_env(env), env)
     exit_code = 0
     with Runtime.launch(replace(cfg, compile="0"), {}) as runtime:
-        for check in Doctor(cfg, runtime).checks():
+        for check in Doctor(cfg, runtime, env).checks():
             try:
                 verdict = "ok"
                 text = check.look()
