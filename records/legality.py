@@ -197,11 +197,12 @@ def near_special_ids(text: np.ndarray, vocab: int) -> list[int]:
 
 def sums_to_try(text: np.ndarray, base: np.ndarray, vocab: int, rng: np.random.Generator) -> list[int]:
     """Positions whose values are all tried: where contexts recur, where the scorer does best, after each id,
-    soon after special ones, edges, random ones. The first is an early one, which costs least."""
+    soon after special ones, edges, random ones. The first is rather early, where a sum costs less."""
     last = len(text) - 1
     recurring = repeated_contexts(text)
+    early = recurring[len(recurring) // 4 :][:1]
     groups = [
-        recurring[:1] + shuffled(recurring[1:], rng),
+        early + shuffled(recurring, rng),
         shuffled(best_scored(base), rng),
         new_neighbours(text),
         shuffled(near_special_ids(text, vocab), rng),
@@ -396,10 +397,11 @@ class TriedText:
         return self.loop(np.argmin, cut)
 
     def loop(self, choose: Callable, cut: int) -> np.ndarray:
-        """The six tokens with the highest or lowest scores, over and over, mostly longer than the rest."""
-        means = np.convolve(np.nan_to_num(self.base, neginf=-100.0), np.full(6, 1 / 6), "valid")
-        at = int(choose(means)) if len(means) else 0
-        return np.resize(self.tokens[at + 1 : at + 7], min(2 * cut + 100, self.longest // 4))
+        """A few tokens with the highest or lowest scores, over and over, mostly longer than the rest."""
+        size = min(int(self.rng.integers(1, 7)), len(self.base))
+        means = np.convolve(np.nan_to_num(self.base, neginf=-100.0), np.full(size, 1 / size), "valid")
+        at = int(choose(means))
+        return np.resize(self.tokens[at + 1 : at + 1 + size], min(2 * cut + 100, self.longest // 4))
 
 
 def check_score(
