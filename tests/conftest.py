@@ -50,6 +50,7 @@ LONG_FILES = (
     "test_run.py",
     "test_ideas.py",
     "test_run_best.py",
+    "test_requirements.py",  # 70, and waits for a package index
     "test_committed_records.py",
     "test_hedge.py",
     "test_pack_script.py",

@@ -105,7 +105,8 @@ def simulate(
         machine.wait()
 
     stubs = dict(
-        warm_up=lambda *_: (1, [measured]), forecast=mock.Mock(), report_step=mock.Mock(), validate=validate,
+        warm_up=lambda *_: (1, [measured]), forecast=mock.Mock(), validate=validate,
+        report_step=mock.Mock(), report_progress=mock.Mock(),
         batches=lambda *_: itertools.repeat(None), prefetch=lambda items, _: (item for item in items),
         train_step=step, report_end_of_training=mock.Mock(), Training=Counted,
         time=SimpleNamespace(perf_counter=lambda: machine.host),
