@@ -25,9 +25,12 @@ PROBE = (
 
 
 def module_names(requirements: str) -> "list[str]":
-    """The import names of the packages in one of our requirements files, in its order."""
-    names = []
-    for line in (ROOT / requirements).read_text(encoding="utf-8").splitlines():
+    """The import names of the packages in one of our requirements files, in its order; none without it."""
+    names: list = []
+    path = ROOT / requirements
+    if not path.is_file():  # a copy of a part of the project
+        return names
+    for line in path.read_text(encoding="utf-8").splitlines():
         found = re.match(r"[A-Za-z0-9_-]+", line)
         if found:
             names.append(IMPORTED_AS.get(found[0], found[0].replace("-", "_")))

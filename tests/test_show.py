@@ -81,9 +81,9 @@ def project(tmp_path, dataset, monkeypatch) -> Path:
     ours = Path(train_gpt.__file__).parent
     shutil.copytree(ours / "sweeps/lab", root / "sweeps/lab", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ours / "train_gpt.py", root / "train_gpt.py")
-    for name in ("data/__init__.py", "data/shards.py", "data/user_error.py", "data/missing_packages.py"):
-        (root / "data").mkdir(exist_ok=True)
-        shutil.copy(ours / name, root / name)
+    (root / "data").mkdir()
+    for path in (ours / "data").glob("*.py"):
+        shutil.copy(path, root / "data" / path.name)
     shutil.copytree(dataset, root / "data/datasets/pydocs_sp1024")
     (root / "data/tokenizers").mkdir()
     shutil.copy(dataset / "tokenizer.model", root / "data/tokenizers/pydocs_1024_bpe.model")
