@@ -6,7 +6,9 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import train_gpt
 from tests.conftest import launch
 
 ROWS = ["python", "torch", "device", "compute", "attention", "compile", "codec", "data", "disk", "ranks"]
@@ -66,6 +68,12 @@ def test_a_compile_cache_that_cannot_be_made_is_named(tmp_path, dataset, monkeyp
     assert re.match(
         r"TORCHINDUCTOR_CACHE_DIR=\S+/x cannot be written \(Not a directory\)", found["compile"][1]
     )
+
+
+def test_an_apple_gpu_is_not_called_a_cpu():
+    machine = train_gpt.describe_machine(train_gpt.Runtime(device=torch.device("mps")))
+    assert machine["device"].startswith("MPS of ") and "threads" not in machine["device"]
+    assert machine["attention"] == "sdpa"
 
 
 def test_a_bad_knob_is_one_line(run_main):
