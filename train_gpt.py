@@ -1640,7 +1640,7 @@ def open_shard(path: Path) -> np.ndarray:
         raise RunError(f"{path} has shard version {version}; this reads {SHARD_VERSION}; {MAKE_SHARDS}")
     if count == 0:
         room = (size - SHARD_HEADER_BYTES) // 2
-        fault = f"its header says 0, {room} follow: was its writer stopped?" if room else "remove it"
+        fault = f"its header says 0, {room} follow (was its writer stopped?)" if room else "remove it"
         raise RunError(f"{path} holds no tokens; {fault}; {MAKE_SHARDS}")
     expected = SHARD_HEADER_BYTES + 2 * count
     if size == SHARD_HEADER_BYTES + 4 * count:
@@ -4921,7 +4921,7 @@ def load_weights(model: GPT, state: Mapping[str, Tensor], source: str) -> None:
     names = [name for name in model_shapes | state_shapes if model_shapes.get(name) != state_shapes.get(name)]
     if names:
         phrases = []
-        for name in names[:3]:
+        for name in dict.fromkeys([*names[:2], names[-1]]):  # the last is the file's, if it has other names
             stored = state_shapes.get(name, "missing")
             wanted = model_shapes.get(name, "unknown")
             phrases.append(f"{name} is {stored} there, {wanted} here")

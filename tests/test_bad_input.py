@@ -533,7 +533,7 @@ STATES = {
     ),
     "foreign_prefix": (
         lambda p: changed(p, prefixed("transformer.")),
-        "INIT_FROM=x.pt does not fit|missing there",
+        "INIT_FROM=x.pt does not fit|is missing there|transformer.",
     ),
     "safetensors": (
         lambda p: p.write_bytes((9).to_bytes(8, "little") + b'{"a": {}}' + bytes(200)),

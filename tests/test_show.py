@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import train_gpt
 from tests.conftest import launch, show, write_shard
@@ -149,6 +150,12 @@ def test_a_compile_cache_that_cannot_be_made_is_named(tmp_path, dataset, monkeyp
     assert re.match(
         r"TORCHINDUCTOR_CACHE_DIR=\S+/x cannot be written \(Not a directory\)", found["compile"][1]
     )
+
+
+def test_an_apple_gpu_is_not_called_a_cpu():
+    machine = train_gpt.describe_machine(train_gpt.Runtime(device=torch.device("mps")))
+    assert machine["device"].startswith("MPS of ") and "threads" not in machine["device"]
+    assert machine["attention"] == "sdpa"
 
 
 def test_a_bad_knob_is_one_line(run_main):

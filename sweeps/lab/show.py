@@ -186,7 +186,7 @@ class Doctor:
         return expect((2, 5) <= version < (2, 14), version, "written for 2.5 to 2.13")
 
     def device(self) -> str:
-        return expect(self.runtime.is_cuda, self.machine["device"], "a GPU is far faster")
+        return expect(self.runtime.is_cuda, self.machine["device"], "a CUDA GPU is far faster")
 
     def compute(self) -> str:
         dtype = self.machine["dtype"]
