@@ -413,7 +413,7 @@ class OtherRank(Runtime):
     heard = 0.0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor + torch.tensor([self.heard, 0.0])
+        return tensor + torch.tensor([self.heard, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("knobs", [{}, dict(tidal_lr=True), dict(cosine_lr=True)])
