@@ -178,8 +178,6 @@ say "run $RUN_ID on $gpus GPU, files in $OUT_DIR"
 log=$OUT_DIR/logs/$RUN_ID.jsonl
 log_bytes() { if [[ -f $log ]]; then wc -c <"$log"; else echo 0; fi; }
 bytes_before=$(log_bytes)
-# torchrun hands only some signals to its ranks, and dies of the others.
-export TORCHELASTIC_SIGNALS_TO_HANDLE=${TORCHELASTIC_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2,SIGXCPU}
 supervise "${run[@]}" "$script"
 
 # A run that was refused has left no line: what stands there is an earlier run's.
