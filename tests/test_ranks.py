@@ -230,7 +230,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_and_the_run_goes_on(new):
     assert agent.wait(100) != 0
     (end,), (name,) = folder.events("end"), folder.checkpoints()
     assert end["status"] == "preempted" and end["exit_code"] == STOPPED
-    assert folder.text("torchrun").count("error: stopped by SIGTERM; RESUME=auto RUN_ID=r") == 1
+    assert folder.text("torchrun").count("error: stopped by SIGTERM; checkpoints/r-0") == 1
     steps = folder.steps()
     assert int(name[2:10]) == steps[-1]
     assert folder.resume(in_step(steps[-1] + 2, SIGTERM)) == [STOPPED] * 2

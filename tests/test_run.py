@@ -359,9 +359,15 @@ def test_the_clock_ends_a_run(run_main, steady, tmp_path):
     assert events_of(tmp_path, "val")[-1]["step"] == result["steps"]
 
 
-def test_one_step_always_runs(run_main):
-    result = result_of(run_main(iterations=9, max_wallclock_seconds=1e-6)[1])
-    assert result["steps"] == 1
+def test_one_step_always_runs(run_main, tmp_path):
+    """It is over the clock, and all that tells of the run says so."""
+    code, out, err = run_main(iterations=9, max_wallclock_seconds=1e-6, run_id="r")
+    result = result_of(out)
+    assert result["steps"] == 1 and result["train_seconds"] > 0
+    assert code == result["exit_code"] == train_gpt.OVER_TRAIN_TIME == 4
+    assert result["status"] == events_of(tmp_path, "end")[0]["status"] == "over_train_time"
+    assert re.match(r"error: training took \d+\.\d{3} s, the limit is 1e-06", error_line(err))
+    assert result["val_bpb"] > 0  # the model and its score are there all the same
 
 
 COMMANDS = {
