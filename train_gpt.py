@@ -1446,20 +1446,19 @@ class TokenStream:
         path = self.paths[index]
         size = 2 * (stop - start)
         data = b""
+        descriptor = self.files[index].fileno()
         try:
             while len(data) < size:  # Linux gives at most 2 GiB at a time
                 offset = SHARD_HEADER_BYTES + 2 * start + len(data)
-                part = os.pread(self.files[index].fileno(), size - len(data), offset)
+                part = os.pread(descriptor, size - len(data), offset)
                 if not part:
                     break
                 data += part
         except OSError as error:
             raise RunError(f"cannot read {path} at position {start}: {error.strerror}") from None
         if len(data) < size:
-            raise RunError(
-                f"{path} was cut short while it was read: it ends at position {start + len(data) // 2}; "
-                "fetch it again"
-            )
+            left = (os.fstat(descriptor).st_size - SHARD_HEADER_BYTES) // 2
+            raise RunError(f"{path} was cut short while it was read: {left} tokens are left; fetch it again")
         tokens = np.frombuffer(data, "<u2")
         if int(tokens.max()) >= self.vocab_size:
             offset = int(np.argmax(tokens >= self.vocab_size))

@@ -297,7 +297,7 @@ train_gpt.train_step = cutting
 """
     assert start(made, here, cuts, **LATE) == [2]
     line = error_line(here)
-    assert "toy_train_000000.bin was cut short while it was read: it ends at position 600" in line
+    assert "toy_train_000000.bin was cut short while it was read: 600 tokens are left" in line
     assert "fetch it again" in line and "checkpoints/r-0000000" in line
     end = json.loads((here / "logs/r.jsonl").read_text().splitlines()[-1])
     assert (end["event"], end["status"], end["exit_code"]) == ("end", "error", 2)

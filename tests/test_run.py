@@ -287,6 +287,9 @@ def test_an_artifact_says_all_that_scoring_needs(run_main, tmp_path, knobs):
     (first,), (second,) = (events_of(tmp_path / name, "score") for name in ("made", "again"))
     assert (second["val_loss"], second["val_bpb"]) == (first["val_loss"], first["val_bpb"])
     assert second["name"] == first["name"] and result_of(out)["status"] == "ok"
+    asked = {name.upper() for name in again}
+    shape = result_of(out)["overrides"].keys() - asked
+    assert "TRAIN_BATCH_TOKENS" not in shape  # nobody set it, and it is no part of an artifact
 
 
 def test_a_knob_that_contradicts_the_artifact_is_refused(finished, run_main):
