@@ -1266,10 +1266,14 @@ class Clock:
         self.previous_tick = None
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stand still while something other than training runs."""
+    def paused(self, ticked: float | None = None) -> Iterator[None]:
+        """Stand still while something other than training runs.
+
+        ticked: what `tick` gave just now. A device that runs behind has not done its steps by then.
+        """
         self.runtime.synchronize()
-        self.total = self.seconds()
+        is_exact = ticked is not None and not self.runtime.is_cuda
+        self.total = ticked if is_exact else self.seconds()
         self.pending_events.clear()
         yield
         self.start()
@@ -5153,7 +5157,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         checkpoint_is_due = 0 < cfg.checkpoint_seconds <= elapsed - training.saved_at
         saves = clock.stop_requested or is_done or checkpoint_is_due or lacks_data
         if saves or validates:
-            with clock.paused():
+            with clock.paused(elapsed):
                 if saves:
                     training.save(elapsed)
                 if clock.stop_requested:
@@ -5699,15 +5703,18 @@ def is_from_distributed(error: BaseException) -> bool:
 
 
 @contextmanager
-def recorded(run: Run, run_id: str) -> Iterator[None]:
-    """Write to the logs how the run ended, if the body of the `with` raises before its RESULT."""
+def recorded(run: Run, run_id: str, env: Mapping[str, str]) -> Iterator[None]:
+    """Write to the logs how the run ended, if the body of the `with` raises before its RESULT.
+
+    env: as the run was started with, for the command that goes on.
+    """
     try:
         yield
     except BaseException as error:
         run.runtime.defers_stop = True  # torchrun signals what is left of a run that lost a rank
         explained = explain(error)
         if explained:
-            explained = with_way_on(run, run_id, explained)
+            explained = with_way_on(run, run_id, env, explained)
         record_failure(run.log, run_id, error, explained)
         if explained and explained.lone_rank is None:
             explained.lone_rank = explained.code == BAD_INPUT
@@ -5716,7 +5723,7 @@ def recorded(run: Run, run_id: str) -> Iterator[None]:
         run.log.close()
 
 
-def with_way_on(run: Run, run_id: str, explained: RunError) -> RunError:
+def with_way_on(run: Run, run_id: str, env: Mapping[str, str], explained: RunError) -> RunError:
     """The error with the checkpoint that is left and the command that goes on from it, where there is a way.
 
     After a signal the command goes on without a checkpoint too: the run then begins anew in the same logs.
@@ -5730,7 +5737,7 @@ def with_way_on(run: Run, run_id: str, explained: RunError) -> RunError:
         code = PREEMPTED if is_stopped else explained.code
         message = f"{what}; {run.checkpoints.paths[-1]} is saved, to go on:"
         explained = RunError(message, code, explained.lone_rank)
-    explained.command = command_to_go_on(run.cfg, run_id, os.environ)
+    explained.command = command_to_go_on(run.cfg, run_id, env)
     return explained
 
 
@@ -6543,7 +6550,7 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         run_id = runtime.main_decides(partial(pick_run_id, cfg, before))
         locks = runtime.on_main(partial(claim_outputs, cfg, run_id))
         run = open_run(cfg, runtime, model, inputs, before, run_id)
-        with recorded(run, run_id):
+        with recorded(run, run_id, env):
             log_header(run, run_id, inputs.training)
             exit_code = complete(run, inputs.training, header, run_id)
         run.checkpoints.clear()

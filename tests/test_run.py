@@ -357,7 +357,7 @@ def test_the_clock_ends_a_run(run_main, steady, tmp_path):
     code, out, _ = run_main(iterations=1_000_000, max_wallclock_seconds=4.0)
     result = result_of(out)
     assert code == 0 and 0.98 <= result["progress"] <= 1 and not result["truncated"]
-    assert 3.8 < result["train_seconds"] <= 4.03 and result["steps"] > 20  # the end itself is a look
+    assert 3.8 < result["train_seconds"] <= 4.0 and result["steps"] > 20
     assert re.search(r"^stopping_early: wallclock_cap train_time:\d+ms step:\d+/1000000$", out, re.M)
     assert events_of(tmp_path, "val")[-1]["step"] == result["steps"]
 
