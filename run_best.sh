@@ -41,7 +41,8 @@ misuse() {
 is_assignment() { [[ $1 =~ ^[A-Z][A-Z0-9_]*= ]]; }
 
 # Exports what a file assigns, except names that are set by now. Read backwards, so its later lines win.
-# What it exported is left in `applied`.
+# What it exported is left in `applied`; its names join SET_BY_PRESET, which training leaves out of the command
+# that goes on.
 apply() {
   local words=() line i name
   applied=''
@@ -55,6 +56,7 @@ apply() {
     name=${words[i]%%=*}
     [[ -z ${!name+set} ]] || continue
     export "${words[i]}"
+    SET_BY_PRESET="$SET_BY_PRESET $name"
     applied="${words[i]}${applied:+ $applied}"
   done
 }
@@ -98,21 +100,28 @@ unfinished_run() {
   [[ -z $newest ]] || basename "${newest%/checkpoints}"
 }
 
-# Runs a command and leaves its exit code in `status`. SIGTERM goes on to it, so that it can save its state;
-# Ctrl-C reaches it by itself.
+# Runs a command and leaves its exit code in `status`. Signals go on to it as SIGTERM, which torchrun too hands to
+# its ranks, so that it can save its state; a terminal's Ctrl-C reaches it by itself. On Linux it gets SIGTERM
+# also when this script is killed.
 supervise() {
-  local child again=''
-  (trap - INT; exec "$@") &  # a background command would otherwise ignore Ctrl-C
+  local child='' again='' stopped='' tie=()
+  ! setpriv --pdeathsig TERM true 2>/dev/null || tie=(setpriv --pdeathsig TERM)
+  pass_on() {
+    again=1 stopped=1
+    [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true
+  }
+  trap pass_on TERM HUP USR1 USR2 XCPU
+  trap 'if [[ -t 0 || -t 2 ]]; then again=1; else pass_on; fi' INT
+  (trap - INT; exec ${tie[@]+"${tie[@]}"} "$@") &  # a background command would otherwise ignore Ctrl-C
   child=$!
-  trap 'again=1; kill -TERM "$child" 2>/dev/null || true' TERM
-  trap 'again=1' INT
+  [[ -z $stopped ]] || kill -TERM "$child" 2>/dev/null || true  # it came before the number was known
   while :; do
     status=0
     wait "$child" || status=$?
     [[ -n $again ]] || break
     again=''
   done
-  trap - TERM INT
+  trap - TERM HUP USR1 USR2 XCPU INT
 }
 
 # Packs train_gpt.py into a folder and leaves its path in `script`. A run that goes on keeps the packed script
@@ -127,7 +136,7 @@ pack_into() {
   fi
 }
 
-preset='' dry_run=''
+preset='' dry_run='' SET_BY_PRESET=''
 for argument in "$@"; do
   case $argument in
     -h | --help) usage; exit 0 ;;
@@ -151,6 +160,8 @@ preset=${preset:-best}
 packed=${PACKED:-0} script=train_gpt.py
 [[ $packed == [01] ]] || misuse "PACKED=$packed is neither 0 nor 1"
 unset PACKED  # it is no knob
+STARTED_BY="bash $(printf %q "$PWD/run_best.sh") $preset"  # the command that goes on begins so
+((packed == 0)) || STARTED_BY+=' PACKED=1'
 
 use_python requirements.txt
 say "asks torch for GPUs (usually 3 s)"
@@ -167,8 +178,10 @@ apply "sweeps/presets/$preset.env"
 say "preset $preset: ${applied:-(nothing to set)}"
 choose_data
 if [[ ${RESUME:-} == auto && -z ${RUN_ID-}${OUT_DIR-} ]]; then RUN_ID=$(unfinished_run); fi
-export RUN_ID=${RUN_ID:-$preset-$(date -u +%Y%m%d-%H%M%S)}
+# The time and a random part: a loop may start several runs in one second.
+export RUN_ID=${RUN_ID:-$preset-$(date -u +%Y%m%d-%H%M%S)-$(od -An -N3 -tx1 /dev/urandom | tr -d ' \n')}
 export OUT_DIR=${OUT_DIR:-runs/$RUN_ID}
+export STARTED_BY SET_BY_PRESET
 
 if [[ -n $dry_run ]]; then
   if ((packed)); then
@@ -184,10 +197,15 @@ if ((packed)); then pack_into "$OUT_DIR"; fi
 run=("$PYTHON")
 ((gpus < 2)) || run+=(-m torch.distributed.run --standalone "--nproc_per_node=$gpus")
 say "run $RUN_ID on $gpus GPU, files in $OUT_DIR; the first lines come after about 10 s"
+log=$OUT_DIR/logs/$RUN_ID.jsonl
+log_bytes() { if [[ -f $log ]]; then wc -c <"$log"; else echo 0; fi; }
+bytes_before=$(log_bytes)
 supervise "${run[@]}" "$script"
 
-log=$OUT_DIR/logs/$RUN_ID.jsonl
-# torchrun turns every failure into 1; the run's own code stands in its log.
-((status == 0 || gpus < 2)) || status=$("$PYTHON" sweeps/summary.py --exit-code "$log" || echo "$status")
-"$PYTHON" sweeps/summary.py "$log" || true
+# A run that was refused has left no line: what stands there is an earlier run's.
+if [[ $(log_bytes) != "$bytes_before" ]]; then
+  # torchrun turns every failure into 1; the run's own code stands in its log.
+  ((status == 0 || gpus < 2)) || status=$("$PYTHON" sweeps/summary.py --exit-code "$log" || echo "$status")
+  "$PYTHON" sweeps/summary.py "$log" || true
+fi
 exit "$status"

@@ -23,9 +23,9 @@ What is in it:
     fits (weight sharing, layer drop, progressive growing, SAM, recycled attention) stay where they act
 
 Exit codes: 0 ok, 1 a bug (with its traceback), 2 bad knob or input, or no memory or disk left, 3 over
-16,000,000 bytes, 4 over the evaluation budget, 5 diverged, 6 a graph was compiled inside the training clock,
-7 a score fails SCORE_CHECK, 8 another rank was lost, 75 stopped by SIGTERM or SIGINT, to go on from a
-checkpoint with RESUME=auto.
+16,000,000 bytes, 4 over the training or the evaluation clock, 5 diverged, 6 a graph was compiled inside the
+training clock, 7 a score fails SCORE_CHECK, 8 another rank was lost, 75 stopped by a signal (SIGTERM, SIGINT,
+SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU); the last line is the command that goes on.
 
 Sections follow the life of a run: 1 Head, 2 Knob machinery,
 3 Runtime and logs, 4 Schedules, 5 Data, 6 Bytes, 7 Model, 8 Loss and hooks, 9 Optimisers, 10 Averages,
@@ -57,6 +57,7 @@ import random
 import re
 import resource
 import runpy
+import shlex
 import shutil
 import signal
 import struct
@@ -105,6 +106,7 @@ VERSION = "1.0.0"
 BAD_INPUT = 2
 OVER_SIZE = 3
 OVER_EVAL_TIME = 4
+OVER_TRAIN_TIME = 4
 DIVERGED = 5
 RECOMPILED = 6
 ILLEGAL_SCORE = 7
@@ -118,13 +120,14 @@ class RunError(Exception):
     """Ends the run with one line for the user and an exit code.
 
     lone_rank: True where the other ranks do not know of the error, so that this rank must print it itself;
-    None until that is decided.
+    None until that is decided. command: what the user may paste to go on; it is printed as the last line.
     """
 
     def __init__(self, message: str, code: int = BAD_INPUT, lone_rank: bool | None = None):
         super().__init__(message)
         self.code = code
         self.lone_rank = lone_rank
+        self.command = ""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -361,6 +364,11 @@ def active(cfg: Config, point: str) -> list[Callable]:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BF16_CPU_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, ARM: 4 times float32's products on an EPYC
 
+# What stops a run: Ctrl-C and schedulers, then a terminal that closes, Slurm's warnings, a limit of CPU time.
+# Those of the second kind stay ignored where they were, as `nohup` does it.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_UNLESS_IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+
 # The model files in OUT_DIR, by their official names; the integers of the second may have fewer levels.
 WEIGHTS_FILE = "final_model.pt"
 MODEL_FILE = "final_model.int8.ptz"
@@ -466,12 +474,18 @@ class ProcessRank:
 
     @classmethod
     def from_env(cls, env: Mapping[str, str]) -> ProcessRank:
-        """As torchrun's variables say; RunError (2) if they contradict each other or name no meeting."""
-        texts = (env.get("LOCAL_RANK", "0"), env.get("RANK", "0"), env.get("WORLD_SIZE", "1"))
+        """As torchrun's variables say; RunError (2) if they contradict each other or name no meeting.
+
+        Some schedulers set WORLD_SIZE and the address alone: then nothing says which rank this is.
+        """
+        world_text = env.get("WORLD_SIZE", "1")
+        default_rank = "0" if world_text == "1" else "unset"
+        texts = (env.get("LOCAL_RANK", "0"), env.get("RANK", default_rank), world_text)
         local_rank, rank, world_size = (int(text) if text.isdecimal() else -1 for text in texts)
-        has_address = bool(env.get("MASTER_ADDR")) and env.get("MASTER_PORT", "").isdecimal()
+        port = env.get("MASTER_PORT", "")
+        has_address = bool(env.get("MASTER_ADDR")) and port.isdecimal() and 0 < int(port) < 2**16
         can_meet = world_size == 1 or has_address
-        if local_rank < 0 or not 0 <= rank < world_size or not can_meet:
+        if not 0 <= local_rank < world_size or not 0 <= rank < world_size or not can_meet:
             raise RunError(
                 f"LOCAL_RANK, RANK, WORLD_SIZE={','.join(texts)} or MASTER_ADDR, MASTER_PORT are unsound; "
                 "unset them all, or let torchrun set them",
@@ -784,9 +798,10 @@ class Runtime:
                 runtime.join_ranks(env)
             runtime.dtype = DTYPES[runtime.main_decides(partial(pick_dtype, cfg.dtype, device))]
             yield runtime
-        finally:
+            # After an error this could wait for a rank that is gone: then `main` just leaves.
             if dist.is_initialized():
                 dist.destroy_process_group()
+        finally:
             for number, handler in earlier_handlers.items():
                 signal.signal(number, handler)
             use_deterministic_kernels(earlier_kernels)
@@ -799,9 +814,11 @@ class Runtime:
             torch.cuda.set_device(self.device)
 
     def catch_signals(self) -> dict[signal.Signals, object]:
-        """Let SIGTERM and SIGINT stop the run; returns the handlers that they had before."""
+        """Let signals stop the run; returns the handlers that they had before."""
         earlier = {}
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS + STOP_UNLESS_IGNORED:
+            if number in STOP_UNLESS_IGNORED and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             earlier[number] = signal.signal(number, self.stop)
         return earlier
 
@@ -816,7 +833,10 @@ class Runtime:
             raise KeyboardInterrupt
 
     def join_ranks(self, env: Mapping[str, str]) -> None:
-        """Meet the other ranks: over nccl between GPUs, over gloo else, so that no GPU is waited for."""
+        """Meet the other ranks: over nccl between GPUs, over gloo else, so that no GPU is waited for.
+
+        RunError (2) if the port where they meet is taken.
+        """
         # torchrun's store still has the addresses of ranks before a restart, so that each start takes a
         # prefix of its own. Nodes count their restarts apart: with several the count is no common prefix.
         prefix = ""
@@ -825,7 +845,16 @@ class Runtime:
             # Ranks of one machine need no network; a host name that leads elsewhere would stop them.
             if Path("/sys/class/net/lo").exists():
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        shared_store = next(dist.rendezvous("env://"))[0]
+        try:
+            shared_store = next(dist.rendezvous("env://"))[0]
+        except RuntimeError as error:
+            if "address already in use" not in str(error).lower():
+                raise
+            raise RunError(
+                f"MASTER_PORT={env['MASTER_PORT']} is taken by another program on this machine; set another, "
+                "or let torchrun --standalone choose one",
+                lone_rank=True,
+            ) from None
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if self.is_cuda else "gloo",
             store=dist.PrefixStore(prefix, shared_store),
@@ -965,7 +994,7 @@ class RunLog:
         try:
             print(erase + text, end="" if is_status else "\n", flush=True)
         except OSError:  # its reader is gone, as `| head` is after ten lines; the run goes on, in the log
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            mute(sys.stdout)
 
     def say(self, text: str) -> None:
         """Tell whoever watches, and not the log, what is waited for and how long that usually takes."""
@@ -1013,6 +1042,11 @@ class RunLog:
                 continue
             with suppress(OSError):  # a full disk, which has been said
                 file.close()
+
+
+def mute(stream: TextIO) -> None:
+    """Let a console that is gone swallow what is still written to it, or that would change the exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def write_atomic(path: Path, data: bytes | Callable) -> None:
@@ -1176,6 +1210,9 @@ def remove_temporary_files(folder: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------
 GOLDEN_FLOOR = 0.382  # 1 - 1 / golden ratio: where GOLDEN_LR ends
 PACE_STEPS = 15  # recent steps whose median is the pace: a slow one among them does not bend a schedule
+# The last step is foretold by this quantile of so many recent ones: all but one of 50 were no slower.
+LAST_STEP_STEPS = 50
+LAST_STEP_QUANTILE = 0.98
 
 
 @dataclass(frozen=True)
@@ -1190,7 +1227,7 @@ class ScheduleKnobs:
     )
     max_wallclock_seconds: float = knob(
         600.0,
-        "Seconds of training after which the run ends, warm-up and validations left out; 0 sets no clock.",
+        "Seconds of training that the run may take, warm-up and validations left out; 0 sets no clock.",
         low=0,
         source="official",
     )
@@ -1291,11 +1328,14 @@ def predict_steps_left(cfg: Config, step: int, elapsed: float, step_seconds: flo
     return max(0.0, min(steps_by_limit, steps_by_clock))
 
 
-def is_finished(cfg: Config, step: int, elapsed: float, step_seconds: float) -> bool:
-    """True when the next step would pass a limit. One step always runs, so that a slow machine trains."""
+def is_finished(cfg: Config, step: int, elapsed: float, foretold_seconds: float) -> bool:
+    """True when the next step might pass a limit. One step always runs, so that a slow machine trains.
+
+    foretold_seconds: what that step may well take, `Clock.foretell_step`.
+    """
     if step >= cfg.iterations:
         return True
-    return step > 0 and cfg.cap < elapsed + step_seconds
+    return step > 0 and cfg.cap < elapsed + foretold_seconds
 
 
 def is_due(step: int, every: int) -> bool:
@@ -1485,11 +1525,12 @@ class Clock:
         self.total = 0.0  # seconds before the latest start
         self.started = 0.0  # time.perf_counter() then
         self.previous_tick: float | None = None  # the last reading that a step can be measured from
-        self.recent_steps: deque[float] = deque(maxlen=PACE_STEPS)  # their seconds
+        self.recent_steps: deque[float] = deque(maxlen=LAST_STEP_STEPS)  # their seconds
         if step_seconds:
             self.recent_steps.append(step_seconds)
         self.pending_events = deque()  # CUDA events of steps that the device may not have done yet
         self.stop_requested = False  # by a signal, on any rank
+        self.data_failed = False  # the next batch could not be read, on any rank
 
     def start(self) -> None:
         """Begin, or go on, once the device has done what it was given."""
@@ -1498,16 +1539,23 @@ class Clock:
         self.previous_tick = None
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Stand still while something other than training runs."""
+    def paused(self, ticked: float | None = None) -> Iterator[None]:
+        """Stand still while something other than training runs.
+
+        ticked: what `tick` gave just now. A device that runs behind has not done its steps by then.
+        """
         self.runtime.synchronize()
-        self.total = self.seconds()
+        is_exact = ticked is not None and not self.runtime.is_cuda
+        self.total = ticked if is_exact else self.seconds()
         self.pending_events.clear()
         yield
         self.start()
 
-    def tick(self) -> float:
-        """Seconds trained by rank 0's clock, the same on every rank; call once before each step."""
+    def tick(self, data_failed: bool = False) -> float:
+        """Seconds trained by rank 0's clock, the same on every rank; call once before each step.
+
+        data_failed: this rank has no batch for that step.
+        """
         is_cuda = self.runtime.is_cuda
         # A host that runs ahead of its device measures nothing: a tick measures only if it waits for an
         # event, as each does from the third on.
@@ -1521,10 +1569,11 @@ class Clock:
 
         reading = self.seconds() if self.runtime.rank == 0 else 0.0
         is_stopping = bool(self.runtime.stop_signal)
-        # The sum over ranks is rank 0's reading, and how many ranks have had a signal.
-        totals = self.runtime.sum(torch.tensor([reading, is_stopping], dtype=torch.float64))
-        now, stopping_ranks = totals.tolist()
+        # The sum over ranks is rank 0's reading, and how many ranks have had a signal or have no batch.
+        totals = self.runtime.sum(torch.tensor([reading, is_stopping, data_failed], dtype=torch.float64))
+        now, stopping_ranks, failed_ranks = totals.tolist()
         self.stop_requested = stopping_ranks > 0
+        self.data_failed = failed_ranks > 0
 
         if self.previous_tick is not None and is_paced:
             self.recent_steps.append(now - self.previous_tick)
@@ -1537,7 +1586,17 @@ class Clock:
 
     def step_seconds(self) -> float:
         """Median of the recent steps' seconds, 0 if there are none: one slow step does not bend it."""
-        return median_low(self.recent_steps) if self.recent_steps else 0.0
+        latest = list(self.recent_steps)[-PACE_STEPS:]
+        return median_low(latest) if latest else 0.0
+
+    def foretell_step(self) -> float:
+        """Seconds to keep free for the next step: a high quantile of the recent ones, or the one before if
+        that was slower; 0 if there are none. On a busy machine a step may still take longer."""
+        if not self.recent_steps:
+            return 0.0
+        by_length = sorted(self.recent_steps)
+        index = math.ceil(LAST_STEP_QUANTILE * len(by_length)) - 1
+        return max(by_length[index], self.recent_steps[-1])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1588,7 +1647,7 @@ class DataKnobs:
 
     def check(self) -> None:
         """RunError if a step is not a whole number of windows."""
-        if self.train_batch_tokens % self.train_seq_len:
+        if self.train_batch_tokens % self.train_seq_len and not self.eval_only:
             raise RunError(
                 f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of "
                 f"TRAIN_SEQ_LEN={self.train_seq_len}"
@@ -1668,31 +1727,53 @@ class TokenStream:
         if len(datasets) != 1:
             raise RunError(f"DATA_PATH={folder} mixes datasets {sorted(datasets)}; keep one a folder")
         refuse_copies(self.paths)
-        self.shards = [open_shard(path) for path in self.paths]
+        counts = [len(open_shard(path)) for path in self.paths]
+        # Read as files: a map of one that is cut short meanwhile would kill the process (SIGBUS).
+        self.files = [path.open("rb", buffering=0) for path in self.paths]
         self.vocab_size = vocab_size
-        self.bounds = np.cumsum([0, *map(len, self.shards)])  # where each shard begins; then the total
+        self.bounds = np.cumsum([0, *counts])  # where each shard begins; then the total
 
     def __len__(self) -> int:
         """Count of tokens."""
         return int(self.bounds[-1])
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count), uint16; RunError (2) if one is outside the vocabulary."""
+        """Tokens [start, start + count), uint16; RunError (2) if one cannot be read or is no token."""
         end = start + count
         first_shard = np.searchsorted(self.bounds, start, side="right") - 1
         end_shard = np.searchsorted(self.bounds, end - 1, side="right")
         pieces = []
         for index in range(first_shard, end_shard):
-            begin = self.bounds[index]
-            piece = self.shards[index][max(0, start - begin) : end - begin]
-            highest = int(piece.max())
-            if highest >= self.vocab_size:
-                raise RunError(
-                    f"{self.paths[index]} holds token {highest}, beyond VOCAB_SIZE={self.vocab_size}: "
-                    "made with another tokenizer?"
-                )
-            pieces.append(piece)
+            begin, stop = self.bounds[index : index + 2].tolist()
+            pieces.append(self.read_shard(index, max(start, begin) - begin, min(end, stop) - begin))
         return np.concatenate(pieces)
+
+    def read_shard(self, index: int, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of one shard; RunError (2), with the position, as `read`."""
+        path = self.paths[index]
+        size = 2 * (stop - start)
+        data = b""
+        descriptor = self.files[index].fileno()
+        try:
+            while len(data) < size:  # Linux gives at most 2 GiB at a time
+                offset = SHARD_HEADER_BYTES + 2 * start + len(data)
+                part = os.pread(descriptor, size - len(data), offset)
+                if not part:
+                    break
+                data += part
+        except OSError as error:
+            raise RunError(f"cannot read {path} at position {start}: {error.strerror}") from None
+        if len(data) < size:
+            left = (os.fstat(descriptor).st_size - SHARD_HEADER_BYTES) // 2
+            raise RunError(f"{path} was cut short while it was read: {left} tokens are left; fetch it again")
+        tokens = np.frombuffer(data, "<u2")
+        if int(tokens.max()) >= self.vocab_size:
+            offset = int(np.argmax(tokens >= self.vocab_size))
+            raise RunError(
+                f"{path} holds token {tokens[offset]} at position {start + offset}, beyond "
+                f"VOCAB_SIZE={self.vocab_size}: made with another tokenizer?"
+            )
+        return tokens
 
     def count_windows(self, length: int) -> int:
         """How many training windows of `length` targets it holds; RunError (2) if none."""
@@ -5024,14 +5105,16 @@ def is_checkpoint(state: object) -> bool:
     return state["dtype"] in DTYPES
 
 
-def find_checkpoint(cfg: Config, identity: Mapping[str, object]) -> CheckpointState | None:
+def find_checkpoint(
+    cfg: Config, identity: Mapping[str, object], is_restart: bool = False
+) -> CheckpointState | None:
     """The checkpoint that RESUME asks for, if any, and its `path`.
 
     A damaged file is passed over for the one before, with a warning. RunError (2) if none is whole, or if it
     was made with another identity: the knobs that shape the result, the seed, the data, the script.
     """
     errors = []
-    for path in checkpoint_choices(cfg):
+    for path in checkpoint_choices(cfg, is_restart):
         try:
             state = read_checkpoint(path) | dict(path=str(path))
         except RunError as error:
@@ -5044,17 +5127,34 @@ def find_checkpoint(cfg: Config, identity: Mapping[str, object]) -> CheckpointSt
             raise RunError(f"{path} was made with {differences}; set that back, or start anew with RESUME=0")
         return state
     if errors:
-        raise RunError(f"RESUME={cfg.resume}: {'; '.join(errors)}; RESUME=0 starts anew")
+        hint = "" if cfg.resume == "auto" else "RESUME=auto goes on from the newest in OUT_DIR, "
+        raise RunError(f"RESUME={cfg.resume}: {'; '.join(errors)}; {hint}RESUME=0 starts anew")
     return None
 
 
-def checkpoint_choices(cfg: Config) -> list[Path]:
-    """The files that RESUME allows, the one to try first at the front."""
+def checkpoint_choices(cfg: Config, is_restart: bool) -> list[Path]:
+    """The files that RESUME allows, the one to try first at the front.
+
+    is_restart: torchrun starts the run once more; one that began from a named file goes on from its latest.
+    """
+    folder = Path(cfg.out_dir) / "checkpoints"
     if cfg.resume == "0":
         return []
     if cfg.resume == "auto":
-        return checkpoint_files(Path(cfg.out_dir) / "checkpoints", cfg.run_id)
-    return [Path(cfg.resume)]
+        return checkpoint_files(folder, cfg.run_id)
+    named = Path(cfg.resume)
+    return [*(successors(folder, named) if is_restart else []), named]
+
+
+def successors(folder: Path, named: Path) -> list[Path]:
+    """The checkpoints in a folder that were written after a run had gone on from the named one."""
+    found = []
+    with suppress(RunError):
+        before = read_checkpoint(named)
+        for path in checkpoint_files(folder, before["run_id"]):
+            if before["step"] in read_checkpoint(path)["resumed"]:
+                found.append(path)
+    return found
 
 
 def describe_differences(cfg: Config, stored: Mapping[str, object], current: Mapping[str, object]) -> str:
@@ -5427,7 +5527,8 @@ def forecast(run: Run, stream: TokenStream, max_sequences: int, seconds_of_phase
     seconds = step_counts @ seconds_of_phase
     epochs = steps * cfg.train_batch_tokens / len(stream)
     step_ms = ",".join(f"{1000 * s:.0f}" for s in seconds_of_phase)
-    micro_batch_tokens = max_sequences * cfg.train_seq_len
+    most_sequences = max(run.runtime.gather(max_sequences))  # rank 0 may have none
+    micro_batch_tokens = most_sequences * cfg.train_seq_len
     log.line(
         f"forecast: steps:{steps:.0f} step_ms:{step_ms} micro_batch_tokens:{micro_batch_tokens} "
         f"epochs:{epochs:.2f} bytes:{size}"
@@ -5571,7 +5672,8 @@ class Training:
 def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     """Train until the step limit or the clock; validates at the end whatever the cadence.
 
-    After a signal it saves the state between two steps and raises KeyboardInterrupt.
+    After a signal it saves the state between two steps and raises KeyboardInterrupt. So it does where the
+    data of the next step cannot be read, with RunError (2).
     """
     cfg = run.cfg
     runtime = run.runtime
@@ -5588,25 +5690,29 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     loader = prefetch(batches(cfg, stream, runtime, training.step), runtime)
     clock.start()
     for step in itertools.count(training.step):
-        elapsed = clock.tick()
-        pace = clock.step_seconds()
-        plan_before, plan = plan, plan_step(cfg, step, elapsed, pace)
-        pending_seconds = len(clock.pending_events) * pace  # two steps on a GPU, which the host runs ahead of
-        is_done = is_finished(cfg, step, elapsed + pending_seconds, pace)
+        batch, data_error = next_batch(loader)
+        elapsed = clock.tick(data_error is not None)
+        plan_before, plan = plan, plan_step(cfg, step, elapsed, clock.step_seconds())
+        foretold = clock.foretell_step()
+        pending_seconds = len(clock.pending_events) * foretold  # two steps that a GPU is behind the host
+        is_done = is_finished(cfg, step, elapsed + pending_seconds, foretold)
+        lacks_data = clock.data_failed and not is_done
         validates = is_done or is_due(step, cfg.val_loss_every)
         checkpoint_is_due = 0 < cfg.checkpoint_seconds <= elapsed - training.saved_at
-        saves = clock.stop_requested or is_done or checkpoint_is_due
+        saves = clock.stop_requested or is_done or checkpoint_is_due or lacks_data
         if saves or validates:
-            with clock.paused():
+            with clock.paused(elapsed):
                 if saves:
                     training.save(elapsed)
                 if clock.stop_requested:
                     raise KeyboardInterrupt
+                if lacks_data:
+                    runtime.agree(partial(raise_error, data_error))
                 if validates:
                     score = validate(run, step, clock.total, None if is_done else plan.depth)
         if is_done:
             break
-        loss = train_step(run, optimisers, next(loader), plan, max_sequences)
+        loss = train_step(run, optimisers, batch, plan, max_sequences)
         training.count_step(plan, loss)
         logged_loss = report_step(run, stream, plan_before, plan, loss, 1000 * clock.seconds())
         training.logged_loss = logged_loss or training.logged_loss
@@ -5624,7 +5730,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         seconds=clock.total,
         progress=plan.progress,
         mean_lr_scale=training.lr_scale_sum / max(step, 1),
-        late_graphs=compiled_graphs() - graphs_before,
+        late_graphs=max(runtime.gather(compiled_graphs() - graphs_before)),
     )
     report_end_of_training(run, trained)
     if optimisers.loss_scale.is_used:
@@ -5634,6 +5740,20 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     if training.average.kind:
         trained.averaged = use_average(run, training.average, trained)
     return trained
+
+
+def next_batch(loader: Iterator) -> tuple[tuple[Tensor, Tensor] | None, RunError | None]:
+    """(the next batch, None), or (None, why it cannot be read), which all ranks must hear of."""
+    try:
+        return next(loader), None
+    except RunError as error:
+        return None, error
+
+
+def raise_error(error: RunError | None) -> None:
+    """Raise the error, if there is one."""
+    if error:
+        raise error
 
 
 def compiled_graphs() -> int:
@@ -5862,8 +5982,8 @@ def log_settings(run: Run, machine: Mapping) -> None:
     cfg = run.cfg
     log = run.log
     log.line(f"model_params:{sum(param.numel() for param in run.model.parameters())}")
-    sequences = len(run.runtime.share(cfg.sequences))
-    accumulation_steps = -(-sequences // micro_batch_limit(cfg, run.runtime.device))
+    largest_share = -(-cfg.sequences // run.runtime.world_size)  # of a rank; that of rank 0 may be none
+    accumulation_steps = -(-largest_share // micro_batch_limit(cfg, run.runtime.device))
     log.line(f"world_size:{run.runtime.world_size} grad_accum_steps:{accumulation_steps}")
     log.line(" ".join(f"{name}:{value}" for name, value in machine.items()))
     log.line(f"attention_mode:gqa num_heads:{cfg.num_heads} num_kv_heads:{cfg.num_kv_heads}")
@@ -6074,6 +6194,9 @@ def broken_limits(
     if artifact.total_bytes > SIZE_LIMIT:
         message = f"code and model take {artifact.total_bytes} bytes, the limit is {SIZE_LIMIT}"
         broken.append(Verdict("over_size", OVER_SIZE, message))
+    if round(trained.seconds, 3) > cfg.cap:  # as RESULT has them
+        message = f"training took {trained.seconds:.3f} s, the limit is {cfg.cap:g}: its last step was slower"
+        broken.append(Verdict("over_train_time", OVER_TRAIN_TIME, f"{message} than those before it"))
     seconds = evaluation_seconds(scores)
     partial_scores = ""
     for name, score in scores.items():
@@ -6101,7 +6224,8 @@ def finish(run: Run, trained: Trained, artifact: Artifact, scores: Mapping[str, 
     """Write the `end` event and the RESULT line, the last of stdout; returns the exit code, by all limits."""
     run.runtime.defers_stop = True  # it is over: from here a signal changes nothing
     log = run.log
-    broken = broken_limits(run.cfg, trained, artifact, scores)
+    # Rank 0 judges: each rank has measured its own seconds, and all must end with one exit code.
+    broken = run.runtime.main_decides(partial(broken_limits, run.cfg, trained, artifact, scores))
     verdict = broken[0] if broken else Verdict()
     allocated, reserved = run.runtime.peak_memory_mib()
     log.line(f"peak memory allocated: {allocated} MiB reserved: {reserved} MiB")
@@ -6185,15 +6309,18 @@ def is_from_distributed(error: BaseException) -> bool:
 
 
 @contextmanager
-def recorded(run: Run, run_id: str) -> Iterator[None]:
-    """Write to the logs how the run ended, if the body of the `with` raises before its RESULT."""
+def recorded(run: Run, run_id: str, env: Mapping[str, str]) -> Iterator[None]:
+    """Write to the logs how the run ended, if the body of the `with` raises before its RESULT.
+
+    env: as the run was started with, for the command that goes on.
+    """
     try:
         yield
     except BaseException as error:
         run.runtime.defers_stop = True  # torchrun signals what is left of a run that lost a rank
         explained = explain(error)
-        if explained and explained.code in (PREEMPTED, LOST_RANK) and can_go_on(run):
-            explained = how_to_go_on(run, run_id)
+        if explained:
+            explained = with_way_on(run, run_id, env, explained)
         record_failure(run.log, run_id, error, explained)
         if explained and explained.lone_rank is None:
             explained.lone_rank = explained.code == BAD_INPUT
@@ -6202,16 +6329,48 @@ def recorded(run: Run, run_id: str) -> Iterator[None]:
         run.log.close()
 
 
-def can_go_on(run: Run) -> bool:
-    """Whether a signal stopped the run and a checkpoint is left to go on from."""
-    return bool(run.runtime.stop_signal and run.checkpoints.paths)
+def with_way_on(run: Run, run_id: str, env: Mapping[str, str], explained: RunError) -> RunError:
+    """The error with the checkpoint that is left and the command that goes on from it, where there is a way.
+
+    After a signal the command goes on without a checkpoint too: the run then begins anew in the same logs.
+    """
+    is_stopped = bool(run.runtime.stop_signal) and explained.code in (PREEMPTED, LOST_RANK)
+    is_saved = bool(run.checkpoints.paths) and explained.code in (PREEMPTED, LOST_RANK, BAD_INPUT)
+    if not is_stopped and not is_saved:
+        return explained
+    if is_saved:
+        what = f"stopped by {run.runtime.stop_signal}" if is_stopped else str(explained)
+        code = PREEMPTED if is_stopped else explained.code
+        message = f"{what}; {run.checkpoints.paths[-1]} is saved, to go on:"
+        explained = RunError(message, code, explained.lone_rank)
+    explained.command = command_to_go_on(run.cfg, run_id, env)
+    return explained
 
 
-def how_to_go_on(run: Run, run_id: str) -> RunError:
-    """The error (75) that tells the user the knobs with which a stopped run goes on."""
-    knobs = f"RESUME=auto RUN_ID={run_id} OUT_DIR={run.cfg.out_dir}"
-    checkpoint = run.checkpoints.paths[-1]
-    return RunError(f"stopped by {run.runtime.stop_signal}; {knobs} goes on from {checkpoint}", PREEMPTED)
+def command_to_go_on(cfg: Config, run_id: str, env: Mapping[str, str]) -> str:
+    """The command, for a shell, that goes on with a run: its knobs as they were set, and the same program.
+
+    run_best.sh puts its own command into STARTED_BY and the names that it sets itself into SET_BY_PRESET. How
+    ranks were started elsewhere than under torchrun on one machine is not known: then the knobs alone.
+    """
+    settings = dict(RESUME="auto", RUN_ID=run_id, OUT_DIR=cfg.out_dir)
+    repeated = [knob_field.name.upper() for knob_field in fields(cfg)]
+    repeated += ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"]  # which the bits, or the machine, depend on
+    for name in repeated:
+        if name in env and name not in env.get("SET_BY_PRESET", "").split():
+            settings.setdefault(name, env[name])
+    words = [f"{name}={shlex.quote(value)}" for name, value in settings.items()]
+    if "STARTED_BY" in env:
+        return " ".join([env["STARTED_BY"], *words])
+    script = [sys.executable, sys.argv[0]]
+    if env.get("GROUP_WORLD_SIZE") == "1" and "LOCAL_WORLD_SIZE" in env:
+        launcher = ["-m", "torch.distributed.run", "--standalone"]
+        launcher.append(f"--nproc_per_node={env['LOCAL_WORLD_SIZE']}")
+        launcher.append(f"--max-restarts={env.get('TORCHELASTIC_MAX_RESTARTS', '0')}")
+        script[1:1] = launcher
+    elif env.get("WORLD_SIZE", "1") != "1":
+        return " ".join(["export", *words])
+    return " ".join(["cd", shlex.quote(os.getcwd()), "&&", *words, shlex.join(script)])
 
 
 def record_failure(log: RunLog, run_id: str, error: BaseException, explained: RunError | None) -> None:
@@ -6223,6 +6382,8 @@ def record_failure(log: RunLog, run_id: str, error: BaseException, explained: Ru
         exit_code = 1
         status = "crashed"
     end = dict(status=status, exit_code=exit_code)
+    if explained and explained.command:
+        end["command"] = explained.command
     with suppress(OSError):  # a full disk may be what ended it
         log.event("end", step=None, **end)
         log.line("RESULT " + json.dumps(dict(run_id=run_id, **end, message=str(explained or error))))
@@ -6987,7 +7148,7 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
     header = read_header(cfg.eval_only) if cfg.eval_only else None
     if header:
         cfg = artifact_config(cfg, env, header)
-    is_restart = env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
+    is_restart = env.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
     if is_restart and cfg.resume == "0":
         cfg = replace(cfg, resume="auto")
     if not header:
@@ -6997,17 +7158,17 @@ def execute(cfg: Config, env: Mapping[str, str]) -> int:
         inputs = runtime.agree(partial(load_inputs, cfg, runtime.rank, trains))
         before = None
         if trains:
-            before = runtime.main_decides(partial(find_checkpoint, cfg, inputs.identity))
+            before = runtime.main_decides(partial(find_checkpoint, cfg, inputs.identity, is_restart))
         if before:
             runtime.dtype = DTYPES[before["dtype"]]
         check_shapes(cfg, header)
         model = make_model(cfg, runtime)
         if trains:
             runtime.on_main(partial(foretell_warm_up, cfg, model, runtime))
-        run_id = pick_run_id(cfg, before)
+        run_id = runtime.main_decides(partial(pick_run_id, cfg, before))
         locks = runtime.on_main(partial(claim_outputs, cfg, run_id))
         run = open_run(cfg, runtime, model, inputs, before, run_id)
-        with recorded(run, run_id):
+        with recorded(run, run_id, env):
             log_header(run, run_id, inputs.training)
             exit_code = complete(run, inputs.training, header, run_id)
         run.checkpoints.clear()
@@ -7039,7 +7200,7 @@ def artifact_config(cfg: Config, env: Mapping[str, str], header: Mapping) -> Con
     # Its dtype and whether it was compiled hold too, unless set: either moves the score's fourth digit.
     compiled = cfg.compile if header.get("compile") or "COMPILE" in env else "0"
     dtype = cfg.dtype if "DTYPE" in env else header["dtype"]
-    return replace(cfg, **trained, compile=compiled, dtype=dtype, train_batch_tokens=trained["train_seq_len"])
+    return replace(cfg, **trained, compile=compiled, dtype=dtype)
 
 
 def is_own_header(header: Mapping, defaults: Mapping[str, object]) -> bool:
@@ -7195,21 +7356,37 @@ def main() -> None:
     """Run the command line; an error that a user can meet is one line on stderr and an exit code."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # what an ASCII console lacks is no error
+    is_rank = "LOCAL_RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
     try:
         import_compiler(os.environ)
         code = run_command(sys.argv[1:], os.environ)
     except (Exception, KeyboardInterrupt) as error:
         explained = explain(error)
-        if explained is None:
+        if explained is None and not is_rank:
             raise
-        if explained.lone_rank or os.environ.get("RANK", "0") == "0":
-            print("error:", " ".join(str(explained).splitlines()), file=sys.stderr)
-        code = explained.code
-    if "LOCAL_RANK" in os.environ:
-        # At a plain exit a thread of gloo's can abort (pytorch PR #179291).
-        sys.stdout.flush()
+        if explained is None:
+            sys.excepthook(type(error), error, error.__traceback__)
+        elif explained.lone_rank or os.environ.get("RANK", "0") == "0":
+            print_error(explained)
+        code = explained.code if explained else 1
+    if is_rank:
+        # At a plain exit a thread of gloo's can abort (pytorch PR #179291), or wait for a rank that is gone.
+        with suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def print_error(error: RunError) -> None:
+    """Say on stderr, in one line, what ended the run; the command that goes on, if any, is the last line."""
+    lines = ["error: " + " ".join(str(error).splitlines())]
+    if error.command:
+        lines.append(error.command)
+    try:
+        print("\n".join(lines), file=sys.stderr, flush=True)
+    except OSError:  # the terminal is gone, as after SIGHUP
+        mute(sys.stderr)
 
 
 if __name__ == "__main__":

@@ -175,6 +175,10 @@ def check_end(path: Path, events: list[dict]) -> None:
     require(ended, f"{run} is not finished ({path} has no end event); wait, or go on with RESUME=auto")
     how = f"{run} ended as {end.get('status')} (exit code {end.get('exit_code')}, {path})"
     require(end.get("status") == "ok", f"{how}; a record needs a run that ended ok")
+    seconds = end.get("train_seconds", 0.0)
+    cap = last(events, "config").get("config", {}).get("max_wallclock_seconds") or seconds
+    over = f"{run} trained {seconds} s, its cap was {cap} ({path}): its last step overran"
+    require(seconds <= cap, f"{over}; run it again on a machine that does nothing else")
     require(last(events, "artifact"), f"{run} trained nothing (EVAL_ONLY, {path}); name the run that trained")
     short = f"{run} stopped at progress {end.get('progress', 0):.3f} of its schedule ({path})"
     require(not end.get("truncated"), f"{short}; shorten its steps or its warm-up and run it again")

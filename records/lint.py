@@ -824,7 +824,24 @@ def check_folder(path: Path, bar: float = 0.0) -> list[Finding]:
     if timed:
         check_clocks(folder, record, logs)
     check_gain(folder, record, chosen, bar, timed)
+    check_own_clock(folder, every)
     return sorted(folder.findings, key=lambda finding: ORDER.index(finding.severity))
+
+
+def check_own_clock(folder: Folder, logs: list[Log]) -> None:
+    """A log whose RESULT says more seconds of training than the run's own cap, as train_gpt.py logs both.
+
+    Another's log has a last step that may cross the limit; ours says so itself (exit code 4).
+    """
+    for log in logs:
+        result = log.result if isinstance(log.result, dict) else {}
+        seconds, overrides = number(result.get("train_seconds")), result.get("overrides")
+        if seconds is None or not isinstance(overrides, dict):
+            continue
+        cap = number(overrides.get("MAX_WALLCLOCK_SECONDS", Decimal(int(CLOCK))))
+        if cap and seconds > cap:
+            text = f"{log.name}: {seconds} s of training, over the run's own {cap} (MAX_WALLCLOCK_SECONDS)"
+            folder.add("error", "own_clock", text)
 
 
 def main() -> int:

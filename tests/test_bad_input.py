@@ -11,6 +11,7 @@ import pickle
 import random
 import re
 import shutil
+import socket
 import struct
 import zipfile
 import zlib
@@ -106,9 +107,13 @@ def start(made: Made, here: Path, patch="", env=(), ranks=1, **knobs) -> list[in
 
 
 def error_line(here: Path, rank: int = 0) -> str:
+    """The one line; where a checkpoint is left, the command that goes on from it follows."""
     text = (here / f"{rank}.err").read_text(errors="replace")
-    assert text.startswith("error: ") and text.count("\n") == 1 and text.endswith("\n"), text
-    return text
+    line, *more = text.splitlines(keepends=True)
+    assert line.startswith("error: ") and line.endswith("\n"), text
+    assert [command for command in more if not re.search(r" RESUME=auto RUN_ID=.*\n$", command)] == [], text
+    assert bool(more) == line.endswith(" is saved, to go on:\n"), text
+    return line
 
 
 def refused(made: Made, here: Path, case: Case, writes: str = "") -> str:
@@ -251,6 +256,59 @@ def here(dataset, tmp_path):
 @pytest.mark.parametrize("name", SHARDS)
 def test_shards(made, here, name):
     refused(made, here, SHARDS[name])
+
+
+LATE = dict(iterations=8, run_id="r", train_log_every=1, warmdown_iters=3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_foreign_token_far_inside(made, here, tmp_path_factory, ranks):
+    """The state before it is saved and the place is named; mended, the run ends as one that met none."""
+    place = 2_000  # in the windows of step 4 of 512 tokens each
+    whole = (here / TRAIN).read_bytes()
+    spoilt = bytearray(whole)
+    begin = train_gpt.SHARD_HEADER_BYTES + 2 * place
+    spoilt[begin : begin + 2] = (999).to_bytes(2, "little")
+    (here / TRAIN).write_bytes(spoilt)
+    assert start(made, here, ranks=ranks, **LATE) == [2] * ranks
+    line = error_line(here)
+    assert f"toy_train_000000.bin holds token 999 at position {place}, beyond VOCAB_SIZE=320" in line
+    assert "checkpoints/r-00000003.pt is saved, to go on:" in line and len(files(here / "checkpoints")) == 1
+    end = json.loads((here / "logs/r.jsonl").read_text().splitlines()[-1])
+    assert (end["event"], end["status"], end["exit_code"]) == ("end", "error", 2)
+    (here / TRAIN).write_bytes(whole)
+    assert start(made, here, ranks=ranks, resume="auto", **LATE) == [0] * ranks
+    other = tmp_path_factory.mktemp("unspoilt")
+    assert start(made, other, ranks=ranks, **LATE) == [0] * ranks
+    model = "final_model.int8.ptz"
+    assert (here / model).read_bytes() == (other / model).read_bytes()
+
+
+def test_a_shard_that_is_cut_short_while_it_is_read(made, here):
+    """A map of it would end the process by SIGBUS, with nothing in the log."""
+    cuts = """
+inside = train_gpt.train_step
+def cutting(run, optimisers, batch, plan, limit):
+    if run.runtime.defers_stop and plan.step == 3:
+        import os
+        os.truncate("data/toy_train_000000.bin", 1024 + 2 * 600)
+    return inside(run, optimisers, batch, plan, limit)
+train_gpt.train_step = cutting
+"""
+    assert start(made, here, cuts, **LATE) == [2]
+    line = error_line(here)
+    assert "toy_train_000000.bin was cut short while it was read: 600 tokens are left" in line
+    assert "fetch it again" in line and "checkpoints/r-0000000" in line
+    end = json.loads((here / "logs/r.jsonl").read_text().splitlines()[-1])
+    assert (end["event"], end["status"], end["exit_code"]) == ("end", "error", 2)
+
+
+def test_a_foreign_token_behind_the_last_step_is_not_met(made, here):
+    """The batch after the last is read ahead; the run does not need it."""
+    shards = [train_gpt.open_shard(here / name).copy() for name in (TRAIN, "data/toy_train_000001.bin")]
+    shards[0][8 * 512 + 1 :] = 999
+    write_shard(here / TRAIN, shards[0])
+    assert start(made, here, **LATE) == [0]
 
 
 def test_a_foreign_token_in_training(made, here):
@@ -827,12 +885,27 @@ RANKS = {
     "world_none": dict(WORLD_SIZE="0"),
     "no_master": dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0"),
     "port_text": TWO | dict(MASTER_PORT="x"),
+    "port_beyond": TWO | dict(MASTER_PORT="65536"),
+    "half": dict(WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="29577"),
+    "half_with_local_rank": dict(
+        WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="29577"
+    ),
+    "local_rank_alone": dict(LOCAL_RANK="1"),
 }
 
 
 @pytest.mark.parametrize("name", RANKS)
 def test_ranks(made, tmp_path, name):
     refused(made, tmp_path, Case("LOCAL_RANK, RANK, WORLD_SIZE=|torchrun", env=RANKS[name]))
+
+
+def test_a_port_that_is_taken(made, tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        env = TWO | dict(RANK="0", LOCAL_RANK="0", MASTER_PORT=port)
+        refused(made, tmp_path, Case(f"MASTER_PORT={port} is taken|set another|--standalone", env=env))
 
 
 def test_a_rank_without_its_gpu(made, tmp_path):

@@ -224,6 +224,7 @@ def test_exit_codes_are_the_programs(text):
     codes = {
         train_gpt.OVER_SIZE: "16,000,000",
         train_gpt.OVER_EVAL_TIME: "evaluation",
+        train_gpt.OVER_TRAIN_TIME: "training",
         train_gpt.DIVERGED: "diverged",
     }
     for code, word in codes.items():

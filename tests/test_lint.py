@@ -94,6 +94,16 @@ def test_a_good_folder_has_only_its_spread(folder):
     assert codes(folder) == [("info", "spread")]
 
 
+@pytest.mark.parametrize("clock, seconds", [(240.0, 240.0), (0.0, 9999.0), (9999.0, 700.0)])
+def test_a_run_within_its_own_clock_passes(folder, clock, seconds):
+    """Without a clock, MAX_WALLCLOCK_SECONDS=0, any time is."""
+    (path, *_) = sorted(folder.glob("*.log"))
+    told = dict(status="ok", train_seconds=seconds, overrides=dict(MAX_WALLCLOCK_SECONDS=clock))
+    with path.open("a") as file:
+        file.write(f"RESULT {json.dumps(told)}\n")
+    assert not [code for _, code in codes(folder) if code == "own_clock"]
+
+
 def test_a_folder_with_one_log_is_judged_by_its_last_exact_line(folder):
     for seed in (2, 3):
         (folder / f"train_seed{seed}.log").unlink()
@@ -369,6 +379,19 @@ def evaluations_of_eleven_minutes_in_all(folder):
 def a_run_that_failed(folder):
     with each_log(folder)[0].open("a") as file:
         file.write('RESULT {"status": "over_eval_time", "exit_code": 4}\n')
+
+
+@defect("error own_clock")
+def a_run_that_passed_its_own_clock_and_calls_itself_ok(folder):
+    with each_log(folder)[0].open("a") as file:
+        overrides = '{"MAX_WALLCLOCK_SECONDS": 240.0}'
+        file.write(f'RESULT {{"status": "ok", "train_seconds": 245.003, "overrides": {overrides}}}\n')
+
+
+@defect("error own_clock")
+def a_run_that_passed_the_default_clock_and_calls_itself_ok(folder):
+    with each_log(folder)[0].open("a") as file:
+        file.write('RESULT {"status": "ok", "train_seconds": 600.4, "overrides": {}}\n')
 
 
 @defect("error seed_name", "error seed_without_log", "warn few_seeds", "warn seed_twice")

@@ -155,6 +155,78 @@ def test_an_error_before_training_is_every_ranks_and_said_once(new):
     assert folder.error(0) == "error: no tokenizer here\n" and folder.text("1.err") == ""
 
 
+# --- what all ranks must agree on ---
+
+DRAWS = """
+opens = train_gpt.open_run
+def opened(cfg, runtime, model, inputs, before, run_id):
+    with open(f"{rank}.opened", "w") as file:
+        file.write(run_id)
+    return opens(cfg, runtime, model, inputs, before, run_id)
+train_gpt.open_run = opened
+"""
+
+
+def test_the_run_has_one_name_on_all_ranks(new):
+    folder = new(FEW | dict(run_id=""), 2)
+    assert folder.start(DRAWS) == [0, 0]
+    (log,) = folder.path.glob("logs/*.jsonl")
+    assert folder.text("0.opened") == folder.text("1.opened") == log.stem
+
+
+SLOW_RANK = """
+if rank == 1:
+    inside = train_gpt.evaluation_seconds
+    train_gpt.evaluation_seconds = lambda scores: inside(scores) + 1000
+"""
+LATE_GRAPH = """
+if rank == 1:
+    counts = iter([0, 3])
+    train_gpt.compiled_graphs = lambda: next(counts)
+"""
+
+
+def test_ranks_end_with_one_exit_code_whatever_their_clocks_say(new):
+    folder = new(FEW | dict(max_eval_seconds=500), 2)
+    assert folder.start(SLOW_RANK) == [0, 0]
+
+
+def test_a_graph_that_one_rank_compiled_late_is_told_by_all(new):
+    folder = new(FEW, 2)
+    assert folder.start(LATE_GRAPH) == [train_gpt.RECOMPILED] * 2, folder.text("0.err")
+    assert folder.result()["status"] == "recompiled"
+
+
+def test_an_idle_rank_0_tells_what_the_others_do(new):
+    """One sequence a step for two ranks: rank 0 has none of it."""
+    folder = new(FEW | dict(train_batch_tokens=32), 2)
+    assert folder.start() == [0, 0]
+    log = folder.text("logs/r.txt")
+    assert "\nworld_size:2 grad_accum_steps:1\n" in log and " micro_batch_tokens:32 " in log
+
+
+def test_the_busiest_rank_counts_its_micro_batches(new):
+    """Nine sequences: four for rank 0, five for rank 1, in passes of two."""
+    folder = new(FEW | dict(train_batch_tokens=288, micro_batch_tokens=64), 2)
+    assert folder.start() == [0, 0]
+    assert "\nworld_size:2 grad_accum_steps:3\n" in folder.text("logs/r.txt")
+
+
+HANGS = """
+def hangs(*given):
+    import time
+    time.sleep(60)
+train_gpt.dist.destroy_process_group = hangs
+"""
+
+
+def test_after_an_error_no_rank_waits_for_the_others_to_leave(new):
+    folder = new({}, 2)
+    began = time.monotonic()
+    assert folder.start(HANGS + in_step(3, SIGKILL, only=1)) == [LOST, -SIGKILL]
+    assert time.monotonic() - began < 30
+
+
 # --- torchrun itself ---
 
 # The script with a patch in its first start. In a restart rank 0 is late: rank 1 could meet its old address.
@@ -230,7 +302,7 @@ def test_a_signal_to_torchrun_stops_all_ranks_and_the_run_goes_on(new):
     assert agent.wait(100) != 0
     (end,), (name,) = folder.events("end"), folder.checkpoints()
     assert end["status"] == "preempted" and end["exit_code"] == STOPPED
-    assert folder.text("torchrun").count("error: stopped by SIGTERM; RESUME=auto RUN_ID=r") == 1
+    assert folder.text("torchrun").count("error: stopped by SIGTERM; checkpoints/r-0") == 1
     steps = folder.steps()
     assert int(name[2:10]) == steps[-1]
     assert folder.resume(in_step(steps[-1] + 2, SIGTERM)) == [STOPPED] * 2

@@ -289,6 +289,11 @@ def edit(own, seed, event=None, change=None, result=None, text=None):
 SPOILED = {
     "unfinished": (dict(event="end", change=lambda e: False), "not finished"),
     "over_size": (dict(event="end", change=lambda e: e.update(status="over_size")), "ended as over_size"),
+    "over_time": (dict(event="end", change=lambda e: e.update(status="over_train_time")), "over_train_time"),
+    "overrun": (
+        dict(event="config", change=lambda e: e["config"].update(max_wallclock_seconds=1e-3)),
+        "s, its cap was 0.001",
+    ),
     "crashed": (dict(event="end", change=lambda e: e.update(status="crashed")), "ended as crashed"),
     "truncated": (dict(event="end", change=lambda e: e.update(truncated=True)), "of its schedule"),
     "partial": (dict(event="score", change=lambda e: e.update(left=7)), "7 tokens have no roundtrip score"),

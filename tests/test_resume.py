@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import train_gpt
+from tests.conftest import ROOT
 from tests.support.forkserver import left_behind
 from tests.support.stops import COUNTS, STEPS, Folder, dies, in_step
 from train_gpt import Config, Run, RunLog, Runtime
@@ -97,7 +99,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(new, whole, place):
     expected, folder = whole(knobs), new(knobs)
     killed = f", {int(SIGKILL)}, " in patch
     assert folder.start(patch, **more) == [-SIGKILL if killed else STOPPED], folder.text("0.err")
-    assert killed or "goes on from checkpoints/r-0000000" in folder.error()
+    assert killed or re.search(r"checkpoints/r-0000000\d\.pt is saved, to go on:$", folder.error())
     assert len(folder.events("score")) == SCORED.get(place, len(folder.events("score")))
     assert folder.resume(**more) == [0] and folder.text("0.err") == ""
     same(folder.left(), expected)
@@ -125,7 +127,10 @@ def test_a_stopped_run_of_two_ranks_goes_on_as_if_it_had_not_been(new, whole, pl
     expected, folder = whole(MANY, 2), new(MANY, 2)
     assert folder.start(patch, **more) == codes, folder.text("0.err") + folder.text("1.err")
     errors = [folder.text(f"{rank}.err") for rank, code in enumerate(codes) if code > 0]
-    assert all(text.count("\n") <= 1 and text.startswith("error: " * bool(text)) for text in errors), errors
+    lines = [[line for line in text.splitlines() if " RESUME=auto RUN_ID=" not in line] for text in errors]
+    assert all(
+        len(told) <= 1 and told == [line for line in told if line.startswith("error: ")] for told in lines
+    )
     assert folder.resume(**more) == [0, 0]
     same(folder.left(), expected)
 
@@ -365,6 +370,118 @@ def test_the_place_may_change(copy, whole, short_dataset, tmp_path):
 
 # --- signals ---
 
+IGNORED = "import signal\nsignal.signal(signal.SIG{name}, signal.SIG_IGN)\n"
+
+
+@pytest.mark.parametrize("name", ["HUP", "USR1", "USR2", "XCPU"])
+def test_other_signals_stop_a_run_as_sigterm_does(new, whole, name):
+    """A terminal that closes, Slurm's warnings, a limit of processor time; unless ignored, as under nohup."""
+    number = getattr(signal, f"SIG{name}")
+    folder = new({})
+    assert folder.start(in_step(3, number)) == [STOPPED], folder.text("0.err")
+    assert folder.error() == f"error: stopped by SIG{name}; checkpoints/r-00000004.pt is saved, to go on:\n"
+    assert folder.events("end")[0]["status"] == "preempted"
+    assert folder.resume(IGNORED.format(name=name) + in_step(5, number)) == [0]
+    same(folder.left(), whole({}))
+
+
+def test_one_of_two_ranks_that_is_warned_stops_both(new, whole):
+    folder = new({}, 2)
+    assert folder.start(in_step(3, signal.SIGUSR1, only=1)) == [STOPPED, STOPPED]
+    assert folder.resume() == [0, 0]
+    same(folder.left(), whole({}, 2))
+
+
+def test_a_terminal_that_closes_takes_nothing_with_it(new):
+    """It sends SIGHUP, and whatever is written to it from then on fails."""
+    gone = "import os\nmaster, slave = os.openpty()\nos.dup2(slave, 1)\nos.dup2(slave, 2)\nos.close(slave)\n"
+    closes = """
+inside = train_gpt.train_step
+def closing(run, optimisers, batch, plan, limit):
+    if run.runtime.defers_stop and plan.step == 3:
+        os.close(master)
+        die(1)
+    return inside(run, optimisers, batch, plan, limit)
+train_gpt.train_step = closing
+"""
+    folder = new({})
+    assert folder.start(gone + closes) == [STOPPED]
+    assert folder.events("end")[0]["status"] == "preempted" and folder.checkpoints() == ["r-00000004.pt"]
+
+
+def pasted(command: str) -> list[str]:
+    """Exit code and output of a command that a user pastes into a new terminal."""
+    env = dict(PATH="/usr/bin:/bin", HOME="/nonexistent", PYTHONPATH=str(ROOT))
+    run = subprocess.run(
+        ["bash", "-c", command], cwd="/", env=env, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout.splitlines()
+
+
+def test_the_last_line_goes_on_when_it_is_pasted(new, whole, short_dataset, tmp_path):
+    """From another folder, in an empty environment; there are spaces and quotes in its paths."""
+    data = shutil.copytree(short_dataset, tmp_path / "the user's data")
+    folder = new(dict(out_dir="an out's", num_layers=1, matrix_lr=0.03))
+    (folder.path / "train_gpt.py").symlink_to(ROOT / "train_gpt.py")
+    assert folder.start(in_step(3, SIGTERM), data=data) == [STOPPED]
+    lines = pasted(folder.command())
+    assert lines[0].startswith("resumed: step:4 from an out's/checkpoints/r-00000004.pt")
+    result = json.loads(lines[-1].removeprefix("RESULT "))
+    other = new(dict(num_layers=1, matrix_lr=0.03))
+    assert other.start() == [0]
+    assert result["status"] == "ok" and result["val_bpb"] == other.result()["val_bpb"]
+
+
+GOES_ON = "RESUME=auto RUN_ID=r OUT_DIR=. SEED=7"
+LAUNCHED = [
+    ({}, f"cd '/a b' && {GOES_ON} /py x.py"),
+    (dict(RESUME="0", RUN_ID="old", OUT_DIR="o"), f"cd '/a b' && {GOES_ON} /py x.py"),
+    (dict(OMP_NUM_THREADS="2", SHELL="x"), f"cd '/a b' && {GOES_ON} OMP_NUM_THREADS=2 /py x.py"),
+    (
+        dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_WORLD_SIZE="1", TORCHELASTIC_MAX_RESTARTS="3"),
+        f"cd '/a b' && {GOES_ON} /py -m torch.distributed.run --standalone --nproc_per_node=2 "
+        "--max-restarts=3 x.py",
+    ),
+    (dict(WORLD_SIZE="2", LOCAL_WORLD_SIZE="1", GROUP_WORLD_SIZE="2"), f"export {GOES_ON}"),
+    (dict(WORLD_SIZE="2"), f"export {GOES_ON}"),
+    (
+        dict(STARTED_BY="bash '/a b/run_best.sh' best", SET_BY_PRESET=" MATRIX_LR X", MATRIX_LR="1"),
+        f"bash '/a b/run_best.sh' best {GOES_ON}",
+    ),
+]
+
+
+@pytest.mark.parametrize("env, command", LAUNCHED)
+def test_the_command_is_that_which_began_the_run(monkeypatch, env, command):
+    monkeypatch.setattr("os.getcwd", lambda: "/a b")
+    monkeypatch.setattr("sys.argv", ["x.py"])
+    monkeypatch.setattr("sys.executable", "/py")
+    assert train_gpt.command_to_go_on(Config(seed=7), "r", dict(SEED="7", **env)) == command
+
+
+@pytest.mark.parametrize("word", ["1", "true", "yes"])
+def test_a_word_for_resume_that_is_no_path_is_told_what_is_meant(new, word):
+    folder = new({})
+    assert folder.start(resume=word) == [2]
+    assert f"RESUME={word}: no checkpoint at {word}; RESUME=auto goes on from the newest" in folder.error()
+
+
+def test_a_restart_goes_on_from_its_newest_checkpoint_not_from_the_named_one(copy, whole):
+    """torchrun --max-restarts starts the same command again, RESUME=path with it."""
+    named = "checkpoints/r-00000005.pt"
+    assert copy.start(in_step(6, SIGKILL), resume=named) == [-SIGKILL]
+    again = "import os\nos.environ['TORCHELASTIC_RESTART_COUNT'] = '1'\n"
+    assert copy.start(again, resume=named) == [0]
+    assert copy.result()["resumed"] == [5, 6]
+    same(copy.left(), whole({}))
+
+
+def test_a_restart_before_the_first_new_checkpoint_goes_back_to_the_named_one(copy):
+    again = "import os\nos.environ['TORCHELASTIC_RESTART_COUNT'] = '1'\n"
+    assert copy.start(again, resume="checkpoints/r-00000005.pt") == [0]
+    assert copy.result()["resumed"] == [5]  # not from 6, which was written before it was named
+
 
 def test_a_second_signal_does_not_break_the_save(new, whole):
     folder = new({})
@@ -376,11 +493,10 @@ def test_a_second_signal_does_not_break_the_save(new, whole):
 
 
 def test_the_line_says_how_to_go_on(stopped):
-    line = (
-        "error: stopped by SIGTERM; RESUME=auto RUN_ID=r OUT_DIR=. goes on from checkpoints/r-00000006.pt\n"
-    )
+    line = "error: stopped by SIGTERM; checkpoints/r-00000006.pt is saved, to go on:\n"
     assert stopped.error() == line
     (end,), result = stopped.events("end"), stopped.result()
+    assert end["command"] == result["command"] == stopped.command()
     assert (end["status"], end["exit_code"]) == (result["status"], result["exit_code"]) == ("preempted", 75)
 
 
@@ -388,6 +504,7 @@ def test_a_stop_in_the_warm_up_has_nothing_to_save(new, whole):
     folder = new({})
     assert folder.start(dies("train_step", SIGTERM)) == [STOPPED]
     assert folder.error() == "error: stopped by a signal before there was anything to save\n"
+    assert "RESUME=auto RUN_ID=r OUT_DIR=. " in folder.command()
     assert folder.checkpoints() == []
     assert folder.resume() == [0]
     same(folder.left(), whole({}))
@@ -480,7 +597,7 @@ def test_the_micro_batch_is_halved_until_it_fits(tiny, fits, expected):
 
 def test_exit_codes_are_those_of_the_head():
     text = re.search(r"Exit codes: (.*?)\n\n", train_gpt.__doc__, re.S)[1]
-    assert f"{STOPPED} stopped by SIGTERM or SIGINT" in text and f"{LOST} another rank was lost" in text
+    assert f"{STOPPED} stopped by a signal (SIGTERM," in text and f"{LOST} another rank was lost" in text
     assert Config().resume == "0" and signal.Signals(SIGTERM).name in text
 
 
@@ -570,7 +687,7 @@ def test_a_signal_to_what_is_left_of_a_run_that_lost_a_rank(new, whole):
     folder = new(MANY, 2)
     patch = dies("evaluate", SIGKILL, call=4, only=1) + dies("explain", SIGTERM, only=0)
     assert folder.start(patch) == [STOPPED, -SIGKILL]
-    assert "stopped by SIGTERM; RESUME=auto" in folder.error() and "r-00000008.pt" in folder.error()
+    assert folder.error().startswith("error: stopped by SIGTERM; checkpoints/r-00000008.pt is saved")
     assert folder.result()["status"] == folder.events("end")[0]["status"] == "preempted"
     assert folder.resume() == [0, 0]
     same(folder.left(), whole(MANY, 2))

@@ -287,6 +287,9 @@ def test_an_artifact_says_all_that_scoring_needs(run_main, tmp_path, knobs):
     (first,), (second,) = (events_of(tmp_path / name, "score") for name in ("made", "again"))
     assert (second["val_loss"], second["val_bpb"]) == (first["val_loss"], first["val_bpb"])
     assert second["name"] == first["name"] and result_of(out)["status"] == "ok"
+    asked = {name.upper() for name in again}
+    shape = result_of(out)["overrides"].keys() - asked
+    assert "TRAIN_BATCH_TOKENS" not in shape  # nobody set it, and it is no part of an artifact
 
 
 def test_a_knob_that_contradicts_the_artifact_is_refused(finished, run_main):
@@ -354,14 +357,20 @@ def test_the_clock_ends_a_run(run_main, steady, tmp_path):
     code, out, _ = run_main(iterations=1_000_000, max_wallclock_seconds=4.0)
     result = result_of(out)
     assert code == 0 and 0.98 <= result["progress"] <= 1 and not result["truncated"]
-    assert 3.8 < result["train_seconds"] <= 4.03 and result["steps"] > 20  # the end itself is a look
+    assert 3.8 < result["train_seconds"] <= 4.0 and result["steps"] > 20
     assert re.search(r"^stopping_early: wallclock_cap train_time:\d+ms step:\d+/1000000$", out, re.M)
     assert events_of(tmp_path, "val")[-1]["step"] == result["steps"]
 
 
-def test_one_step_always_runs(run_main):
-    result = result_of(run_main(iterations=9, max_wallclock_seconds=1e-6)[1])
-    assert result["steps"] == 1
+def test_one_step_always_runs(run_main, tmp_path):
+    """It is over the clock, and all that tells of the run says so."""
+    code, out, err = run_main(iterations=9, max_wallclock_seconds=1e-6, run_id="r")
+    result = result_of(out)
+    assert result["steps"] == 1 and result["train_seconds"] > 0
+    assert code == result["exit_code"] == train_gpt.OVER_TRAIN_TIME == 4
+    assert result["status"] == events_of(tmp_path, "end")[0]["status"] == "over_train_time"
+    assert re.match(r"error: training took \d+\.\d{3} s, the limit is 1e-06", error_line(err))
+    assert result["val_bpb"] > 0  # the model and its score are there all the same
 
 
 COMMANDS = {

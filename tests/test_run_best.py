@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -460,7 +461,55 @@ def test_a_run_that_left_no_log_keeps_its_exit_code(project: Project):
     write(project.root / "train_gpt.py", "SIZE_LIMIT = 16_000_000\nimport sys; sys.exit(5)")
     for gpus, code in (("1", 5), ("2", 1)):
         run = project.run("baseline", STUB_GPUS=gpus, RUN_ID="gone")
-        assert run.code == code and "cannot read runs/gone/logs/gone.jsonl" in run.err
+        assert run.code == code and run.err == "" and "no summary" not in run.out + run.err
+        assert "\nstatus" not in run.out  # and no table
+
+
+@pytest.mark.parametrize("gpus", ["1", "2"])
+def test_a_refusal_over_the_log_of_an_earlier_run_shows_none_of_it(project: Project, gpus):
+    """Nor does it end with that run's exit code."""
+    assert project.run("baseline", RUN_ID="twice").code == 0
+    write(project.root / "train_gpt.py", "import sys; sys.exit(2)")
+    again = project.run("baseline", RUN_ID="twice", STUB_GPUS=gpus)
+    assert again.code == (2 if gpus == "1" else 1) and "status" not in again.out
+
+
+def test_a_run_that_was_refused_after_its_log_began_has_no_table_of_dashes(tmp_path: Path, capsys):
+    log = tmp_path / "x.jsonl"
+    table(log, [EVENTS[0], EVENTS[1], {"event": "end", "status": "error", "step": None, "exit_code": 2}])
+    assert summary.main([str(log)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["status", "machine", "logs"]
+
+
+def test_the_summary_of_a_stopped_run_ends_with_the_command_that_goes_on(tmp_path: Path, capsys):
+    log, command = tmp_path / "x.jsonl", "bash '/a b/run_best.sh' best RESUME=auto"
+    end = {"event": "end", "status": "preempted", "exit_code": 75, "command": command}
+    table(log, [*EVENTS[:4], end])
+    assert summary.main([str(log)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == command
+
+
+def test_runs_started_in_one_second_have_names_of_their_own(project: Project):
+    """As `for s in 1 2 3; do bash run_best.sh baseline SEED=$s & done` starts them."""
+    command = ["bash", str(project.root / "run_best.sh"), "baseline"]
+    loop = [
+        subprocess.Popen(command, env=project.environment(SEED=seed), stdout=subprocess.PIPE, text=True)
+        for seed in "1234"
+    ]
+    outputs = [process.communicate(timeout=30)[0] for process in loop]
+    assert [process.returncode for process in loop] == [0] * 4
+    names = {re.search(r"^run_best.sh: run (\S+) on", out, re.M)[1] for out in outputs}
+    assert len(names) == 4 and len(list((project.root / "runs").iterdir())) == 4
+
+
+def test_training_is_told_how_it_was_started(project: Project):
+    run = project.run("baseline", "SEED=3", STUB_GPUS="0", MATRIX_LR="0.02", PACKED="0")
+    assert shlex.split(run.env["STARTED_BY"]) == ["bash", str(project.root / "run_best.sh"), "baseline"]
+    preset = run.env["SET_BY_PRESET"].split()
+    overlay = {word.partition("=")[0] for word in assignments("cpu")} - {"MATRIX_LR"}
+    assert overlay and overlay <= set(preset)
+    assert not {"SEED", "MATRIX_LR", "DATA_PATH", "RUN_ID"} & set(preset)
 
 
 def test_resume_without_a_name_is_the_presets_newest_unfinished_run(project: Project):
@@ -472,7 +521,7 @@ def test_resume_without_a_name_is_the_presets_newest_unfinished_run(project: Pro
     assert project.run("RESUME=auto").knobs("RUN_ID OUT_DIR") == "RUN_ID=best-2 OUT_DIR=runs/best-2"
     assert project.run("RESUME=auto", "RUN_ID=mine").knobs("OUT_DIR") == "OUT_DIR=runs/mine"
     fresh = project.run("baseline", "RESUME=auto")
-    assert re.fullmatch(r"RUN_ID=baseline-\d+-\d+", fresh.knobs("RUN_ID"))
+    assert re.fullmatch(r"RUN_ID=baseline-\d{8}-\d{6}-[0-9a-f]{6}", fresh.knobs("RUN_ID"))
 
 
 def test_the_newest_unfinished_run_is_known_after_a_copy_and_beside_litter(project: Project):
@@ -535,10 +584,12 @@ def test_a_clone_with_autocrlf_has_the_same_bytes(tmp_path: Path):
         assert (tmp_path / "b" / name).read_bytes() == (ROOT / name).read_bytes(), name
 
 
-def test_sigterm_is_handed_to_training_which_saves(project: Project):
+def waiting(project: Project) -> subprocess.Popen:
+    """A run whose training has started and waits."""
     process = subprocess.Popen(
         ["bash", str(project.root / "run_best.sh"), "baseline"],
         env=project.environment(STUB_WAIT="1"),
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -546,9 +597,24 @@ def test_sigterm_is_handed_to_training_which_saves(project: Project):
     deadline = time.monotonic() + 15
     while not (project.root / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
+    return process
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1", "USR2", "XCPU"])
+def test_a_signal_is_handed_to_training_which_saves(project: Project, name):
+    """To the wrapper alone, as a scheduler sends it. Training gets SIGTERM, which torchrun hands on too."""
+    process = waiting(project)
+    process.send_signal(getattr(signal, f"SIG{name}"))
     out, _ = process.communicate(timeout=15)
     assert process.returncode == 75 and "SAVED" in out
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="no setpriv here, which ties training to its wrapper")
+def test_training_does_not_outlive_a_wrapper_that_is_killed(project: Project):
+    process = waiting(project)
+    process.kill()
+    out, _ = process.communicate(timeout=15)  # it would wait for 20 s
+    assert process.returncode == -signal.SIGKILL and "SAVED" in out
 
 
 # ---------------------------------------------------------------- Python and .venv
@@ -706,7 +772,7 @@ def test_summary_of_a_whole_run(tmp_path: Path):
         "quantisation cost": "+0.0035",
         "bpb, sliding": "1.8700",
         "size": "4,000,000 of 16,000,000 bytes (25.0%; code 60,000 + model 3,940,000)",
-        "training": "270.5 of 270.0 s",
+        "training": "270.5 of 270.0 s  OVER THE LIMIT",
         "evaluation": "120.5 of 600.0 s",
         "steps": "1,234",
         "tokens trained": "10,108,928",  # of step 1,234, after the last one logged
@@ -723,6 +789,9 @@ def test_summary_shouts_when_a_limit_is_broken(tmp_path: Path):
     assert "OVER THE LIMIT" in rows["size"] and "OVER THE LIMIT" in rows["evaluation"]
     rows = table(tmp_path / "x.jsonl", changed(total_bytes=16_000_000, seconds=300.0))
     assert "OVER" not in rows["size"] and "OVER" not in rows["evaluation"]
+    assert rows["training"] == "270.5 of 270.0 s  OVER THE LIMIT"
+    rows = table(tmp_path / "x.jsonl", changed(train_ms=270_000))
+    assert rows["training"] == "270.0 of 270.0 s"
     rows = table(tmp_path / "x.jsonl", changed(config={"MAX_EVAL_SECONDS": 100, "MAX_WALLCLOCK_SECONDS": 0}))
     assert rows["evaluation"] == "120.5 of 100.0 s  OVER THE LIMIT" and rows["training"] == "270.5 of - s"
 

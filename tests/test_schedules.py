@@ -328,6 +328,47 @@ def test_one_step_always_runs(measured, ahead):
     assert trace.end.step == 1 and trace.end.seconds == pytest.approx(1000.0, abs=0.1)
 
 
+@pytest.mark.parametrize("ahead", [False, True], ids=["synchronous", "asynchronous"])
+@pytest.mark.parametrize("every, slower", [(5, 3.0), (12, 6.0), (24, 2.0)])
+def test_slow_steps_among_the_recent_ones_are_foretold(every, slower, ahead):
+    """A busy machine: some steps take several times the median. The run keeps that much free at its end."""
+    for typical in (0.8, 0.87, 0.93, 1.0, 1.11):
+        trace = simulate(config(), lambda n, t=typical: t * (slower if n % every == 0 else 1.0), ahead=ahead)
+        margin = (3 if ahead else 1) * slower * typical  # an asynchronous device has two steps to do as well
+        assert CAP - margin - typical <= trace.trained <= CAP
+        assert trace.end.seconds <= CAP
+
+
+def test_a_step_like_the_slow_one_before_it_is_foretold():
+    """What began just now is not in a quantile of the recent steps yet."""
+    trace = simulate(config(), lambda step: 9.0 if step >= 590 else 1.0)
+    assert CAP - 9 < trace.trained <= CAP and trace.end.step == 591
+
+
+@pytest.mark.parametrize(
+    "steps, foretold",
+    [
+        ([], 0.0),
+        ([2.0], 2.0),
+        ([9.0, 1.0, 2.0], 9.0),
+        ([9.0, *[1.0] * 49], 1.0),  # one of 50 is passed over
+        ([9.0, 8.0, *[1.0] * 48], 8.0),
+        ([9.0, *[1.0] * 48, 7.0], 7.0),  # the one before
+        ([*[9.0] * 9, *[1.0] * 50], 1.0),  # long ago
+    ],
+)
+def test_the_next_step_is_foretold_by_a_high_quantile_and_the_one_before(steps, foretold):
+    clock = Clock(Runtime())
+    clock.recent_steps.extend(steps)
+    assert clock.foretell_step() == foretold
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_an_overrun_that_nothing_foretold_is_in_the_training_seconds(ahead):
+    trace = simulate(config(), lambda step: 80.0 if step == 595 else 1.0, ahead=ahead)
+    assert trace.trained == trace.end.seconds > CAP + 70 if not ahead else trace.end.seconds > CAP + 70
+
+
 def test_an_asynchronous_device_does_not_hide_long_steps():
     assert simulate(config(), lambda step: 250.0, measured=250.0, ahead=True).trained <= CAP
 
@@ -414,7 +455,7 @@ class OtherRank(Runtime):
     heard = 0.0
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor + torch.tensor([self.heard, 0.0])
+        return tensor + torch.tensor([self.heard, 0.0, 0.0])
 
 
 @pytest.mark.parametrize("knobs", [{}, dict(tidal_lr=True), dict(cosine_lr=True)])

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,9 @@ def show(value: float | None, pattern: str) -> str:
     return ABSENT if value is None else pattern.format(value)
 
 
-def against(value: float | None, limit: float | None, pattern: str, unit: str, shout: bool = True) -> str:
-    """'value of limit unit', with a shout when it is over. Training may end within a step of its limit."""
-    over = shout and value is not None and limit is not None and value > limit
+def against(value: float | None, limit: float | None, pattern: str, unit: str) -> str:
+    """'value of limit unit', with a shout when it is over."""
+    over = value is not None and limit is not None and value > limit
     return f"{show(value, pattern)} of {show(limit, pattern)} {unit}{'  OVER THE LIMIT' if over else ''}"
 
 
@@ -121,7 +122,7 @@ def summarise(events: list[Event], log: Path) -> list[tuple[str, str]]:
         ("quantisation cost", show(cost, "{:+.4f}")),
         *((label, bpb_cell(score)) for label, score in others),
         ("size", size_cell(events)),
-        ("training", against(training_seconds(events), clock, "{:.1f}", "s", shout=False)),
+        ("training", against(training_seconds(events), clock, "{:.1f}", "s")),
         ("evaluation", against(evaluated, evaluation_clock, "{:.1f}", "s")),
         ("steps", show(steps, "{:,}")),
         ("tokens trained", show(tokens, "{:,}")),
@@ -146,9 +147,13 @@ def main(arguments: list[str] | None = None) -> int:
             print(code)
         return 0 if code is not None else 1
     rows = summarise(events, options.log)
+    # Of a run that was refused or stopped early most rows would be dashes.
+    rows = [row for row in rows if row[0] == "status" or not re.match(f"{ABSENT}( |$)", row[1])]
     width = max(len(label) for label, _ in rows)
     for label, value in rows:
         print(f"{label:<{width}}  {value}")
     if unreadable:
         print(f"{'note':<{width}}  {unreadable} unreadable line(s) in the log, skipped")
+    if command := last(events, "end").get("command"):
+        print(f"to go on, paste this line:\n{command}")
     return 0

@@ -90,10 +90,16 @@ class Folder:
         return (self.path / name).read_text()
 
     def error(self, rank: int = 0) -> str:
-        """The one line of a rank's stderr."""
+        """The error line of a rank's stderr; the command that goes on may follow, and no more."""
         text = self.text(f"{rank}.err")
-        assert text.startswith("error: ") and text.count("\n") == 1, text
-        return text
+        line, *more = text.splitlines(keepends=True)
+        assert line.startswith("error: ") and len(more) <= 1, text
+        assert all("RESUME=auto RUN_ID=" in command for command in more), text
+        return line
+
+    def command(self) -> str:
+        """The last line of rank 0's stderr: what goes on."""
+        return self.text("0.err").splitlines()[-1]
 
     def events(self, kind: str) -> list[dict]:
         events = map(json.loads, self.text("logs/r.jsonl").splitlines())
