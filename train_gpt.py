@@ -3651,6 +3651,8 @@ def plan_windows(targets: int, length: int, stride: int, begin: int = 0) -> list
 
     A window scores `stride` targets, the last of its at most `length` tokens, and reads no token before
     `begin`. With stride = length they are the official windows and their tail.
+    The last window stands as if the text went on. It could begin earlier by what its stride lacks, but the
+    context of its targets would then hang on where the text ends, which no target may know.
     """
     planned = []
     for first in range(begin, targets, stride):
@@ -3804,9 +3806,10 @@ class TestTimeTraining:
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Go back to the packed weights, with new factors and a new optimiser."""
+        """Go back to the packed weights, without gradients, with new factors and a new optimiser."""
         cfg = self.run.cfg
         torch._foreach_copy_(self.params, self.packed_weights)
+        self.run.model.zero_grad()
         self.factors = self.new_factors() if cfg.ttt_lora_rank else []  # (A, B) of each parameter, or none
         trained = list(itertools.chain.from_iterable(self.factors)) or self.params
         self.optimiser = TTT_OPTIMISERS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
@@ -3851,7 +3854,7 @@ class TestTimeTraining:
             padded = pad_windows(run.data, rank_windows[at : at + shape.batch], shape, run.runtime.device)
             nats = run.nats(padded.ids, padded.targets, depth=depth)
             loss = (nats * padded.is_scored).sum().div(chunk_targets)
-            loss.backward()
+            loss.backward(inputs=self.params)
         for param in self.params:
             run.runtime.sum(param.grad)
 
@@ -4290,20 +4293,23 @@ def overwrite_with_mixture(
 ) -> Score:
     """Replace the neural nats of each target, float64 [targets], by the mixture's, in place to save memory.
 
-    Where all targets would take longer than `limit` seconds after `began`, only the first ones are mixed.
-    Returns the score without its nats.
+    Where all targets would take longer than `limit` seconds after `began`, only the first ones are mixed, or
+    none. Returns the score without its nats.
     """
     data = run.data
     device = run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
     tokens = torch.from_numpy(data.tokens.astype(np.int64)).to(device)
     neural_nats = target_nats.to(device)
-    count = data.targets
-    if limit < math.inf and data.targets > SAMPLE_TARGETS:
+    count = data.targets if limit > 0 else 0
+    if 0 < limit < math.inf and data.targets > SAMPLE_TARGETS:
         mix_with_ngrams(run.cfg, tokens[: SAMPLE_TARGETS + 1], neural_nats[:SAMPLE_TARGETS])
-        seconds = (time.perf_counter() - began) * data.targets / SAMPLE_TARGETS
+        spent = time.perf_counter() - began
+        seconds = spent * data.targets / SAMPLE_TARGETS
         announce(seconds)
-        if seconds > limit:
-            count = int(0.8 * data.targets * limit / seconds)
+        if spent + seconds > limit:
+            count = max(0, int(0.8 * data.targets * (limit - spent) / seconds))
+    if count == 0:
+        return not_made(data, time.perf_counter() - began)
     mixture = mix_with_ngrams(run.cfg, tokens[: count + 1], neural_nats[:count])
     target_nats[:count] = -mixture.log_probs.cpu()
     size = int(data.target_bytes[:count].sum(dtype=np.int64))
@@ -4329,6 +4335,11 @@ def report_experts(log: RunLog, experts: list[WeighedExpert], tokens: int, size:
     )
 
 
+def not_made(data: Validation, seconds: float = 0.0) -> Score:
+    """The Score of no target: nothing was left of the clock when its turn came, or after so many seconds."""
+    return Score(0.0, 0, 0, seconds, unscored=data.targets)
+
+
 # What the final lines of a log call a score, if not by its own name; the roundtrip goes by the artifact's.
 OFFICIAL_SCORE_NAMES = {"sliding": "sliding_window", "hedge": "hedge_mixer"}
 
@@ -4345,26 +4356,32 @@ def scorers(cfg: Config) -> Iterator[tuple[str, Scorer]]:
 
 
 def score_all(run: Run) -> Iterator[tuple[str, Score]]:
-    """Yield name and Score of each score that is switched on, all within MAX_EVAL_SECONDS: none after a
-    partial one. What a checkpoint has kept from before is not made again."""
+    """Yield name and Score of each score that is switched on, all within MAX_EVAL_SECONDS: after a partial
+    one, or when no time is left, the others are not started. What a checkpoint has kept from before is not
+    made again."""
     seconds_left = run.cfg.max_eval_seconds or math.inf
     needs_all_targets = run.cfg.use_hedge or run.cfg.score_dump
+    is_over = False
     score = None
     for name, scorer in scorers(run.cfg):
         stored = run.checkpoints.scores.get(name)
-        if stored:
+        if stored and (stored.target_nats is not None or not needs_all_targets):
             score = stored
+        elif is_over:
+            score = not_made(run.data)
         else:
             announce = partial(announce_duration, run.log, name, seconds_left)
             score = scorer(run, score, seconds_left, announce)
             # Each rank has the nats of its own windows; of the mixer rank 0 has them all.
             if needs_all_targets and name != "hedge":
                 run.runtime.sum(score.target_nats)
+            elif run.runtime.world_size > 1 and name != "hedge":
+                # Else a resumed run that asks for them would take a part for all.
+                score = replace(score, target_nats=None)
         # By one clock, or the ranks would part.
         seconds_left -= run.runtime.main_number(score.seconds)
+        is_over = score.unscored > 0 or seconds_left <= 0
         yield name, score
-        if score.unscored:
-            return
 
 
 def announce_duration(log: RunLog, name: str, seconds_left: float, seconds: float) -> None:
@@ -4538,10 +4555,18 @@ class Checkpoints:
             log.warn(f"no checkpoint: {error.filename}: {error.strerror}")
 
     def add_score(self, name: str, score: Score, log: RunLog) -> None:
-        """Keep a score, so that it is not made twice; the rest of the state is the end of the training's."""
+        """Keep a score, so that it is not made twice; the rest of the state is the end of the training's.
+
+        A damaged checkpoint is left as it is, with a warning: the run needs none to come to its end.
+        """
         self.scores[name] = score
         if self.folder and self.paths and self.paths[-1].exists():
-            self.write(read_checkpoint(self.paths[-1]), log)
+            try:
+                state = read_checkpoint(self.paths[-1])
+            except RunError as error:
+                log.warn(f"no checkpoint of the {name} score: {error}")
+            else:
+                self.write(state, log)
 
     def clear(self) -> None:
         """Remove the checkpoints of a finished run, and their folder unless others' are in it."""
@@ -5401,7 +5426,8 @@ def score_artifact(run: Run, artifact: Artifact) -> dict[str, Score]:
     for name, score in score_all(run):
         scores[name] = score
         report_score(run, artifact, name, score)
-        run.checkpoints.add_score(name, score, run.log)
+        if score.tokens:
+            run.checkpoints.add_score(name, score, run.log)
     if run.cfg.score_dump and run.runtime.rank == 0:
         dump_scores(Path(run.cfg.score_dump), run.data, scores)
     return scores
@@ -5419,7 +5445,8 @@ def check_scores(run: Run) -> None:
 
 
 def report_score(run: Run, artifact: Artifact, name: str, score: Score) -> None:
-    """Log the two official final lines of a score; of a partial one a line of another name."""
+    """Log the two official final lines of a score; of a partial one, or one that was not made for want of
+    time, a line of another name."""
     cfg = run.cfg
     official_name = OFFICIAL_SCORE_NAMES.get(name, name)
     if name == "roundtrip":
@@ -5427,8 +5454,11 @@ def report_score(run: Run, artifact: Artifact, name: str, score: Score) -> None:
     timing = f"eval_time:{1000 * score.seconds:.0f}ms"
     if name == "sliding":
         timing = f"window:{cfg.eval_length} stride:{cfg.eval_stride} {timing}"
+    count = f"tokens:{score.tokens}/{run.data.targets}"
+    if not score.tokens:
+        run.log.line(f"not_made_{official_name} {count} {timing}")
+        return
     if score.unscored:
-        count = f"tokens:{score.tokens}/{run.data.targets}"
         run.log.line(f"partial_{official_name} {score.text} {count} {timing}")
     else:
         run.log.line(f"final_{official_name} {score.text} {timing}")
@@ -5446,11 +5476,15 @@ def report_score(run: Run, artifact: Artifact, name: str, score: Score) -> None:
 
 
 def dump_scores(path: Path, data: Validation, scores: Mapping[str, Score]) -> None:
-    """Write position, id, bytes and each whole score's log-probability of every target as an .npz file."""
+    """Write position, id, bytes and each whole score's log-probability of every target as an .npz file.
+
+    The log-probabilities are float64, so that NumPy adds them up in that: their float32 sum would differ from
+    the printed score in the eighth digit.
+    """
     arrays = dict(position=np.arange(data.targets), target=data.tokens[1:], bytes=data.target_bytes)
     for name, score in scores.items():
         if not score.unscored:
-            arrays[f"{name}_logprob"] = -score.target_nats.numpy()
+            arrays[f"{name}_logprob"] = -score.target_nats.double().numpy()
     write_atomic(path, partial(np.savez, **arrays))
 
 
@@ -5475,11 +5509,12 @@ def broken_limits(
         message = f"code and model take {artifact.total_bytes} bytes, the limit is {SIZE_LIMIT}"
         broken.append(Verdict("over_size", OVER_SIZE, message))
     seconds = evaluation_seconds(scores)
-    partial_scores = "".join(
-        f" and {name} is a part, {score.tokens} tokens, only"
-        for name, score in scores.items()
-        if score.unscored
-    )
+    partial_scores = ""
+    for name, score in scores.items():
+        if not score.tokens:
+            partial_scores += f" and {name} was not made"
+        elif score.unscored:
+            partial_scores += f" and {name} is a part, {score.tokens} tokens, only"
     if partial_scores or 0 < cfg.max_eval_seconds < seconds:
         limit = f"the limit is {cfg.max_eval_seconds:.0f}"
         message = f"evaluation took {seconds:.0f} s{partial_scores}, {limit}"
@@ -5525,6 +5560,9 @@ def finish(run: Run, trained: Trained, artifact: Artifact, scores: Mapping[str, 
         resumed=run.checkpoints.header.get("resumed", []),
     )
     result = result_scores(trained, scores)
+    unmade = [name for name, score in scores.items() if not score.tokens]
+    if unmade:
+        result["not_made"] = unmade
     result |= end
     result |= dict(steps=trained.step, tokens=trained.step * run.cfg.train_batch_tokens)
     result |= artifact.facts()
@@ -5546,6 +5584,8 @@ def result_scores(trained: Trained, scores: Mapping[str, Score]) -> dict[str, fl
     if not main_score.unscored:
         numbers = dict(val_loss=round(main_score.loss, 8), val_bpb=round(main_score.bpb, 8))
     for name, score in scores.items():
+        if not score.tokens:
+            continue
         label = f"partial_{name}" if score.unscored else name
         numbers[f"{label}_val_loss"] = round(score.loss, 8)
         numbers[f"{label}_val_bpb"] = round(score.bpb, 8)

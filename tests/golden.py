@@ -623,11 +623,11 @@ def read_weights(path: Path) -> dict[str, str]:
 
 
 def read_dump(path: Path) -> dict[str, str]:
-    """sha256 of each array of SCORE_DUMP: every token's log-probability."""
+    """sha256 of each array of SCORE_DUMP: every token's log-probability, whatever type of number holds it."""
     import numpy
 
     with numpy.load(path) as arrays:
-        return {name: digest(arrays[name].tobytes()) for name in arrays.files}
+        return {name: digest(arrays[name].astype(numpy.float64).tobytes()) for name in arrays.files}
 
 
 def error_lines(text: str) -> list[str]:

@@ -595,9 +595,11 @@ def test_the_dump_recomputes_the_score(hedged, name):
     ((loss, bpb),) = re.findall(
         rf"^final_{FINAL[name]}_exact val_loss:(\S+) val_bpb:(\S+)$", hedged[1].log, re.M
     )
-    nats = -dump[f"{name}_logprob"].astype(np.float64).sum()
-    assert nats / math.log(2) / dump["bytes"].sum(dtype=np.int64) == pytest.approx(float(bpb), abs=1e-8)
-    assert nats / len(dump["target"]) == pytest.approx(float(loss), abs=2e-8)
+    logprob, size = dump[f"{name}_logprob"], dump["bytes"]
+    # The formula of records/SCORING.md, to the eighth digit.
+    assert f"{-logprob.sum() / math.log(2) / size.sum():.8f}" == bpb
+    assert f"{-logprob.mean():.8f}" == loss
+    assert logprob.dtype == np.float64
 
 
 def test_the_dump_has_every_target_once(hedged, dataset):

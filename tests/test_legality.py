@@ -475,6 +475,20 @@ def test_neither_the_score_nor_the_check_changes_the_model(name):
     assert all(torch.equal(again[score], first[score]) for score in first)
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_training_leaves_no_gradient_behind(name):
+    """Nor does it make one of a weight that it does not train."""
+    run = learner(**KINDS[name])
+    for weight in run.model.parameters():
+        weight.grad = torch.ones_like(weight)  # of the last step of a training, say
+    training = train_gpt.TestTimeTraining(run)
+    training.learn(Chunk(0, 32, ends_text=False))
+    trained = {id(weight) for weight in training.params}
+    assert all((weight.grad is not None) == (id(weight) in trained) for weight in run.model.parameters())
+    training.learn(Chunk(32, 64, ends_text=True))
+    assert all(weight.grad is None for weight in run.model.parameters())
+
+
 @pytest.mark.parametrize("stride", [0, 8])
 @pytest.mark.parametrize("name", ["sgd", "adam_lora"])
 def test_with_reset_each_document_is_scored_as_if_alone(name, stride):
@@ -542,6 +556,7 @@ def test_a_roundtrip_that_is_cut_is_no_score(small, rerun, tmp_path, one_second_
     )
     assert run.result["val_bpb"] is None and run.result["val_loss"] is None
     assert not [key for key in run.result if re.match("(roundtrip|sliding|ttt|hedge|partial_[sth])", key)]
+    assert run.result["not_made"] == ["sliding", "ttt", "hedge"]
 
 
 def test_a_later_score_that_is_cut_ends_the_scores(small, rerun, tmp_path, one_second_a_pass):
@@ -602,9 +617,10 @@ def test_two_ranks_stop_together(small, artifact, rerun, tmp_path):
     assert run.result["partial_roundtrip_val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_mixer_that_would_take_too_long_mixes_a_first_part(monkeypatch):
-    """Its time is foretold from 100,000 tokens; here each thousand takes a second."""
-    now, run = [0.0], learner(150_000, use_hedge=True, ttt_steps=0)
+@pytest.fixture
+def one_second_a_thousand(monkeypatch):
+    """A clock that only the mixer moves, by one second for each thousand tokens; it doubles the nats."""
+    now = [0.0]
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def doubled(cfg, tokens, nats):
@@ -613,14 +629,55 @@ def test_a_mixer_that_would_take_too_long_mixes_a_first_part(monkeypatch):
         return Mixture(-2 * nats, [WeighedExpert(number, -1.0, 1 / 7) for number in range(7)])
 
     monkeypatch.setattr(train_gpt, "mix_with_ngrams", doubled)
+
+
+@pytest.mark.parametrize(
+    "limit, count", [(1e9, 150_000), (250.0, 150_000), (249.0, 119_200), (120.0, 16_000)]
+)
+def test_a_mixer_that_would_take_too_long_mixes_a_first_part(one_second_a_thousand, limit, count):
+    """Its time is foretold from 100,000 tokens, whose 100 seconds count too: then it keeps the limit."""
+    run, told = learner(150_000, use_hedge=True, ttt_steps=0), []
     base = Score(1.0, 150_000, 150_000, 0.0, torch.rand(150_000))
-    for limit, count in ((1e9, 150_000), (60.0, 48_000)):
-        now[0], told = 0.0, []
-        score = score_hedge(run, base, limit, told.append)
-        assert told == [150.0] and (score.tokens, score.unscored) == (count, 150_000 - count)
-        assert score.nats == pytest.approx(2 * base.target_nats[:count].double().sum().item())
-        assert score.bytes == count and score.seconds == pytest.approx(100 + count / 1000)
-        assert torch.equal(score.target_nats[:count], 2 * base.target_nats[:count].double())
+    score = score_hedge(run, base, limit, told.append)
+    assert told == [150.0] and (score.tokens, score.unscored) == (count, 150_000 - count)
+    assert score.nats == pytest.approx(2 * base.target_nats[:count].double().sum().item())
+    assert (
+        score.bytes == count and score.seconds == pytest.approx(100 + count / 1000) and score.seconds <= limit
+    )
+    assert torch.equal(score.target_nats[:count], 2 * base.target_nats[:count].double())
+
+
+@pytest.mark.parametrize("limit, spent", [(60.0, 100), (1e-6, 100), (0.0, 0), (-0.5, 0), (-5.0, 0)])
+def test_a_mixer_for_which_nothing_is_left_mixes_nothing(one_second_a_thousand, limit, spent):
+    run = learner(150_000, use_hedge=True, ttt_steps=0)
+    base = Score(1.0, 150_000, 150_000, 0.0, torch.rand(150_000))
+    score = score_hedge(run, base, limit, lambda seconds: None)
+    assert (score.tokens, score.bytes, score.nats) == (0, 0, 0.0)
+    assert (score.unscored, score.seconds) == (150_000, spent)
+
+
+@pytest.mark.parametrize("limit", [0.0, -0.5, -5.0])
+def test_a_mixer_of_a_short_text_is_not_started_either(monkeypatch, limit):
+    monkeypatch.setattr(train_gpt, "mix_with_ngrams", None)
+    run = learner(400, use_hedge=True, ttt_steps=0)
+    base = Score(1.0, 400, 400, 0.0, torch.rand(400))
+    assert score_hedge(run, base, limit, lambda seconds: None).unscored == 400
+
+
+def test_scores_for_which_nothing_is_left_are_not_made_and_named(small, rerun, tmp_path, one_second_a_pass):
+    """The roundtrip is whole when the clock is used up."""
+    first, *more = ["int8_zstd_roundtrip", "sliding_window", "ttt", "hedge_mixer"]
+    passes = -(-targets_of(small[0]) // 128)
+    run = rerun(**ALL, max_eval_seconds=passes, score_dump=str(tmp_path / "some.npz"))
+    assert run.code == run.result["exit_code"] == 4 and run.result["status"] == "over_eval_time"
+    assert [line.split()[0] for line in finals(run)] == [f"final_{first}", f"final_{first}_exact"]
+    lines = [line for line in run.lines if line.startswith("not_made_")]
+    count = f"tokens:0/{targets_of(small[0])} "
+    assert [line.split()[0] for line in lines] == [f"not_made_{name}" for name in more]
+    assert all(count in line for line in lines) and not any("partial_" in line for line in run.lines)
+    assert run.result["not_made"] == ["sliding", "ttt", "hedge"] and run.result["val_bpb"] > 0
+    assert not [key for key in run.result if re.match("(partial_|sliding|ttt|hedge)", key)]
+    assert "roundtrip_logprob" in np.load(tmp_path / "some.npz")
 
 
 def test_the_time_left_is_counted_by_the_clock_of_the_first_rank():

@@ -12,6 +12,7 @@ import signal
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +24,8 @@ from train_gpt import Config, Run, RunLog, Runtime
 EACH_STEP = dict(checkpoint_seconds=1e-9)
 DEPTH = dict(num_repeats=3, prog_depth="0.35:2,1.0:3")
 SWA = dict(swa_enabled=1, swa_every=2, swa_start_frac=2.0)
-SCORES = dict(eval_stride=16, eval_batch_seqs=16, use_hedge=1)
+SLIDES = dict(eval_stride=16, eval_batch_seqs=16)
+SCORES = dict(SLIDES, use_hedge=1)
 MANY = DEPTH | SWA | SCORES | dict(data_shuffle=1)
 MEMORY = dict(ema_decay=0.8, head_prune=0.5, head_prune_at=0.3, synaptic_scale=1)
 STOPPED, LOST = train_gpt.PREEMPTED, train_gpt.LOST_RANK
@@ -473,6 +475,37 @@ def test_scores_do_not_outlive_the_weights_they_are_of(new, whole):
     assert folder.resume(COUNTS.format(names="evaluate score_hedge")) == [0]
     assert folder.text("calls").split() == ["evaluate"] * 4 + ["score_hedge"]
     same(folder.left(), whole(MANY))
+
+
+def test_a_checkpoint_damaged_while_scores_are_made_does_not_end_the_run(new, whole):
+    folder = new(MANY)
+    damage = """
+inside = train_gpt.Checkpoints.add_score
+def add_score(self, *given):
+    self.paths[-1].write_bytes(self.paths[-1].read_bytes()[:5000])
+    return inside(self, *given)
+train_gpt.Checkpoints.add_score = add_score
+"""
+    assert folder.start(damage) == [0]
+    same(folder.left(), whole(MANY))
+    warnings = re.findall(
+        r"^warning: no checkpoint of the (\w+) score: .*r-00000008\.pt", folder.text("logs/r.txt"), re.M
+    )
+    assert warnings == ["roundtrip", "sliding", "hedge"]
+
+
+def test_a_dump_that_a_resumed_run_asks_for_has_the_targets_of_all_ranks(new):
+    """The ranks kept the sum only. What goes on makes the scores again, and with one rank it need not."""
+    two, one = new(SLIDES, 2), new(SLIDES)
+    assert two.start(dies("score_sliding", SIGTERM, only=0)) == [STOPPED, LOST]
+    assert two.resume(score_dump="x.npz") == [0, 0]
+    assert one.start(score_dump="x.npz") == [0]
+    (expected, found) = (np.load(folder.path / "x.npz") for folder in (one, two))
+    for name in ("roundtrip_logprob", "sliding_logprob"):
+        assert found[name].max() < 0
+        np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=0.1)
+        loss = two.result()[name.replace("logprob", "val_loss")]
+        assert -found[name].mean() == pytest.approx(loss, abs=1e-8)
 
 
 def test_checkpoints_deleted_during_the_run_do_not_end_it(new, whole):

@@ -297,6 +297,18 @@ def test_the_published_windows():
     assert plan_windows(2000, 1024, 256) == first + later
 
 
+@settings(max_examples=200, deadline=None)
+@given(length=st.integers(1, 60), stride=st.integers(1, 60), targets=st.integers(2, 200), data=st.data())
+def test_no_window_knows_where_the_text_ends(length, stride, targets, data):
+    """A target has the same context in a text that ends earlier, also where the last stride is short."""
+    stride, shorter = min(stride, length), data.draw(st.integers(1, targets))
+    whole, part = [], []
+    for count, starts in ((targets, whole), (shorter, part)):
+        for start, first, stop in plan_windows(count, length, stride):
+            starts += [start] * (stop - first)
+    assert part == whole[:shorter]
+
+
 @pytest.mark.parametrize("targets", [1, 15, 16, 17, 75, 96])
 def test_a_stride_of_a_window_is_the_official_windows(targets):
     starts = range(0, targets, 16)
