@@ -3549,7 +3549,7 @@ class ScoreKnobs:
     score_check: bool = knob(
         False,
         "Try every score against the four conditions of a legal one (parameter-golf #1017) before any is "
-        "made, and exit with 7 if one breaks them; 0 = do not try.",
+        "made, for about a minute in all, and exit with 7 if one breaks them; 0 = do not try.",
         source="ours",
         role="place",
     )
@@ -5439,7 +5439,7 @@ def read_artifact(path: str) -> dict[str, Tensor]:
 
 
 def check_scores(run: Run) -> None:
-    """SCORE_CHECK: RunError (7) if a score breaks one of the four conditions, tried on a short text."""
+    """SCORE_CHECK: RunError (7) if a score breaks one of the four conditions, tried on short texts."""
     check_own_scores = load_tool("records/legality.py")["check_own_scores"]
     check_own_scores(run)
 

@@ -4,6 +4,7 @@ test-time training that scores first, and an evaluation clock that yields parts,
 import json
 import math
 import re
+import time
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from tests.conftest import (
     train_tokenizer,
     write_shard,
 )
+from tests.support.scorers import COLD, HOT, ILLEGAL, LEGAL, TABLE, V, bigram, our_hedge, text
 from train_gpt import (
     Chunk,
     Config,
@@ -47,103 +49,118 @@ from train_gpt import (
 
 # --- check_score on scorers of all kinds ---
 
-V = 8
-TOKENS = np.random.default_rng(7).integers(0, V, 97)
-TABLE = np.random.default_rng(8).dirichlet(np.ones(V), V)  # a bigram table [before, token]
-OTHER = np.random.default_rng(9).dirichlet(np.ones(V), V)
+
+@pytest.mark.parametrize("count", [97, 4001])
+@pytest.mark.parametrize("name", LEGAL)
+def test_a_legal_scorer_passes(name, count):
+    """Also one that rounds, forgets, learns, or looks back no further than a window."""
+    found = check_score(LEGAL[name], text(count), V, seconds=1.5)
+    assert found == {}
+    effort = rf"(\d+) changes of later tokens and all {V} values of (\d+) tokens tried, on texts of up to \d+"
+    said = re.fullmatch(rf"breaks none of .*: {effort} tokens; this is evidence, no proof", str(found))
+    assert (int(said[1]), int(said[2])) == (found.cuts, found.sums) and min(found.cuts, found.sums) > 0
+    assert found.longest >= 4000
 
 
-def fixed(tokens, table=TABLE):
-    return np.log(table[tokens[:-1], tokens[1:]])
+@pytest.mark.parametrize("count", [97, 4001])
+@pytest.mark.parametrize("name", ILLEGAL)
+def test_an_illegal_scorer_is_rejected(name, count):
+    assert check_score(ILLEGAL[name], text(count), V, seconds=60) != {}
 
 
-def adaptive(tokens, chunk=1, first="score", counts=None):
-    """A bigram that counts the text chunk by chunk, after or before it scores the chunk."""
-    counts = np.ones((V, V)) if counts is None else counts
-    scores, pairs = [], list(zip(tokens[:-1], tokens[1:], strict=True))
-    for at in range(0, len(pairs), chunk):
-        for turn in (first, "count" if first == "score" else "score"):
-            for x, y in pairs[at : at + chunk]:
-                if turn == "score":
-                    scores.append(math.log(counts[x, y] / counts[x].sum()))
-                else:
-                    counts[x, y] += 1
-    return np.array(scores)
+def test_the_scorers_are_what_their_names_say():
+    """The caches and mixers work, and what is illegal pays."""
+    tokens = np.tile(text(300), 3)
+    plain = bigram(tokens).sum()
+    assert all(scorer(tokens).sum() > plain + 5 for scorer in (LEGAL["long_cache"], our_hedge))
+    for name in (
+        "cache_not_normalised",
+        "each_16th_sees_next",
+        "halves_after_zero",
+        "rescores_its_beginning",
+    ):
+        assert ILLEGAL[name](tokens).sum() > plain + 5
 
 
-def own_order(tokens):
-    places = np.random.default_rng(len(tokens)).permutation(len(tokens) - 1)
-    return places, fixed(tokens)[places]
+def test_with_little_time_every_text_is_still_cut_and_one_sum_made():
+    def slow(tokens):
+        time.sleep(0.02)
+        return bigram(tokens)
+
+    found = check_score(slow, text(97), V, seconds=0)
+    assert found == {} and (found.cuts, found.sums) == (5, 1)
 
 
-def our_mix(tokens):
-    cfg = Config(vocab_size=V, use_hedge=True, hedge_order=3)
-    nats = torch.from_numpy(-fixed(tokens))
-    return mix_with_ngrams(cfg, torch.from_numpy(tokens.astype(np.int64)), nats).log_probs.numpy()
+@pytest.mark.parametrize("at", [0, 57, 95])
+def test_every_token_of_a_short_text_has_its_sum(at):
+    def off_at_one(tokens):
+        return bigram(tokens) + 0.1 * (np.arange(len(tokens) - 1) == at)
+
+    found = check_score(off_at_one, text(97), V)
+    assert set(found) == {"C2"}
+    assert f"{V} values of token {at + 1} its probabilities sum to 1.105171" in found["C2"]
 
 
-FAIR = dict(fixed=fixed, adaptive=adaptive, own_order=own_order, mix=our_mix)
-FAIR["chunks"] = partial(adaptive, chunk=16)
+def test_a_scorer_may_give_all_values_at_once():
+    def values(tokens, position):
+        asked.append(position)
+        return np.log(TABLE[tokens[position - 1]])
+
+    def wrong(tokens, position):
+        return values(tokens, position)[::-1]
+
+    asked = []
+    assert check_score(bigram, text(97), V, seconds=5, values=values) == {} and len(set(asked)) > 96
+    assert "as among all values" in check_score(bigram, text(97), V, values=wrong)["C3"]
 
 
-@pytest.mark.parametrize("name", FAIR)
-def test_a_fair_scorer_passes(name):
-    assert check_score(FAIR[name], TOKENS, V) == {}
-
-
-def test_our_check_sees_the_mixer_at_work():
-    assert np.abs(our_mix(TOKENS) - fixed(TOKENS)).max() > 0.1
-
-
-def peek(tokens):
-    """Which of two tables depends on the token after the scored one; the last has none."""
-    after = np.append(tokens[2:], 0)
-    return np.where(after % 2, fixed(tokens, OTHER), fixed(tokens))
-
-
-def twice(tokens):
-    places = np.arange(len(tokens) - 1)
-    return np.concatenate((places, places[-5:])), np.concatenate((fixed(tokens), fixed(tokens)[-5:] / 2))
+TOKENS = text(97)
 
 
 def second_pass(tokens):
     counts = np.ones((V, V))
-    adaptive(tokens, counts=counts)
-    return adaptive(tokens, counts=counts)
+    np.add.at(counts, (tokens[:-1], tokens[1:]), 1)
+    return np.log(counts / counts.sum(1, keepdims=True))[tokens[:-1], tokens[1:]]
+
+
+def twice(tokens):
+    places = np.arange(len(tokens) - 1)
+    return np.concatenate((places, places[-5:])), np.concatenate((bigram(tokens), bigram(tokens)[-5:] / 2))
+
+
+def counts_itself(tokens):
+    """A bigram that counts a token before it scores it: no later token, but its own."""
+    counts, logs = np.ones((V, V)), []
+    for before, after in zip(tokens[:-1], tokens[1:], strict=True):
+        counts[before, after] += 1
+        logs.append(math.log(counts[before, after] / counts[before].sum()))
+    return np.array(logs)
 
 
 def pr895(tokens):
     entropy = -(TABLE * np.log(TABLE)).sum(1)[tokens[:-1]]
-    return pr895_mixer.pr895_mix(tokens, -fixed(tokens), entropy, V)[0]
-
-
-def best_of_two(tokens):
-    return np.maximum(fixed(tokens), fixed(tokens, OTHER))
+    return pr895_mixer.pr895_mix(tokens, -bigram(tokens), entropy, V)[0]
 
 
 def leaves_out_some(tokens):
     kept = np.flatnonzero(tokens[1:])
-    return kept, fixed(tokens)[kept]
-
-
-def sees_itself(tokens):
-    """Unnormalised, but for the last token of what it is given."""
-    return fixed(tokens) + 0.1 * (np.arange(1, len(tokens)) < len(tokens) - 1)
+    return kept, bigram(tokens)[kept]
 
 
 FOUL = {  # scorer, the conditions that it must break, and all it may
     "pr895": (pr895, {"C2"}, {"C2"}),
-    "trains_first": (partial(adaptive, chunk=16, first="count"), {"C3"}, {"C1", "C3"}),
-    "counts_itself": (partial(adaptive, first="count"), {"C2"}, {"C2"}),
-    "peeks": (peek, {"C1"}, {"C1"}),
-    "scores_twice": (twice, {"C4"}, {"C4"}),
-    "second_pass": (second_pass, {"C4"}, {"C1", "C3", "C4"}),
-    "leaves_out": (lambda tokens: fixed(tokens)[:-1], {"C4"}, {"C2", "C4"}),
+    "trains_first": (ILLEGAL["learns_first"], {"C1", "C3"}, {"C1", "C3"}),
+    "counts_itself": (counts_itself, {"C2"}, {"C2"}),
+    "peeks": (ILLEGAL["odd_ones_see_next"], {"C1"}, {"C1"}),
+    "scores_twice": (twice, {"C4"}, {"C2", "C4"}),
+    "second_pass": (second_pass, {"C1", "C4"}, {"C1", "C3", "C4"}),
+    "leaves_out": (lambda tokens: bigram(tokens)[:-1], {"C4"}, {"C2", "C4"}),
     "leaves_out_some": (leaves_out_some, {"C4"}, {"C1", "C2", "C3", "C4"}),
     "scores_nothing": (lambda tokens: np.zeros(0), {"C4"}, {"C2", "C4"}),
-    "unnormalised": (lambda tokens: fixed(tokens) + 0.01, {"C2"}, {"C2"}),
-    "unnormalised_but_the_last": (sees_itself, {"C2"}, {"C1", "C2"}),
-    "best_of_two": (best_of_two, {"C2"}, {"C2"}),
+    "unnormalised": (lambda tokens: bigram(tokens) + 0.01, {"C2"}, {"C2"}),
+    "better_of_two": (lambda tokens: np.maximum(bigram(tokens, COLD), bigram(tokens, HOT)), {"C2"}, {"C2"}),
+    "last_is_better": (ILLEGAL["last_is_better"], {"C1"}, {"C1"}),
+    "over_one": (lambda tokens: np.full(len(tokens) - 1, 0.1), {"C2"}, {"C2"}),
 }
 
 
@@ -155,49 +172,36 @@ def test_a_foul_scorer_is_rejected_by_name(name, monkeypatch):
     assert must <= set(check_score(scorer, TOKENS, V)) <= may
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_a_scorer_may_leave_out_more_or_fewer_by_what_it_reads(seed):
-    tokens = np.random.default_rng(seed).integers(0, V, 97)
-    assert "C4" in check_score(leaves_out_some, tokens, V)
-
-
 def test_the_text_of_a_breach_names_token_and_number():
-    assert check_score(peek, TOKENS, V) == {"C1": "the score of token 95 changes with the tokens from 96 on"}
-    few, many = "56 tokens have 3 scores, not one each", r"\d+ tokens have \d+ scores, not one each"
-    assert check_score(lambda tokens: (np.arange(3), np.zeros(3)), TOKENS[:57], V)["C4"] == few
+    peek = check_score(ILLEGAL["odd_ones_see_next"], TOKENS, V)["C1"]
+    token, cut = re.fullmatch(
+        r"(?:in .*, )?the score of token (\d+) changes with the tokens from (\d+) on", peek
+    ).groups()
+    assert int(cut) == int(token) + 1
+    few, many = r"\d+ tokens have 3 scores, not one each", r"\d+ tokens have \d+ scores, not one each"
+    assert re.fullmatch(few, check_score(lambda tokens: (np.arange(3), np.zeros(3)), TOKENS, V)["C4"])
     assert re.fullmatch(many, check_score(twice, TOKENS, V)["C4"])
-    over = check_score(lambda tokens: fixed(tokens) + math.log(1.5), TOKENS, V)["C2"]
-    assert over == "over the 8 values of token 53 its probabilities sum to 1.500000"
+    over = check_score(lambda tokens: np.full(len(tokens) - 1, math.log(1.5 / V)), TOKENS, V)
+    assert re.fullmatch(rf"over the {V} values of token \d+ its probabilities sum to 1.500000", over["C2"])
+    assert str(over).startswith("breaks C2: over the ") and "changes of later tokens" in str(over)
     early = check_score(second_pass, TOKENS, V)["C4"]
-    assert re.fullmatch(r"token \d+ is scored after a pass to the last one, 96", early)
-
-
-@pytest.mark.parametrize(
-    "ends, caught", [((40,), True), ((39, 41), False), ((39, 40, 41), True), ((), False)]
-)
-def test_ends_are_the_tokens_whose_mass_is_summed(ends, caught):
-    def scorer(tokens):
-        return fixed(tokens) + 0.1 * (np.arange(len(tokens) - 1) == 39)
-
-    found = check_score(scorer, TOKENS, V, ends)
-    assert set(found) == ({"C2"} if caught else set()) and all("token 40" in text for text in found.values())
-
-
-def test_the_first_and_the_last_token_can_be_an_end():
-    assert check_score(fixed, TOKENS, V, (1, 96)) == {}
-    assert set(check_score(best_of_two, TOKENS, V, (1,))) == {"C2"}
+    assert re.fullmatch(r"(in .*, )?token \d+ is scored after a pass to the last one, \d+", early)
 
 
 def test_the_vocabulary_is_the_one_given():
-    found = check_score(fixed, TOKENS % 5, 5)
-    mass = TABLE[TOKENS[52] % 5, :5].sum()
-    assert found == {"C2": f"over the 5 values of token 53 its probabilities sum to {mass:.6f}"}
+    breach = check_score(bigram, TOKENS % 5, 5)["C2"]
+    assert re.search(r"over the 5 values of token \d+ its probabilities sum to 0\.\d+", breach)
 
 
 @pytest.mark.parametrize("nats", [math.nan, -math.inf])
 def test_a_score_that_is_no_number_does_not_pass(nats):
-    assert "C2" in check_score(lambda tokens: np.full(len(tokens) - 1, nats), TOKENS, V) or math.isnan(nats)
     assert check_score(lambda tokens: np.full(len(tokens) - 1, nats), TOKENS, V) != {}
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 60, 98, 200])
+def test_a_text_of_any_length_will_do(count):
+    assert check_score(bigram, text(count), V, seconds=0.5) == {}
+    assert "C1" in check_score(ILLEGAL["each_16th_sees_next"], text(count), V)
 
 
 # --- whole runs ---
@@ -239,8 +243,10 @@ def artifact(small, tmp_path_factory):
 
 
 @pytest.fixture
-def rerun(small, artifact, tmp_path, capsys):
-    """rerun(knob=value, ...): score the artifact in this process."""
+def rerun(small, artifact, tmp_path, capsys, monkeypatch):
+    """rerun(knob=value, ...): score the artifact in this process; SCORE_CHECK takes 8 seconds, not 60."""
+    tool = dict(check_own_scores=partial(check_own_scores, seconds=8))
+    monkeypatch.setattr(train_gpt, "load_tool", lambda path: tool)
 
     def run(**knobs):
         place = dict(device="cpu", eval_only=str(artifact), out_dir=str(tmp_path))
@@ -273,8 +279,12 @@ def test_our_scores_pass_and_the_check_changes_none(rerun, name):
     on = ["roundtrip"] + ["sliding"] * ("eval_stride" in knobs) + ["ttt"] * ("ttt_steps" in knobs)
     on += ["hedge"] * ("use_hedge" in knobs)
     said = [line for line in checked.lines if line.startswith("score_check: ")]
-    same = "is causal, normalised, scored before it learns, in one pass"
-    assert said == [f"score_check: {score} {same}" for score in on]
+    tried = (
+        r"breaks none of the four conditions where it was tried: \d+ changes .*; this is evidence, no proof"
+    )
+    assert len(said) == len(on)
+    for line, score in zip(said, on, strict=True):
+        assert re.fullmatch(f"score_check: {score} {tried}", line)
     assert finals(checked) == finals(plain) and len(finals(plain)) == 2 * len(on)
     numbers = [{k: v for k, v in o.result.items() if "_val_" in f"_{k}"} for o in (plain, checked)]
     assert numbers[0] == numbers[1]
@@ -343,6 +353,15 @@ def test_a_sabotaged_scorer_ends_the_run_by_name(rerun, monkeypatch, name):
     assert run.code == run.result["exit_code"] == 7 and run.result["status"] == "error"
     assert re.search(rf"SCORE_CHECK: {score} breaks (C\d: .*; )?{condition}: .*token", run.error), run.error
     assert not finals(run) and not any("partial_" in line for line in run.lines)
+
+
+def test_a_run_takes_the_check_from_the_repository(monkeypatch):
+    run = learner(60)
+    check = train_gpt.load_tool("records/legality.py")["check_own_scores"]
+    check(run, seconds=0)
+    monkeypatch.setattr(train_gpt, "token_nats", lenient)
+    with pytest.raises(RunError, match="SCORE_CHECK: roundtrip breaks C2: .*token"):
+        check(run, seconds=0)
 
 
 def test_unchecked_a_sabotaged_scorer_is_not_noticed(rerun, monkeypatch):
@@ -468,7 +487,7 @@ def test_lora_gradients_are_those_of_w_plus_b_a():
 def test_neither_the_score_nor_the_check_changes_the_model(name):
     run = learner(**KINDS[name], eval_stride=8)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
-    for use in (each, check_own_scores):
+    for use in (each, partial(check_own_scores, seconds=4)):
         use(run)
         torch.testing.assert_close(run.model.state_dict(), before, rtol=0, atol=0)
     again, first = each(run), each(learner(**KINDS[name], eval_stride=8))
@@ -711,7 +730,7 @@ def test_the_check_does_not_run_on_the_evaluation_clock(small, rerun, one_second
     limit = -(-targets_of(small[0]) // 128) + 0.5
     assert rerun(val_batch_size=1024, max_eval_seconds=limit, score_check=True).code == 0
     run = rerun(val_batch_size=1024, max_eval_seconds=0.5, score_check=True)
-    assert run.code == 4 and any(line.startswith("score_check: roundtrip is causal") for line in run.lines)
+    assert run.code == 4 and any(line.startswith("score_check: roundtrip breaks none") for line in run.lines)
 
 
 def test_every_rank_stops_by_the_clock_of_the_first(monkeypatch):
@@ -733,5 +752,5 @@ def test_every_rank_stops_by_the_clock_of_the_first(monkeypatch):
 def test_the_check_is_not_held_up_by_a_split_shorter_than_its_sample():
     run = learner(60, eval_stride=8)
     short = replace(run.data, tokens=run.data.tokens[:31], target_bytes=run.data.target_bytes[:30])
-    check_own_scores(Run(run.cfg, run.runtime, run.log, run.model, short))
+    check_own_scores(Run(run.cfg, run.runtime, run.log, run.model, short), seconds=4)
     assert short.targets == 30
