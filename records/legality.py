@@ -42,7 +42,7 @@ REPEATED = 3  # tokens of a context that is looked for again
 ROWS_AT_ONCE = 128  # values that one pass of the model takes
 OWN_SECONDS = 60.0  # that SCORE_CHECK takes for all scores of a run together
 OWN_TOLERANCE = 1e-5
-OWN_LONG = 600  # tokens, of which a run's own scores read at most 32 at a time here
+OWN_LONG = 400  # tokens, of which a run's own scores read at most 32 at a time here
 
 
 # -- What is said of a scorer ----------------------------------------------------------------------------
@@ -324,8 +324,9 @@ class Trial:
 class TriedText:
     """A text, its scores, and the ways in which what follows a cut is changed."""
 
-    def __init__(self, trial: Trial, name: str, tokens: np.ndarray):
+    def __init__(self, trial: Trial, name: str, tokens: np.ndarray, longest: int):
         self.trial = trial
+        self.longest = longest
         self.name = name
         self.tokens = tokens
         self.rng = np.random.default_rng(len(tokens))
@@ -377,7 +378,7 @@ class TriedText:
 
     def random_many(self, cut: int) -> np.ndarray:
         """So many that a short text becomes a long one."""
-        return self.rng.integers(0, self.trial.vocab, 600)
+        return self.rng.integers(0, self.trial.vocab, min(600, self.longest))
 
     def recent_again(self, cut: int) -> np.ndarray:
         """The tokens before the cut, in a loop."""
@@ -398,7 +399,7 @@ class TriedText:
         """The six tokens with the highest or lowest scores, over and over, mostly longer than the rest."""
         means = np.convolve(np.nan_to_num(self.base, neginf=-100.0), np.full(6, 1 / 6), "valid")
         at = int(choose(means)) if len(means) else 0
-        return np.resize(self.tokens[at + 1 : at + 7], min(2 * cut + 100, 1000))
+        return np.resize(self.tokens[at + 1 : at + 7], min(2 * cut + 100, self.longest // 4))
 
 
 def check_score(
@@ -435,7 +436,7 @@ def check_score(
     trial = Trial(score, vocab, seconds, tolerance, values)
     tokens = np.asarray(tokens)
     named = texts_to_try(tokens, vocab, longest, trial.rng)
-    texts = [TriedText(trial, name, text) for name, text in named.items()]
+    texts = [TriedText(trial, name, text, longest) for name, text in named.items()]
     # Half of the time for the cuts, and what they leave of it for the sums.
     take_tasks(trial, [cut_tasks(text) for text in texts], seconds / 2, is_enough=all)
     trial.try_again(texts[0])
@@ -513,7 +514,7 @@ def small_run(run: Run, tokens: np.ndarray) -> Run:
         train_batch_tokens=length,
         eval_seq_len=length,
         val_batch_size=8 * 4 * length,
-        ttt_chunk_tokens=length // 2,
+        ttt_chunk_tokens=length,
         eval_batch_seqs=4,
         eval_stride=min(cfg.eval_stride, length // 2),
         max_eval_seconds=0.0,
@@ -527,7 +528,12 @@ def small_run(run: Run, tokens: np.ndarray) -> Run:
 
 
 def own_score(small: Run, name: str) -> Score:
-    """One of the run's scores, made in its turn."""
+    """One of the run's scores, made as the run makes it. Those that it does not need are taken as made."""
+    names = [made for made, _ in scorers(small.cfg)]
+    needed = names[-2:] if name == "hedge" else [name]
+    for made in names:
+        if made not in needed:
+            small.checkpoints.scores[made] = Score(0.0, 1, 1, 0.0, torch.zeros(small.data.targets))
     return next(score for made, score in score_all(small) if made == name)
 
 
@@ -544,8 +550,8 @@ def own_values(run: Run, name: str, tokens: np.ndarray, position: int) -> np.nda
     """
     marked = tokens.copy()
     marked[position] = run.cfg.vocab_size
-    before = [made for made, _ in scorers(run.cfg)]
-    neural_name = before[-2] if name == "hedge" else name
+    names = [made for made, _ in scorers(run.cfg)]
+    neural_name = names[-2] if name == "hedge" else name
     small = small_run(run, marked)
     small.nats = NatsOfAllValues(small, run.cfg.vocab_size)
     neural = own_score(small, neural_name)

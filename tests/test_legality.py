@@ -244,8 +244,8 @@ def artifact(small, tmp_path_factory):
 
 @pytest.fixture
 def rerun(small, artifact, tmp_path, capsys, monkeypatch):
-    """rerun(knob=value, ...): score the artifact in this process; SCORE_CHECK takes 8 seconds, not 60."""
-    tool = dict(check_own_scores=partial(check_own_scores, seconds=8))
+    """rerun(knob=value, ...): score the artifact in this process; SCORE_CHECK takes 12 seconds, not 60."""
+    tool = dict(check_own_scores=partial(check_own_scores, seconds=12))
     monkeypatch.setattr(train_gpt, "load_tool", lambda path: tool)
 
     def run(**knobs):
@@ -312,6 +312,7 @@ def learn_first(*given):
 
 
 PLAN_TURNS, COUNTS, PADDED = train_gpt.plan_turns, train_gpt.context_counts, train_gpt.pad_windows
+HEDGE_MIXTURE = train_gpt.hedge_mixture
 
 
 def count_itself(*given):
@@ -328,6 +329,20 @@ def weigh_itself(neural, other, experts, bins, eta, window):
     return Mixture(mixed, [WeighedExpert(expert.name, total, 1 / len(experts)) for expert, total in totals])
 
 
+def ahead_at_each_16th(model, ids, targets, places=None, depth=None):
+    """A hint of the next target, at one place of each half window."""
+    nats = token_nats(model, ids, targets, places, depth)
+    hint = 1 + 0.01 * (targets.roll(-1, 1) % 3)
+    is_hinted = torch.arange(targets.size(1)) % 16 == 7
+    return torch.where(is_hinted, nats * hint, nats)
+
+
+def too_sure_of_what_recurs(*given):
+    """A Hedge that hands out two percent too much where three tokens were seen before."""
+    mixture = HEDGE_MIXTURE(*given)
+    return replace(mixture, log_probs=mixture.log_probs + 0.02 * (given[3] >= 3 * 77))
+
+
 def own_input(*given) -> PaddedWindows:
     """Places one further on: there the target is an input."""
     padded = PADDED(*given)
@@ -337,6 +352,14 @@ def own_input(*given) -> PaddedWindows:
 SABOTAGE = {  # what is replaced, by what, the knobs, the score and the conditions of which one must be named
     "unnormalised": ("token_nats", lenient, {}, "roundtrip", "C2"),
     "one_token_ahead": ("token_nats", ahead, {}, "roundtrip", "C1"),
+    "ahead_at_each_16th": ("token_nats", ahead_at_each_16th, {}, "roundtrip", "C1"),
+    "too_sure_of_what_recurs": (
+        "hedge_mixture",
+        too_sure_of_what_recurs,
+        dict(use_hedge=True),
+        "hedge",
+        "C2",
+    ),
     "own_input": ("pad_windows", own_input, dict(eval_stride=8), "sliding", "C[23]"),
     "learns_first": ("plan_turns", learn_first, TTT, "ttt", "C[13]"),
     "learns_first_lora": ("plan_turns", learn_first, LEARNERS["lora"], "ttt", "C[13]"),
