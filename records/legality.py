@@ -197,11 +197,12 @@ def near_special_ids(text: np.ndarray, vocab: int) -> list[int]:
 
 def sums_to_try(text: np.ndarray, base: np.ndarray, vocab: int, rng: np.random.Generator) -> list[int]:
     """Positions whose values are all tried: where contexts recur, where the scorer does best, after each id,
-    soon after special ones, edges, random ones. The first is an early one, which costs least."""
+    soon after special ones, edges, random ones. The first is rather early, where a sum costs less."""
     last = len(text) - 1
     recurring = repeated_contexts(text)
+    early = recurring[len(recurring) // 4 :][:1]
     groups = [
-        recurring[:1] + shuffled(recurring[1:], rng),
+        early + shuffled(recurring, rng),
         shuffled(best_scored(base), rng),
         new_neighbours(text),
         shuffled(near_special_ids(text, vocab), rng),
