@@ -397,10 +397,11 @@ class TriedText:
         return self.loop(np.argmin, cut)
 
     def loop(self, choose: Callable, cut: int) -> np.ndarray:
-        """The six tokens with the highest or lowest scores, over and over, mostly longer than the rest."""
-        means = np.convolve(np.nan_to_num(self.base, neginf=-100.0), np.full(6, 1 / 6), "valid")
-        at = int(choose(means)) if len(means) else 0
-        return np.resize(self.tokens[at + 1 : at + 7], min(2 * cut + 100, self.longest // 4))
+        """A few tokens with the highest or lowest scores, over and over, mostly longer than the rest."""
+        size = min(int(self.rng.integers(1, 7)), len(self.base))
+        means = np.convolve(np.nan_to_num(self.base, neginf=-100.0), np.full(size, 1 / size), "valid")
+        at = int(choose(means))
+        return np.resize(self.tokens[at + 1 : at + 1 + size], min(2 * cut + 100, self.longest // 4))
 
 
 def check_score(

@@ -292,6 +292,34 @@ def learns_between_calls():
     return score
 
 
+def remembers_texts():
+    """A scorer that knows a text when it is asked for it again."""
+    seen = set()
+
+    def score(tokens):
+        is_known = tokens.tobytes() in seen
+        seen.add(tokens.tobytes())
+        return bigram(tokens, COLD if is_known else TABLE)
+
+    return score
+
+
+def off_where_it_recurs_often(tokens):
+    """Where the last three tokens came 40 times before."""
+    ids, seen, logs = tokens.tolist(), Counter(), bigram(tokens)
+    for at in range(2, len(logs)):
+        context = tuple(ids[at - 2 : at + 1])
+        logs[at] += 0.05 * (seen[context] >= 40)
+        seen[context] += 1
+    return logs
+
+
+def glad_of_a_good_text(tokens):
+    """The sharp table only where the whole text is one that it likes very much."""
+    cold = bigram(tokens, COLD)
+    return cold if cold.mean() > -1.0 and len(cold) > 40 else bigram(tokens)
+
+
 def sees_it_on_mondays(tokens):
     """A peek that only some texts wake: where a token comes back after one other."""
     logs = bigram(tokens)
@@ -329,4 +357,8 @@ ILLEGAL = dict(
     learns_first=partial(chunk_learner, first="count"),
     learns_between_calls=learns_between_calls(),
     sees_it_on_mondays=sees_it_on_mondays,
+    each_256th_sees_next=partial(sees_next, each=256, at=200),
+    remembers_texts=remembers_texts(),
+    off_where_it_recurs_often=off_where_it_recurs_often,
+    glad_of_a_good_text=glad_of_a_good_text,
 )
