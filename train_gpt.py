@@ -1377,7 +1377,9 @@ class TokenStream:
 
     def __init__(self, folder: str, split: str, vocab_size: int):
         """RunError (2) if the folder has no shards of that split, or those of two datasets."""
-        self.paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+        paths = sorted(Path(folder).glob(f"*_{split}_*.bin"))
+        sidecar = f"_{split}_bytes_"  # not tokens, but how many bytes each adds: see `sidecar_bytes`
+        self.paths = [path for path in paths if sidecar not in path.name]
         if not self.paths:
             raise RunError(
                 f"no *_{split}_*.bin in DATA_PATH={folder}; "
@@ -1485,10 +1487,16 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
 # In: a SentencePiece tokenizer and the validation shards. `ByteTable` counts the bytes of text that each
 # token adds; `decoded_bytes` counts those of the text that the tokens decode to. `load_validation` demands
 # that both agree, to the byte, before anything is trained, and gives the Validation that section 12 scores.
+# Where *_val_bytes_*.bin lie beside the shards, they say what each token adds, and must agree as well.
+# CaseOps (#1729; data/caseops.py) is a text whose capitals are marks before small letters: the bytes are
+# those of the text that the marks stand for.
 # ----------------------------------------------------------------------------------------------------------
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 DECODE_BATCH = 1000  # documents decoded at a time
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no UTF-8, three bytes itself
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # CaseOps: title, all capitals, next letter, literal mark follows
+# In UTF-8, a mark and, after the last of them, the literal one that stays.
+CASE_MARK_BYTES = re.compile(rb"\xee\x80\x84(\xee\x80[\x81-\x84])?|\xee\x80[\x81-\x83]")
 
 
 @dataclass(frozen=True)
@@ -1541,6 +1549,9 @@ class ByteTable:
             token = tokenizer.piece_to_id(byte_piece(byte))
             if tokenizer.is_byte(token):
                 self.mark_tokens.append(token)
+        case_tokens = [tokenizer.piece_to_id(mark) for mark in CASE_MARKS]
+        self.has_case_marks = tokenizer.unk_id() not in case_tokens
+        self.case_tokens = case_tokens if self.has_case_marks else []
 
     def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes [N], int16, that each of the tokens [N] adds to the text.
@@ -1558,7 +1569,17 @@ class ByteTable:
             positions = np.flatnonzero(np.logical_and.reduce(matches))
             counts[positions] = 0
             counts[positions + 1] = 0
+        if self.has_case_marks:
+            counts[np.isin(tokens, self.case_tokens) & ~self.find_literals(tokens)] = 0
         return counts
+
+    def find_literals(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether each of the tokens [N] follows a CaseOps escape: of escapes in a row, each second does."""
+        is_escape = tokens == self.case_tokens[-1]
+        places = np.arange(len(tokens))
+        last_other = np.maximum.accumulate(np.where(is_escape, -1, places))
+        acts = is_escape & ((places - last_other) % 2 == 1)
+        return np.concatenate(([False], acts[:-1]))
 
 
 def byte_piece(byte: int) -> str:
@@ -1598,7 +1619,7 @@ def decoded_bytes(
 ) -> TextSize:
     """Measure the text that `tokens` [N] decode to, document by document: the oracle of count_bytes.
 
-    A space at the start of a document adds no byte.
+    A space at the start of a document adds no byte, nor does a mark of CaseOps.
     """
     spans = document_spans(table, tokens)
     keeps_space = decode_keeps_space(tokenizer, table)
@@ -1617,6 +1638,8 @@ def decoded_bytes(
                 for token in token_ids:
                     parts.append(byte_of_token.get(token) or tokenizer.decode([letter, token]).encode()[1:])
                 raw = b"".join(parts)
+            if table.has_case_marks:
+                raw = CASE_MARK_BYTES.sub(rb"\1", raw)
             total += len(raw.replace(SPACE_MARK.encode(), b" "))
             if table.starts_with_space[token_ids[0]] and (is_broken or keeps_space):
                 total -= 1
@@ -1669,7 +1692,11 @@ def load_validation(
     tokens = stream.read(0, len(stream))
     if len(tokens) < 2:
         raise RunError(f"the validation shards in {cfg.data_path} hold fewer than two tokens")
-    token_bytes = table.count_bytes(tokens)
+    token_bytes = sidecar_bytes(cfg, len(tokens))
+    counter = "*_val_bytes_*.bin"
+    if token_bytes is None:
+        token_bytes = table.count_bytes(tokens)
+        counter = "pieces"
     data = Validation(
         tokens=tokens,
         target_bytes=token_bytes[1:],
@@ -1686,10 +1713,26 @@ def load_validation(
     counted = int(token_bytes.sum(dtype=np.int64))
     if counted != decoded.bytes:
         raise RunError(
-            f"wrong byte count: {counted} by pieces, {decoded.bytes} by decoding the validation text; "
+            f"wrong byte count: {counted} by {counter}, {decoded.bytes} by decoding the validation text; "
             f"does {cfg.tokenizer_path} belong to {cfg.data_path}?"
         )
     return replace(data, documents=decoded.documents)
+
+
+def sidecar_bytes(cfg: Config, count: int) -> np.ndarray | None:
+    """Bytes [count], int16, of each validation token as *_val_bytes_*.bin have them; None without these.
+
+    RunError (2) if they are of another number of tokens.
+    """
+    if not any(Path(cfg.data_path).glob("*_val_bytes_*.bin")):
+        return None
+    sidecar = TokenStream(cfg.data_path, "val_bytes", 2**16)
+    if len(sidecar) != count:
+        raise RunError(
+            f"{sidecar.paths[0]} and those after it hold the bytes of {len(sidecar)} tokens, but the "
+            f"validation shards have {count}; fetch both again"
+        )
+    return sidecar.read(0, count).astype(np.int16)
 
 
 def measure_text(
@@ -2925,7 +2968,7 @@ class Muon(torch.optim.Optimizer):
             self.fill_updates(params[self.rank_share], updates[self.rank_share], group)
             self.runtime.sum(flat)
             is_cautious = self.cfg.cautious_wd and self.cfg.muon_wd > 0
-            shrink(params, updates, group["lr"] * group["weight_decay"], is_cautious)
+            shrink(params, group["lr"] * group["weight_decay"], updates if is_cautious else None)
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
     def fill_updates(self, params: list[nn.Parameter], updates: list[Tensor], group: Mapping) -> None:
@@ -2957,12 +3000,13 @@ class Muon(torch.optim.Optimizer):
             torch._foreach_copy_([updates[index] for index in indices], stack.unbind())
 
 
-def shrink(params: list[nn.Parameter], updates: list[Tensor], share: float, is_cautious: bool) -> None:
+def shrink(params: list[nn.Parameter], share: float, updates: list[Tensor] | None = None) -> None:
     """Decoupled weight decay, before the update, as PR #895: w <- (1 - share) w.
 
-    Cautious: only where the update makes w smaller too, w u >= 0 (Chen and others, arXiv 2510.12402).
+    updates: what will be subtracted; given, only those w shrink that it makes smaller too, w u >= 0 (Chen
+    and others, arXiv 2510.12402).
     """
-    if share and is_cautious:
+    if share and updates is not None:
         for parameter, update in zip(params, updates, strict=True):
             parameter.mul_(1 - share * (parameter * update >= 0))
     elif share:
@@ -2993,8 +3037,8 @@ class Optimisers:
             if params:
                 rate = settings[name].learning_rate
                 decay = settings[name].weight_decay
-                adam_groups.append(dict(params=params, lr=rate, base_lr=rate, weight_decay=decay))
-        self.adam = torch.optim.AdamW(
+                adam_groups.append(dict(params=params, lr=rate, base_lr=rate, decoupled_decay=decay))
+        self.adam = torch.optim.Adam(
             adam_groups,
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
@@ -3032,9 +3076,11 @@ class Optimisers:
         decay = sum(weight_decay(self.cfg, plan.progress) for weight_decay in self.decays)
         self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay, step=plan.step)
         partial_steps = self.plan_partial_steps(plan)
+        for group in self.adam.param_groups + self.muon.param_groups:
+            group["lr"] = group["base_lr"] * plan.lr_scale
+        for group in self.adam.param_groups:  # AdamW's: Adam's own weight_decay is part of the gradient
+            shrink(group["params"], group["lr"] * group["decoupled_decay"])
         for optimiser in self.both:
-            for group in optimiser.param_groups:
-                group["lr"] = group["base_lr"] * plan.lr_scale
             optimiser.step()
         for parameter, before, share in partial_steps:
             parameter.lerp_(before, 1 - share)  # before + share * (what the step added)
