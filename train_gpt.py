@@ -1231,6 +1231,13 @@ class ScheduleKnobs:
         low=0,
         source="official",
     )
+    gptq_reserve_seconds: float = knob(
+        0.0,
+        "Seconds of that clock that are kept for quantising: training ends so much earlier; 0 = none.",
+        low=0,
+        needs="MAX_WALLCLOCK_SECONDS!=0",
+        source="#1394",
+    )
     warmdown_iters: int = knob(
         1200,
         "Last steps, over which the learning rate falls linearly to LR_FLOOR; 0 keeps it constant.",
@@ -1253,6 +1260,15 @@ class ScheduleKnobs:
         high=1,
         needs=NO_OTHER_SCHEDULE,
         source="ours",
+    )
+    min_lr: float = knob(
+        0.0,
+        "Least learning-rate multiplier of the linear fall, which stays there once it is reached; 0 = none. "
+        "LR_FLOOR bends the whole fall instead, to end there.",
+        low=0,
+        high=1,
+        needs=NO_OTHER_SCHEDULE,
+        source="#1394",
     )
     tidal_lr: bool = knob(
         False,
@@ -1297,13 +1313,18 @@ class ScheduleKnobs:
     )
 
     def check(self) -> None:
-        """RunError if two curves are switched on."""
+        """RunError if two curves are switched on, or if no time is left to train."""
         switched_on = []
         for knob_name, _ in HOOKS["schedule"]:
             if self.is_changed(knob_name):
                 switched_on.append(knob_name.upper())
         if len(switched_on) > 1:
             raise RunError(f"two schedules at once: {', '.join(switched_on)}; set one to 0")
+        if self.cap <= 0:
+            raise RunError(
+                f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds} leaves nothing of "
+                f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds} to train"
+            )
 
     @property
     def schedule(self) -> str:
@@ -1315,8 +1336,8 @@ class ScheduleKnobs:
 
     @property
     def cap(self) -> float:
-        """Seconds of the training clock; infinity without one."""
-        return self.max_wallclock_seconds or math.inf
+        """Seconds that training may take; infinite without a clock."""
+        return (self.max_wallclock_seconds or math.inf) - self.gptq_reserve_seconds
 
 
 def predict_steps_left(cfg: Config, step: int, elapsed: float, step_seconds: float) -> float:
@@ -1370,7 +1391,7 @@ def warmdown(cfg: Config, progress: float, steps_left: float) -> float:
         share = steps_left / cfg.warmdown_iters
     else:
         share = 1.0
-    return cfg.lr_floor + (1 - cfg.lr_floor) * min(1.0, share)
+    return max(cfg.min_lr, cfg.lr_floor + (1 - cfg.lr_floor) * min(1.0, share))
 
 
 @hook("schedule", knob="tidal_lr")
@@ -1717,7 +1738,8 @@ class TokenStream:
         """RunError (2) if the folder has no shards of that split, or those of two datasets."""
         # "._x.bin" is what macOS leaves beside x.bin on other disks.
         shards = [path for path in Path(folder).glob(f"*_{split}_*.bin") if path.name[0] != "."]
-        self.paths = sorted(shards)
+        sidecar = f"_{split}_bytes_"  # not tokens, but how many bytes each adds: see `sidecar_bytes`
+        self.paths = sorted(path for path in shards if sidecar not in path.name)
         if not self.paths:
             raise RunError(
                 f"no *_{split}_*.bin in DATA_PATH={folder}; "
@@ -1848,12 +1870,18 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
 # In: a SentencePiece tokenizer and the validation shards. `ByteTable` counts the bytes of text that each
 # token adds; `decoded_bytes` counts those of the text that the tokens decode to. `load_validation` demands
 # that both agree, to the byte, before anything is trained, and gives the Validation that section 12 scores.
+# Where *_val_bytes_*.bin lie beside the shards, they say what each token adds, and must agree as well.
+# CaseOps (#1729; data/caseops.py) is a text whose capitals are marks before small letters: the bytes are
+# those of the text that the marks stand for.
 # ----------------------------------------------------------------------------------------------------------
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
 DECODE_BATCH = 1000  # documents decoded at a time
 SLOW_TO_DECODE = 10_000_000  # tokens
 DECODED_PER_SECOND = 3_000_000  # tokens: the embedded corpus on one core gave 3.7 M
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no UTF-8, three bytes itself
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # CaseOps: title, all capitals, next letter, literal mark follows
+# In UTF-8, a mark and, after the last of them, the literal one that stays.
+CASE_MARK_BYTES = re.compile(rb"\xee\x80\x84(\xee\x80[\x81-\x84])?|\xee\x80[\x81-\x83]")
 
 
 @dataclass(frozen=True)
@@ -1906,6 +1934,9 @@ class ByteTable:
             token = tokenizer.piece_to_id(byte_piece(byte))
             if tokenizer.is_byte(token):
                 self.mark_tokens.append(token)
+        case_tokens = [tokenizer.piece_to_id(mark) for mark in CASE_MARKS]
+        self.has_case_marks = tokenizer.unk_id() not in case_tokens
+        self.case_tokens = case_tokens if self.has_case_marks else []
 
     def count_bytes(self, tokens: np.ndarray) -> np.ndarray:
         """Bytes [N], int16, that each of the tokens [N] adds to the text.
@@ -1923,7 +1954,17 @@ class ByteTable:
             positions = np.flatnonzero(np.logical_and.reduce(matches))
             counts[positions] = 0
             counts[positions + 1] = 0
+        if self.has_case_marks:
+            counts[np.isin(tokens, self.case_tokens) & ~self.find_literals(tokens)] = 0
         return counts
+
+    def find_literals(self, tokens: np.ndarray) -> np.ndarray:
+        """Whether each of the tokens [N] follows a CaseOps escape: of escapes in a row, each second does."""
+        is_escape = tokens == self.case_tokens[-1]
+        places = np.arange(len(tokens))
+        last_other = np.maximum.accumulate(np.where(is_escape, -1, places))
+        acts = is_escape & ((places - last_other) % 2 == 1)
+        return np.concatenate(([False], acts[:-1]))
 
 
 def byte_piece(byte: int) -> str:
@@ -1966,7 +2007,7 @@ def decoded_bytes(
 ) -> TextSize:
     """Measure the text that `tokens` [N] decode to, document by document: the oracle of count_bytes.
 
-    A space at the start of a document adds no byte.
+    A space at the start of a document adds no byte, nor does a mark of CaseOps.
     """
     spans = document_spans(table, tokens)
     keeps_space = decode_keeps_space(tokenizer, table)
@@ -1985,6 +2026,8 @@ def decoded_bytes(
                 for token in token_ids:
                     parts.append(byte_of_token.get(token) or tokenizer.decode([letter, token]).encode()[1:])
                 raw = b"".join(parts)
+            if table.has_case_marks:
+                raw = CASE_MARK_BYTES.sub(rb"\1", raw)
             total += len(raw.replace(SPACE_MARK.encode(), b" "))
             if table.starts_with_space[token_ids[0]] and (is_broken or keeps_space):
                 total -= 1
@@ -2037,7 +2080,11 @@ def load_validation(
     tokens = stream.read(0, len(stream))
     if len(tokens) < 2:
         raise RunError(f"the validation shards in {cfg.data_path} hold fewer than two tokens")
-    token_bytes = table.count_bytes(tokens)
+    token_bytes = sidecar_bytes(cfg, len(tokens))
+    counter = "*_val_bytes_*.bin"
+    if token_bytes is None:
+        token_bytes = table.count_bytes(tokens)
+        counter = "pieces"
     data = Validation(
         tokens=tokens,
         target_bytes=token_bytes[1:],
@@ -2054,10 +2101,26 @@ def load_validation(
     counted = int(token_bytes.sum(dtype=np.int64))
     if counted != decoded.bytes:
         raise RunError(
-            f"wrong byte count: {counted} by pieces, {decoded.bytes} by decoding the validation text; "
+            f"wrong byte count: {counted} by {counter}, {decoded.bytes} by decoding the validation text; "
             f"does {cfg.tokenizer_path} belong to {cfg.data_path}?"
         )
     return replace(data, documents=decoded.documents)
+
+
+def sidecar_bytes(cfg: Config, count: int) -> np.ndarray | None:
+    """Bytes [count], int16, of each validation token as *_val_bytes_*.bin have them; None without these.
+
+    RunError (2) if they are of another number of tokens.
+    """
+    if not any(Path(cfg.data_path).glob("*_val_bytes_*.bin")):
+        return None
+    sidecar = TokenStream(cfg.data_path, "val_bytes", 2**16)
+    if len(sidecar) != count:
+        raise RunError(
+            f"{sidecar.paths[0]} and those after it hold the bytes of {len(sidecar)} tokens, but the "
+            f"validation shards have {count}; fetch both again"
+        )
+    return sidecar.read(0, count).astype(np.int16)
 
 
 def measure_text(
@@ -3009,11 +3072,62 @@ class OptimiserKnobs:
     muon_backend_steps: int = knob(
         5, "Newton-Schulz iterations that orthogonalise Muon's update.", low=0, most=999, source="official"
     )
+    polar_express: bool = knob(
+        False,
+        "Orthogonalise Muon's update by Polar Express: other coefficients at each of its five iterations.",
+        source="#1344, arXiv 2505.16932",
+    )
+    muon_row_normalize: bool = knob(
+        False,
+        "Give each row of Muon's update the norm 1 before it is orthogonalised (MuonEq-R).",
+        source="#1394",
+    )
+    muon_beta2: float = knob(
+        0.0,
+        "NorMuon: decay a step of the mean square of each row of the orthogonalised update, by whose root "
+        "the row is divided; published with 0.95; 0 = off.",
+        low=0,
+        high=0.999999,
+        source="arXiv 2510.05491",
+    )
+    soap_beta2: float = knob(
+        0.0,
+        "SOAP-Muon: decay a step of the second moments by which Muon's update is scaled, in the eigenbasis "
+        "of the gradients' covariance, before it is orthogonalised; published with 0.9; 0 = off.",
+        low=0,
+        high=0.999999,
+        source="modded-nanogpt #278",
+    )
+    soap_every: int = knob(
+        10,
+        "Steps between two computations of that eigenbasis.",
+        low=1,
+        needs="SOAP_BETA2!=0",
+        source="modded-nanogpt #278",
+    )
     muon_wd: float = knob(
         0.0,
         "Decoupled weight decay of the blocks' matrices, times their learning rate, before a step; 0 = off.",
         low=0,
         source="PR #895",
+    )
+    cautious_wd: bool = knob(
+        False,
+        "Let weight decay pull only those weights of the blocks' matrices that Muon's update makes smaller.",
+        needs="MUON_WD!=0",
+        source="arXiv 2510.12402",
+    )
+    embed_wd: float = knob(
+        0.0,
+        "Decoupled weight decay of embeddings, times their learning rate, before a step; 0 = off.",
+        low=0,
+        source="#1394",
+    )
+    adam_wd: float = knob(
+        0.0,
+        "Decoupled weight decay of vectors, gains and other control tensors, times SCALAR_LR; 0 = off.",
+        low=0,
+        source="#1394",
     )
     beta1: float = knob(0.9, "Decay of Adam's first moment a step.", low=0, high=0.999999, source="official")
     beta2: float = knob(
@@ -3040,12 +3154,21 @@ class OptimiserKnobs:
         fate="broken",
     )
 
+    def check(self) -> None:
+        """RunError if Polar Express is asked for more iterations than it has coefficients."""
+        if self.polar_express and self.muon_backend_steps > len(POLAR_EXPRESS):
+            raise RunError(
+                f"MUON_BACKEND_STEPS={self.muon_backend_steps} but POLAR_EXPRESS=1 has "
+                f"{len(POLAR_EXPRESS)} iterations"
+            )
+
 
 @dataclass(frozen=True)
 class RoleSettings:
     """How the parameters of a role are trained. Muon has the matrices, Adam every other role."""
 
     learning_rate: float
+    weight_decay: float = 0.0  # decoupled; of the matrices the hooks of "decay" say it
 
 
 def role_settings(cfg: Config) -> dict[str, RoleSettings]:
@@ -3056,9 +3179,9 @@ def role_settings(cfg: Config) -> dict[str, RoleSettings]:
     """
     embed_lr = cfg.tied_embed_lr if cfg.tie_embeddings else cfg.embed_lr
     return {
-        "embed": RoleSettings(embed_lr),
+        "embed": RoleSettings(embed_lr, cfg.embed_wd),
         "head": RoleSettings(cfg.head_lr),
-        "scalar": RoleSettings(cfg.scalar_lr),
+        "scalar": RoleSettings(cfg.scalar_lr, cfg.adam_wd),
         "matrix": RoleSettings(cfg.matrix_lr),
     }
 
@@ -3116,12 +3239,25 @@ def blocks_of(weights: list[Weight]) -> list[dict[str, Weight]]:
     return list(blocks.values())
 
 
-def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
-    """Move all singular values of each matrix of a stack [n, r, c] near 1, by a quintic iteration (Muon).
+Quintic = tuple[float, float, float]  # (a, b, c) of one iteration of `orthogonalise`
+# Keller Jordan's: steep at 0, all within 0.7..1.2 after 5 steps.
+NEWTON_SCHULZ: Quintic = (3.4445, -4.7750, 2.0315)
+# The best five in a row for singular values from 1e-3 to 1 (Amsel and others, arXiv 2505.16932), as the
+# records from #1344 on have them.
+POLAR_EXPRESS: tuple[Quintic, ...] = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+def orthogonalise(matrices: Tensor, quintics: list[Quintic], dtype: torch.dtype) -> Tensor:
+    """Move all singular values of each matrix of a stack [n, r, c] near 1, by an iteration for each quintic.
 
     x <- a x + (b A + c A^2) x with A = x x^T, after scaling to a Frobenius norm of 1.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # Keller Jordan's: steep at 0, all within 0.7..1.2 after 5 steps
     if dtype == torch.float16:  # which has no number below 6e-8: scaled before it is rounded
         matrices = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-30)
     x = matrices.to(dtype)
@@ -3129,11 +3265,60 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     is_tall = x.size(1) > x.size(2)
     if is_tall:
         x = x.mT
-    for _ in range(steps):
+    for a, b, c in quintics:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if is_tall else x
+
+
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Orthogonalise a stack [n, r, c] by the same quintic `steps` times (Muon)."""
+    return orthogonalise(matrices, [NEWTON_SCHULZ] * steps, dtype)
+
+
+def polar_express(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Orthogonalise a stack [n, r, c] by the first `steps` quintics of POLAR_EXPRESS."""
+    return orthogonalise(matrices, list(POLAR_EXPRESS[:steps]), dtype)
+
+
+def normalise_rows(updates: Tensor) -> Tensor:
+    """Give each row of a stack [n, r, c] the norm 1 (MuonEq-R, #1394): no output gets the whole step."""
+    return updates / updates.norm(dim=2, keepdim=True).clamp(min=1e-7)
+
+
+def even_rows(updates: Tensor, row_squares: list[Tensor], beta2: float) -> Tensor:
+    """Divide the rows of a stack [n, r, c] by the root of their running mean squares (NorMuon, 2510.05491).
+
+    row_squares: v [r, 1] of each matrix, updated here: v <- beta2 v + (1 - beta2) mean(u^2), then
+    u <- u / sqrt(v), at the Frobenius norm that u had, so that v needs no correction of its start.
+    """
+    updates = updates.float()
+    norm_before = updates.norm(dim=(1, 2), keepdim=True)
+    squares = torch.stack(row_squares).lerp(updates.square().mean(dim=2, keepdim=True), 1 - beta2)
+    torch._foreach_copy_(row_squares, squares.unbind())
+    updates = updates / (squares.sqrt() + 1e-10)
+    return updates * (norm_before / (updates.norm(dim=(1, 2), keepdim=True) + 1e-10))
+
+
+def whiten(update: Tensor, grad: Tensor, state: dict[str, Tensor], beta2: float, renews: bool) -> Tensor:
+    """Scale an update u [r, c] by its second moments, taken in the eigenbasis of the gradients' covariance.
+
+    With the smaller side first: y = Q^T u; v <- beta2 v + (1 - beta2) y^2; u <- Q (y / sqrt(v)), at the norm
+    that u had. Then, for the steps to come, C <- beta2 C + (1 - beta2) g g^T, and the columns of Q become the
+    eigenvectors of C if this step `renews` them. SOAP-Muon (modded-nanogpt #278) rotates both sides; one, as
+    in SOAP's own cheap form (arXiv 2409.11321), spares the eigenvectors of the wide side.
+    """
+    if update.size(0) > update.size(1):
+        return whiten(update.mT, grad.mT, state, beta2, renews).mT
+    basis = state["basis"]
+    rotated = basis.mT @ update
+    state["squares"].lerp_(rotated.square(), 1 - beta2)
+    scaled = basis @ (rotated / (state["squares"].sqrt() + 1e-8))
+    state["covariance"].lerp_(grad @ grad.mT, 1 - beta2)
+    if renews:  # a gradient that is not finite must reach the check of the weights, and not fail here
+        basis.copy_(torch.linalg.eigh(state["covariance"].nan_to_num(0.0, 0.0, 0.0)).eigenvectors)
+    return scaled * (update.norm() / (scaled.norm() + 1e-8))
 
 
 class Muon(torch.optim.Optimizer):
@@ -3143,15 +3328,29 @@ class Muon(torch.optim.Optimizer):
     gives all ranks all updates.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, momentum: float, steps: int, runtime: Runtime):
+    def __init__(self, params: list[nn.Parameter], cfg: Config, runtime: Runtime):
+        lr = role_settings(cfg)["matrix"].learning_rate
         group = dict(params=params, base_lr=lr)
-        super().__init__([group], dict(lr=lr, momentum=momentum, weight_decay=0.0))
-        self.steps = steps
+        super().__init__([group], dict(lr=lr, momentum=cfg.muon_momentum, weight_decay=0.0, step=0))
+        self.cfg = cfg
         self.runtime = runtime
         self.matrices = self.param_groups[0]["params"]
         self.rank_share = slice(runtime.rank, None, runtime.world_size)
         for parameter in self.matrices[self.rank_share]:
-            self.state[parameter] = dict(momentum_buffer=torch.zeros_like(parameter))
+            self.state[parameter] = self.initial_state(parameter)
+
+    def initial_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What it remembers of a matrix [r, c], s the smaller of both, before the first step."""
+        rows, columns = parameter.shape
+        smaller = min(rows, columns)
+        state = dict(momentum_buffer=torch.zeros_like(parameter))
+        if self.cfg.muon_beta2:
+            state["row_squares"] = parameter.new_zeros(rows, 1)
+        if self.cfg.soap_beta2:
+            state["basis"] = torch.eye(smaller, device=parameter.device)
+            state["covariance"] = parameter.new_zeros(smaller, smaller)
+            state["squares"] = parameter.new_zeros(smaller, max(rows, columns))
+        return state
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -3165,27 +3364,52 @@ class Muon(torch.optim.Optimizer):
             updates = [
                 piece.view_as(parameter) for piece, parameter in zip(flat.split(sizes), params, strict=True)
             ]
-            self.fill_updates(params[self.rank_share], updates[self.rank_share], group["momentum"])
+            self.fill_updates(params[self.rank_share], updates[self.rank_share], group)
             self.runtime.sum(flat)
-            if group["weight_decay"]:  # decoupled, and before the update, as PR #895
-                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            is_cautious = self.cfg.cautious_wd and self.cfg.muon_wd > 0
+            shrink(params, group["lr"] * group["weight_decay"], updates if is_cautious else None)
             torch._foreach_add_(params, updates, alpha=-group["lr"])
 
-    def fill_updates(self, params: list[nn.Parameter], updates: list[Tensor], momentum: float) -> None:
+    def fill_updates(self, params: list[nn.Parameter], updates: list[Tensor], group: Mapping) -> None:
         """Write the update of each parameter into its tensor; those of one shape go through together."""
+        cfg = self.cfg
         by_shape: dict[torch.Size, list[int]] = {}
         for index, parameter in enumerate(params):
             by_shape.setdefault(parameter.shape, []).append(index)
         for shape, indices in by_shape.items():
             grads = [params[index].grad for index in indices]
-            averages = [self.state[params[index]]["momentum_buffer"] for index in indices]
-            torch._foreach_mul_(averages, momentum)
+            states = [self.state[params[index]] for index in indices]
+            averages = [state["momentum_buffer"] for state in states]
+            torch._foreach_mul_(averages, group["momentum"])
             torch._foreach_add_(averages, grads)
-            nesterov = torch.stack(torch._foreach_add(grads, averages, alpha=momentum))
-            orthogonal = newton_schulz(nesterov, self.steps, self.runtime.dtype)
+            nesterov = torch._foreach_add(grads, averages, alpha=group["momentum"])
+            if cfg.soap_beta2:
+                renews = is_due(group["step"], cfg.soap_every)
+                triples = zip(nesterov, grads, states, strict=True)
+                nesterov = [whiten(*triple, cfg.soap_beta2, renews) for triple in triples]
+            stack = torch.stack(nesterov)
+            if cfg.muon_row_normalize:
+                stack = normalise_rows(stack)
+            update_rule = polar_express if cfg.polar_express else newton_schulz
+            stack = update_rule(stack, cfg.muon_backend_steps, self.runtime.dtype)
+            if cfg.muon_beta2:
+                stack = even_rows(stack, [state["row_squares"] for state in states], cfg.muon_beta2)
             # Tall matrices step further, so that the root mean square of their outputs changes as much.
-            orthogonal = orthogonal * max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_copy_([updates[index] for index in indices], orthogonal.unbind())
+            stack = stack * max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_copy_([updates[index] for index in indices], stack.unbind())
+
+
+def shrink(params: list[nn.Parameter], share: float, updates: list[Tensor] | None = None) -> None:
+    """Decoupled weight decay, before the update, as PR #895: w <- (1 - share) w.
+
+    updates: what will be subtracted; given, only those w shrink that it makes smaller too, w u >= 0 (Chen
+    and others, arXiv 2510.12402).
+    """
+    if share and updates is not None:
+        for parameter, update in zip(params, updates, strict=True):
+            parameter.mul_(1 - share * (parameter * update >= 0))
+    elif share:
+        torch._foreach_mul_(params, 1 - share)
 
 
 @hook("decay", knob="muon_wd")
@@ -3256,20 +3480,15 @@ class Optimisers:
         for name, params in params_of_role.items():
             if params:
                 rate = settings[name].learning_rate
-                adam_groups.append(dict(params=params, lr=rate, base_lr=rate))
+                decay = settings[name].weight_decay
+                adam_groups.append(dict(params=params, lr=rate, base_lr=rate, decoupled_decay=decay))
         self.adam = torch.optim.Adam(
             adam_groups,
             betas=(cfg.beta1, cfg.beta2),
             eps=cfg.adam_eps,
             fused=runtime.device.type in ("cuda", "cpu"),
         )
-        self.muon = Muon(
-            matrices,
-            settings["matrix"].learning_rate,
-            cfg.muon_momentum,
-            cfg.muon_backend_steps,
-            runtime,
-        )
+        self.muon = Muon(matrices, cfg, runtime)
         self.both = (self.adam, self.muon)
         self.trained: list[nn.Parameter] = []
         for group in self.adam.param_groups + self.muon.param_groups:
@@ -3305,11 +3524,13 @@ class Optimisers:
         if self.cfg.grad_clip_norm:
             self.flat.mul_((self.cfg.grad_clip_norm / (self.norm + 1e-6)).clamp(max=1.0))
         decay = sum(weight_decay(self.cfg, plan.progress) for weight_decay in self.decays)
-        self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay)
+        self.muon.param_groups[0].update(momentum=plan.muon_momentum, weight_decay=decay, step=plan.step)
         partial_steps = self.plan_partial_steps(plan)
+        for group in self.adam.param_groups + self.muon.param_groups:
+            group["lr"] = group["base_lr"] * plan.lr_scale
+        for group in self.adam.param_groups:  # AdamW's: Adam's own weight_decay is part of the gradient
+            shrink(group["params"], group["lr"] * group["decoupled_decay"])
         for optimiser in self.both:
-            for group in optimiser.param_groups:
-                group["lr"] = group["base_lr"] * plan.lr_scale
             optimiser.step()
         for parameter, before, share in partial_steps:
             parameter.lerp_(before, 1 - share)  # before + share * (what the step added)
@@ -3345,14 +3566,16 @@ class Optimisers:
         torch._foreach_copy_(params, before)
 
     def state(self) -> dict[str, object]:
-        """What it remembers, whole on every rank: Muon's momentum is gathered from the ranks that hold it."""
+        """What it remembers, whole on every rank: Muon's state is gathered from the ranks that hold it."""
         pieces = [torch.zeros(0, device=self.runtime.device)]
         for parameter in self.muon.matrices:
-            held = self.muon.state.get(parameter, {}).get("momentum_buffer", torch.zeros_like(parameter))
-            pieces.append(held.flatten())
-        momentum = self.runtime.sum(torch.cat(pieces))
+            is_held = parameter in self.muon.state
+            for name, initial in self.muon.initial_state(parameter).items():
+                held = self.muon.state[parameter][name] if is_held else torch.zeros_like(initial)
+                pieces.append(held.flatten())
+        muon = self.runtime.sum(torch.cat(pieces))
         memory = {weight.name: dict(weight.memory) for weight in self.weights if weight.memory}
-        state = dict(adam=self.adam.state_dict(), muon=momentum, memory=memory)
+        state = dict(adam=self.adam.state_dict(), muon=muon, memory=memory)
         if self.loss_scale.is_used:
             state["loss_scale"] = self.loss_scale.state()
         return state
@@ -3362,11 +3585,12 @@ class Optimisers:
         self.adam.load_state_dict(state["adam"])
         if self.loss_scale.is_used:
             self.loss_scale.load(state["loss_scale"])
-        sizes = [parameter.numel() for parameter in self.muon.matrices]
-        pieces = state["muon"].to(self.runtime.device).split(sizes)
-        pairs = list(zip(self.muon.matrices, pieces, strict=True))
-        for parameter, piece in pairs[self.muon.rank_share]:
-            self.muon.state[parameter]["momentum_buffer"] = piece.view_as(parameter).clone()
+        rest = state["muon"].to(self.runtime.device)
+        for parameter in self.muon.matrices:
+            for name, initial in self.muon.initial_state(parameter).items():
+                piece, rest = rest.split([initial.numel(), rest.numel() - initial.numel()])
+                if parameter in self.muon.state:
+                    self.muon.state[parameter][name] = piece.view_as(initial).clone()
         for weight in self.weights:
             weight.memory.clear()
             for key, tensor in state["memory"].get(weight.name, {}).items():
@@ -5517,10 +5741,10 @@ def forecast(run: Run, stream: TokenStream, max_sequences: int, seconds_of_phase
     """Say before the clock starts what the run will reach, given the seconds of a step in each phase."""
     cfg = run.cfg
     log = run.log
-    cap = cfg.max_wallclock_seconds
+    cap = cfg.cap
     size = predict_size(cfg, run.model) + len(own_source())
     # What a step adds to the progress in each phase, and the progress each phase takes.
-    step_progress = [max(1 / cfg.iterations, s / cap if cap else 0.0) for s in seconds_of_phase]
+    step_progress = [max(1 / cfg.iterations, s / cap) for s in seconds_of_phase]
     phase_ends = [min(until, 1.0) for until, _ in phases(cfg)[:-1]]
     step_counts = np.diff([0.0, *phase_ends, 1.0]) / step_progress
     steps = step_counts.sum()
@@ -5539,7 +5763,7 @@ def forecast(run: Run, stream: TokenStream, max_sequences: int, seconds_of_phase
     if warmdown_steps > steps and cfg.schedule == "warmdown" and not cfg.warmdown_frac:
         start = steps / max(warmdown_steps, 1)
         log.warn(f"WARMDOWN_ITERS={warmdown_steps} is longer than the run: LR starts at {start:.2f}")
-    if 0 < seconds < 0.5 * cap:
+    if 0 < seconds < 0.5 * cap < math.inf:
         log.warn(f"ITERATIONS={cfg.iterations} ends the run after about {seconds:.0f} of {cap:.0f} s")
     if epochs > 1:
         tokens = len(stream)

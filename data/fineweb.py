@@ -3,9 +3,13 @@
     python data/fineweb.py                                   sp1024, 80 training shards (16 GB)
     python data/fineweb.py --variant sp1024 --train-shards 1
     python data/fineweb.py --variant byte260 10              the official tool's positional form
+    python data/fineweb.py --variant sp8192 --train-shards 128
+    python data/fineweb.py --variant sp8192_lossless_caps_caseops_v1_reserved
 
 Each file is checked by size, by shard header and by the hash the hub publishes, and takes its name
 only then. A stopped download goes on where it was; a truncated file found on disk is fetched again.
+sp4096, sp8192 and CaseOps come from the repositories that the challenge's records name. CaseOps brings
+fineweb_val_bytes_*.bin, the bytes of each validation token, which train_gpt.py reads and proves.
 MATCHED_FINEWEB_REPO_ID, MATCHED_FINEWEB_REMOTE_ROOT_PREFIX and HF_ENDPOINT change the source.
 """
 
@@ -39,15 +43,24 @@ from data.shards import (  # noqa: E402
     exclusive,
     read_header,
     read_manifest,
+    shard_paths,
     write_manifest,
 )
 from data.user_error import UserError  # noqa: E402
 
 DEFAULT_REPO, DEFAULT_PREFIX = "willdepueoai/parameter-golf", "datasets"
+CASEOPS = "sp8192_lossless_caps_caseops_v1_reserved"
+# Where the records have the other variants from: #1394 and #1493, #1855.
+REPOSITORIES = {
+    "sp4096": "kevclark/parameter-golf",
+    "sp8192": "kevclark/parameter-golf",
+    CASEOPS: "romeerp/parameter-golf-caseops-v1",
+}
 DEFAULT_TRAIN_SHARDS = 80
-# Tokens the official script scores: the validation split cut to whole windows of 1,024 targets.
-SCORED_WINDOW = 1024
-SCORED_TOKENS = {"sp1024": 62_021_632}
+# Tokens that the records' scripts score: the validation split cut to whole windows of so many targets.
+SCORED_WINDOW = {"sp1024": 1024}
+LONG_WINDOW = 2048  # of every other variant
+SCORED_TOKENS = {"sp1024": 62_021_632, "sp4096": 45_508_608, "sp8192": 40_540_160, CASEOPS: 47_851_520}
 
 TRIES = 6
 FIRST_PAUSE = 1.0  # seconds before the second try; doubles, at most LONGEST_PAUSE
@@ -349,6 +362,8 @@ def choose(catalogue: dict, variant: str, train_shards: int) -> tuple[str, list[
     if files_val < 1:
         raise UserError(f"{name} has no validation shard on the hub; choose another --variant")
     shards = [f"datasets/{name}/fineweb_val_{index:06d}.bin" for index in range(files_val)]
+    if entry.get("val_bytes_glob"):
+        shards += [f"datasets/{name}/fineweb_val_bytes_{index:06d}.bin" for index in range(files_val)]
     shards += [f"datasets/{name}/fineweb_train_{index:06d}.bin" for index in range(train_shards)]
     paths = [tokenizer[key] for key in ("model_path", "vocab_path", "path") if tokenizer.get(key)]
     return safe_name(name), shards, [safe_name(path) for path in dict.fromkeys(paths)]
@@ -361,7 +376,8 @@ def variants(datasets: dict) -> str:
 
 def check_validation(variant: str, tokens: int) -> None:
     """Compare the validation split with the published count. Raises UserError where it is another set."""
-    scored = (tokens - 1) // SCORED_WINDOW * SCORED_WINDOW
+    window = SCORED_WINDOW.get(variant, LONG_WINDOW)
+    scored = (tokens - 1) // window * window
     expected = SCORED_TOKENS.get(variant)
     if expected is None:
         print(f"val: {tokens:,} tokens, {scored:,} scored; no published count to compare for {variant}")
@@ -395,7 +411,7 @@ def run(options: argparse.Namespace) -> int:
     STOP.clear()
     env = os.environ.get
     source = Source(
-        env("MATCHED_FINEWEB_REPO_ID", DEFAULT_REPO),
+        env("MATCHED_FINEWEB_REPO_ID", REPOSITORIES.get(options.variant, DEFAULT_REPO)),
         env("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX).strip("/"),
         env("HF_ENDPOINT") or None,
     )
@@ -409,8 +425,14 @@ def run(options: argparse.Namespace) -> int:
         receipts = (read_manifest(folder / "manifest.json") or {}).get("receipts", {})
         start = time.monotonic()
         results = fetch_all(source, tokenizers + shards, out, receipts, options.jobs)
-        val_names = [shard for shard in shards if "_val_" in shard]
-        check_validation(options.variant, sum(read_header(out / shard) for shard in val_names))
+        val_tokens = sum(read_header(path) for path in shard_paths(folder, "val"))
+        check_validation(options.variant, val_tokens)
+        bytes_tokens = sum(read_header(path) for path in shard_paths(folder, "val_bytes"))
+        if bytes_tokens not in (0, val_tokens):
+            raise UserError(
+                f"{folder}: fineweb_val_bytes_*.bin has {bytes_tokens:,} tokens, the validation split "
+                f"{val_tokens:,}; the hub's files do not belong together"
+            )
         write_manifest(folder / "manifest.json", local_manifest(name, source, results, receipts, out))
     size = sum(result.size for result in results.values())
     train = sum(read_header(out / shard) for shard in shards if "_train_" in shard)
@@ -450,7 +472,7 @@ def main() -> int:
     )
     parser.add_argument("shards", nargs="?", type=int, help="the same as --train-shards")
     parser.add_argument("--train-shards", type=int, help=f"how many; default {DEFAULT_TRAIN_SHARDS}")
-    parser.add_argument("--variant", default="sp1024", help="sp1024 (default), byte260 or another spN")
+    parser.add_argument("--variant", default="sp1024", help="sp1024 (default), byte260, spN or " + CASEOPS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: this folder")
     parser.add_argument("--jobs", type=int, default=4, help="files fetched at a time; default 4")
     options = parser.parse_args()
@@ -460,8 +482,8 @@ def main() -> int:
     options.train_shards = DEFAULT_TRAIN_SHARDS if given is None else given
     if options.train_shards < 0 or options.jobs < 1:
         parser.error("--train-shards must be 0 or more and --jobs 1 or more")
-    if not re.fullmatch(r"byte260|sp[1-9][0-9]*", options.variant):
-        parser.error(f"--variant {options.variant}: not byte260 or sp<N>, such as sp1024")
+    if not re.fullmatch(rf"byte260|sp[1-9][0-9]*|{CASEOPS}", options.variant):
+        parser.error(f"--variant {options.variant}: not byte260, sp<N>, such as sp1024, or {CASEOPS}")
     return run(options)
 
 

@@ -144,14 +144,19 @@ def shard_name(prefix: str, split: str, index: int) -> str:
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
-    """The shards of a split in order, without the hidden `._x.bin` that macOS leaves beside x.bin."""
-    return sorted(path for path in folder.glob(f"*_{split}_*.bin") if path.name[0] != ".")
+    """The token shards of a split, in order, without the hidden `._x.bin` that macOS leaves beside x.bin.
+
+    The sidecar's, *_val_bytes_*.bin, are the split "val_bytes".
+    """
+    paths = [path for path in folder.glob(f"*_{split}_*.bin") if path.name[0] != "."]
+    return sorted(path for path in paths if f"_{split}_bytes_" not in path.name)
 
 
 class SplitWriter:
     """Cuts a stream of documents into the shards of one split.
 
-    Only the open shard is in memory. `files` lists what was written, as the manifest wants it.
+    Only the open shard is in memory. `files` lists what was written, as the manifest wants it. Documents that
+    come with the bytes of each token get a sidecar: shards of the same layout that hold these bytes.
     """
 
     def __init__(self, folder: Path, prefix: str, split: str, shard_tokens: int = MAX_SHARD_TOKENS):
@@ -159,9 +164,19 @@ class SplitWriter:
         self.parts: list[np.ndarray] = []
         self.pending = self.tokens = self.documents = self.bytes = 0
         self.files: dict[str, dict] = {}
+        self.sidecar: SplitWriter | None = None
 
-    def add(self, tokens: np.ndarray, documents: int, text_bytes: int) -> None:
-        """Append whole documents: [n] uint16 with a BOS before each, and the bytes they decode to."""
+    def add(
+        self, tokens: np.ndarray, documents: int, text_bytes: int, token_bytes: np.ndarray | None = None
+    ) -> None:
+        """Append whole documents: [n] uint16 with a BOS before each, and the bytes they decode to.
+
+        token_bytes: [n] uint16, what each token adds to these; for a sidecar, of all documents or of none.
+        """
+        if token_bytes is not None:
+            if self.sidecar is None:
+                self.sidecar = SplitWriter(self.folder, self.prefix, f"{self.split}_bytes", self.shard_tokens)
+            self.sidecar.add(token_bytes, 0, 0)
         self.documents += documents
         self.tokens += tokens.size
         self.bytes += text_bytes
@@ -185,6 +200,8 @@ class SplitWriter:
     def close(self) -> dict:
         """Write what is left; the split's entry for the manifest."""
         self.flush()
+        if self.sidecar:
+            self.files.update(self.sidecar.close()["files"])
         return {
             "documents": self.documents,
             "tokens": self.tokens,

@@ -1,11 +1,13 @@
 """Turn your own text into shards: train or reuse a tokenizer, encode in parallel, hold some out.
 
     python data/tokenize_docs.py docs.jsonl --name mine                train a tokenizer of 1,024 pieces
-    python data/tokenize_docs.py a.jsonl.zst b.jsonl.zst --name mine --vocab-size 4096
+    python data/tokenize_docs.py a.jsonl.zst b.jsonl.zst --name mine --vocab 8192 --caseops
     python data/tokenize_docs.py book.txt --name book --txt file --tokenizer data/tokenizers/X.model
 
 Input: `.jsonl` or `.jsonl.zst` with one {"text": ...} a line, or `.txt`. Output: shards and
 manifest in OUT/datasets/NAME_spV, tokenizer in OUT/tokenizers. The same input gives the same bytes.
+With --caseops (data/caseops.py) the folder is NAME_spV_caseops, and *_val_bytes_*.bin beside the validation
+shards say how many bytes of your text each token adds.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.missing_packages import explain_missing_packages  # noqa: E402
@@ -35,6 +38,7 @@ import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
 import zstandard  # noqa: E402
 
+from data import caseops  # noqa: E402
 from data.shards import (  # noqa: E402
     BOS,
     FEW_VAL_TOKENS,
@@ -80,8 +84,8 @@ def is_held_out(digest: bytes, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """Train a byte-fallback BPE on `texts` and return the model file.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, marks: str = "") -> bytes:
+    """Train a byte-fallback BPE on `texts` and return the model file. `marks` become single pieces.
 
     The layout is the challenge's: pad 0, bos 1, eos 2, unk 3, the 256 bytes at 4..259, digits
     split, coverage 0.999, no dummy prefix. Unlike the challenge's it normalises nothing, so that
@@ -94,6 +98,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
+            user_defined_symbols=list(marks),
             character_coverage=0.999,
             split_digits=True,
             byte_fallback=True,
@@ -115,7 +120,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     found = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
     if found != vocab_size:
         raise UserError(
-            f"the text yields {found} pieces, not {vocab_size}; give more text or --vocab-size {found}"
+            f"the text yields {found} pieces, not {vocab_size}; give more text or --vocab {found}"
         )
     return model.getvalue()
 
@@ -135,36 +140,80 @@ def load_tokenizer(path: Path) -> sentencepiece.SentencePieceProcessor:
     return tokenizer
 
 
-def encode_documents(tokenizer: sentencepiece.SentencePieceProcessor, texts: list[str]):
+class Encoded(NamedTuple):
+    """Some documents as tokens."""
+
+    tokens: np.ndarray  # [n] uint16, a BOS before each document
+    text_bytes: int  # of the text that they decode to
+    inexact: int  # documents that do not decode to themselves
+    token_bytes: np.ndarray | None = None  # [n] uint16, what each token adds to text_bytes; CaseOps only
+
+
+def encode_documents(tokenizer: sentencepiece.SentencePieceProcessor, texts: list[str]) -> Encoded:
     """Encode documents, each with a BOS before it, and check what they decode to.
 
-    Returns (tokens [n] uint16, bytes of the decoded text, number of documents whose decoded text
-    is not the document). Raises UserError where the tokenizer has no way to spell a character.
+    Raises UserError where the tokenizer has no way to spell a character.
     """
-    rows = tokenizer.encode(texts, out_type=int)
+    rows = encode_rows(tokenizer, texts)
     decoded = tokenizer.decode(rows)
+    inexact = sum(text != back for text, back in zip(texts, decoded, strict=True))
+    return Encoded(join_rows(rows, BOS), sum(len(back.encode("utf-8")) for back in decoded), inexact)
+
+
+def encode_caseops(tokenizer: sentencepiece.SentencePieceProcessor, texts: list[str]) -> Encoded:
+    """The same by way of CaseOps: bytes and exactness are those of the texts, not of their marks.
+
+    Raises UserError, too, where the tokens' bytes are not those of the text that they decode to.
+    """
+    rows = encode_rows(tokenizer, [caseops.encode(text) for text in texts])
+    counter = caseops.ByteCounts(tokenizer)
+    counts = []
+    text_bytes = 0
+    inexact = 0
+    for text, row, coded in zip(texts, rows, tokenizer.decode(rows), strict=True):
+        back = caseops.decode(coded)
+        size = len(back.encode("utf-8"))
+        counts.append(counter.of_document(row))
+        if int(counts[-1].sum()) != size:
+            raise UserError(
+                f"{text[:40]!r}...: {counts[-1].sum()} bytes by token, {size} by decoding; "
+                "use another tokenizer"
+            )
+        text_bytes += size
+        inexact += text != back
+    return Encoded(join_rows(rows, BOS), text_bytes, inexact, join_rows(counts, 0))
+
+
+def encode_rows(tokenizer: sentencepiece.SentencePieceProcessor, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text. Raises UserError where a character cannot be spelt."""
+    rows = tokenizer.encode(texts, out_type=int)
     unknown = tokenizer.unk_id()
     for text, row in zip(texts, rows, strict=True):
         if unknown in row:
             raise UserError(f"the tokenizer cannot spell part of {text[:40]!r}; use one with byte fallback")
-    tokens = np.fromiter(itertools.chain.from_iterable((BOS, *row) for row in rows), dtype=np.uint16)
-    inexact = sum(text != back for text, back in zip(texts, decoded, strict=True))
-    return tokens, sum(len(back.encode("utf-8")) for back in decoded), inexact
+    return rows
+
+
+def join_rows(rows: Iterable, first: int) -> np.ndarray:
+    """The rows one after the other, [n] uint16, with `first` before each."""
+    return np.fromiter(itertools.chain.from_iterable((first, *row) for row in rows), dtype=np.uint16)
 
 
 _worker_tokenizer: sentencepiece.SentencePieceProcessor | None = None
+_worker_encode: Callable = encode_documents
 
 
-def _start_encoder(model: bytes) -> None:
+def _start_encoder(model: bytes, uses_caseops: bool) -> None:
     """Give a worker process its tokenizer."""
-    global _worker_tokenizer
+    global _worker_tokenizer, _worker_encode
     _worker_tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    _worker_encode = encode_caseops if uses_caseops else encode_documents
 
 
 def _encode_batch(batch: tuple[str, list[str]]):
-    """`encode_documents` in a worker; the split's name travels along."""
+    """Encode a batch in a worker; the split's name travels along."""
     split, texts = batch
-    return split, len(texts), sum(map(len, texts)), encode_documents(_worker_tokenizer, texts)
+    return split, len(texts), sum(map(len, texts)), _worker_encode(_worker_tokenizer, texts)
 
 
 def _start_worker(initializer: Callable | None, arguments: tuple) -> None:
@@ -216,17 +265,19 @@ def encode_splits(
     writers: dict[str, SplitWriter],
     workers: int,
     progress: Progress | None = None,
+    uses_caseops: bool = False,
 ) -> tuple[dict, int]:
-    """Encode (split, text) documents into each split's shards.
+    """Encode (split, text) documents into each split's shards; with CaseOps, a sidecar for "val".
 
     Returns the manifest's "splits" and the number of documents that do not decode to themselves.
     """
     inexact = 0
-    work = ordered_map(_encode_batch, batches(documents), workers, _start_encoder, (model,))
+    work = ordered_map(_encode_batch, batches(documents), workers, _start_encoder, (model, uses_caseops))
     with contextlib.closing(work):
-        for split, count, characters, (tokens, text_bytes, wrong) in work:
-            writers[split].add(tokens, count, text_bytes)
-            inexact += wrong
+        for split, count, characters, encoded in work:
+            token_bytes = encoded.token_bytes if split == "val" else None
+            writers[split].add(encoded.tokens, count, encoded.text_bytes, token_bytes)
+            inexact += encoded.inexact
             if progress:
                 progress.add(characters)
     return {split: writer.close() for split, writer in writers.items()}, inexact
@@ -362,24 +413,32 @@ def tokenizer_model(options: argparse.Namespace, train_chars: int) -> bytes:
     Of a large text only a part is used, chosen by the documents' digests.
     """
     if options.tokenizer:
-        load_tokenizer(options.tokenizer)
+        if options.caseops and not caseops.has_marks(load_tokenizer(options.tokenizer)):
+            raise UserError(
+                f"{options.tokenizer}: has no pieces for the marks of --caseops; train one with it"
+            )
         return options.tokenizer.read_bytes()
     share = min(1.0, options.tokenizer_megabytes * 1e6 / train_chars)
     stream = split_stream(options.inputs, options.txt, options.val_fraction)
     # Bytes 8.. of the digest: the first eight already chose the side.
     texts = (text for split, text, digest in stream if split == "train" and is_held_out(digest[8:], share))
+    if options.caseops:
+        return train_tokenizer(map(caseops.encode, texts), options.vocab_size, caseops.MARKS)
     return train_tokenizer(texts, options.vocab_size)
 
 
 def recipe(options: argparse.Namespace) -> dict:
     """All that decides the output: the inputs' hashes and the options."""
-    return {
+    made_from = {
         "inputs": [{"name": path.name, **describe_file(path)} for path in options.inputs],
         "txt": options.txt,
         "val_fraction": options.val_fraction,
         "tokenizer_megabytes": options.tokenizer_megabytes,
         "reused_tokenizer": describe_file(options.tokenizer)["sha256"] if options.tokenizer else None,
     }
+    if options.caseops:
+        made_from["caseops"] = True
+    return made_from
 
 
 def build(options: argparse.Namespace, dataset: Path, tokenizer: Path, made_from: dict) -> dict:
@@ -402,7 +461,7 @@ def build(options: argparse.Namespace, dataset: Path, tokenizer: Path, made_from
             for split, text, _ in split_stream(options.inputs, options.txt, options.val_fraction)
         )
         progress = Progress("encoding", characters, "characters")
-        splits, inexact = encode_splits(documents, model, writers, options.workers, progress)
+        splits, inexact = encode_splits(documents, model, writers, options.workers, progress, options.caseops)
         progress.close()
         manifest = {
             "name": dataset.name,
@@ -467,7 +526,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="names the dataset and the shards")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: this folder")
     parser.add_argument("--tokenizer", type=Path, help="reuse this SentencePiece model")
-    parser.add_argument("--vocab-size", type=int, default=1024, help="pieces to train; default 1024")
+    parser.add_argument(
+        "--vocab",
+        "--vocab-size",
+        dest="vocab_size",
+        type=int,
+        default=1024,
+        help="pieces to train; default 1024",
+    )
+    parser.add_argument(
+        "--caseops",
+        action="store_true",
+        help="write capitals as marks before small letters (data/caseops.py)",
+    )
     parser.add_argument(
         "--tokenizer-megabytes", type=float, default=100, help="most text to train pieces on; default 100"
     )
@@ -486,8 +557,11 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--val-fraction must be at least 0 and below 1")
     if not 1 <= options.shard_tokens <= MAX_SHARD_TOKENS:
         parser.error(f"--shard-tokens must be 1 to {MAX_SHARD_TOKENS}")
-    if not 264 <= options.vocab_size <= 65536:
-        parser.error("--vocab-size must be 264 to 65536: 4 control pieces, 256 bytes, and some text")
+    marks = len(caseops.MARKS) if options.caseops else 0
+    if not 264 + marks <= options.vocab_size <= 65536:
+        parser.error(
+            f"--vocab must be {264 + marks} to 65536: 4 control pieces, 256 bytes, {marks} marks, some text"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
         parser.error("--name may hold letters, digits, dot, dash and underscore")
     return options
@@ -497,8 +571,11 @@ def main() -> None:
     options = parse_arguments()
     made_from = recipe(options)
     size = load_tokenizer(options.tokenizer).vocab_size() if options.tokenizer else options.vocab_size
-    dataset = options.out / "datasets" / f"{options.name}_sp{size}"
-    file_name = options.tokenizer.name if options.tokenizer else f"{options.name}_{size}_bpe.model"
+    ending = "_caseops" if options.caseops else ""
+    dataset = options.out / "datasets" / f"{options.name}_sp{size}{ending}"
+    file_name = f"{options.name}_{size}_bpe{ending}.model"
+    if options.tokenizer:
+        file_name = options.tokenizer.name
     with exclusive(dataset.parent):
         manifest = read_manifest(dataset / "manifest.json")
         same = manifest is not None and manifest.get("made_from") == made_from

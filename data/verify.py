@@ -4,7 +4,9 @@
     python data/verify.py data/datasets/mine_sp1024 --tokenizer data/tokenizers/mine_1024_bpe.model
 
 Prints tokens, documents and sha256 of each shard and split; with a tokenizer also the bytes its
-text decodes to. Exit codes: 0 all good, 1 with one line for each fault found, 2 nothing to check.
+text decodes to, of CaseOps those of the text that the marks stand for. *_val_bytes_*.bin must hold
+as many tokens as the validation split, and these bytes in all.
+Exit codes: 0 all good, 1 with one line for each fault found, 2 nothing to check.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ explain_missing_packages()
 import numpy as np  # noqa: E402
 import sentencepiece  # noqa: E402
 
+from data import caseops  # noqa: E402
 from data.shards import (  # noqa: E402
     BOS,
     Progress,
@@ -42,6 +45,7 @@ class ByteCounter:
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor):
         self.tokenizer, self.bytes = tokenizer, 0
+        self.has_marks = caseops.has_marks(tokenizer)
         self.open = np.empty(0, dtype=np.uint16)  # a document that the next shard may continue
 
     def add(self, tokens: np.ndarray) -> None:
@@ -55,7 +59,15 @@ class ByteCounter:
 
     def decode(self, tokens: np.ndarray, starts: np.ndarray) -> None:
         rows = [row[row != BOS].tolist() for row in np.split(tokens, starts) if row.size]
-        self.bytes += sum(len(text.encode("utf-8")) for text in self.tokenizer.decode(rows)) if rows else 0
+        for text in self.tokenizer.decode(rows) if rows else []:
+            self.bytes += len(self.original(text).encode("utf-8"))
+
+    def original(self, text: str) -> str:
+        """What a decoded document stands for. Raises UserError where its marks make no sense."""
+        try:
+            return caseops.decode(text) if self.has_marks else text
+        except ValueError as problem:
+            raise UserError(f"a document is no CaseOps text: {problem}; build it again") from None
 
     def close(self) -> int:
         """Decode the last document; bytes of the whole split."""
@@ -86,8 +98,12 @@ def check_split(
     vocab_size: int | None,
     manifest: dict,
     counter: ByteCounter | None,
+    sidecar: list[Path],
 ) -> list[str]:
-    """Check one split's shards in order, print its lines, return its faults."""
+    """Check one split's shards in order, print its lines, return its faults.
+
+    sidecar: the shards that hold the bytes of each token, if any.
+    """
     files, expected = manifest_files(manifest), manifest.get("splits", {}).get(split)
     total, documents = 0, 0
     faults = [
@@ -120,12 +136,40 @@ def check_split(
     facts = {"tokens": total, "documents": documents, **({"bytes": counter.close()} if counter else {})}
     text = " ".join(f"{name} {value:,}" for name, value in facts.items())
     print(f"{split}: {text} files {len(paths)} sha256-of-sha256s {whole.hexdigest()}")
+    if sidecar:
+        faults += check_sidecar(sidecar, files, total, facts.get("bytes"))
     if expected and not faults:
         faults += [
             f"{split}: {value:,} {name}, the manifest says {expected[name]:,}; build it again"
             for name, value in facts.items()
             if name in expected and expected[name] != value
         ]
+    return faults
+
+
+def check_sidecar(paths: list[Path], files: dict, tokens: int, text_bytes: int | None) -> list[str]:
+    """Check the shards of a split's bytes by token, print their line, return their faults.
+
+    tokens, text_bytes: of the split; text_bytes is None where no tokenizer was given.
+    """
+    faults = []
+    found = 0
+    total = 0
+    for path in paths:
+        try:
+            if files and path.name not in files:
+                raise UserError(f"{path}: not in the manifest; a leftover, remove it")
+            counts, _ = check_shard(path, None, files.get(path.name))
+        except UserError as problem:
+            faults.append(str(problem))
+            continue
+        found += counts.size
+        total += int(counts.sum(dtype=np.int64))
+    print(f"bytes by token: tokens {found:,} bytes {total:,} files {len(paths)}")
+    if not faults and found != tokens:
+        faults.append(f"{paths[0]}: bytes of {found:,} tokens, the split has {tokens:,}; build both again")
+    if not faults and text_bytes not in (None, total):
+        faults.append(f"{paths[0]}: {total:,} bytes, the text has {text_bytes:,}; build both again")
     return faults
 
 
@@ -152,7 +196,8 @@ def main() -> int:
     for split, paths in splits.items():
         if paths or manifest.get("splits", {}).get(split, {}).get("files"):
             counter = ByteCounter(tokenizer) if tokenizer else None
-            faults += check_split(options.dataset, paths, split, vocab_size, manifest, counter)
+            sidecar = shard_paths(options.dataset, f"{split}_bytes")
+            faults += check_split(options.dataset, paths, split, vocab_size, manifest, counter, sidecar)
     if not manifest:
         print("no manifest: hashes not compared")
     if vocab_size is None:

@@ -155,6 +155,8 @@ def other_value(f, value):
         return not value
     if f.name == "prog_depth":
         return "0.5:1,1:2"  # fits the two repeats of the config in which it acts
+    if f.name == "gptq_reserve_seconds":
+        return 0.5  # leaves something of the clock of the config in which it acts
     if isinstance(value, str):
         return value + "x"
     if isinstance(value, tuple):

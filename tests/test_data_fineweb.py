@@ -272,8 +272,67 @@ def test_other_validation_set_is_refused(hub, get):
         get("0")
 
 
-def test_published_count_is_the_official_one():
-    assert fineweb.SCORED_TOKENS["sp1024"] == 62_021_632
+def test_published_counts_are_whole_windows():
+    published = {"sp1024": 62_021_632, "sp4096": 45_508_608, "sp8192": 40_540_160}
+    published[fineweb.CASEOPS] = 47_851_520
+    assert published == fineweb.SCORED_TOKENS
+    for variant, tokens in fineweb.SCORED_TOKENS.items():
+        assert tokens % fineweb.SCORED_WINDOW.get(variant, fineweb.LONG_WINDOW) == 0
+
+
+CASEOPS_NAME = f"fineweb10B_{fineweb.CASEOPS}"
+
+
+@pytest.fixture
+def caseops_hub(hub, monkeypatch):
+    """The hub with the records' CaseOps export: its sidecar is in the manifest as val_bytes_glob."""
+    monkeypatch.setattr(fineweb, "SCORED_TOKENS", {fineweb.CASEOPS: SCORED})
+    text = hub.files["datasets/manifest.json"].decode().replace(NAME, CASEOPS_NAME)
+    catalogue = json.loads(text)
+    catalogue["datasets"][0]["val_bytes_glob"] = f"datasets/{CASEOPS_NAME}/fineweb_val_bytes_*.bin"
+    hub.files = {name.replace(NAME, CASEOPS_NAME): body for name, body in hub.files.items()}
+    hub.files["datasets/manifest.json"] = json.dumps(catalogue).encode()
+    sidecar = f"datasets/datasets/{CASEOPS_NAME}/fineweb_val_bytes_000000.bin"
+    hub.files[sidecar] = shard_bytes(VAL_TOKENS, 9)
+    return hub
+
+
+def test_caseops_comes_with_its_sidecar(caseops_hub, get, tmp_path):
+    output = get("--variant", fineweb.CASEOPS, "--train-shards", "1")
+    folder = tmp_path / "datasets" / CASEOPS_NAME
+    assert (folder / "fineweb_val_bytes_000000.bin").is_file() and "3 shards checked" in output
+    assert f"val: {VAL_TOKENS:,} tokens, {SCORED:,} scored: the challenge's set" in output
+    files = shards.read_manifest(folder / "manifest.json")["splits"]
+    assert not [name for name in files["train"]["files"] if "bytes" in name]
+
+
+def test_a_sidecar_of_another_length_is_refused(caseops_hub, get):
+    sidecar = f"datasets/datasets/{CASEOPS_NAME}/fineweb_val_bytes_000000.bin"
+    caseops_hub.files[sidecar] = shard_bytes(VAL_TOKENS - 1, 9)
+    with pytest.raises(UserError, match="do not belong together"):
+        get("--variant", fineweb.CASEOPS, "--train-shards", "0")
+
+
+@pytest.mark.parametrize(
+    ("variant", "repository"),
+    [
+        ("sp1024", "willdepueoai/parameter-golf"),
+        ("sp4096", "kevclark/parameter-golf"),
+        ("sp8192", "kevclark/parameter-golf"),
+        (fineweb.CASEOPS, "romeerp/parameter-golf-caseops-v1"),
+    ],
+)
+def test_each_variant_has_the_records_repository(hub, get, monkeypatch, variant, repository):
+    monkeypatch.delenv("MATCHED_FINEWEB_REPO_ID")
+    with pytest.raises(UserError, match=f"no dataset {repository} "):
+        get("--variant", variant, "1")
+
+
+@pytest.mark.parametrize("variant", ["sp8192_caseops", "sp0", "sp8192_lossless_caps_caseops_v1"])
+def test_a_variant_of_another_name_is_refused(hub, get, variant, capsys):
+    with pytest.raises(SystemExit):
+        get("--variant", variant, "1")
+    assert fineweb.CASEOPS in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

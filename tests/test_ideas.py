@@ -732,7 +732,7 @@ def felt(transform, optimiser: str, steps: int = 120) -> float:
         generator = torch.Generator().manual_seed(3)
         p = torch.nn.Parameter(torch.zeros(16, 24))
         kinds = dict(
-            muon=lambda p=p: Muon([p], 0.1, 0.9, 5, Runtime()),
+            muon=lambda p=p: Muon([p], Config(matrix_lr=0.1, muon_momentum=0.9), Runtime()),
             adam=lambda p=p: torch.optim.Adam([p], lr=0.1, betas=(0.9, 0.95), eps=1e-8),
         )
         stepper = kinds[optimiser]()

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from types import SimpleNamespace
 from unittest import mock
@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Clock, Config, Runtime, StepPlan, Trained, plan_step
+from train_gpt import Clock, Config, RunError, Runtime, StepPlan, Trained, is_finished, plan_step
 
 CAP = 600.0
 
@@ -170,6 +170,14 @@ def test_a_schedule_has_the_multipliers_seen_in_pr_1434(schedule, seen):
         (dict(iterations=10_000), 9400, 0.5),
         (dict(iterations=10_000), 9999, 1 / 1200),
         (dict(iterations=10_000, warmdown_iters=0), 9999, 1.0),
+        # The record's fall, to a floor that clamps, and ours that bends.
+        (dict(iterations=10_000, warmdown_frac=0.85, min_lr=0.1), 1500, 1.0),
+        (dict(iterations=10_000, warmdown_frac=0.85, min_lr=0.1), 5750, 0.5),
+        (dict(iterations=10_000, warmdown_frac=0.85, min_lr=0.1), 9150, 0.1),
+        (dict(iterations=10_000, warmdown_frac=0.85, min_lr=0.1), 9151, 0.1),
+        (dict(iterations=10_000, warmdown_frac=0.85, lr_floor=0.1), 5750, 0.55),
+        (dict(iterations=10_000, warmdown_frac=0.72, min_lr=0.0), 6400, 0.5),
+        (dict(iterations=10_000, min_lr=0.1), 9940, 0.1),
     ],
 )
 def test_schedules_by_steps(knobs, step, expected):
@@ -191,6 +199,29 @@ def test_schedules_by_steps(knobs, step, expected):
 def test_warmdown_by_the_clock(elapsed, step_seconds, expected):
     cfg = config(iterations=20_000)
     assert plan_step(cfg, 100, elapsed, step_seconds).lr_scale == pytest.approx(expected, abs=2e-3)
+
+
+def test_seconds_kept_for_quantising_are_part_of_the_clock():
+    cfg = config(gptq_reserve_seconds=12.0, warmdown_frac=0.72)
+    assert cfg.cap == CAP - 12
+    assert plan_step(cfg, 100, 588.0, 0.1).progress == 1.0
+    assert plan_step(cfg, 100, 294.0, 0.1).progress == pytest.approx(0.5)
+    assert plan_step(cfg, 100, 294.0, 0.1).lr_scale == pytest.approx(0.5 / 0.72)
+    assert not is_finished(cfg, 100, 587.8, 0.1) and is_finished(cfg, 100, 587.95, 0.1)
+    assert is_finished(replace(cfg, gptq_reserve_seconds=0.0), 100, 587.95, 0.1) is False
+
+
+@pytest.mark.parametrize("reserve, clock", [(600.0, 600.0), (700.0, 600.0)])
+def test_a_reserve_that_leaves_no_time_is_refused(reserve, clock):
+    with pytest.raises(RunError, match="GPTQ_RESERVE_SECONDS=.* leaves nothing of MAX_WALLCLOCK_SECONDS"):
+        config(gptq_reserve_seconds=reserve, max_wallclock_seconds=clock)
+
+
+def test_a_reserve_without_a_clock_has_no_effect():
+    env = dict(GPTQ_RESERVE_SECONDS="4", MAX_WALLCLOCK_SECONDS="0")
+    with pytest.raises(RunError, match="GPTQ_RESERVE_SECONDS has no effect without MAX_WALLCLOCK_SECONDS!=0"):
+        Config.from_env(env)
+    assert Config.from_env(env | dict(ALLOW_INERT="1")).cap == math.inf
 
 
 @pytest.mark.parametrize("step, expected", [(0, 0.85), (250, 0.9), (276, 0.9052), (500, 0.95), (9000, 0.95)])

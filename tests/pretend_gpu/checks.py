@@ -135,7 +135,7 @@ def count_waits(cfg: Config, dtype: torch.dtype) -> dict:
     card = torch.device("cuda", 0)
     runtime = Runtime(card, dtype=dtype)
     model = new_model(cfg, dtype)
-    train_gpt.newton_schulz = lambda x, steps, dtype: x.to(dtype)  # there is no cuBLAS; it never waits
+    train_gpt.orthogonalise = lambda x, quintics, dtype: x.to(dtype)  # there is no cuBLAS; it never waits
     optimisers = Optimisers(cfg, model, runtime)
     run = Run(cfg, runtime, RunLog(None, ""), model, None)
     training = Training(run, optimisers, 0.0)

@@ -179,22 +179,94 @@ def head_diversity(projections: list[np.ndarray], heads: int) -> float:
 
 # --- Muon ---
 
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
 
-def newton_schulz(matrix: np.ndarray, steps: int) -> np.ndarray:
+
+def orthogonalised(matrix: np.ndarray, triples) -> np.ndarray:
     """The quintic iteration is odd in the matrix, so it acts on each singular value by itself."""
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
     values = values / (np.linalg.norm(matrix) + 1e-7)
-    for _ in range(steps):
-        values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+    for a, b, c in triples:
+        values = a * values + b * values**3 + c * values**5
     return (left * values) @ right
 
 
-def muon_step(weight, grad, buffer, lr: float, momentum: float, steps: int):
-    """(weight, momentum buffer) after a step with Nesterov momentum."""
-    buffer = momentum * buffer + grad
-    rows, columns = weight.shape
-    update = newton_schulz(grad + momentum * buffer, steps) * math.sqrt(max(1, rows / columns))
-    return weight - lr * update, buffer
+def newton_schulz(matrix: np.ndarray, steps: int) -> np.ndarray:
+    return orthogonalised(matrix, [(3.4445, -4.7750, 2.0315)] * steps)
+
+
+def polar_express(matrix: np.ndarray, steps: int) -> np.ndarray:
+    return orthogonalised(matrix, POLAR_EXPRESS[:steps])
+
+
+class MuonReference:
+    """One matrix and what Muon remembers of it; every switch of the update is a knob of the same name."""
+
+    def __init__(self, weight: np.ndarray, **knobs):
+        self.weight = weight.copy()
+        self.knobs = dict(
+            lr=0.1, momentum=0.9, steps=5, polar=False, rows=False, normuon=0.0, soap=0.0, every=10,
+            decay=0.0, cautious=False,
+        ) | knobs  # fmt: skip
+        rows, columns = weight.shape
+        self.buffer = np.zeros((rows, columns))
+        self.row_squares = np.zeros(rows)
+        self.is_tall = rows > columns
+        side = min(rows, columns)
+        self.basis, self.covariance = np.eye(side), np.zeros((side, side))
+        self.squares = np.zeros((side, max(rows, columns)))
+        self.step_number = 0
+
+    def step(self, grad: np.ndarray) -> np.ndarray:
+        """The weight after a step."""
+        k = self.knobs
+        self.buffer = k["momentum"] * self.buffer + grad
+        update = grad + k["momentum"] * self.buffer
+        if k["soap"]:
+            update = self.whitened(update, grad)
+        if k["rows"]:
+            update = update / np.maximum(np.sqrt((update**2).sum(1)), 1e-7)[:, None]
+        update = (polar_express if k["polar"] else newton_schulz)(update, k["steps"])
+        if k["normuon"]:
+            size = np.linalg.norm(update)
+            means = (update**2).mean(1)
+            self.row_squares = k["normuon"] * self.row_squares + (1 - k["normuon"]) * means
+            update = np.diag(self.row_squares**-0.5) @ update
+            update *= size / np.linalg.norm(update)
+        rows, columns = self.weight.shape
+        update = update * math.sqrt(max(1, rows / columns))
+        shrinks = np.ones_like(update)
+        if k["cautious"]:
+            shrinks = np.sign(update) * np.sign(self.weight) >= 0
+        self.weight = self.weight - k["lr"] * (update + k["decay"] * shrinks * self.weight)
+        self.step_number += 1
+        return self.weight
+
+    def whitened(self, update: np.ndarray, grad: np.ndarray) -> np.ndarray:
+        beta = self.knobs["soap"]
+        short = (lambda x: x.T) if self.is_tall else (lambda x: x)
+        turned = np.einsum("ij,ik->jk", self.basis, short(update))
+        self.squares = beta * self.squares + (1 - beta) * turned**2
+        back = self.basis @ (turned / (np.sqrt(self.squares) + 1e-8))
+        g = short(grad)
+        self.covariance = beta * self.covariance + (1 - beta) * (g @ g.T)
+        if self.step_number % self.knobs["every"] == 0:
+            self.basis = np.linalg.eigh(self.covariance)[1]
+        return short(back) * np.linalg.norm(update) / np.linalg.norm(back)
+
+
+def adamw_step(weight, grad, first, second, step, lr, betas, eps, decay):
+    """(weight, first and second moment) after step number `step`, from 1."""
+    first = betas[0] * first + (1 - betas[0]) * grad
+    second = betas[1] * second + (1 - betas[1]) * grad**2
+    direction = first / (1 - betas[0] ** step) / (np.sqrt(second / (1 - betas[1] ** step)) + eps)
+    return weight * (1 - lr * decay) - lr * direction, first, second
 
 
 # --- int8 ---
