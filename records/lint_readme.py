@@ -79,9 +79,8 @@ def check_file_hashes(folder: Folder, text: str) -> None:
     """A sha256 on the line of a file's name is that file's."""
     for name, sha in SHA_OF_FILE.findall(text):
         if name in folder.sizes and sha not in sha256_forms(folder.read(name)):
-            folder.add(
-                "error", "readme_differs", f"README gives {name} the sha256 {sha[:16]}, it has another"
-            )
+            text = f"README: the sha256 of {name} is {sha[:16]}, by the file another"
+            folder.add("error", "readme_differs", text)
 
 
 # The table of seeds

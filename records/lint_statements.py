@@ -212,9 +212,8 @@ def check_against_first(folder: Folder, logs: list[Log]) -> None:
         for what in ("val tokens", "val_sha256"):
             if what in first.said and what in log.said and differ(first, log, what):
                 values = f"{first.said[what][0].value} and {log.said[what][0].value}"
-                folder.add(
-                    "error", "text_varies", f"{pair} are of different validation texts: {what} {values}"
-                )
+                text = f"{pair} are of different validation texts: {what} {values}"
+                folder.add("error", "text_varies", text)
                 break
         if not (first.is_ours and log.is_ours):
             continue
@@ -376,9 +375,8 @@ def check_facts(folder: Folder, record: dict, logs: list[Log]) -> None:
     seeds = record.get("seeds")
     left_out = [log for log in logs if isinstance(seeds, list) and log.seed not in seeds]
     for log in left_out:
-        folder.add(
-            "error", "seed_left_out", f"{log.name} is of seed {log.seed}, which is not among the seeds"
-        )
+        text = f"{log.name} is of seed {log.seed}, which is not among the seeds of submission.json"
+        folder.add("error", "seed_left_out", text)
     check_blurb(folder, record, logs)
 
 
@@ -454,9 +452,8 @@ def check_code_hash(folder: Folder, record: dict, logs: list[Log], scripts: dict
         forms = sha256_forms(folder.read(name))
         for place, value in said.items():
             if value not in forms:
-                folder.add(
-                    "error", "code_hash", f"{place} gives {name} the {key} {value[:16]}, which it has not"
-                )
+                text = f"the {key} of {name} is {value[:16]} in {place}, by the file another"
+                folder.add("error", "code_hash", text)
 
 
 # Packed models
