@@ -168,6 +168,22 @@ def a_packed_model_with_a_changed_byte_and_its_new_hash(folder):
     edit_claim(folder, lambda claim: claim["seed_results"]["7"].update(artifact_sha256=sha))
 
 
+@falsification(
+    "artifact_head", "was packed with config_hash [0-9a-f]{16}, train_seed7.log says 74a37cae62fed3e3"
+)
+def a_packed_model_of_another_record(folder):
+    name = "final_model_seed7.int8.ptz"
+    shutil.copy(RECORD.with_name("2026-11-25_cpu_lower_lr") / name, folder / name)
+
+
+@falsification("steps_back", "step:150 at 17503 ms comes after step:200 at 23201 ms")
+def training_lines_out_of_order(folder):
+    text = log_of(folder, 7).read_bytes().decode()
+    line = re.search(r"step:150/1000 train.*\n", text)[0]
+    text = text.replace(line, "").replace("step:250/1000 train", f"{line}step:250/1000 train")
+    log_of(folder, 7).write_bytes(text.encode())
+
+
 @falsification("log_contradicts", "config_hash is 0123456789abcdef in the line 'run_id:', 74a37cae62fed3e3")
 def a_config_hash_that_result_contradicts(folder):
     edit(log_of(folder, 7), "config_hash:74a37cae62fed3e3", "config_hash:0123456789abcdef")
