@@ -155,6 +155,8 @@ class Log:
     overrides: dict = field(default_factory=dict)  # as the head says
     chosen: str = ""  # the score that submission.json names as the one that counts
     is_resumed: bool = False
+    error: str = ""  # the line that a broken limit leaves
+    is_truncated: bool = False  # it warns that the schedule did not reach its end
     has_identity: bool = False  # the line that our logs begin their facts with
     said: dict[str, list[Statement]] = field(default_factory=dict)  # of our own logs
 
@@ -318,6 +320,10 @@ def read_own_line(log: Log, line: str) -> None:
         read_result(log, line)
     elif line.startswith("resumed: step:"):
         log.is_resumed = True
+    elif line.startswith("error: "):
+        log.error = line
+    elif "schedule_truncated at progress" in line:
+        log.is_truncated = True
     elif found := IDENTITY.match(line):
         log.has_identity = True
         log.say("run_id", found[1], "the line 'run_id:'")

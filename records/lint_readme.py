@@ -139,6 +139,12 @@ def check_own_rows(folder: Folder, tables: list[Row], logs: list[Log]) -> None:
     """The cells of the table that records/make.py writes."""
     for log, heading, value in numbers_of_seeds(tables, logs):
         check_own_cell(folder, log, heading, value)
+    known = {str(log.seed) for log in logs}
+    for row in tables:
+        if row.first.isdigit() and row.first not in known:
+            folder.add(
+                "error", "readme_differs", f"README: a row of seed {row.first}, of which there is no log"
+            )
 
 
 def check_own_cell(folder: Folder, log: Log, heading: str, value: Decimal) -> None:
@@ -183,6 +189,7 @@ def check_page(folder: Folder, text: str, logs: list[Log], tables: list[Row]) ->
     found = re.search(r"^- Config hash: `([0-9a-f]+)`", text, re.M)
     if found and "config_hash" in logs[0].said and found[1] != logs[0].said["config_hash"][0].value:
         differs("the config hash", found[1], logs[0].said["config_hash"][0].value)
+    check_machine(text, logs, differs)
     check_command(text, logs[0], differs)
     check_changes(text, logs[0], differs)
 
@@ -314,6 +321,22 @@ def check_text_line(text: str, log: Log, differs) -> None:
     for said, truth in pairs:
         if truth is not None and said.replace(",", "") != str(truth):
             differs("the validation text", said, truth)
+
+
+def check_machine(text: str, logs: list[Log], differs) -> None:
+    """Cards, versions and compute type of the hardware note."""
+    found = re.search(
+        r"^## Hardware note\n+(.*); python (\S+), torch (\S+); compute type (\S+)\.$", text, re.M
+    )
+    if not found:
+        return
+    machines = {f"{log.result.get('world_size')}x {log.result.get('device')}" for log in logs}
+    if {*found[1].split("; ")} != machines:
+        differs("the hardware", found[1], "; ".join(sorted(machines)))
+    for said, key in zip(found.groups()[1:], ("python", "torch", "dtype"), strict=True):
+        known = {str(log.result.get(key)) for log in logs}
+        if said not in known:
+            differs(key, said, min(known))
 
 
 def check_command(text: str, log: Log, differs) -> None:

@@ -144,6 +144,13 @@ def check_result(folder: Folder, log: Log) -> None:
     if result.get("status") == "ok" and result.get("exit_code", 0) != 0:
         text = f"{log.name}: RESULT has status ok and exit_code {result['exit_code']}"
         folder.add("error", "log_contradicts", text)
+    if result.get("status") == "ok" and log.error:
+        folder.add(
+            "error", "log_contradicts", f"{log.name}: RESULT has status ok, a line before '{log.error}'"
+        )
+    if log.is_truncated and result.get("truncated") is False:
+        text = f"{log.name}: RESULT has truncated false, a line before warns of schedule_truncated"
+        folder.add("error", "log_contradicts", text)
     sizes = [number(result.get(f"{name}_bytes")) for name in ("model", "code", "total")]
     if None not in sizes and sizes[0] + sizes[1] != sizes[2]:
         text = f"{log.name}: RESULT has {sizes[0]} and {sizes[1]} bytes, total {sizes[2]}"
@@ -357,9 +364,11 @@ def check_facts(folder: Folder, record: dict, logs: list[Log]) -> None:
         ("pytorch_version", "torch"),
         ("readable_sha256", "readable_sha256"),
     ):
+        claim = record.get(key)
         for log in logs:
             values = {str(statement.value) for statement in log.said.get(what, [])}
-            claim = record.get(key)
+            if what == "torch":  # make.py gives the first seed's; a seed that went on may have met another
+                values = {str(one.value) for log in logs for one in log.said.get(what, [])}
             if isinstance(claim, str) and values and claim not in values:
                 text = f"{key} is {claim} in submission.json, {min(values)} in {log.name}"
                 folder.add("error", "claim_differs", text)
@@ -526,4 +535,10 @@ def check_artifact_head(folder: Folder, name: str, blob: bytes, log: Log | None)
             continue
         if str(value) not in {str(statement.value) for statement in said}:
             text = f"{name} was packed with {what} {value}, {log.name} says {said[0].value}"
+            folder.add("error", "artifact_head", text)
+    shape = head.get("model")
+    for knob, value in shape.items() if isinstance(shape, dict) else ():
+        said = log.overrides.get(knob.upper(), value)  # unset: the head may list defaults too
+        if as_setting(said) != as_setting(value):
+            text = f"{name} was packed with {knob.upper()} {value}, {log.name} says {said}"
             folder.add("error", "artifact_head", text)
