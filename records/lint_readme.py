@@ -189,6 +189,7 @@ def check_page(folder: Folder, text: str, logs: list[Log], tables: list[Row]) ->
     found = re.search(r"^- Config hash: `([0-9a-f]+)`", text, re.M)
     if found and "config_hash" in logs[0].said and found[1] != logs[0].said["config_hash"][0].value:
         differs("the config hash", found[1], logs[0].said["config_hash"][0].value)
+    check_configuration(text, logs[0], differs)
     check_machine(text, logs, differs)
     check_command(text, logs[0], differs)
     check_changes(text, logs[0], differs)
@@ -321,6 +322,23 @@ def check_text_line(text: str, log: Log, differs) -> None:
     for said, truth in pairs:
         if truth is not None and said.replace(",", "") != str(truth):
             differs("the validation text", said, truth)
+
+
+def check_configuration(text: str, log: Log, differs) -> None:
+    """Packing, limit and learning rates of the list of settings."""
+    found = re.search(r"^- Packing: (\S+), (\S+)$", text, re.M)
+    packing = log.said.get("packing")
+    if found and packing and f"{found[1]}+{found[2]}" != packing[0].value:
+        differs("the packing", f"{found[1]}+{found[2]}", packing[0].value)
+    found = re.search(r"^- Limit: ([\d,]+) steps or (\d+(?:\.\d+)?) s ", text, re.M)
+    for index, name in enumerate(("iterations", "max_wallclock_seconds"), 1):
+        setting = log.said.get(f"setting {name}")
+        if found and setting and as_setting(found[index].replace(",", "")) != setting[0].value:
+            differs(f"the limit of {name}", found[index], setting[0].value)
+    rates = re.search(r"^- Learning rates: (.*)$", text, re.M)
+    for name, value in re.findall(r"([A-Z_]+)=(\S+)", rates[1] if rates else ""):
+        if name in log.overrides and as_setting(value) != as_setting(log.overrides[name]):
+            differs(name, value, log.overrides[name])
 
 
 def check_machine(text: str, logs: list[Log], differs) -> None:

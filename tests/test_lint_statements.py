@@ -483,6 +483,21 @@ def better_hardware_in_the_readme(folder):
     edit(folder / "README.md", "1x AMD EPYC, 1 threads; python", "8x NVIDIA H100; python")
 
 
+@falsification("readme_differs", "the packing is int6.zstd, by the logs int8.zstd")
+def another_packing_in_the_readme(folder):
+    edit(folder / "README.md", "Packing: int8, zstd", "Packing: int6, zstd")
+
+
+@falsification("readme_differs", "the limit of max_wallclock_seconds is 300, by the logs 600")
+def another_limit_in_the_readme(folder):
+    edit(folder / "README.md", "1,000 steps or 600 s", "1,000 steps or 300 s")
+
+
+@falsification("readme_differs", "MATRIX_LR is 0.22, by the logs 0.11")
+def another_rate_in_the_readme(folder):
+    edit(folder / "README.md", "HEAD_LR=0.008 MATRIX_LR=0.11", "HEAD_LR=0.008 MATRIX_LR=0.22")
+
+
 @falsification("readme_differs", "torch is 2.9.1, by the logs 2.13.0")
 def another_torch_in_the_readme(folder):
     edit(folder / "README.md", "torch 2.13.0+cpu; compute", "torch 2.9.1; compute")
