@@ -40,6 +40,7 @@ from typing import TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.shards import (  # noqa: E402
     command,
+    describe_file,
     exclusive,
     read_header,
     read_manifest,
@@ -458,12 +459,16 @@ def local_manifest(name: str, source: Source, results: dict[str, Fetched], recei
                 "size": entry["size"],
                 "sha256": entry["digest"],
             }
-    return {
+    manifest = {
         "name": name,
         "source": {"repo": source.repo, "prefix": source.prefix, "revision": source.revision},
         "splits": splits,
         "receipts": receipts,
     }
+    models = [file for file in receipts if file.endswith(".model")]
+    if len(models) == 1:  # train_gpt.py then takes no other
+        manifest["tokenizer"] = {"path": models[0], **describe_file(out / models[0])}
+    return manifest
 
 
 def main() -> int:

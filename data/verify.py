@@ -3,9 +3,11 @@
     python data/verify.py data/datasets/pydocs_sp1024
     python data/verify.py data/datasets/mine_sp1024 --tokenizer data/tokenizers/mine_1024_bpe.model
 
-Prints tokens, documents and sha256 of each shard and split; with a tokenizer also the bytes its
-text decodes to, of CaseOps those of the text that the marks stand for. *_val_bytes_*.bin must hold
-as many tokens as the validation split, and these bytes in all.
+Prints tokens, documents and sha256 of each shard and split. With a tokenizer it also audits the two
+together, whoever made them: is it the one in the manifest, do the tokens come from it, has every token its
+text, and how many bytes has the text that is scored, by decoding, by train_gpt.py's pieces, and by the
+official script's table. With a sidecar of bytes, *_val_bytes_*.bin, it checks that instead: as many tokens
+as the validation split, and the bytes its text decodes to, of CaseOps those that the marks stand for.
 Exit codes: 0 all good, 1 with one line for each fault found, 2 nothing to check.
 """
 
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,10 +37,12 @@ from data.shards import (  # noqa: E402
     sha256_file,
     shard_paths,
 )
-from data.tokenize_docs import load_tokenizer  # noqa: E402
+from data.tokenize_docs import SPACE_MARK, load_tokenizer  # noqa: E402
 from data.user_error import UserError  # noqa: E402
 
 DECODE_TOKENS = 1 << 20  # ids turned into Python lists at a time
+AUDITED_DOCUMENTS = 2000  # that are encoded again, evenly spread
+LEAST_SAME = 0.5  # share of them that a tokenizer gives the same tokens again; another one none
 
 
 class ByteCounter:
@@ -173,12 +178,92 @@ def check_sidecar(paths: list[Path], files: dict, tokens: int, text_bytes: int |
     return faults
 
 
+# --- the audit of tokens and tokenizer ----------------------------------------------------------------
+
+
+def official_bytes(tokenizer: sentencepiece.SentencePieceProcessor, tokens: np.ndarray) -> int:
+    """Bytes of the tokens by the official script's table: a space mark inside a piece is three of them.
+
+    So are the three byte tokens that spell a mark. That made published scores too good by up to a fifth.
+    """
+    sizes = np.zeros(tokenizer.vocab_size(), np.int64)
+    starts_with_space = np.zeros(len(sizes), bool)
+    is_boundary = np.ones(len(sizes), bool)
+    for token in range(len(sizes)):
+        if tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token):
+            continue
+        is_boundary[token] = False
+        if tokenizer.is_byte(token):
+            sizes[token] = 1
+            continue
+        piece = tokenizer.id_to_piece(token)
+        starts_with_space[token] = piece.startswith(SPACE_MARK)
+        sizes[token] = len(piece.removeprefix(SPACE_MARK).encode())
+    total = int(sizes[tokens].sum())
+    return total + int((starts_with_space[tokens[1:]] & ~is_boundary[tokens[:-1]]).sum())
+
+
+def encoded_again(
+    tokenizer: sentencepiece.SentencePieceProcessor, tokens: np.ndarray, spans: list[tuple[int, int]]
+) -> tuple[int, int]:
+    """(documents whose text gives the same tokens again, documents tried)."""
+    chosen = spans[:: max(1, len(spans) // AUDITED_DOCUMENTS)]
+    same = 0
+    for start, stop in chosen:
+        document = tokens[start:stop].tolist()
+        same += tokenizer.encode(tokenizer.decode(document)) == document
+    return same, len(chosen)
+
+
+def audit(tokenizer: sentencepiece.SentencePieceProcessor, paths: list[Path], split: str) -> list[str]:
+    """Print what the text of a split weighs by three counts, and return what is wrong with it."""
+    import train_gpt  # only here: it imports torch, which takes a second
+
+    shards = []
+    for path in paths:
+        with suppress(UserError):  # said before
+            shards.append(read_tokens(path))
+    if not shards or max(int(shard.max()) for shard in shards) >= tokenizer.vocab_size():
+        return []
+    tokens = np.concatenate(shards)
+    table = train_gpt.ByteTable(tokenizer)
+    faults = []
+    try:
+        train_gpt.refuse_lost_text(tokenizer, table, tokens)
+    except train_gpt.RunError as error:
+        faults.append(f"{split}: {str(error).replace('validation tokens', 'tokens')}")
+    decoded = train_gpt.decoded_bytes(tokenizer, table, tokens).bytes
+    counted = int(table.count_bytes(tokens).sum(dtype=np.int64))
+    official = official_bytes(tokenizer, tokens)
+    print(
+        f"{split}: bytes {decoded:,} by decoding, {counted:,} by pieces, {official:,} by the official table"
+    )
+    if counted != decoded:
+        faults.append(
+            f"{split}: {counted:,} bytes by pieces, {decoded:,} by decoding; train_gpt.py refuses it"
+        )
+    if official > decoded > 0:
+        share = 100 * (official / decoded - 1)
+        faults.append(
+            f"{split}: the official table counts {share:.2f} % more bytes than the text has; "
+            "a bpb that was made with it is too low by as much"
+        )
+    same, tried = encoded_again(tokenizer, tokens, train_gpt.document_spans(table, tokens))
+    print(f"{split}: {same:,} of {tried:,} documents give the same tokens again")
+    if same < LEAST_SAME * tried:
+        faults.append(
+            f"{split}: only {same:,} of {tried:,} documents give the same tokens again; another tokenizer "
+            "made them, and bytes and bpb by this one are wrong"
+        )
+    return faults
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("dataset", type=Path, help="folder of *_train_*.bin and *_val_*.bin")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model: also count bytes by decoding")
+    parser.add_argument("--tokenizer", type=Path, help="SentencePiece model: audit both")
     options = parser.parse_args()
     if not options.dataset.is_dir():
         raise UserError(f"{options.dataset}: no such folder; build one with data/pydocs.py")
@@ -193,11 +278,14 @@ def main() -> int:
         digest = sha256_file(options.tokenizer)
         if digest != manifest["tokenizer"]["sha256"]:
             faults.append(f"{options.tokenizer}: not the tokenizer the manifest names; use that one")
+    scored = "val" if splits["val"] else "train"
     for split, paths in splits.items():
         if paths or manifest.get("splits", {}).get(split, {}).get("files"):
             counter = ByteCounter(tokenizer) if tokenizer else None
             sidecar = shard_paths(options.dataset, f"{split}_bytes")
             faults += check_split(options.dataset, paths, split, vocab_size, manifest, counter, sidecar)
+    if tokenizer and splits[scored] and not shard_paths(options.dataset, f"{scored}_bytes"):
+        faults += audit(tokenizer, splits[scored], scored)
     if not manifest:
         print("no manifest: hashes not compared")
     if vocab_size is None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.shards import read_manifest, sha256_file  # noqa: E402
 from data.user_error import UserError  # noqa: E402
 from records.finished import Log, Parser, guarded, read_log, require  # noqa: E402
 from records.page import as_text  # noqa: E402
@@ -231,6 +232,21 @@ def check_file(record: Record, seed: int, artifact: Path) -> list[str]:
     return found
 
 
+def check_tokenizer(data: Path, tokenizer: Path) -> None:
+    """Refuse a tokenizer that the manifest beside the data, where there is one, does not name.
+
+    Scripts of older records do not look: they would print another bpb for the same text.
+    """
+    made_with = (read_manifest(data / "manifest.json") or {}).get("tokenizer")
+    expected = made_with.get("sha256") if isinstance(made_with, dict) else None
+    sha = sha256_file(tokenizer)
+    require(
+        not isinstance(expected, str) or sha == expected,
+        f"--tokenizer {tokenizer} did not make {data}: its sha256 is {sha[:16]}, the manifest says "
+        f"{str(expected)[:16]}",
+    )
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a record folder")
@@ -250,6 +266,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    check_tokenizer(options.data, options.tokenizer)
     record = read_record(options.folder)
     rows: dict[int, list[Row]] = {}
     changed: list[str] = []

@@ -325,7 +325,7 @@ MODEL = "data/tokenizer.model"
 
 
 def another_tokenizer(here: Path) -> None:
-    """As many pieces, but leading spaces are dropped: the shard cannot be this tokenizer's work."""
+    """As many pieces, but decoding drops all spaces at the start."""
     layout = dict(remove_extra_whitespaces=True, add_dummy_prefix=True)
     (here / MODEL).write_bytes(train_tokenizer(make_texts(400, seed=1), **layout))
     space = sentencepiece.SentencePieceProcessor(model_file=str(here / MODEL)).piece_to_id(
@@ -344,7 +344,7 @@ TOKENIZERS = {
     ),
     "pickle": Case("TOKENIZER_PATH|not a SentencePiece model", spoil=lambda here: trap(here / MODEL, here)),
     "wrong_size": Case("VOCAB_SIZE=1024|has 320 pieces", dict(vocab_size=1024)),
-    "other_bytes": Case("wrong byte count|tokenizer.model belong to", spoil=another_tokenizer),
+    "other_bytes": Case("wrong byte count|tokenizer.model drops in decoding", spoil=another_tokenizer),
     "unreadable": Case(
         "TOKENIZER_PATH|not a SentencePiece model",
         spoil=lambda here: (here / MODEL).chmod(0),

@@ -1,5 +1,6 @@
 """The denominator of bits per byte: what the pieces count is what the text weighs."""
 
+import hashlib
 import json
 import shutil
 from types import SimpleNamespace
@@ -292,6 +293,127 @@ def test_a_stream_that_its_tokenizer_cannot_have_made_is_refused(split):
     write_shard(split.shard, [BOS, space, space, space, 270, BOS, 271])
     with pytest.raises(RunError, match=r"wrong byte count: \d+ by pieces, \d+ by decoding .*tokenizer.model"):
         load(split.cfg)
+
+
+def test_marks_that_decoding_drops_are_named_as_the_cause(split):
+    """A literal U+2581 at a document's start is encoded, and decoding drops it (sentencepiece #459)."""
+    model = train_tokenizer(TEXTS, remove_extra_whitespaces=True, add_dummy_prefix=True)
+    (split.folder / "tokenizer.model").write_bytes(model)
+    tokenizer = SentencePieceProcessor(model_proto=model)
+    write_shard(split.shard, encode_documents(tokenizer, [*TEXTS[:3], MARK + TEXTS[3], TEXTS[4]]))
+    with pytest.raises(
+        RunError, match=r"document 4 begins with several space marks \(U\+2581\).* replace it"
+    ) as told:
+        load(split.cfg)
+    assert "belong to" not in str(told.value)
+
+
+# --- text that no token gives back ---------------------------------------------------------------
+
+
+def write_split(split, model: bytes, tokens) -> None:
+    """The fixture's data by another tokenizer."""
+    (split.folder / "tokenizer.model").write_bytes(model)
+    write_shard(split.shard, tokens)
+
+
+def test_a_text_with_unknown_pieces_is_refused(split):
+    """3,517 of 40,393 tokens were unknown in a published case; their bytes were left out of the score."""
+    model = train_tokenizer(TEXTS, byte_fallback=False, character_coverage=0.98)
+    tokenizer = SentencePieceProcessor(model_proto=model)
+    tokens = encode_documents(tokenizer, [*TEXTS[:20], "a \u6f22\u5b57 b \u2603"])
+    unknown = tokens.count(UNK)
+    assert unknown >= 2
+    cfg = split.cfg if tokenizer.vocab_size() == VOCAB else None
+    assert cfg is not None
+    write_split(split, model, tokens)
+    for prove in (True, False):
+        with pytest.raises(
+            RunError, match=rf"^{unknown} of {len(tokens)} validation tokens are '<unk>'.*byte fallback"
+        ):
+            load_validation(cfg, load_tokenizer(cfg), prove)
+
+
+def test_a_text_with_an_unused_piece_is_refused(split):
+    model = with_unused_piece()
+    tokenizer = SentencePieceProcessor(model_proto=model)
+    unused = tokenizer.piece_to_id("<unused>")
+    write_split(split, model, [BOS, *tokenizer.encode(TEXTS[0]), unused, *tokenizer.encode(TEXTS[1])])
+    with pytest.raises(RunError, match="^1 of .* are '<unused>'"):
+        load(split.cfg)
+
+
+def with_controls(split) -> SimpleNamespace:
+    """A tokenizer with the control piece <ctl>, its id, and two encoded texts."""
+    model = FAITHFUL["special_pieces"]()
+    tokenizer = SentencePieceProcessor(model_proto=model)
+    texts = [tokenizer.encode(text) for text in TEXTS[:2]]
+    return SimpleNamespace(model=model, id=tokenizer.piece_to_id("<ctl>"), texts=texts)
+
+
+def test_a_control_piece_within_a_document_is_refused(split):
+    made = with_controls(split)
+    one, other = made.texts
+    write_split(split, made.model, [BOS, *one, made.id, *other, BOS, *one, made.id, *other])
+    with pytest.raises(RunError, match="^2 of .* are '<ctl>'.*user-defined piece"):
+        load(split.cfg)
+
+
+@pytest.mark.parametrize("place", ["alone", "before BOS", "after BOS", "last", "BOS and EOS", "padding"])
+def test_a_control_piece_between_documents_is_a_boundary(split, place):
+    made = with_controls(split)
+    one, other = made.texts
+    streams = {
+        "alone": [made.id, *one, made.id, *other],
+        "before BOS": [BOS, *one, made.id, BOS, *other],
+        "after BOS": [BOS, made.id, *one, BOS, made.id, *other],
+        "last": [BOS, *one, BOS, *other, made.id],
+        "BOS and EOS": [BOS, *one, EOS, BOS, *other, EOS],
+        "padding": [BOS, *one, EOS, PAD, PAD, BOS, *other, EOS],
+    }
+    write_split(split, made.model, streams[place])
+    assert load(split.cfg).documents == 2
+
+
+# --- the manifest --------------------------------------------------------------------------------
+
+
+def manifest_of(split, sha256) -> None:
+    content = dict(tokenizer=dict(path="tokenizer.model", sha256=sha256))
+    (split.folder / "manifest.json").write_text(json.dumps(content))
+
+
+def test_another_tokenizer_than_the_manifests_is_refused(split):
+    """Of the same size, and its bytes are proved: only the manifest knows better."""
+    own = hashlib.sha256((split.folder / "tokenizer.model").read_bytes()).hexdigest()
+    before = load(split.cfg)
+    other = train_tokenizer(make_texts(200, seed=9))
+    (split.folder / "tokenizer.model").write_bytes(other)
+    wrong = load(split.cfg)
+    assert wrong.targets == before.targets and wrong.bytes != before.bytes
+    manifest_of(split, own)
+    with pytest.raises(RunError, match=rf"did not make DATA_PATH=.* {own[:16]}$"):
+        load(split.cfg)
+    manifest_of(split, hashlib.sha256(other).hexdigest())
+    assert load(split.cfg).bytes == wrong.bytes
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "null",
+        "{",
+        '{"tokenizer": 3}',
+        '{"tokenizer": {}}',
+        '{"tokenizer": {"sha256": null}}',
+        "\xff",
+    ],
+)
+def test_a_manifest_of_another_kind_says_nothing(split, content):
+    (split.folder / "manifest.json").write_bytes(content.encode("latin-1"))
+    assert load(split.cfg).documents == 40
 
 
 @pytest.mark.parametrize(

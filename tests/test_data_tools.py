@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ import train_gpt
 from data import file_locks, shards, verify
 from data import tokenize_docs as tools
 from data.user_error import UserError
+from tests import conftest
 
 DATA = Path(__file__).resolve().parents[1] / "data"
 
@@ -460,6 +463,66 @@ def test_verify_compares_totals_with_the_manifest(copy, capsys, monkeypatch):
     shards.write_manifest(copy / "manifest.json", manifest)
     code, _, errors = check(capsys, monkeypatch, copy)
     assert code == 1 and "the manifest says" in errors[0]
+
+
+def test_verify_audits_text_and_tokenizer(copy, capsys, monkeypatch):
+    """By decoding, by pieces, by the official table; and the documents encode to their tokens again."""
+    model = copy.parents[1] / "tokenizers" / "t_400_bpe.model"
+    code, output, errors = check(capsys, monkeypatch, copy, "--tokenizer", model)
+    held = shards.read_manifest(copy / "manifest.json")["splits"]["val"]
+    count = f"{held['bytes']:,}"
+    assert (code, errors) == (0, [])
+    assert f"val: bytes {count} by decoding, {count} by pieces, {count} by the official table" in output
+    assert (
+        f"val: {held['documents']:,} of {held['documents']:,} documents give the same tokens again" in output
+    )
+
+
+def foreign(copy: Path, model: bytes) -> Path:
+    """The folder without its manifest, and another tokenizer for it."""
+    (copy / "manifest.json").unlink()
+    path = copy / "other.model"
+    path.write_bytes(model)
+    return path
+
+
+def test_verify_finds_that_another_tokenizer_of_the_size_made_the_tokens(copy, capsys, monkeypatch):
+    """Without a manifest, too: 8 % wrong bpb, which no count of bytes sees."""
+    other = foreign(copy, tools.train_tokenizer([text[::-1] for text in TEXTS], 400))
+    code, _, errors = check(capsys, monkeypatch, copy, "--tokenizer", other)
+    assert code == 1 and len(errors) == 1
+    assert re.search(
+        r"val: only \d+ of \d+ documents give the same tokens again; another tokenizer", errors[0]
+    )
+
+
+def test_verify_finds_marks_inside_pieces_that_the_official_table_counts_three_times(
+    copy, capsys, monkeypatch
+):
+    texts = [f"{text}  two  spaces" for text in TEXTS]
+    model = conftest.train_tokenizer(texts, 400, split_by_whitespace=False)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    path = foreign(copy, model)
+    for old in copy.glob("*.bin"):
+        old.unlink()
+    tokens = np.array([token for text in texts for token in (1, *tokenizer.encode(text))], np.uint16)
+    shards.write_shard(copy / "t_val_000000.bin", tokens)
+    code, output, errors = check(capsys, monkeypatch, copy, "--tokenizer", path)
+    marks = sum(tokenizer.id_to_piece(token).lstrip("\u2581").count("\u2581") for token in tokens.tolist())
+    assert marks and code == 1 and len(errors) == 1
+    assert re.search(r"official table counts \d+\.\d\d % more bytes than the text has", errors[0])
+
+
+def test_verify_names_tokens_without_text(copy, capsys, monkeypatch):
+    model = conftest.train_tokenizer(TEXTS, 400, byte_fallback=False, character_coverage=0.98)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    path = foreign(copy, model)
+    for old in copy.glob("*.bin"):
+        old.unlink()
+    tokens = np.array([1, *tokenizer.encode("a \u6f22 b \u2603 the end")], np.uint16)
+    shards.write_shard(copy / "t_val_000000.bin", tokens)
+    code, _, errors = check(capsys, monkeypatch, copy, "--tokenizer", path)
+    assert code == 1 and any("tokens are '<unk>', which stands for text" in line for line in errors)
 
 
 def test_verify_without_shards_exits_2(tmp_path):

@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from records import lint
+from records import lint, lint_folder, lint_log, lint_readme, lint_statements
 from records.pack_script import pack
 from records.significance import against_bar
 from tests.conftest import ROOT
+from tests.test_lint_statements import FALSIFICATIONS
 
 SCRIPT = '"""A script."""\nimport sys\n\nsys.exit("the linter ran me")\n'
 RULE = "=" * 100
@@ -30,13 +31,20 @@ TOTAL = MODEL + len(SCRIPT)
 
 
 def bpb(loss: str) -> str:
-    """The toy's text has a fixed number of bytes; 8 decimals."""
-    return f"{float(loss) - 0.84:.8f}"
+    """The toy's text has a fixed number of bytes a token; 8 decimals."""
+    return f"{float(loss) * MEAN['val_bpb'] / MEAN['val_loss']:.8f}"
+
+
+def roundtrip(loss: str) -> str:
+    """The loss of the other score, without a sliding window."""
+    return f"{float(loss) + 0.0159:.8f}"
 
 
 def log_text(seed: int, source: str = SCRIPT, loss: str = "") -> str:
     """An official log; `loss`: of its last exact line."""
-    loss, code = loss or LOSSES[seed], len(SCRIPT)
+    loss = loss or LOSSES[seed]
+    other = roundtrip(loss)
+    code = len(SCRIPT)
     return f"""{source}
 {RULE}
 Running Python 3.12.3
@@ -44,17 +52,17 @@ Running PyTorch 2.9.1
 {RULE}
 world_size:8 grad_accum_steps:1
 seed:{seed}
-step:0/20000 val_loss:6.9357 val_bpb:4.1077 train_time:0ms step_avg:0.02ms
-step:9000/20000 val_loss:2.0400 val_bpb:1.2000 train_time:599900ms step_avg:66.66ms
+step:0/20000 val_loss:6.9357 val_bpb:4.1083 train_time:0ms step_avg:0.02ms
+step:9000/20000 val_loss:2.0400 val_bpb:1.2084 train_time:599900ms step_avg:66.66ms
 stopping_early: wallclock_cap train_time:599900ms step:9000/20000
 Serialized model: 67224983 bytes
 Code size: {code} bytes
 Total submission size: {67224983 + code} bytes
 Serialized model int8+zlib: {MODEL} bytes (payload:17178912 payload_ratio:3.91x)
 Total submission size int8+zlib: {TOTAL} bytes
-final_int8_zlib_roundtrip val_loss:2.0700 val_bpb:1.2300 eval_time:1284ms
-final_int8_zlib_roundtrip_exact val_loss:2.07000000 val_bpb:1.23000000
-final_sliding_window val_loss:{loss[:6]} val_bpb:{bpb(loss)[:6]} window:1024 stride:64 eval_time:70000ms
+final_int8_zlib_roundtrip val_loss:{float(other):.4f} val_bpb:{float(bpb(other)):.4f} eval_time:1284ms
+final_int8_zlib_roundtrip_exact val_loss:{other} val_bpb:{bpb(other)}
+final_sliding_window val_loss:{float(loss):.4f} val_bpb:{float(bpb(loss)):.4f} stride:64 eval_time:70000ms
 final_sliding_window_exact val_loss:{loss} val_bpb:{bpb(loss)}
 """
 
@@ -177,7 +185,7 @@ def keys_of_another_type(folder):
     rewrite(folder, author=["A"], bytes_code="60")
 
 
-@defect("error key_type")
+@defect("error json_invalid")
 def a_score_that_is_no_number(folder):
     rewrite(folder, val_bpb=float("nan"))
 
@@ -185,6 +193,76 @@ def a_score_that_is_no_number(folder):
 @defect("error key_value", "error code_bytes_differ")
 def half_a_byte(folder):
     rewrite(folder, bytes_code=59.5)
+
+
+@defect("error json_key_differs")
+def a_key_with_two_values(folder):
+    edit(folder / "submission.json", '"author": "A",', '"author": "A", "author": "B",')
+
+
+@defect("warn readme_seed")
+def a_table_of_other_scores(folder):
+    with (folder / "README.md").open("a") as file:
+        file.write("\n| Seed | Sliding BPB | steps |\n|---|---|---|\n")
+        file.write(f"| 1 | **{float(bpb(LOSSES[1])):.5f}** | 9,000 |\n| 2 | 1.2108 | 9,000 |\n")
+
+
+@defect("error step_avg")
+def a_step_average_of_another_clock(folder):
+    edit(each_log(folder)[0], "step_avg:66.66ms", "step_avg:43.54ms")
+
+
+@defect("error final_lines", "error loss_and_bpb", "error seed_result")
+def an_exact_line_of_another_score(folder):
+    edit(each_log(folder)[0], f" val_bpb:{bpb(LOSSES[1])}\n", " val_bpb:1.12029794\n")
+
+
+@defect("warn loss_and_bpb")
+def a_validation_of_another_text(folder):
+    edit(each_log(folder)[0], "val_loss:2.0400 val_bpb:1.2084", "val_loss:2.0400 val_bpb:1.2050")
+
+
+@defect("error run_copied", "error run_copied", "error run_copied", "warn std")
+def one_run_as_three(folder):
+    """Only the seed differs, in the name of the log and in it."""
+    for path in each_log(folder):
+        path.write_text(log_text(int(path.stem[-1]), loss=LOSSES[1]))
+    entries = {seed: dict(val_loss=float(LOSSES[1]), val_bpb=float(bpb(LOSSES[1]))) for seed in "123"}
+    rewrite(folder, val_loss=float(LOSSES[1]), val_bpb=float(bpb(LOSSES[1])), seed_results=entries,
+            val_bpb_std=0.0004)  # fmt: skip
+    (folder / "README.md").write_text("val_bpb 1.2203")
+
+
+@defect("error claim_differs", "error claim_differs", "error claim_differs")
+def official_keys_that_the_logs_contradict(folder):
+    rewrite(folder, step_stop=9500, wallclock_seconds=480.5, pre_quant_val_bpb=1.1984)
+
+
+@defect("error text_varies")
+def a_log_of_another_validation_text(folder):
+    for tokens, path in zip((62021632, 62021632, 31010816), each_log(folder), strict=True):
+        edit(path, "seed:", f"val_loader:shards pattern=data/*_val_*.bin tokens:{tokens}\nseed:", 1)
+
+
+@defect("error artifact_size", "error artifact_size")
+def artifacts_of_each_other(folder):
+    """Each has the size of the other seed's model."""
+    for seed, size in ((1, MODEL), (2, MODEL + 10), (3, MODEL)):
+        path = folder / f"train_seed{seed}.log"
+        edit(path, f"zlib: {TOTAL} ", f"zlib: {size + len(SCRIPT)} ")
+        edit(path, f"zlib: {MODEL} ", f"zlib: {size} ")
+    rewrite(folder, bytes_total=TOTAL + 10, seed_results=None)
+    for seed, size in ((1, MODEL + 10), (2, MODEL)):
+        with (folder / f"final_model_seed{seed}.int8.ptz").open("wb") as file:
+            file.truncate(size)
+
+
+@defect("error artifact_copied")
+def one_artifact_of_two_seeds(folder):
+    for seed in (1, 2):
+        (folder / f"final_model_seed{seed}.int8.ptz").write_bytes(b"")
+        with (folder / f"final_model_seed{seed}.int8.ptz").open("wb") as file:
+            file.truncate(MODEL)
 
 
 @defect("warn date")
@@ -349,14 +427,20 @@ def more_code_than_was_counted(folder):
     counted(folder, 15_999_970, "Code size: 20 bytes")
 
 
+def train_for(path: Path, ms: int) -> None:
+    """A log of a run of so many milliseconds."""
+    edit(path, "599900ms", f"{ms}ms")
+    edit(path, "step_avg:66.66ms", f"step_avg:{ms / 9000:.2f}ms")
+
+
 @defect("error train_time")
 def training_of_eleven_minutes(folder):
-    edit(each_log(folder)[0], "599900ms", "660000ms")
+    train_for(each_log(folder)[0], 660_000)
 
 
 @defect("info train_overshoot")
 def a_last_step_over_the_limit(folder):
-    edit(each_log(folder)[0], "599900ms", "600038ms")
+    train_for(each_log(folder)[0], 600_038)
 
 
 @defect("error eval_time")
@@ -425,7 +509,7 @@ def logs_of_a_side_experiment(folder):
 @defect("warn best_seed")
 def the_best_seed(folder):
     rewrite(folder, val_bpb=float(bpb(LOSSES[1])), val_loss=float(LOSSES[1]))
-    (folder / "README.md").write_text("val_bpb 1.2201")
+    (folder / "README.md").write_text("val_bpb 1.2203")
 
 
 @defect("info score_rounded")
@@ -445,14 +529,20 @@ def another_score(folder):
 
 @defect("warn other_score")
 def the_score_of_another_line(folder):
-    rewrite(folder, val_loss=2.07)
+    rewrite(folder, val_loss=float(roundtrip(LOSSES[1])))
 
 
 @defect("info score_chosen", "info score_chosen", "info score_chosen")
 def another_score_that_is_named(folder):
-    entries = {seed: dict(val_loss=2.07, val_bpb=1.23, artifact_bytes=TOTAL) for seed in "123"}
-    rewrite(folder, val_loss=2.07, val_bpb=1.23, seed_results=entries, score="roundtrip")
-    (folder / "README.md").write_text("val_bpb 1.2300")
+    entries = {}
+    for seed, loss in LOSSES.items():
+        other = roundtrip(loss)
+        entries[str(seed)] = dict(val_loss=float(other), val_bpb=float(bpb(other)), artifact_bytes=TOTAL)
+    means = {}
+    for key in ("val_loss", "val_bpb"):
+        means[key] = round(sum(entry[key] for entry in entries.values()) / 3, 8)
+    rewrite(folder, **means, seed_results=entries, score="roundtrip")
+    (folder / "README.md").write_text(f"val_bpb {means['val_bpb']:.4f}")
 
 
 @defect("error seed_result")
@@ -505,7 +595,7 @@ def a_log_that_is_no_gzip_file(folder):
 @defect("warn many_files")
 def thousands_of_files(folder):
     (folder / "many").mkdir()
-    for number in range(lint.FILE_LIMIT + 1):
+    for number in range(lint_folder.FILE_LIMIT + 1):
         (folder / "many" / f"{number}.dat").touch()
 
 
@@ -517,7 +607,7 @@ def a_deep_folder(folder):
 @defect("warn too_long")
 def an_endless_log(folder):
     with (folder / "endless.log").open("wb") as file:
-        file.truncate(lint.READ_LIMIT + 5)
+        file.truncate(lint_folder.READ_LIMIT + 5)
 
 
 LONG = SCRIPT + "# A comment, which packing takes out again.\n" * 100
@@ -572,14 +662,17 @@ def test_a_defect_gives_its_finding(name, folder):
 
 
 def test_every_finding_has_a_defect():
-    source = Path(lint.__file__).read_text()
-    calls = set(re.findall(r'(?:"(?:error|warn|info)"|add\(severity), "(\w+)"', source)) - {"warn", "info"}
+    modules = lint, lint_folder, lint_log, lint_readme, lint_statements
+    source = "".join(Path(module.__file__).read_text() for module in modules)
+    calls = set(re.findall(r'(?:"(?:error|warn|info)"|add\(\s*severity), "(\w+)"', source)) - {"warn", "info"}
     known = {code.split()[1] for _, expected in DEFECTS.values() for code in expected} | {"spread"}
-    assert calls == known and len(known) > 50
+    known |= {code for _, code, _ in FALSIFICATIONS.values()}  # those of our own logs
+    elsewhere = {"line_ends", "blurb_differs", "artifact_unread", "no_spread"}  # test_lint_statements.py
+    assert calls == known | elsewhere and len(known) > 60
 
 
 def test_other_tracks_have_no_clock_and_no_bar(folder):
-    edit(each_log(folder)[0], "599900ms", "14400000ms")
+    train_for(each_log(folder)[0], 14_400_000)
     edit(folder / "README.md", "three.", "three. SOTA was 1.2250.")
     assert ("error", "train_time") in codes(folder)
     free = folder.parent.with_name("track_non_record_16mb")
@@ -602,7 +695,7 @@ def test_a_study_is_judged_by_the_logs_of_its_score(folder):
 def test_a_mean_of_several_lines_is_found(folder):
     """A failed evaluation comes last in one log: the score is the mean of the line all have."""
     with each_log(folder)[0].open("a") as file:
-        file.write("final_ttt_exact val_loss:3.07421378 val_bpb:1.33603200\n")
+        file.write("final_ttt_exact val_loss:3.07421378 val_bpb:1.82098636\n")
     found = codes(folder)
     assert set(found) == {("warn", "other_score"), ("info", "spread")}
     spread = next(found.text for found in lint.check_folder(folder) if found.code == "spread")
@@ -616,7 +709,7 @@ def test_logs_of_other_forms_say_the_same(folder, form):
         text = path.read_text()
         if form in ("gz", "bz2", "xz"):
             path.unlink()
-            with lint.OPENERS[f".{form}"](f"{path}.{form}", "wb") as file:
+            with lint_folder.OPENERS[f".{form}"](f"{path}.{form}", "wb") as file:
                 file.write(text.encode())
         elif form == "crlf":
             path.write_bytes(text.replace("\n", "\r\n").encode())

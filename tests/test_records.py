@@ -526,6 +526,15 @@ def test_bad_input_to_rescoring_is_refused(record, dataset, tmp_path, capsys):
     assert "--seed 9" in refusal(capsys, rescore, *again(dataset, folder, "--seed", 9))
 
 
+def test_another_tokenizer_than_the_datas_is_refused(record, dataset, tmp_path, capsys):
+    """Scripts of records from before train_gpt.py looked into the manifest would score the text wrongly."""
+    data = shutil.copytree(dataset, tmp_path / "data")
+    (data / "manifest.json").write_text(json.dumps(dict(tokenizer=dict(sha256="0" * 64))))
+    options = record(0), "--data", data, "--tokenizer", data / "tokenizer.model"
+    line = refusal(capsys, rescore, *options)
+    assert "did not make" in line and "the manifest says 0000000000000000" in line
+
+
 def test_another_validation_text_is_refused(record, dataset, tmp_path, capsys):
     other = shutil.copytree(dataset, tmp_path / "other")
     shard = other / "toy_val_000000.bin"
