@@ -6025,7 +6025,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         late_graphs=max(runtime.gather(compiled_graphs() - graphs_before)),
     )
     report_end_of_training(run, trained)
-    if optimisers.loss_scale.is_used:
+    if runtime.dtype == torch.float16:
         skipped, scale = optimisers.loss_scale.skipped_steps, optimisers.loss_scale.value
         run.log.line(f"loss_scale:{scale:.0f} steps_left_out:{skipped}")
         run.log.event("loss_scale", scale=scale, skipped_steps=skipped)
