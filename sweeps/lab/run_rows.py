@@ -113,6 +113,7 @@ def progress_of(event: Event, config: Mapping) -> float:
     if event.get("progress") is not None:
         return event["progress"]
     cap, most = config.get("max_wallclock_seconds") or math.inf, config.get("iterations") or math.inf
+    cap -= config.get("gptq_reserve_seconds") or 0.0
     return min(1.0, max(event.get("step", 0) / most, event.get("train_ms", 0.0) / 1000 / cap))
 
 
