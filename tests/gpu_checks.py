@@ -22,10 +22,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import torch  # noqa: E402
+
 import train_gpt  # noqa: E402
 from tests.as_users_run import embedded_corpus, environment, read_events  # noqa: E402
 from train_gpt import (  # noqa: E402

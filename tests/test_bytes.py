@@ -281,7 +281,9 @@ def test_a_missing_tokenizer_is_refused(split):
 
 def test_a_split_of_a_larger_vocabulary_is_refused(split):
     write_shard(split.shard, [BOS, 300, VOCAB + 700])
-    with pytest.raises(RunError, match=rf"toy_val_000000\.bin holds token {VOCAB + 700}, beyond VOCAB_SIZE"):
+    with pytest.raises(
+        RunError, match=rf"toy_val_000000\.bin holds token {VOCAB + 700} at position 2, beyond"
+    ):
         load(split.cfg)
 
 

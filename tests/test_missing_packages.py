@@ -21,6 +21,7 @@ NEEDS_NOTHING = {
     "sweeps/lab/depth_switches.py",
     "sweeps/summary.py",
     "tests/golden.py",
+    "tests/pretend_gpu/device.py",  # run.py starts it, with an environment of its own
     "tests/support/forkserver.py",
 }
 

@@ -397,10 +397,13 @@ def test_warm_up_leaves_no_trace(tiny, dataset):
     assert all(not state["momentum_buffer"].any() for state in optimisers.muon.state.values())
 
 
-def test_warm_up_does_not_change_the_training(tiny, dataset):
+@pytest.mark.parametrize(
+    "knobs", [{}, MUON_RULES | dict(soap_beta2=0.9, soap_every=2)], ids=["plain", "rules"]
+)
+def test_warm_up_does_not_change_the_training(tiny, dataset, knobs):
     finals = []
     for warmup_steps in (0, 2):
-        cfg = tiny(warmup_steps=warmup_steps, data_path=str(dataset), iterations=4)
+        cfg = tiny(warmup_steps=warmup_steps, data_path=str(dataset), iterations=4, **knobs)
         run, optimisers = make(cfg)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("train_gpt.validate", lambda *_: None)

@@ -128,6 +128,7 @@ def progress_of(event: Event, config: Mapping) -> float:
         return event["progress"]
     most_steps = config.get("iterations") or math.inf
     most_seconds = config.get("max_wallclock_seconds") or math.inf
+    most_seconds -= config.get("gptq_reserve_seconds") or 0.0
     by_steps = event.get("step", 0) / most_steps
     by_clock = event.get("train_ms", 0.0) / 1000 / most_seconds
     return min(1.0, max(by_steps, by_clock))
