@@ -68,7 +68,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from statistics import median_low
 from typing import NamedTuple, TextIO, TypedDict
@@ -900,7 +900,7 @@ def remove_temporary_files(folder: Path) -> None:
 # 4. SCHEDULES: what the next step does, decided before it
 #
 # In: the config, how many steps are done, the training seconds so far and the pace of recent steps. Out of
-# `plan_step`: a StepPlan with learning rate, momentum, depth and random seeds, a pure function of these and
+# `plan_step`: a StepPlan with learning rate, momentum, phase and random seeds, a pure function of these and
 # so equal on every rank. `Clock` measures the seconds; `train` (section 15) asks both before each step.
 # A learning-rate curve is a hook of the point "schedule"; the official warmdown runs when none is on.
 # ----------------------------------------------------------------------------------------------------------
@@ -1092,41 +1092,10 @@ def muon_momentum_at(cfg: Config, step: int) -> float:
     return start + share * (cfg.muon_momentum - start)
 
 
-class DepthPhase(NamedTuple):
-    """A stretch of the run that trains one depth, and with that one compiled graph."""
-
-    until: float  # progress at which it ends
-    depth: int | None  # effective layers that train, from the first; None = all
-
-
-def phases(cfg: Config) -> list[DepthPhase]:
-    """The depths that the run trains in turn; the last is the one that is scored."""
-    if cfg.progressive_grow and cfg.num_repeats == 1:
-        return growing_phases(cfg)
-    listed = [DepthPhase(until, repeats * cfg.num_layers) for until, repeats in cfg.depth_phases]
-    return listed or [DepthPhase(1.0, None)]
-
-
-def final_depth(cfg: Config) -> int | None:
-    """Effective layers that train at the end, and that are scored; None = all."""
-    return phases(cfg)[-1].depth
-
-
-def growing_phases(cfg: Config) -> list[DepthPhase]:
-    """PROGRESSIVE_GROW: from max(3, 0.3 L) layers evenly to L, one more at a time, all by progress 0.9."""
-    shallowest = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
-    depths = range(shallowest, cfg.num_layers + 1)
-    growths = max(len(depths) - 1, 1)
-    return [DepthPhase(0.9 * number / growths, depth) for number, depth in enumerate(depths, 1)]
-
-
-def depth_at(cfg: Config, progress: float) -> int | None:
-    """Effective layers that train at this progress; None = all."""
-    run_phases = phases(cfg)
-    for phase in run_phases:
-        if progress < phase.until:
-            return phase.depth
-    return run_phases[-1].depth
+def phase_at(cfg: Config, progress: float) -> int:
+    """Number of the phase at this progress, from the end: -1 is the last, whose layers are scored."""
+    phases_to_come = sum(progress < phase.until for phase in cfg.phases)
+    return -max(1, phases_to_come)
 
 
 def draw_seed(*key) -> int:
@@ -1170,7 +1139,7 @@ class StepPlan:
     lr_scale: float  # every learning rate is multiplied by it
     muon_momentum: float
     step: int = 0  # steps completed before this one
-    depth: int | None = None  # effective layers that train, from the first; None = all
+    phase: int = -1  # whose layers train, by its number from the end
     layers: tuple[bool, ...] = ()  # LAYER_DROP: whether each runs
     noise: int = 0  # seed of the step's draws inside compiled code
 
@@ -1193,7 +1162,7 @@ def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> St
         lr_scale=lr_scale_at(cfg, progress, steps_left),
         muon_momentum=muon_momentum_at(cfg, step),
         step=step,
-        depth=depth_at(cfg, progress),
+        phase=phase_at(cfg, progress),
         layers=kept_layers(cfg, step),
         noise=draw_seed(cfg.seed, "noise", step),
     )
@@ -1947,6 +1916,16 @@ class ModelKnobs:
             raise RunError(message) from None
         return sorted(turns)
 
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """The plans of layers that the run trains in turn; the last is the one that is scored."""
+        if self.progressive_grow and self.num_repeats == 1:
+            return growing_phases(self)
+        phases = []
+        for until, repeats in self.depth_phases:
+            phases.append(Phase(until, plan_layers(self, repeats * self.num_layers)))
+        return phases or [Phase(1.0, plan_layers(self))]
+
     def check(self) -> None:
         """RunError where shapes do not fit each other."""
         if self.model_dim % self.num_heads:
@@ -2247,6 +2226,26 @@ def plan_layers(cfg: Config, depth: int | None = None) -> tuple[Layer, ...]:
     return tuple(plan)
 
 
+class Phase(NamedTuple):
+    """A stretch of the run that trains one plan of layers, and with that one compiled graph."""
+
+    until: float  # progress at which it ends
+    plan: tuple[Layer, ...]
+
+    @property
+    def depth(self) -> int:
+        """How many layers run."""
+        return sum(layer.runs for layer in self.plan)
+
+
+def growing_phases(cfg: Config) -> list[Phase]:
+    """PROGRESSIVE_GROW: from max(3, 0.3 L) layers evenly to L, one more at a time, all by progress 0.9."""
+    shallowest = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
+    depths = range(shallowest, cfg.num_layers + 1)
+    growths = max(len(depths) - 1, 1)
+    return [Phase(0.9 * number / growths, plan_layers(cfg, depth)) for number, depth in enumerate(depths, 1)]
+
+
 class Block(nn.Module):
     """x <- m0*x + m1*x0, then attention and MLP (parallel: of the same x, PR #1434), each with its gains."""
 
@@ -2311,10 +2310,9 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.softcap = cfg.logit_softcap
         self.embed_scale = cfg.embed_scale or 1.0
-        # One plan for each depth that trains in its turn; the graph of each is compiled before the clock.
-        depths = [None, *(phase.depth for phase in phases(cfg))]
-        self.plans = {depth: plan_layers(cfg, depth) for depth in depths}
-        layers = self.plans[None]
+        # One plan for each phase of the run; the graph of each is compiled before the clock.
+        self.plans = [phase.plan for phase in cfg.phases]
+        layers = self.plans[-1]
         skips = sum(layer.skip is not None for layer in layers)
         blocks = 1 + max(layer.block for layer in layers)
 
@@ -2362,25 +2360,25 @@ class GPT(nn.Module):
         """ids [B, T] -> embeddings [B, T, d], before their norm."""
         return self.tok_emb(ids) * self.embed_scale
 
-    def forward(self, ids: Tensor, depth: int | None = None, positions: Tensor | None = None) -> Tensor:
-        """ids [B, T] -> logits [B, T, V]; what `depth` and `positions` do, `logits` says.
+    def forward(self, ids: Tensor, phase: int = -1, positions: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> logits [B, T, V]; what `phase` and `positions` do, `logits` says.
 
         The path of evaluation. Training takes `training_loss`, which has hooks before and after the norm.
         """
-        return self.logits(norm(self.embed(ids)), ids, depth=depth, positions=positions)
+        return self.logits(norm(self.embed(ids)), ids, phase=phase, positions=positions)
 
     def logits(
         self,
         x0: Tensor,
         ids: Tensor,
         keep: Tensor | None = None,
-        depth: int | None = None,
+        phase: int = -1,
         positions: Tensor | None = None,
     ) -> Tensor:
         """From normed embeddings x0 [B, T, d] of ids [B, T] to logits [B, T, V], float32.
 
-        keep [layers]: 0 for the layers that LAYER_DROP skips this step. depth: effective layers that run,
-        from the first; None = all. positions [B, S]: give the logits of these alone, [B, S, V].
+        keep [layers]: 0 for the layers that LAYER_DROP skips this step. phase: the one whose plan runs,
+        by its number from the end. positions [B, S]: give the logits of these alone, [B, S, V].
         """
         x0 = x0.to(self.dtype)
         x = x0
@@ -2389,7 +2387,7 @@ class GPT(nn.Module):
         token_values = [table(ids).to(x.dtype) for table in self.value_embeds]
         first_values = None
         outputs = []
-        for layer in self.layers(depth):
+        for layer in self.plans[phase]:
             if layer.skip is not None:
                 x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.skip_from]
             if layer.runs:
@@ -2404,12 +2402,6 @@ class GPT(nn.Module):
         head = self.tok_emb if self.lm_head is None else self.lm_head
         z = F.linear(norm(x), head.weight.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
-
-    def layers(self, depth: int | None) -> tuple[Layer, ...]:
-        """The plan of a depth, made now if the run does not train that one."""
-        if depth not in self.plans:
-            self.plans[depth] = plan_layers(self.cfg, depth)
-        return self.plans[depth]
 
     def layer_input(
         self, x: Tensor, layer: Layer, token_values: list[Tensor], outputs: list[Tensor]
@@ -2433,10 +2425,10 @@ def cross_entropy(logits: Tensor, target_ids: Tensor) -> Tensor:
 
 
 def token_nats(
-    model: GPT, ids: Tensor, target_ids: Tensor, positions: Tensor | None = None, depth: int | None = None
+    model: GPT, ids: Tensor, target_ids: Tensor, positions: Tensor | None = None, phase: int = -1
 ) -> Tensor:
     """-log p(target) at all positions [B, T], or at those given [B, S]. All that evaluation uses."""
-    return cross_entropy(model(ids, depth, positions), target_ids)
+    return cross_entropy(model(ids, phase, positions), target_ids)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -2508,7 +2500,7 @@ def mirror(cfg: Config, ids: Tensor, target_ids: Tensor, dials: Dials) -> tuple[
 def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor]]:
     """The function that training minimises, to be compiled.
 
-    It takes ids and target_ids [B, T], what `StepPlan.dials` gives (None: of step 0) and the depth; it gives
+    It takes ids and target_ids [B, T], what `StepPlan.dials` gives (None: of step 0) and the phase; it gives
     (what is minimised, the mean nats per token alone), both scalars.
     """
     embedding_hooks = active(cfg, "embedding")
@@ -2516,7 +2508,7 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
     loss_hooks = active(cfg, "loss")
 
     def loss(
-        ids: Tensor, target_ids: Tensor, step_dials: Tensor | None = None, depth: int | None = None
+        ids: Tensor, target_ids: Tensor, step_dials: Tensor | None = None, phase: int = -1
     ) -> tuple[Tensor, Tensor]:
         """See training_loss."""
         if step_dials is None:
@@ -2531,7 +2523,7 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
         for input_hook in input_hooks:
             x = input_hook(cfg, x, ids, dials)
         keep = dials.layers if cfg.layer_drop else None
-        logits = model.logits(x, ids, keep=keep, depth=depth)
+        logits = model.logits(x, ids, keep=keep, phase=phase)
         nats = cross_entropy(logits, target_ids)
         objective = nats.mean()
         seen = Seen(logits, target_ids, nats, dials.progress, model)
@@ -2983,9 +2975,9 @@ class Average:
         if self.kind == "ema":
             self.add(plan.step + 1)
         elif self.kind == "swa":
-            is_full_depth = plan.depth in (None, self.cfg.depth)
+            is_last_phase = plan.phase == -1
             is_low_rate = plan.lr_scale < self.cfg.swa_start_frac
-            if is_full_depth and is_low_rate and is_due(plan.step + 1, self.cfg.swa_every):
+            if is_last_phase and is_low_rate and is_due(plan.step + 1, self.cfg.swa_every):
                 self.add(plan.step + 1)
 
     def copy_into_model(self, step: int) -> None:
@@ -3843,13 +3835,12 @@ class TestTimeTraining:
     def fill_gradients(self, rank_windows: list[Window], chunk_targets: int) -> None:
         """Set each parameter's gradient to that of the chunk's mean nats, summed over the ranks."""
         run = self.run
-        depth = final_depth(run.cfg)
         shape = pass_shape(run.cfg, run.runtime.device, 0, learns=True)
         for param in self.params:
             param.grad = torch.zeros_like(param)
         for at in range(0, len(rank_windows), shape.batch):
             padded = pad_windows(run.data, rank_windows[at : at + shape.batch], shape, run.runtime.device)
-            nats = run.nats(padded.ids, padded.targets, depth=depth)
+            nats = run.nats(padded.ids, padded.targets)
             loss = (nats * padded.is_scored).sum().div(chunk_targets)
             loss.backward()
         for param in self.params:
@@ -4679,8 +4670,8 @@ class Run:
     model: GPT
     data: Validation
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
-    loss: Callable = field(init=False)  # (ids, target_ids, dials, depth) -> (objective, mean nats): training
-    nats: Callable = field(init=False)  # (ids, target_ids, positions, depth) -> nats of each: evaluation
+    loss: Callable = field(init=False)  # (ids, target_ids, dials, phase) -> (objective, mean nats): training
+    nats: Callable = field(init=False)  # (ids, target_ids, positions, phase) -> nats of each: evaluation
 
     def __post_init__(self) -> None:
         self.make_graphs()
@@ -4690,8 +4681,8 @@ class Run:
         self.loss = self.runtime.compile(training_loss(self.cfg, self.model))
         model = self.model
 
-        def nats(ids, target_ids, positions=None, depth=None):
-            return token_nats(model, ids, target_ids, positions, depth=depth)
+        def nats(ids, target_ids, positions=None, phase=-1):
+            return token_nats(model, ids, target_ids, positions, phase=phase)
 
         self.nats = self.runtime.compile(nats)
 
@@ -4718,13 +4709,13 @@ class Run:
         limit: float = math.inf,
         announce: Callable[[float], None] | None = None,
         learn: Callable[[Chunk], None] | None = None,
-        depth: int | None = None,
+        phase: int = -1,
     ) -> Score:
         """Score the validation text by official windows, or ones that slide by `stride`; as `evaluate`.
 
-        depth: effective layers that run; None = those that train at the end.
+        phase: the one whose layers run.
         """
-        nats = partial(self.nats, depth=depth or final_depth(self.cfg))
+        nats = partial(self.nats, phase=phase)
         return evaluate(self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn)
 
 
@@ -4758,7 +4749,7 @@ def accumulate_gradient(
         ids = ids.to(device, non_blocking=True)
         target_ids = target_ids.to(device, non_blocking=True)
         share = len(ids) / run.cfg.sequences
-        objective, nats = run.loss(ids, target_ids, dials, plan.depth)
+        objective, nats = run.loss(ids, target_ids, dials, plan.phase)
         (objective * share).backward()
         nats_share += nats * share
     return nats_share
@@ -4784,12 +4775,11 @@ def fit_micro_batch(run: Run, batch: tuple[Tensor, Tensor]) -> int:
     cfg = run.cfg
     device = run.runtime.device
     plan = plan_step(cfg, 0, 0.0, 0.0)
-    deepest = final_depth(cfg)
     max_sequences = min(micro_batch_limit(cfg, device), max(1, len(batch[0])))
     while True:
         try:
             for ids, target_ids in micro_batches(batch, max_sequences)[:1]:
-                objective, _ = run.loss(ids.to(device), target_ids.to(device), plan.dials(device), deepest)
+                objective, _ = run.loss(ids.to(device), target_ids.to(device), plan.dials(device), -1)
                 objective.backward()
             return max_sequences
         except torch.OutOfMemoryError:
@@ -4803,24 +4793,23 @@ def fit_micro_batch(run: Run, batch: tuple[Tensor, Tensor]) -> int:
 def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int, list[float]]:
     """Compile every graph, untimed, then undo it all.
 
-    Returns the most sequences of a pass and the seconds of a step in each phase of depth.
+    Returns the most sequences of a pass and the seconds of a step in each phase.
     """
     cfg = run.cfg
     runtime = run.runtime
     run.settle(partial(warm_evaluation, run))
     if not cfg.warmup_steps:
-        return micro_batch_limit(cfg, runtime.device), [0.0] * len(phases(cfg))
+        return micro_batch_limit(cfg, runtime.device), [0.0] * len(cfg.phases)
     weights_before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     optimisers_before = optimisers.state()  # empty as yet
     random_before = torch.get_rng_state()
     source = batches(cfg, stream, runtime)
     max_sequences = run.settle(partial(fit_micro_batch, run, next(source)))
-    deepest = final_depth(cfg)
     seconds_of_phase = []
-    for _, depth in phases(cfg):
-        plan = replace(plan_step(cfg, 0, 0.0, 0.0), depth=depth)
-        is_last = depth == deepest
-        steps = cfg.warmup_steps if is_last else 2  # of a shallow depth the second is timed
+    for phase in range(-len(cfg.phases), 0):
+        plan = replace(plan_step(cfg, 0, 0.0, 0.0), phase=phase)
+        is_last = phase == -1
+        steps = cfg.warmup_steps if is_last else 2  # of an earlier phase the second is timed
         for step in range(steps):
             seconds = timed_step(run, optimisers, next(source), plan, max_sequences)
             if is_last:
@@ -4844,31 +4833,30 @@ def timed_step(
 
 
 def warm_evaluation(run: Run) -> None:
-    """Compile the evaluation graphs on blank tokens: each shape, and each depth that will be validated."""
+    """Compile the evaluation graphs on blank tokens: each shape, and each phase that will be validated."""
     cfg = run.cfg
     device = run.runtime.device
-    for stride, depth, learns in evaluation_graphs(cfg):
+    for stride, phase, learns in evaluation_graphs(cfg):
         batch, length, width = pass_shape(cfg, device, stride, learns)
         ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
         target_ids = torch.zeros(batch, width, dtype=torch.int64, device=device)
         positions = torch.zeros(batch, width, dtype=torch.int64, device=device)
         with torch.no_grad():
             if stride:
-                run.nats(ids, target_ids, positions, depth=depth)
+                run.nats(ids, target_ids, positions, phase=phase)
             else:
-                run.nats(ids, target_ids, depth=depth)
+                run.nats(ids, target_ids, phase=phase)
         if learns and not stride:
-            run.nats(ids, target_ids, depth=depth).sum().backward()
+            run.nats(ids, target_ids, phase=phase).sum().backward()
 
 
-def evaluation_graphs(cfg: Config) -> list[tuple[int, int | None, bool]]:
-    """(stride, depth, learns) of every graph that evaluation runs; stride 0: official windows."""
-    depths = [depth for _, depth in phases(cfg)]
-    graphs = [(0, depths[-1], False), (cfg.eval_stride, depths[-1], False)]
+def evaluation_graphs(cfg: Config) -> list[tuple[int, int, bool]]:
+    """(stride, phase, learns) of every graph that evaluation runs; stride 0: official windows."""
+    graphs = [(0, -1, False), (cfg.eval_stride, -1, False)]
     if cfg.ttt_steps > 0:
-        graphs += [(0, depths[-1], True), (cfg.eval_stride, depths[-1], True)]
-    if cfg.val_loss_every:
-        graphs += [(0, depth, False) for depth in depths[:-1]]
+        graphs += [(0, -1, True), (cfg.eval_stride, -1, True)]
+    if cfg.val_loss_every and not cfg.eval_only:
+        graphs += [(0, phase, False) for phase in range(-len(cfg.phases), -1)]
     return list(dict.fromkeys(graphs))
 
 
@@ -4880,7 +4868,7 @@ def forecast(run: Run, stream: TokenStream, max_sequences: int, seconds_of_phase
     size = predict_size(cfg, run.model) + len(own_source())
     # What a step adds to the progress in each phase, and the progress each phase takes.
     step_progress = [max(1 / cfg.iterations, s / cap if cap else 0.0) for s in seconds_of_phase]
-    phase_ends = [min(until, 1.0) for until, _ in phases(cfg)[:-1]]
+    phase_ends = [min(phase.until, 1.0) for phase in cfg.phases[:-1]]
     step_counts = np.diff([0.0, *phase_ends, 1.0]) / step_progress
     steps = step_counts.sum()
     seconds = step_counts @ seconds_of_phase
@@ -5059,7 +5047,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
                 if clock.stop_requested:
                     raise KeyboardInterrupt
                 if validates:
-                    score = validate(run, step, clock.total, None if is_done else plan.depth)
+                    score = validate(run, step, clock.total, -1 if is_done else plan.phase)
         if is_done:
             break
         loss = train_step(run, optimisers, next(loader), plan, max_sequences)
@@ -5112,9 +5100,9 @@ def use_average(run: Run, average: Average, trained: Trained) -> Score:
 # -- What the loop says ----------------------------------------------------------------------------------
 
 
-def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> Score:
+def validate(run: Run, step: int, seconds: float, phase: int = -1) -> Score:
     """Score the live weights after `step` steps and log it in the official line format."""
-    score = run.score(depth=depth)
+    score = run.score(phase=phase)
     ms = 1000 * seconds
     progress = f"step:{step}/{run.cfg.iterations}"
     run.log.line(f"{progress} {score.text} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
@@ -5125,19 +5113,20 @@ def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> S
 def report_step(
     run: Run, stream: TokenStream, plan_before: StepPlan | None, plan: StepPlan, loss: Tensor, ms: float
 ) -> None:
-    """Log an epoch or depth that began with this step and, if due, its end. ms: trained so far."""
+    """Log an epoch or phase that began with this step and, if due, its end. ms: trained so far."""
     cfg = run.cfg
     log = run.log
     epoch = stream.epoch(cfg, plan.step)
     if epoch > stream.epoch(cfg, plan.step - 1):
         log.line(f"epoch:{epoch} step:{plan.step}")
-    if plan_before and plan_before.depth != plan.depth:
+    if plan_before and plan_before.phase != plan.phase:
+        depth = cfg.phases[plan.phase].depth
         if cfg.depth_phases:
-            switch = f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats"
+            switch = f"prog_depth: switched to {depth // cfg.num_layers} repeats"
         else:
-            switch = f"progressive_grow: switched to {plan.depth} layers"
+            switch = f"progressive_grow: switched to {depth} layers"
         log.line(f"{switch} at step:{plan.step} frac:{plan.progress:.2f}")
-        log.event("phase", step=plan.step, depth=plan.depth, progress=plan.progress)
+        log.event("phase", step=plan.step, depth=depth, progress=plan.progress)
     steps = plan.step + 1
     if cfg.train_log_every and (plan.step < 10 or is_due(steps, cfg.train_log_every)):
         value = run.runtime.sum(loss).item()
