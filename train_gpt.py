@@ -1435,6 +1435,7 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
 # that both agree, to the byte, before anything is trained, and gives the Validation that section 12 scores.
 # ----------------------------------------------------------------------------------------------------------
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+BOS_ID = 1  # the piece that begins a document in official shards of any vocabulary
 DECODE_BATCH = 1000  # documents decoded at a time
 REPLACEMENT = "\ufffd"  # what decoding gives for bytes that are no UTF-8, three bytes itself
 
@@ -1531,6 +1532,11 @@ def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
     size = tokenizer.vocab_size()
     if size != cfg.vocab_size:
         raise RunError(f"VOCAB_SIZE={cfg.vocab_size} but {path} has {size} pieces")
+    if cfg.smear_gate_enabled and tokenizer.bos_id() != BOS_ID:
+        raise RunError(
+            f"SMEAR_GATE_ENABLED=1 stops at BOS, which must be piece {BOS_ID}; in {path} it is "
+            f"{tokenizer.bos_id()} (-1: it has none)"
+        )
     return tokenizer
 
 
@@ -1678,6 +1684,7 @@ def read_text_size(cache: Path, key: str) -> TextSize | None:
 MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
 REPEATED = "NUM_REPEATS!=1"
 NOT_REPEATED = "NUM_REPEATS=1"
+LOOPED = "NUM_LOOPS!=0"
 
 
 @dataclass(frozen=True)
@@ -1860,6 +1867,128 @@ class ModelKnobs:
         source="PR #1434",
         fate="broken",
     )
+    ortho_init: bool = knob(
+        False,
+        "Start matrices of at least 64 x 64 orthogonal, but for those that start at zero.",
+        source="PR #1394",
+    )
+    rope_dims: int = knob(
+        0,
+        "Dimensions of each head that rotary positions turn, the first ones; even, 0 = all.",
+        low=0,
+        role="model",
+        source="PR #1394",
+    )
+    ln_scale: bool = knob(
+        False,
+        "Divide what the norms of block i give, counted from 0, by the square root of i + 1.",
+        role="model",
+        source="PR #1394",
+    )
+    skip_gates_enabled: bool = knob(
+        False,
+        "Blend a U-Net skip with the stream by a learned gate, half and half at first, instead of adding it.",
+        role="model",
+        source="PR #1394",
+    )
+    parallel_residual_start: int = knob(
+        -1,
+        "First block whose attention and MLP read the same input, as all do by PARALLEL_BLOCK; -1 = none.",
+        low=-1,
+        role="model",
+        source="PR #1493",
+    )
+    parallel_start_layer: int = knob(
+        0,
+        "First block after the encoder with two residual lanes, one that attention reads, one that the MLP "
+        "reads, mixed by learned weights to the end; 0 = none.",
+        low=0,
+        role="model",
+        source="PR #1855",
+    )
+    parallel_final_lane: str = knob(
+        "mean",
+        "What the head reads of two lanes: their mean, the attention's or the MLP's.",
+        choices=("mean", "attn", "mlp"),
+        needs="PARALLEL_START_LAYER!=0",
+        role="model",
+        source="PR #1855",
+    )
+    sparse_attn_gate_enabled: bool = knob(
+        False,
+        "Multiply each head's output by a sigmoid gate that reads GATE_WINDOW dimensions of the input.",
+        role="model",
+        source="PR #1787",
+    )
+    sparse_attn_gate_scale: float = knob(
+        1.0,
+        "Factor of what that gate reads, before its sigmoid.",
+        needs="SPARSE_ATTN_GATE_ENABLED=1",
+        role="model",
+        source="PR #1787",
+    )
+    smear_gate_enabled: bool = knob(
+        False,
+        "Add a gated share of the previous token's embedding to each token's, but not across documents.",
+        role="model",
+        source="PR #1667",
+    )
+    gate_window: int = knob(
+        12,
+        "First dimensions that SPARSE_ATTN_GATE_ENABLED and SMEAR_GATE_ENABLED read.",
+        low=1,
+        role="model",
+        source="PR #1667",
+    )
+    num_loops: int = knob(
+        0,
+        "Times that blocks LOOP_START to LOOP_END run once more, with the same weights; 0 = none.",
+        low=0,
+        most=999,
+        needs=NOT_REPEATED,
+        role="model",
+        source="PR #1394",
+    )
+    loop_start: int = knob(
+        3,
+        "First block of the loop, counted from 0.",
+        low=0,
+        needs=LOOPED,
+        role="model",
+        source="PR #1394",
+    )
+    loop_end: int = knob(
+        5,
+        "Last block of the loop.",
+        low=0,
+        needs=LOOPED,
+        role="model",
+        source="PR #1394",
+    )
+    enable_looping_at: float = knob(
+        0.35,
+        "Progress from which the loop trains; before it each block runs once. 0 loops from the start.",
+        low=0,
+        high=1,
+        needs=LOOPED,
+        source="PR #1394",
+    )
+    bigram_vocab_size: int = knob(
+        0,
+        "Rows of a table that is read by a hash of each token and the one before; 0 = none.",
+        low=0,
+        role="model",
+        source="PR #135",
+    )
+    bigram_dim: int = knob(
+        128,
+        "Width of that table; a matrix projects it to MODEL_DIM where the two differ.",
+        low=1,
+        most=2**16,
+        needs="BIGRAM_VOCAB_SIZE!=0",
+        role="model",
+        source="PR #135",
+    )
     embed_scale: float = knob(
         0.0,
         "Factor of the embeddings, which their norm cancels again; 0 = off.",
@@ -1879,7 +2008,7 @@ class ModelKnobs:
     progressive_grow: bool = knob(
         False,
         "Train the first max(3, 0.3 NUM_LAYERS) layers at first, one more at a time, all from progress 0.9.",
-        needs=NOT_REPEATED,
+        needs=f"{NOT_REPEATED},NUM_LOOPS=0",
         source="PR #1434",
         fate="broken",
     )
@@ -1919,6 +2048,8 @@ class ModelKnobs:
     @cached_property
     def phases(self) -> list[Phase]:
         """The plans of layers that the run trains in turn; the last is the one that is scored."""
+        if self.num_loops and self.num_repeats == 1:
+            return looping_phases(self)
         if self.progressive_grow and self.num_repeats == 1:
             return growing_phases(self)
         phases = []
@@ -1938,11 +2069,36 @@ class ModelKnobs:
             raise RunError(f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotation")
         if self.encoder_layers > self.num_layers:
             raise RunError("ENCODER_LAYERS must not exceed NUM_LAYERS")
+        self.check_frontier()
         for until, repeats in self.depth_phases:
             if not (0 < until <= 1 and 0 < repeats <= self.num_repeats):
                 self.refuse_prog_depth()
         if self.depth_phases and self.depth_phases[-1][1] != self.num_repeats:
             self.refuse_prog_depth()
+
+    def check_frontier(self) -> None:
+        """RunError where partial rotation, gates, loops or lanes do not fit the layers."""
+        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
+            raise RunError(f"ROPE_DIMS={self.rope_dims} must be even and at most a head's {self.head_dim}")
+        if self.gate_window > self.model_dim and (self.sparse_attn_gate_enabled or self.smear_gate_enabled):
+            raise RunError(f"GATE_WINDOW={self.gate_window} is beyond MODEL_DIM={self.model_dim}")
+        if self.bigram_vocab_size == 1:
+            raise RunError("BIGRAM_VOCAB_SIZE=1 leaves no row for a pair of tokens; 2 is the least")
+        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
+            raise RunError(
+                f"LOOP_START={self.loop_start} to LOOP_END={self.loop_end} is no part of the blocks "
+                f"0 to {self.num_layers - 1} of NUM_LAYERS={self.num_layers}"
+            )
+        if self.parallel_residual_start >= self.num_layers:
+            start = self.parallel_residual_start
+            raise RunError(f"PARALLEL_RESIDUAL_START={start} is beyond NUM_LAYERS={self.num_layers}")
+        if self.parallel_start_layer and not self.phases[-1].plan[-1].has_lanes:
+            raise RunError(
+                f"PARALLEL_START_LAYER={self.parallel_start_layer} leaves no layer with two lanes: of "
+                f"NUM_LAYERS={self.num_layers} those from there on that are no encoder have them"
+            )
+        if self.parallel_start_layer and self.attn_recycle:
+            raise RunError("ATTN_RECYCLE=1 does not go with two lanes; unset it or PARALLEL_START_LAYER")
 
     def refuse_prog_depth(self) -> None:
         """Raise the RunError (2) of a PROG_DEPTH that does not fit the repeats."""
@@ -1983,6 +2139,7 @@ class Linear(nn.Linear):
     ):
         super().__init__(inputs, outputs, bias=False)
         with_role(self.weight, trained_as)
+        self.starts_at_zero = zero_init
         if zero_init:
             nn.init.zeros_(self.weight)
         self.lora_a = None
@@ -1990,6 +2147,11 @@ class Linear(nn.Linear):
         if rank:
             self.lora_a = with_role(nn.Parameter(torch.randn(repeats, rank, inputs) / inputs**0.5), "scalar")
             self.lora_b = with_role(nn.Parameter(torch.zeros(repeats, outputs, rank)), "scalar")
+
+    def make_orthogonal(self) -> None:
+        """ORTHO_INIT: start orthogonal, unless from zero or smaller than 64 x 64 (PR #1394)."""
+        if not self.starts_at_zero and min(self.weight.shape) >= 64:
+            nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
         """x [..., inputs] -> [..., outputs], for the block's run number `repeat`."""
@@ -2105,9 +2267,15 @@ def omit_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: pairs (a, b) of the two halves of x [B, H, T, D] turn by angles [T, D/2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Rotary positions: of the first R of x [B, H, T, D], pairs (a, b) of halves turn by angles [T, R/2]."""
+    half = cos.size(-1)
+    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def window_gate(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    """sigmoid(scale * W x) of the first `window` dimensions: x [..., d], weight [n, window] -> [..., n]."""
+    return torch.sigmoid(scale * F.linear(x[..., : weight.size(1)], weight.to(x.dtype)))
 
 
 class Attention(nn.Module):
@@ -2121,6 +2289,12 @@ class Attention(nn.Module):
         self.c_v = Linear(width, cfg.num_kv_heads * cfg.head_dim)
         self.proj = Linear(width, width, zero_init=True, repeats=cfg.num_repeats, rank=cfg.repeat_lora_rank)
         self.q_gain = with_role(nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)), "scalar")
+        self.head_dim = cfg.head_dim
+        self.gate_scale = cfg.sparse_attn_gate_scale
+        self.attn_gate_w = None
+        if cfg.sparse_attn_gate_enabled:
+            gates = torch.zeros(cfg.num_heads, cfg.gate_window)
+            self.attn_gate_w = with_role(nn.Parameter(gates), "scalar")
 
     def forward(
         self,
@@ -2132,12 +2306,12 @@ class Attention(nn.Module):
         value_mix: Tensor | None = None,
         first_values: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x [B, T, d], rotary cos, sin [T, D/2] -> (output [B, T, d], the layer's values [B, Hkv, T, D]).
+        """x [B, T, d], rotary cos, sin [T, R/2] -> (output [B, T, d], the layer's values [B, Hkv, T, D]).
 
         value_mix [2] = (a, b): attend to a * first_values + b * own values; first_values None: this layer is
         the first, and its own serve as both.
         """
-        heads = (*x.shape[:2], -1, 2 * cos.size(1))
+        heads = (*x.shape[:2], -1, self.head_dim)
         q = self.c_q(x).view(heads).transpose(1, 2)  # [B, H, T, D]
         k = self.c_k(x).view(heads).transpose(1, 2)
         own_values = self.c_v(x).view(heads).transpose(1, 2)
@@ -2150,6 +2324,8 @@ class Attention(nn.Module):
         y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
         if omits_own_value:
             y = omit_own_value(y, v)
+        if self.attn_gate_w is not None:
+            y = y * window_gate(x, self.attn_gate_w, self.gate_scale).mT[..., None]
         return self.proj(y.transpose(1, 2).flatten(2), repeat), own_values
 
 
@@ -2182,6 +2358,45 @@ class MLP(nn.Module):
         return self.proj(hidden, repeat)
 
 
+class SmearGate(nn.Module):
+    """Adds strength * sigmoid(w . e_t[:GATE_WINDOW]) * e_{t-1} to e_t, unless t is a BOS (PR #1667)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.weight = with_role(nn.Parameter(torch.zeros(1, cfg.gate_window)), "scalar")
+
+    def forward(self, x: Tensor, ids: Tensor, strength: Tensor) -> Tensor:
+        """Embeddings x [B, T, d] of ids [B, T], strength [1] -> [B, T, d]."""
+        share = strength.to(x.dtype) * window_gate(x[:, 1:], self.weight)
+        share = share * (ids[:, 1:, None] != BOS_ID)
+        return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
+
+
+class BigramHash(nn.Module):
+    """A learned row for each pair of neighbouring tokens, found by a hash (PR #135).
+
+    The table starts at zero and its projection does not: with both at zero, as published, neither learns.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
+        nn.init.zeros_(with_role(self.embed.weight, "embed"))
+        self.proj = None
+        if cfg.bigram_dim != cfg.model_dim:
+            self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
+        self.scale = with_role(nn.Parameter(torch.tensor(0.05)), "scalar")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, T] -> [B, T, d]; the last row is that of the first position, which has no token before."""
+        last = self.embed.num_embeddings - 1
+        hashes = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % last
+        x = self.embed(F.pad(hashes, (1, 0), value=last))
+        if self.proj is not None:
+            x = self.proj(x)
+        return self.scale * x
+
+
 @dataclass(frozen=True)
 class Layer:
     """What one effective layer does; its number is its row in loop_embed, value_scales and value_mix."""
@@ -2191,35 +2406,51 @@ class Layer:
     repeat: int = 0  # which run through the blocks this is, from 0
     position: int = 0  # its number within that run
     skip: int | None = None  # row of skip_weights that scales what is added to its input; None: no U-Net skip
-    skip_from: int | None = None  # the layer whose output that is
+    skip_from: int | None = None  # the place in the plan of the layer whose output that is
     repeat_from: int | None = None  # the layer of the block's run before, for CROSS_REPEAT_SKIP
     omits_own_value: bool = False  # XSA
+    norm_scale: float = 1.0  # LN_SCALE: factor of what its norms give
+    is_parallel: bool = False  # attention and MLP read the same input
+    has_lanes: bool = False  # attention and MLP have residual streams of their own
     runs: bool = True  # False: beyond the depth that trains: passed over, but its U-Net skip is added
 
 
-def plan_layers(cfg: Config, depth: int | None = None) -> tuple[Layer, ...]:
+def plan_layers(cfg: Config, depth: int | None = None, loops: int = 0) -> tuple[Layer, ...]:
     """The layers in order, when the first `depth` of them run (None: all). Nothing else decides this.
 
-    U-Net skips join the latest encoder layer to the first decoder layer, and so on outwards.
+    loops: how often blocks LOOP_START to LOOP_END run once more. U-Net skips join the latest encoder layer to
+    the first decoder layer, and so on outwards. Two lanes, once begun, go on to the end.
     """
     depth = cfg.depth if depth is None else depth
+    order = list(range(cfg.depth))
     encoders = cfg.encoders
+    if loops:
+        looped = order[cfg.loop_start : cfg.loop_end + 1]
+        order[cfg.loop_start : cfg.loop_end + 1] = looped * (loops + 1)
+        if cfg.encoder_layers < 0:
+            encoders = len(order) // 2
     blocks = cfg.weight_share or cfg.num_layers
     exclusive_layers = cfg.depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n
+    has_lanes = False
     plan = []
-    for number in range(cfg.depth):
+    for place, number in enumerate(order):
         repeat, position = divmod(number, cfg.num_layers)
-        has_skip = encoders <= number < 2 * encoders
+        has_skip = encoders <= place < 2 * encoders
         is_joined = repeat > 0 and cfg.cross_repeat_skip
+        if place >= encoders and 0 < cfg.parallel_start_layer <= position:
+            has_lanes = True
         layer = Layer(
             number=number,
             block=position % blocks,
             repeat=repeat,
             position=position,
-            skip=number - encoders if has_skip else None,
-            skip_from=2 * encoders - 1 - number if has_skip else None,
+            skip=place - encoders if has_skip else None,
+            skip_from=2 * encoders - 1 - place if has_skip else None,
             repeat_from=number - cfg.num_layers if is_joined else None,
             omits_own_value=number >= depth - exclusive_layers,
+            norm_scale=(position + 1) ** -0.5 if cfg.ln_scale else 1.0,
+            is_parallel=cfg.parallel_block or 0 <= cfg.parallel_residual_start <= position,
+            has_lanes=has_lanes,
             runs=number < depth,
         )
         plan.append(layer)
@@ -2236,6 +2467,13 @@ class Phase(NamedTuple):
     def depth(self) -> int:
         """How many layers run."""
         return sum(layer.runs for layer in self.plan)
+
+
+def looping_phases(cfg: Config) -> list[Phase]:
+    """NUM_LOOPS: each block once until ENABLE_LOOPING_AT, then with the loop."""
+    plain = Phase(cfg.enable_looping_at, plan_layers(cfg))
+    looped = Phase(1.0, plan_layers(cfg, loops=cfg.num_loops))
+    return [plain, looped] if cfg.enable_looping_at else [looped]
 
 
 def growing_phases(cfg: Config) -> list[Phase]:
@@ -2259,8 +2497,7 @@ class Block(nn.Module):
         self.resid_mix = with_role(
             nn.Parameter(torch.stack((torch.ones(width), torch.zeros(width)))), "scalar"
         )
-        self.is_parallel = cfg.parallel_block
-        self.norms_attention = cfg.sandwich_norm and not cfg.parallel_block
+        self.norms_attention = cfg.sandwich_norm
         self.attentions = 2 if cfg.attn_recycle else 1
 
     def forward(
@@ -2277,27 +2514,66 @@ class Block(nn.Module):
 
         x0 is what the first layer was given; the rest is as in Attention.forward.
         """
-        keep, again = self.resid_mix.to(x.dtype)
-        x = keep * x + again * x0
+        x = self.remix(x, x0)
         block_input = x
         for _ in range(self.attentions):
-            attended, own_values = self.attn(
-                norm(x),
-                cos,
-                sin,
-                repeat=layer.repeat,
-                omits_own_value=layer.omits_own_value,
-                value_mix=value_mix,
-                first_values=first_values,
-            )
-            if first_values is None:
-                first_values = own_values
-            if self.norms_attention:
-                attended = norm(attended)
-            x = x + self.attn_scale.to(x.dtype) * attended
-        mlp_input = block_input if self.is_parallel else x
-        x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(mlp_input), layer.repeat)
-        return x, first_values
+            attended, first_values = self.attention(x, layer, cos, sin, value_mix, first_values)
+            x = x + attended
+        return x + self.feed(block_input if layer.is_parallel else x, layer), first_values
+
+    def run_lanes(
+        self,
+        attention_lane: Tensor,
+        mlp_lane: Tensor,
+        x0: Tensor,
+        layer: Layer,
+        cos: Tensor,
+        sin: Tensor,
+        value_mix: Tensor | None = None,
+        first_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Two lanes [B, T, d] -> (what attention gives of the one, the MLP of the other, first values)."""
+        mixed = self.remix(attention_lane, x0)
+        attended, first_values = self.attention(mixed, layer, cos, sin, value_mix, first_values)
+        return attended, self.feed(mlp_lane, layer), first_values
+
+    def remix(self, x: Tensor, x0: Tensor) -> Tensor:
+        """m0*x + m1*x0."""
+        keep, again = self.resid_mix.to(x.dtype)
+        return keep * x + again * x0
+
+    def attention(
+        self,
+        x: Tensor,
+        layer: Layer,
+        cos: Tensor,
+        sin: Tensor,
+        value_mix: Tensor | None,
+        first_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, d] -> (what the attention adds to it, the values of the first layer)."""
+        attended, own_values = self.attn(
+            scaled_norm(x, layer),
+            cos,
+            sin,
+            repeat=layer.repeat,
+            omits_own_value=layer.omits_own_value,
+            value_mix=value_mix,
+            first_values=first_values,
+        )
+        if self.norms_attention and not layer.is_parallel:
+            attended = norm(attended)
+        first_values = own_values if first_values is None else first_values
+        return self.attn_scale.to(x.dtype) * attended, first_values
+
+    def feed(self, x: Tensor, layer: Layer) -> Tensor:
+        """x [B, T, d] -> what the MLP adds to it."""
+        return self.mlp_scale.to(x.dtype) * self.mlp(scaled_norm(x, layer), layer.repeat)
+
+
+def scaled_norm(x: Tensor, layer: Layer) -> Tensor:
+    """The norm of x, times the layer's factor."""
+    return norm(x) if layer.norm_scale == 1 else norm(x) * layer.norm_scale
 
 
 class GPT(nn.Module):
@@ -2347,10 +2623,30 @@ class GPT(nn.Module):
         self.value_mix = None
         if cfg.value_residual:
             self.value_mix = with_role(nn.Parameter(torch.full((cfg.depth, 2), 0.5)), "scalar")
+        self.skip_gates = None
+        if cfg.skip_gates_enabled:
+            self.skip_gates = with_role(nn.Parameter(torch.zeros(skips, width)), "scalar")
+        self.parallel_resid_lambdas = None
+        self.parallel_post_lambdas = None
+        if cfg.parallel_start_layer:
+            kept_shares = torch.full((cfg.num_layers, 2), 1.1)  # [block, lane]
+            added_shares = torch.ones(cfg.num_layers, 2, 2)  # [block, attention or MLP, lane]
+            self.parallel_resid_lambdas = with_role(nn.Parameter(kept_shares), "scalar")
+            self.parallel_post_lambdas = with_role(nn.Parameter(added_shares), "scalar")
+        self.smear_gate = SmearGate(cfg) if cfg.smear_gate_enabled else None
+        self.smear_lambda = None
+        if cfg.smear_gate_enabled:
+            self.smear_lambda = with_role(nn.Parameter(torch.zeros(1)), "scalar")
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
+        if cfg.ortho_init:
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.make_orthogonal()
 
     def register_rotation(self, cfg: Config) -> None:
-        """Buffers of the rotary positions, cos and sin [T, head_dim / 2], for the longest context used."""
-        frequency = cfg.rope_base ** (-torch.arange(0.0, cfg.head_dim, 2) / cfg.head_dim)
+        """Buffers of the rotary positions, cos and sin [T, R/2], for the longest context used."""
+        dims = cfg.rope_dims or cfg.head_dim  # R
+        frequency = cfg.rope_base ** (-torch.arange(0.0, dims, 2) / dims)
         positions = torch.arange(float(max(cfg.train_seq_len, cfg.eval_length)))
         angle = torch.outer(positions, frequency)
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -2358,7 +2654,12 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> embeddings [B, T, d], before their norm."""
-        return self.tok_emb(ids) * self.embed_scale
+        x = self.tok_emb(ids) * self.embed_scale
+        if self.bigram is not None:
+            x = x + self.bigram(ids)
+        if self.smear_gate is not None:
+            x = self.smear_gate(x, ids, self.smear_lambda)
+        return x
 
     def forward(self, ids: Tensor, phase: int = -1, positions: Tensor | None = None) -> Tensor:
         """ids [B, T] -> logits [B, T, V]; what `phase` and `positions` do, `logits` says.
@@ -2386,22 +2687,60 @@ class GPT(nn.Module):
         sin = self.sin[: x.size(1)].to(x.dtype)
         token_values = [table(ids).to(x.dtype) for table in self.value_embeds]
         first_values = None
+        mlp_lane = None  # beside x, which is then the attention's lane
         outputs = []
         for layer in self.plans[phase]:
+            if layer.has_lanes and mlp_lane is None:
+                mlp_lane = x
             if layer.skip is not None:
-                x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.skip_from]
+                x = self.join_skip(x, layer.skip, outputs[layer.skip_from])
             if layer.runs:
                 y = self.layer_input(x, layer, token_values, outputs)
                 value_mix = None if self.value_mix is None else self.value_mix[layer.number]
                 block = self.blocks[layer.block]
-                y, first_values = block(y, x0, layer, cos, sin, value_mix, first_values)
+                if layer.has_lanes:
+                    attended, fed, first_values = block.run_lanes(
+                        y, mlp_lane, x0, layer, cos, sin, value_mix, first_values
+                    )
+                    y, new_lane = self.mix_lanes(y, mlp_lane, attended, fed, layer.position)
+                    mlp_lane = (
+                        new_lane if keep is None else torch.where(keep[layer.number] > 0, new_lane, mlp_lane)
+                    )
+                else:
+                    y, first_values = block(y, x0, layer, cos, sin, value_mix, first_values)
                 x = y if keep is None else torch.where(keep[layer.number] > 0, y, x)
             outputs.append(x)
+        x = self.join_lanes(x, mlp_lane)
         if positions is not None:
             x = x.take_along_dim(positions[..., None], dim=1)
         head = self.tok_emb if self.lm_head is None else self.lm_head
         z = F.linear(norm(x), head.weight.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
+
+    def join_skip(self, x: Tensor, row: int, output: Tensor) -> Tensor:
+        """x [B, T, d] and an encoder layer's output: x + skip, or gated g x + (1 - g) skip."""
+        skip = self.skip_weights[row].to(x.dtype) * output
+        if self.skip_gates is None:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[row].to(x.dtype)))
+
+    def mix_lanes(
+        self, attention_lane: Tensor, mlp_lane: Tensor, attended: Tensor, fed: Tensor, block: int
+    ) -> tuple[Tensor, Tensor]:
+        """Each lane [B, T, d] keeps a share of itself and adds shares of what both parts of a block gave."""
+        kept = self.parallel_resid_lambdas[block].to(fed.dtype)
+        added = self.parallel_post_lambdas[block].to(fed.dtype)
+        attention_lane = kept[0] * attention_lane + added[0, 0] * attended + added[1, 0] * fed
+        mlp_lane = kept[1] * mlp_lane + added[0, 1] * attended + added[1, 1] * fed
+        return attention_lane, mlp_lane
+
+    def join_lanes(self, x: Tensor, mlp_lane: Tensor | None) -> Tensor:
+        """What the head reads of the lanes: PARALLEL_FINAL_LANE; x where there is but one."""
+        if mlp_lane is None or self.cfg.parallel_final_lane == "attn":
+            return x
+        if self.cfg.parallel_final_lane == "mlp":
+            return mlp_lane
+        return (x + mlp_lane) / 2
 
     def layer_input(
         self, x: Tensor, layer: Layer, token_values: list[Tensor], outputs: list[Tensor]
@@ -2541,7 +2880,8 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 # its optimiser and learning rate. All gradients live in one flat buffer: backward adds into it, one
 # all-reduce sums it. `Optimisers.step` is the whole update, in order.
 # ----------------------------------------------------------------------------------------------------------
-# The official control tensors, then those of PR #895: trained by Adam with SCALAR_LR, packed as float32.
+# The official control tensors, those of PR #895, those of PR #1855: trained by Adam with SCALAR_LR, packed as
+# float32.
 CONTROL_NAMES = (
     "attn_scale",
     "attn_scales",
@@ -2556,6 +2896,12 @@ CONTROL_NAMES = (
     "value_scales",
     "cross_repeat_scales",
     "value_mix",
+    "skip_gates",
+    "parallel_resid_lambdas",
+    "parallel_post_lambdas",
+    "attn_gate_w",
+    "smear_gate",
+    "smear_lambda",
 )
 
 
@@ -3012,6 +3358,7 @@ SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before t
 GROUP_OF_MODULE = {
     "tok_emb": "embed",
     "value_embeds": "embed",
+    "bigram": "embed",
     "lm_head": "embed",
     "mlp": "mlp",
     "attn": "attention",
@@ -4906,6 +5253,7 @@ class Trained:
     progress: float = 0.0
     mean_lr_scale: float = 0.0
     late_graphs: int = 0  # compiled inside the clock, in spite of the warm-up
+    phase: int = -1  # of the last step
 
     @property
     def is_truncated(self) -> bool:
@@ -5066,6 +5414,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         progress=plan.progress,
         mean_lr_scale=training.lr_scale_sum / max(step, 1),
         late_graphs=compiled_graphs() - graphs_before,
+        phase=plan_before.phase if plan_before else -1,
     )
     report_end_of_training(run, trained)
     if training.average.kind:
@@ -5123,6 +5472,8 @@ def report_step(
         depth = cfg.phases[plan.phase].depth
         if cfg.depth_phases:
             switch = f"prog_depth: switched to {depth // cfg.num_layers} repeats"
+        elif cfg.num_loops:
+            switch = f"layer_loop: switched to {depth} layers"
         else:
             switch = f"progressive_grow: switched to {depth} layers"
         log.line(f"{switch} at step:{plan.step} frac:{plan.progress:.2f}")
@@ -5153,6 +5504,12 @@ def report_end_of_training(run: Run, trained: Trained) -> None:
         run.log.line(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{progress}")
     if trained.is_truncated:
         run.log.warn(f"schedule_truncated at progress {trained.progress:.3f}: steps too long for the clock")
+    if trained.phase != -1:
+        trained_layers = run.cfg.phases[trained.phase].depth
+        run.log.warn(
+            f"the run ended before its last switch of layers: what is scored runs "
+            f"{run.cfg.phases[-1].depth} layers, the last step trained {trained_layers}"
+        )
     if trained.late_graphs:
         run.log.warn(f"{trained.late_graphs} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
 
@@ -5284,6 +5641,9 @@ def log_settings(run: Run, machine: Mapping) -> None:
     if cfg.depth_phases:
         repeats = cfg.depth_phases[0][1]
         log.line(f"prog_depth: schedule={cfg.depth_phases} starting_repeats={repeats}")
+    elif cfg.num_loops:
+        blocks = " ".join(str(layer.block) for layer in cfg.phases[-1].plan)
+        log.line(f"layer_loop: blocks {blocks} from progress {cfg.enable_looping_at}")
     log.line(
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
         f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
@@ -6193,9 +6553,8 @@ def swinging_weight_decay(cfg: Config, progress: float) -> float:
 #
 # `Config` joins the knobs of all sections; `execute` is a whole run, `main` the command line.
 # ----------------------------------------------------------------------------------------------------------
-NOT_BUILT = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM")  # published switches that are not here: refused unless off
 # First words of many programs' variables, as in MAX_JOBS: not taken for a knob of ours misspelt.
-COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
+COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT", "PARALLEL", "LOOP"}
 
 
 @dataclass(frozen=True)
@@ -6319,12 +6678,8 @@ def refuse_strangers(cfg: Config, env: Mapping[str, str]) -> None:
     known = [f.name.upper() for f in fields(cfg)]
     first_words = Counter(name.partition("_")[0] for name in known if "_" in name)
     families = {word for word, count in first_words.items() if count > 1} - COMMON_WORDS
-    for name, text in env.items():
+    for name in env:
         if name in known or name in cfg.allow_env or not re.fullmatch(r"[A-Z0-9_]+", name):
-            continue
-        if name in NOT_BUILT:
-            if text not in ("", "0", "0.0"):
-                raise RunError(f"{name}={text} is a published switch that is not built yet; unset it")
             continue
         near = get_close_matches(name, known, n=1, cutoff=0.88)
         is_of_a_family = "_" in name and name.partition("_")[0] in families
