@@ -5,15 +5,16 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from signal import SIGTERM
 
 import pytest
 import sentencepiece
 import torch
 
 import train_gpt
-from tests.conftest import BOS, Traced, env_of, random_ids, random_model, train_tokenizer
+from tests.conftest import BOS, TINY, Traced, env_of, random_ids, random_model, train_tokenizer
 from tests.support import frontier
-from tests.support.stops import Folder
+from tests.support.stops import Folder, in_step
 from train_gpt import (
     GPT,
     Config,
@@ -64,7 +65,9 @@ CONFIGS = {
     "1855": PR_1855,
     "1855_bigram": PR_1855 | dict(bigram_vocab_size=50, bigram_dim=8),
 }
+PREEMPTED = train_gpt.PREEMPTED
 EVERYTHING = CONFIGS["1855_bigram"] | dict(ortho_init=True)
+SMALL = EVERYTHING | dict(num_layers=3, loop_start=1, loop_end=1, parallel_start_layer=2)
 
 
 def documents(cfg: Config) -> torch.Tensor:
@@ -274,6 +277,18 @@ def test_a_loop_from_the_start_is_one_phase(tiny):
     assert [phase.depth for phase in phases] == [11]
 
 
+def in_first_step_of_phase(phase: int) -> str:
+    """Each rank sends itself SIGTERM in the first step of that phase."""
+    return f"""
+later = train_gpt.train_step
+def stopped(run, optimisers, batch, plan, limit):
+    if run.runtime.defers_stop and plan.phase == {phase}:
+        die({int(SIGTERM)})
+    return later(run, optimisers, batch, plan, limit)
+train_gpt.train_step = stopped
+"""
+
+
 class Kept(RunLog):
     """Keeps what is logged."""
 
@@ -287,7 +302,7 @@ class Kept(RunLog):
 
 def finished(dataset, runtime: Runtime | None = None, **knobs) -> tuple[Run, train_gpt.Trained]:
     """A run of the toy data that has ended."""
-    env = env_of(dataset, **PR_1855 | dict(iterations=6, train_batch_tokens=256) | knobs)
+    env = env_of(dataset, **SMALL | dict(iterations=6, train_batch_tokens=256) | knobs)
     cfg = Config.from_env(
         {f.name.upper(): env[f.name.upper()] for f in train_gpt.fields(Config) if f.name.upper() in env}
     )
@@ -303,7 +318,7 @@ def test_both_plans_are_compiled_before_the_clock(dataset, warm_up, late):
     run, trained = finished(dataset, Traced(), warmup_steps=warm_up, val_loss_every=2, eval_stride=8)
     assert trained.late_graphs == late and run.runtime.graphs == 5
     switches = [line for line in run.log.lines if line.startswith("layer_loop: switched")]
-    assert switches == ["layer_loop: switched to 11 layers at step:3 frac:0.50"]
+    assert switches == ["layer_loop: switched to 5 layers at step:3 frac:0.50"]
 
 
 @pytest.mark.parametrize("at, warned", [(0.35, 0), (1.0, 1)])
@@ -311,41 +326,41 @@ def test_a_run_that_ends_before_the_switch_says_so(dataset, at, warned):
     run, trained = finished(dataset, enable_looping_at=at, iterations=3)
     found = [line for line in run.log.lines if "ended before its last switch of layers" in line]
     assert len(found) == warned and trained.phase == (-2 if warned else -1)
-    assert not warned or "runs 11 layers, the last step trained 7" in found[0]
+    assert not warned or "runs 5 layers, the last step trained 3" in found[0]
 
 
-def test_all_of_it_trains_the_same_when_really_compiled(dataset):
+def test_all_of_it_trains_the_same_when_really_compiled(tiny):
     wanted, why_not = train_gpt.pick_compile("auto", torch.device("cpu"))
     if not wanted or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip(f"no torch.compile here: {why_not or 'no C++ compiler'}")
     torch._dynamo.reset()
-    small = dict(EVERYTHING, num_layers=4, loop_start=1, loop_end=2, parallel_start_layer=3)
-    runs = [
-        finished(dataset, Runtime(compiles=compiles), **small, iterations=4) for compiles in (True, False)
-    ]
-    states = [dict(run.model.state_dict()) for run, _ in runs]
-    torch.testing.assert_close(*states, rtol=2e-3, atol=2e-3)
-    assert runs[0][1].late_graphs == 0
-
-
-RUN = EVERYTHING | dict(num_layers=3, loop_start=1, loop_end=1, parallel_start_layer=2)
+    cfg = tiny(**SMALL)
+    model, ids = random_model(cfg), documents(cfg)
+    loss = training_loss(cfg, model)
+    compiled = Runtime(compiles=True).compile(loss)
+    for phase in (-2, -1):
+        values, gradients = [], []
+        for function in (compiled, loss):
+            model.zero_grad()
+            values.append(function(ids, ids.flip(1), None, phase)[0])
+            values[-1].backward()
+            gradients.append(
+                {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            )
+        torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
 
 
 def test_a_packed_model_is_scored_again_to_the_same_bits(new):
-    folder = new(RUN | dict(eval_stride=16, eval_batch_seqs=16, use_hedge=1, ttt_steps=1))
+    folder = new(SMALL | dict(eval_stride=16, eval_batch_seqs=16, use_hedge=1, ttt_steps=1))
     assert folder.start() == [0], folder.text("0.err")
-    first = folder.result()
-    alone = {name: value for name, value in folder.knobs.items() if name in ("val_batch_size", "run_id")}
-    again = Folder(folder.path / "again", folder.server, folder.dataset, alone)
-    unset = dict.fromkeys(folder.knobs.keys() - alone.keys())
-    unset |= dict.fromkeys(("num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "vocab_size"))
-    scored = dict(
-        unset, eval_only=str(folder.path / "final_model.int8.ptz"), eval_stride=16, eval_batch_seqs=16
-    )
-    assert again.start(**scored, train_seq_len=None, train_batch_tokens=None, iterations=None) == [0], (
-        again.text("0.err")
-    )
-    assert again.result()["sliding_val_bpb"] == first["sliding_val_bpb"]
+    again = Folder(folder.path / "again", folder.server, folder.dataset, {})
+    unset = dict.fromkeys([*TINY, *folder.knobs])
+    path = folder.path / "final_model.int8.ptz"
+    scoring = dict(run_id="r", device="cpu", eval_only=str(path), eval_stride=16, eval_batch_seqs=16)
+    assert again.start(**unset | scoring) == [0], again.text("0.err")
+    bpb = [run.result()["sliding_val_bpb"] for run in (folder, again)]
+    assert bpb[0] == bpb[1]
 
 
 def test_weights_of_another_run_are_taken_up(tiny, tmp_path):
@@ -354,6 +369,37 @@ def test_weights_of_another_run_are_taken_up(tiny, tmp_path):
     model = GPT(cfg)
     train_gpt.load_weights(model, train_gpt.load_initial_weights(str(tmp_path / "weights.pt")), "it")
     torch.testing.assert_close(dict(model.state_dict()), dict(random_model(cfg).state_dict()))
+
+
+# Each rank writes step and phase of its steps to a file; rank 1's clock runs three times too fast.
+NOTED = """
+inside = train_gpt.train_step
+def noted(run, optimisers, batch, plan, limit):
+    if run.runtime.defers_stop:
+        with open(f"{rank}.phases", "a") as file:
+            print(plan.step, plan.phase, file=file)
+    return inside(run, optimisers, batch, plan, limit)
+train_gpt.train_step = noted
+seconds = train_gpt.Clock.seconds
+if rank == 1:
+    train_gpt.Clock.seconds = lambda self: 3 * seconds(self)
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_under_a_clock_all_ranks_switch_at_one_step_and_never_back(new, ranks):
+    """Stopped in the first phase and in the second."""
+    folder = new(SMALL | dict(iterations=10**6, max_wallclock_seconds=4.0, checkpoint_seconds=1e-9), ranks)
+    assert folder.start(NOTED + in_step(2, SIGTERM)) == [PREEMPTED] * ranks, folder.text("0.err")
+    assert folder.resume(NOTED + in_first_step_of_phase(-1)) == [PREEMPTED] * ranks, folder.text("0.err")
+    assert folder.resume(NOTED) == [0] * ranks, folder.text("0.err")
+    noted = [folder.text(f"{rank}.phases") for rank in range(ranks)]
+    assert noted == noted[:1] * ranks
+    steps, phases = zip(
+        *([int(word) for word in line.split()] for line in noted[0].splitlines()), strict=True
+    )
+    assert list(phases) == sorted(phases) and set(phases) == {-2, -1}
+    assert sorted(set(steps)) == list(range(len(set(steps))))
 
 
 # --- bad input ---
