@@ -2880,8 +2880,7 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
 # its optimiser and learning rate. All gradients live in one flat buffer: backward adds into it, one
 # all-reduce sums it. `Optimisers.step` is the whole update, in order.
 # ----------------------------------------------------------------------------------------------------------
-# The official control tensors, those of PR #895, those of PR #1855: trained by Adam with SCALAR_LR, packed as
-# float32.
+# The official control tensors, then those of PR #895: trained by Adam with SCALAR_LR, packed as float32.
 CONTROL_NAMES = (
     "attn_scale",
     "attn_scales",
@@ -2896,13 +2895,9 @@ CONTROL_NAMES = (
     "value_scales",
     "cross_repeat_scales",
     "value_mix",
-    "skip_gates",
-    "parallel_resid_lambdas",
-    "parallel_post_lambdas",
-    "attn_gate_w",
-    "smear_gate",
-    "smear_lambda",
 )
+# Those of PR #1855, which are control tensors whatever patterns a command line lists.
+GATE_NAMES = ("skip_gates", "parallel_resid", "parallel_post", "attn_gate_w", "smear_gate", "smear_lambda")
 
 
 @dataclass(frozen=True)
@@ -3041,7 +3036,7 @@ def role_of(cfg: Config, name: str, parameter: nn.Parameter) -> str:
     has_own_patterns = cfg.is_changed("control_tensor_name_patterns")
     if not has_own_patterns or parameter.role in ("embed", "head"):
         return parameter.role
-    is_control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
+    is_control = any(pattern in name for pattern in cfg.control_tensor_name_patterns + GATE_NAMES)
     is_matrix = parameter.ndim == 2 and name.startswith("blocks.") and not is_control
     return "matrix" if is_matrix else "scalar"
 
@@ -3556,7 +3551,7 @@ class TensorPlan:
 def plan_tensor(cfg: Config, name: str, shape: tuple[int, ...]) -> TensorPlan:
     """Control tensors stay float32, matrices of over 65,536 values (official) become rows, others float16."""
     shape = tuple(shape)
-    if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns):
+    if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns + GATE_NAMES):
         return TensorPlan(name, shape, ("fp32",), 0)
     if len(shape) == 2 and math.prod(shape) > LARGEST_FLOAT_MATRIX:
         return TensorPlan(name, shape, ("int8", "step"), levels_of(cfg, name))

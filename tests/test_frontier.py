@@ -338,11 +338,12 @@ def test_all_of_it_trains_the_same_when_really_compiled(tiny):
     model, ids = random_model(cfg), documents(cfg)
     loss = training_loss(cfg, model)
     compiled = Runtime(compiles=True).compile(loss)
+    dials = plan_step(cfg, 0, 0.0, 0.0).dials(ids.device)
     for phase in (-2, -1):
         values, gradients = [], []
         for function in (compiled, loss):
             model.zero_grad()
-            values.append(function(ids, ids.flip(1), None, phase)[0])
+            values.append(function(ids, ids.flip(1), dials, phase)[0])
             values[-1].backward()
             gradients.append(
                 {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
