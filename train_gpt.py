@@ -74,7 +74,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from statistics import median_low
 from typing import NamedTuple, TextIO, TypedDict
@@ -1204,7 +1204,7 @@ def remove_temporary_files(folder: Path) -> None:
 # 4. SCHEDULES: what the next step does, decided before it
 #
 # In: the config, how many steps are done, the training seconds so far and the pace of recent steps. Out of
-# `plan_step`: a StepPlan with learning rate, momentum, depth and random seeds, a pure function of these and
+# `plan_step`: a StepPlan with learning rate, momentum, phase and random seeds, a pure function of these and
 # so equal on every rank. `Clock` measures the seconds; `train` (section 15) asks both before each step.
 # A learning-rate curve is a hook of the point "schedule"; the official warmdown runs when none is on.
 # ----------------------------------------------------------------------------------------------------------
@@ -1423,41 +1423,10 @@ def muon_momentum_at(cfg: Config, step: int) -> float:
     return start + share * (cfg.muon_momentum - start)
 
 
-class DepthPhase(NamedTuple):
-    """A stretch of the run that trains one depth, and with that one compiled graph."""
-
-    until: float  # progress at which it ends
-    depth: int | None  # effective layers that train, from the first; None = all
-
-
-def phases(cfg: Config) -> list[DepthPhase]:
-    """The depths that the run trains in turn; the last is the one that is scored."""
-    if cfg.progressive_grow and cfg.num_repeats == 1:
-        return growing_phases(cfg)
-    listed = [DepthPhase(until, repeats * cfg.num_layers) for until, repeats in cfg.depth_phases]
-    return listed or [DepthPhase(1.0, None)]
-
-
-def final_depth(cfg: Config) -> int | None:
-    """Effective layers that train at the end, and that are scored; None = all."""
-    return phases(cfg)[-1].depth
-
-
-def growing_phases(cfg: Config) -> list[DepthPhase]:
-    """PROGRESSIVE_GROW: from max(3, 0.3 L) layers evenly to L, one more at a time, all by progress 0.9."""
-    shallowest = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
-    depths = range(shallowest, cfg.num_layers + 1)
-    growths = max(len(depths) - 1, 1)
-    return [DepthPhase(0.9 * number / growths, depth) for number, depth in enumerate(depths, 1)]
-
-
-def depth_at(cfg: Config, progress: float) -> int | None:
-    """Effective layers that train at this progress; None = all."""
-    run_phases = phases(cfg)
-    for phase in run_phases:
-        if progress < phase.until:
-            return phase.depth
-    return run_phases[-1].depth
+def phase_at(cfg: Config, progress: float) -> int:
+    """Number of the phase at this progress, from the end: -1 is the last, whose layers are scored."""
+    phases_to_come = sum(progress < phase.until for phase in cfg.phases)
+    return -max(1, phases_to_come)
 
 
 def draw_seed(*key) -> int:
@@ -1501,7 +1470,7 @@ class StepPlan:
     lr_scale: float  # every learning rate is multiplied by it
     muon_momentum: float
     step: int = 0  # steps completed before this one
-    depth: int | None = None  # effective layers that train, from the first; None = all
+    phase: int = -1  # whose layers train, by its number from the end
     layers: tuple[bool, ...] = ()  # LAYER_DROP: whether each runs
     noise: int = 0  # seed of the step's draws inside compiled code
 
@@ -1527,7 +1496,7 @@ def plan_step(cfg: Config, step: int, elapsed: float, step_seconds: float) -> St
         lr_scale=lr_scale_at(cfg, progress, steps_left),
         muon_momentum=muon_momentum_at(cfg, step),
         step=step,
-        depth=depth_at(cfg, progress),
+        phase=phase_at(cfg, progress),
         layers=kept_layers(cfg, step),
         noise=draw_seed(cfg.seed, "noise", step),
     )
@@ -1875,6 +1844,7 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
 # those of the text that the marks stand for.
 # ----------------------------------------------------------------------------------------------------------
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
+BOS_ID = 1  # the piece that begins a document in official shards of any vocabulary
 DECODE_BATCH = 1000  # documents decoded at a time
 SLOW_TO_DECODE = 10_000_000  # tokens
 DECODED_PER_SECOND = 3_000_000  # tokens: the embedded corpus on one core gave 3.7 M
@@ -1992,6 +1962,11 @@ def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
     size = tokenizer.vocab_size()
     if size != cfg.vocab_size:
         raise RunError(f"VOCAB_SIZE={cfg.vocab_size} but {path} has {size} pieces")
+    if cfg.smear_gate_enabled and tokenizer.bos_id() != BOS_ID:
+        raise RunError(
+            f"SMEAR_GATE_ENABLED=1 stops at BOS, which must be piece {BOS_ID}; in {path} it is "
+            f"{tokenizer.bos_id()} (-1: it has none)"
+        )
     return tokenizer
 
 
@@ -2232,6 +2207,7 @@ def read_text_size(cache: Path, key: str) -> TextSize | None:
 MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
 REPEATED = "NUM_REPEATS!=1"
 NOT_REPEATED = "NUM_REPEATS=1"
+LOOPED = "NUM_LOOPS!=0"
 
 
 @dataclass(frozen=True)
@@ -2414,6 +2390,128 @@ class ModelKnobs:
         source="PR #1434",
         fate="broken",
     )
+    ortho_init: bool = knob(
+        False,
+        "Start matrices of at least 64 x 64 orthogonal, but for those that start at zero.",
+        source="PR #1394",
+    )
+    rope_dims: int = knob(
+        0,
+        "Dimensions of each head that rotary positions turn, the first ones; even, 0 = all.",
+        low=0,
+        role="model",
+        source="PR #1394",
+    )
+    ln_scale: bool = knob(
+        False,
+        "Divide what the norms of block i give, counted from 0, by the square root of i + 1.",
+        role="model",
+        source="PR #1394",
+    )
+    skip_gates_enabled: bool = knob(
+        False,
+        "Blend a U-Net skip with the stream by a learned gate, half and half at first, instead of adding it.",
+        role="model",
+        source="PR #1394",
+    )
+    parallel_residual_start: int = knob(
+        -1,
+        "First block whose attention and MLP read the same input, as all do by PARALLEL_BLOCK; -1 = none.",
+        low=-1,
+        role="model",
+        source="PR #1493",
+    )
+    parallel_start_layer: int = knob(
+        0,
+        "First block after the encoder with two residual lanes, one that attention reads, one that the MLP "
+        "reads, mixed by learned weights to the end; 0 = none.",
+        low=0,
+        role="model",
+        source="PR #1855",
+    )
+    parallel_final_lane: str = knob(
+        "mean",
+        "What the head reads of two lanes: their mean, the attention's or the MLP's.",
+        choices=("mean", "attn", "mlp"),
+        needs="PARALLEL_START_LAYER!=0",
+        role="model",
+        source="PR #1855",
+    )
+    sparse_attn_gate_enabled: bool = knob(
+        False,
+        "Multiply each head's output by a sigmoid gate that reads GATE_WINDOW dimensions of the input.",
+        role="model",
+        source="PR #1787",
+    )
+    sparse_attn_gate_scale: float = knob(
+        1.0,
+        "Factor of what that gate reads, before its sigmoid.",
+        needs="SPARSE_ATTN_GATE_ENABLED=1",
+        role="model",
+        source="PR #1787",
+    )
+    smear_gate_enabled: bool = knob(
+        False,
+        "Add a gated share of the previous token's embedding to each token's, but not across documents.",
+        role="model",
+        source="PR #1667",
+    )
+    gate_window: int = knob(
+        12,
+        "First dimensions that SPARSE_ATTN_GATE_ENABLED and SMEAR_GATE_ENABLED read.",
+        low=1,
+        role="model",
+        source="PR #1667",
+    )
+    num_loops: int = knob(
+        0,
+        "Times that blocks LOOP_START to LOOP_END run once more, with the same weights; 0 = none.",
+        low=0,
+        most=999,
+        needs=NOT_REPEATED,
+        role="model",
+        source="PR #1394",
+    )
+    loop_start: int = knob(
+        3,
+        "First block of the loop, counted from 0.",
+        low=0,
+        needs=LOOPED,
+        role="model",
+        source="PR #1394",
+    )
+    loop_end: int = knob(
+        5,
+        "Last block of the loop.",
+        low=0,
+        needs=LOOPED,
+        role="model",
+        source="PR #1394",
+    )
+    enable_looping_at: float = knob(
+        0.35,
+        "Progress from which the loop trains; before it each block runs once. 0 loops from the start.",
+        low=0,
+        high=1,
+        needs=LOOPED,
+        source="PR #1394",
+    )
+    bigram_vocab_size: int = knob(
+        0,
+        "Rows of a table that is read by a hash of each token and the one before; 0 = none.",
+        low=0,
+        role="model",
+        source="PR #135",
+    )
+    bigram_dim: int = knob(
+        128,
+        "Width of that table; a matrix projects it to MODEL_DIM where the two differ.",
+        low=1,
+        most=2**16,
+        needs="BIGRAM_VOCAB_SIZE!=0",
+        role="model",
+        source="PR #135",
+    )
     embed_scale: float = knob(
         0.0,
         "Factor of the embeddings, which their norm cancels again; 0 = off.",
@@ -2433,7 +2531,7 @@ class ModelKnobs:
     progressive_grow: bool = knob(
         False,
         "Train the first max(3, 0.3 NUM_LAYERS) layers at first, one more at a time, all from progress 0.9.",
-        needs=NOT_REPEATED,
+        needs=f"{NOT_REPEATED},NUM_LOOPS=0",
         source="PR #1434",
         fate="broken",
     )
@@ -2470,6 +2568,18 @@ class ModelKnobs:
             raise RunError(message) from None
         return sorted(turns)
 
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """The plans of layers that the run trains in turn; the last is the one that is scored."""
+        if self.num_loops and self.num_repeats == 1:
+            return looping_phases(self)
+        if self.progressive_grow and self.num_repeats == 1:
+            return growing_phases(self)
+        phases = []
+        for until, repeats in self.depth_phases:
+            phases.append(Phase(until, plan_layers(self, repeats * self.num_layers)))
+        return phases or [Phase(1.0, plan_layers(self))]
+
     def check(self) -> None:
         """RunError where shapes do not fit each other."""
         if self.model_dim % self.num_heads:
@@ -2482,11 +2592,36 @@ class ModelKnobs:
             raise RunError(f"MODEL_DIM/NUM_HEADS={self.head_dim} must be even for rotation")
         if self.encoder_layers > self.num_layers:
             raise RunError("ENCODER_LAYERS must not exceed NUM_LAYERS")
+        self.check_frontier()
         for until, repeats in self.depth_phases:
             if not (0 < until <= 1 and 0 < repeats <= self.num_repeats):
                 self.refuse_prog_depth()
         if self.depth_phases and self.depth_phases[-1][1] != self.num_repeats:
             self.refuse_prog_depth()
+
+    def check_frontier(self) -> None:
+        """RunError where partial rotation, gates, loops or lanes do not fit the layers."""
+        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
+            raise RunError(f"ROPE_DIMS={self.rope_dims} must be even and at most a head's {self.head_dim}")
+        if self.gate_window > self.model_dim and (self.sparse_attn_gate_enabled or self.smear_gate_enabled):
+            raise RunError(f"GATE_WINDOW={self.gate_window} is beyond MODEL_DIM={self.model_dim}")
+        if self.bigram_vocab_size == 1:
+            raise RunError("BIGRAM_VOCAB_SIZE=1 leaves no row for a pair of tokens; 2 is the least")
+        if self.num_loops and not self.loop_start <= self.loop_end < self.num_layers:
+            raise RunError(
+                f"LOOP_START={self.loop_start} to LOOP_END={self.loop_end} is no part of the blocks "
+                f"0 to {self.num_layers - 1} of NUM_LAYERS={self.num_layers}"
+            )
+        if self.parallel_residual_start >= self.num_layers:
+            start = self.parallel_residual_start
+            raise RunError(f"PARALLEL_RESIDUAL_START={start} is beyond NUM_LAYERS={self.num_layers}")
+        if self.parallel_start_layer and not self.phases[-1].plan[-1].has_lanes:
+            raise RunError(
+                f"PARALLEL_START_LAYER={self.parallel_start_layer} leaves no layer with two lanes: of "
+                f"NUM_LAYERS={self.num_layers} those from there on that are no encoder have them"
+            )
+        if self.parallel_start_layer and self.attn_recycle:
+            raise RunError("ATTN_RECYCLE=1 does not go with two lanes; unset it or PARALLEL_START_LAYER")
 
     def refuse_prog_depth(self) -> None:
         """Raise the RunError (2) of a PROG_DEPTH that does not fit the repeats."""
@@ -2527,6 +2662,7 @@ class Linear(nn.Linear):
     ):
         super().__init__(inputs, outputs, bias=False)
         with_role(self.weight, trained_as)
+        self.starts_at_zero = zero_init
         if zero_init:
             nn.init.zeros_(self.weight)
         self.lora_a = None
@@ -2534,6 +2670,11 @@ class Linear(nn.Linear):
         if rank:
             self.lora_a = with_role(nn.Parameter(torch.randn(repeats, rank, inputs) / inputs**0.5), "scalar")
             self.lora_b = with_role(nn.Parameter(torch.zeros(repeats, outputs, rank)), "scalar")
+
+    def make_orthogonal(self) -> None:
+        """ORTHO_INIT: start orthogonal, unless from zero or smaller than 64 x 64 (PR #1394)."""
+        if not self.starts_at_zero and min(self.weight.shape) >= 64:
+            nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
         """x [..., inputs] -> [..., outputs], for the block's run number `repeat`."""
@@ -2655,9 +2796,15 @@ def omit_own_value(y: Tensor, v: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: pairs (a, b) of the two halves of x [B, H, T, D] turn by angles [T, D/2]."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+    """Rotary positions: of the first R of x [B, H, T, D], pairs (a, b) of halves turn by angles [T, R/2]."""
+    half = cos.size(-1)
+    a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin, rest), dim=-1)
+
+
+def window_gate(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
+    """sigmoid(scale * W x) of the first `window` dimensions: x [..., d], weight [n, window] -> [..., n]."""
+    return torch.sigmoid(scale * F.linear(x[..., : weight.size(1)], weight.to(x.dtype)))
 
 
 class Attention(nn.Module):
@@ -2671,6 +2818,12 @@ class Attention(nn.Module):
         self.c_v = Linear(width, cfg.num_kv_heads * cfg.head_dim)
         self.proj = Linear(width, width, zero_init=True, repeats=cfg.num_repeats, rank=cfg.repeat_lora_rank)
         self.q_gain = with_role(nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init)), "scalar")
+        self.head_dim = cfg.head_dim
+        self.gate_scale = cfg.sparse_attn_gate_scale
+        self.attn_gate_w = None
+        if cfg.sparse_attn_gate_enabled:
+            gates = torch.zeros(cfg.num_heads, cfg.gate_window)
+            self.attn_gate_w = with_role(nn.Parameter(gates), "scalar")
 
     def forward(
         self,
@@ -2682,12 +2835,12 @@ class Attention(nn.Module):
         value_mix: Tensor | None = None,
         first_values: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """x [B, T, d], rotary cos, sin [T, D/2] -> (output [B, T, d], the layer's values [B, Hkv, T, D]).
+        """x [B, T, d], rotary cos, sin [T, R/2] -> (output [B, T, d], the layer's values [B, Hkv, T, D]).
 
         value_mix [2] = (a, b): attend to a * first_values + b * own values; first_values None: this layer is
         the first, and its own serve as both.
         """
-        heads = (*x.shape[:2], -1, 2 * cos.size(1))
+        heads = (*x.shape[:2], -1, self.head_dim)
         q = self.c_q(x).view(heads).transpose(1, 2)  # [B, H, T, D]
         k = self.c_k(x).view(heads).transpose(1, 2)
         own_values = self.c_v(x).view(heads).transpose(1, 2)
@@ -2700,6 +2853,8 @@ class Attention(nn.Module):
         y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
         if omits_own_value:
             y = omit_own_value(y, v)
+        if self.attn_gate_w is not None:
+            y = y * window_gate(x, self.attn_gate_w, self.gate_scale).mT[..., None]
         return self.proj(y.transpose(1, 2).flatten(2), repeat), own_values
 
 
@@ -2732,6 +2887,45 @@ class MLP(nn.Module):
         return self.proj(hidden, repeat)
 
 
+class SmearGate(nn.Module):
+    """Adds strength * sigmoid(w . e_t[:GATE_WINDOW]) * e_{t-1} to e_t, unless t is a BOS (PR #1667)."""
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.weight = with_role(nn.Parameter(torch.zeros(1, cfg.gate_window)), "scalar")
+
+    def forward(self, x: Tensor, ids: Tensor, strength: Tensor) -> Tensor:
+        """Embeddings x [B, T, d] of ids [B, T], strength [1] -> [B, T, d]."""
+        share = strength.to(x.dtype) * window_gate(x[:, 1:], self.weight)
+        share = share * (ids[:, 1:, None] != BOS_ID)
+        return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
+
+
+class BigramHash(nn.Module):
+    """A learned row for each pair of neighbouring tokens, found by a hash (PR #135).
+
+    The table starts at zero and its projection does not: with both at zero, as published, neither learns.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        self.embed = nn.Embedding(cfg.bigram_vocab_size, cfg.bigram_dim)
+        nn.init.zeros_(with_role(self.embed.weight, "embed"))
+        self.proj = None
+        if cfg.bigram_dim != cfg.model_dim:
+            self.proj = Linear(cfg.bigram_dim, cfg.model_dim)
+        self.scale = with_role(nn.Parameter(torch.tensor(0.05)), "scalar")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, T] -> [B, T, d]; the last row is that of the first position, which has no token before."""
+        last = self.embed.num_embeddings - 1
+        hashes = (36313 * ids[:, 1:] ^ 27191 * ids[:, :-1]) % last
+        x = self.embed(F.pad(hashes, (1, 0), value=last))
+        if self.proj is not None:
+            x = self.proj(x)
+        return self.scale * x
+
+
 @dataclass(frozen=True)
 class Layer:
     """What one effective layer does; its number is its row in loop_embed, value_scales and value_mix."""
@@ -2741,39 +2935,82 @@ class Layer:
     repeat: int = 0  # which run through the blocks this is, from 0
     position: int = 0  # its number within that run
     skip: int | None = None  # row of skip_weights that scales what is added to its input; None: no U-Net skip
-    skip_from: int | None = None  # the layer whose output that is
+    skip_from: int | None = None  # the place in the plan of the layer whose output that is
     repeat_from: int | None = None  # the layer of the block's run before, for CROSS_REPEAT_SKIP
     omits_own_value: bool = False  # XSA
+    norm_scale: float = 1.0  # LN_SCALE: factor of what its norms give
+    is_parallel: bool = False  # attention and MLP read the same input
+    has_lanes: bool = False  # attention and MLP have residual streams of their own
     runs: bool = True  # False: beyond the depth that trains: passed over, but its U-Net skip is added
 
 
-def plan_layers(cfg: Config, depth: int | None = None) -> tuple[Layer, ...]:
+def plan_layers(cfg: Config, depth: int | None = None, loops: int = 0) -> tuple[Layer, ...]:
     """The layers in order, when the first `depth` of them run (None: all). Nothing else decides this.
 
-    U-Net skips join the latest encoder layer to the first decoder layer, and so on outwards.
+    loops: how often blocks LOOP_START to LOOP_END run once more. U-Net skips join the latest encoder layer to
+    the first decoder layer, and so on outwards. Two lanes, once begun, go on to the end.
     """
     depth = cfg.depth if depth is None else depth
+    order = list(range(cfg.depth))
     encoders = cfg.encoders
+    if loops:
+        looped = order[cfg.loop_start : cfg.loop_end + 1]
+        order[cfg.loop_start : cfg.loop_end + 1] = looped * (loops + 1)
+        if cfg.encoder_layers < 0:
+            encoders = len(order) // 2
     blocks = cfg.weight_share or cfg.num_layers
     exclusive_layers = cfg.depth if cfg.xsa_last_n < 0 else cfg.xsa_last_n
+    has_lanes = False
     plan = []
-    for number in range(cfg.depth):
+    for place, number in enumerate(order):
         repeat, position = divmod(number, cfg.num_layers)
-        has_skip = encoders <= number < 2 * encoders
+        has_skip = encoders <= place < 2 * encoders
         is_joined = repeat > 0 and cfg.cross_repeat_skip
+        if place >= encoders and 0 < cfg.parallel_start_layer <= position:
+            has_lanes = True
         layer = Layer(
             number=number,
             block=position % blocks,
             repeat=repeat,
             position=position,
-            skip=number - encoders if has_skip else None,
-            skip_from=2 * encoders - 1 - number if has_skip else None,
+            skip=place - encoders if has_skip else None,
+            skip_from=2 * encoders - 1 - place if has_skip else None,
             repeat_from=number - cfg.num_layers if is_joined else None,
             omits_own_value=number >= depth - exclusive_layers,
+            norm_scale=(position + 1) ** -0.5 if cfg.ln_scale else 1.0,
+            is_parallel=cfg.parallel_block or 0 <= cfg.parallel_residual_start <= position,
+            has_lanes=has_lanes,
             runs=number < depth,
         )
         plan.append(layer)
     return tuple(plan)
+
+
+class Phase(NamedTuple):
+    """A stretch of the run that trains one plan of layers, and with that one compiled graph."""
+
+    until: float  # progress at which it ends
+    plan: tuple[Layer, ...]
+
+    @property
+    def depth(self) -> int:
+        """How many layers run."""
+        return sum(layer.runs for layer in self.plan)
+
+
+def looping_phases(cfg: Config) -> list[Phase]:
+    """NUM_LOOPS: each block once until ENABLE_LOOPING_AT, then with the loop."""
+    plain = Phase(cfg.enable_looping_at, plan_layers(cfg))
+    looped = Phase(1.0, plan_layers(cfg, loops=cfg.num_loops))
+    return [plain, looped] if cfg.enable_looping_at else [looped]
+
+
+def growing_phases(cfg: Config) -> list[Phase]:
+    """PROGRESSIVE_GROW: from max(3, 0.3 L) layers evenly to L, one more at a time, all by progress 0.9."""
+    shallowest = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
+    depths = range(shallowest, cfg.num_layers + 1)
+    growths = max(len(depths) - 1, 1)
+    return [Phase(0.9 * number / growths, plan_layers(cfg, depth)) for number, depth in enumerate(depths, 1)]
 
 
 class Block(nn.Module):
@@ -2789,8 +3026,7 @@ class Block(nn.Module):
         self.resid_mix = with_role(
             nn.Parameter(torch.stack((torch.ones(width), torch.zeros(width)))), "scalar"
         )
-        self.is_parallel = cfg.parallel_block
-        self.norms_attention = cfg.sandwich_norm and not cfg.parallel_block
+        self.norms_attention = cfg.sandwich_norm
         self.attentions = 2 if cfg.attn_recycle else 1
 
     def forward(
@@ -2807,27 +3043,66 @@ class Block(nn.Module):
 
         x0 is what the first layer was given; the rest is as in Attention.forward.
         """
-        keep, again = self.resid_mix.to(x.dtype)
-        x = keep * x + again * x0
+        x = self.remix(x, x0)
         block_input = x
         for _ in range(self.attentions):
-            attended, own_values = self.attn(
-                norm(x),
-                cos,
-                sin,
-                repeat=layer.repeat,
-                omits_own_value=layer.omits_own_value,
-                value_mix=value_mix,
-                first_values=first_values,
-            )
-            if first_values is None:
-                first_values = own_values
-            if self.norms_attention:
-                attended = norm(attended)
-            x = x + self.attn_scale.to(x.dtype) * attended
-        mlp_input = block_input if self.is_parallel else x
-        x = x + self.mlp_scale.to(x.dtype) * self.mlp(norm(mlp_input), layer.repeat)
-        return x, first_values
+            attended, first_values = self.attention(x, layer, cos, sin, value_mix, first_values)
+            x = x + attended
+        return x + self.feed(block_input if layer.is_parallel else x, layer), first_values
+
+    def run_lanes(
+        self,
+        attention_lane: Tensor,
+        mlp_lane: Tensor,
+        x0: Tensor,
+        layer: Layer,
+        cos: Tensor,
+        sin: Tensor,
+        value_mix: Tensor | None = None,
+        first_values: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Two lanes [B, T, d] -> (what attention gives of the one, the MLP of the other, first values)."""
+        mixed = self.remix(attention_lane, x0)
+        attended, first_values = self.attention(mixed, layer, cos, sin, value_mix, first_values)
+        return attended, self.feed(mlp_lane, layer), first_values
+
+    def remix(self, x: Tensor, x0: Tensor) -> Tensor:
+        """m0*x + m1*x0."""
+        keep, again = self.resid_mix.to(x.dtype)
+        return keep * x + again * x0
+
+    def attention(
+        self,
+        x: Tensor,
+        layer: Layer,
+        cos: Tensor,
+        sin: Tensor,
+        value_mix: Tensor | None,
+        first_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x [B, T, d] -> (what the attention adds to it, the values of the first layer)."""
+        attended, own_values = self.attn(
+            scaled_norm(x, layer),
+            cos,
+            sin,
+            repeat=layer.repeat,
+            omits_own_value=layer.omits_own_value,
+            value_mix=value_mix,
+            first_values=first_values,
+        )
+        if self.norms_attention and not layer.is_parallel:
+            attended = norm(attended)
+        first_values = own_values if first_values is None else first_values
+        return self.attn_scale.to(x.dtype) * attended, first_values
+
+    def feed(self, x: Tensor, layer: Layer) -> Tensor:
+        """x [B, T, d] -> what the MLP adds to it."""
+        return self.mlp_scale.to(x.dtype) * self.mlp(scaled_norm(x, layer), layer.repeat)
+
+
+def scaled_norm(x: Tensor, layer: Layer) -> Tensor:
+    """The norm of x, times the layer's factor."""
+    return norm(x) if layer.norm_scale == 1 else norm(x) * layer.norm_scale
 
 
 class GPT(nn.Module):
@@ -2840,10 +3115,9 @@ class GPT(nn.Module):
         self.dtype = dtype
         self.softcap = cfg.logit_softcap
         self.embed_scale = cfg.embed_scale or 1.0
-        # One plan for each depth that trains in its turn; the graph of each is compiled before the clock.
-        depths = [None, *(phase.depth for phase in phases(cfg))]
-        self.plans = {depth: plan_layers(cfg, depth) for depth in depths}
-        layers = self.plans[None]
+        # One plan for each phase of the run; the graph of each is compiled before the clock.
+        self.plans = [phase.plan for phase in cfg.phases]
+        layers = self.plans[-1]
         skips = sum(layer.skip is not None for layer in layers)
         blocks = 1 + max(layer.block for layer in layers)
 
@@ -2878,10 +3152,30 @@ class GPT(nn.Module):
         self.value_mix = None
         if cfg.value_residual:
             self.value_mix = with_role(nn.Parameter(torch.full((cfg.depth, 2), 0.5)), "scalar")
+        self.skip_gates = None
+        if cfg.skip_gates_enabled:
+            self.skip_gates = with_role(nn.Parameter(torch.zeros(skips, width)), "scalar")
+        self.parallel_resid_lambdas = None
+        self.parallel_post_lambdas = None
+        if cfg.parallel_start_layer:
+            kept_shares = torch.full((cfg.num_layers, 2), 1.1)  # [block, lane]
+            added_shares = torch.ones(cfg.num_layers, 2, 2)  # [block, attention or MLP, lane]
+            self.parallel_resid_lambdas = with_role(nn.Parameter(kept_shares), "scalar")
+            self.parallel_post_lambdas = with_role(nn.Parameter(added_shares), "scalar")
+        self.smear_gate = SmearGate(cfg) if cfg.smear_gate_enabled else None
+        self.smear_lambda = None
+        if cfg.smear_gate_enabled:
+            self.smear_lambda = with_role(nn.Parameter(torch.zeros(1)), "scalar")
+        self.bigram = BigramHash(cfg) if cfg.bigram_vocab_size else None
+        if cfg.ortho_init:
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.make_orthogonal()
 
     def register_rotation(self, cfg: Config) -> None:
-        """Buffers of the rotary positions, cos and sin [T, head_dim / 2], for the longest context used."""
-        frequency = cfg.rope_base ** (-torch.arange(0.0, cfg.head_dim, 2) / cfg.head_dim)
+        """Buffers of the rotary positions, cos and sin [T, R/2], for the longest context used."""
+        dims = cfg.rope_dims or cfg.head_dim  # R
+        frequency = cfg.rope_base ** (-torch.arange(0.0, dims, 2) / dims)
         positions = torch.arange(float(max(cfg.train_seq_len, cfg.eval_length)))
         angle = torch.outer(positions, frequency)
         self.register_buffer("cos", angle.cos(), persistent=False)
@@ -2889,27 +3183,32 @@ class GPT(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [B, T] -> embeddings [B, T, d], before their norm."""
-        return self.tok_emb(ids) * self.embed_scale
+        x = self.tok_emb(ids) * self.embed_scale
+        if self.bigram is not None:
+            x = x + self.bigram(ids)
+        if self.smear_gate is not None:
+            x = self.smear_gate(x, ids, self.smear_lambda)
+        return x
 
-    def forward(self, ids: Tensor, depth: int | None = None, positions: Tensor | None = None) -> Tensor:
-        """ids [B, T] -> logits [B, T, V]; what `depth` and `positions` do, `logits` says.
+    def forward(self, ids: Tensor, phase: int = -1, positions: Tensor | None = None) -> Tensor:
+        """ids [B, T] -> logits [B, T, V]; what `phase` and `positions` do, `logits` says.
 
         The path of evaluation. Training takes `training_loss`, which has hooks before and after the norm.
         """
-        return self.logits(norm(self.embed(ids)), ids, depth=depth, positions=positions)
+        return self.logits(norm(self.embed(ids)), ids, phase=phase, positions=positions)
 
     def logits(
         self,
         x0: Tensor,
         ids: Tensor,
         keep: Tensor | None = None,
-        depth: int | None = None,
+        phase: int = -1,
         positions: Tensor | None = None,
     ) -> Tensor:
         """From normed embeddings x0 [B, T, d] of ids [B, T] to logits [B, T, V], float32.
 
-        keep [layers]: 0 for the layers that LAYER_DROP skips this step. depth: effective layers that run,
-        from the first; None = all. positions [B, S]: give the logits of these alone, [B, S, V].
+        keep [layers]: 0 for the layers that LAYER_DROP skips this step. phase: the one whose plan runs,
+        by its number from the end. positions [B, S]: give the logits of these alone, [B, S, V].
         """
         x0 = x0.to(self.dtype)
         x = x0
@@ -2917,28 +3216,60 @@ class GPT(nn.Module):
         sin = self.sin[: x.size(1)].to(x.dtype)
         token_values = [table(ids).to(x.dtype) for table in self.value_embeds]
         first_values = None
+        mlp_lane = None  # beside x, which is then the attention's lane
         outputs = []
-        for layer in self.layers(depth):
+        for layer in self.plans[phase]:
+            if layer.has_lanes and mlp_lane is None:
+                mlp_lane = x
             if layer.skip is not None:
-                x = x + self.skip_weights[layer.skip].to(x.dtype) * outputs[layer.skip_from]
+                x = self.join_skip(x, layer.skip, outputs[layer.skip_from])
             if layer.runs:
                 y = self.layer_input(x, layer, token_values, outputs)
                 value_mix = None if self.value_mix is None else self.value_mix[layer.number]
                 block = self.blocks[layer.block]
-                y, first_values = block(y, x0, layer, cos, sin, value_mix, first_values)
+                if layer.has_lanes:
+                    attended, fed, first_values = block.run_lanes(
+                        y, mlp_lane, x0, layer, cos, sin, value_mix, first_values
+                    )
+                    y, new_lane = self.mix_lanes(y, mlp_lane, attended, fed, layer.position)
+                    mlp_lane = (
+                        new_lane if keep is None else torch.where(keep[layer.number] > 0, new_lane, mlp_lane)
+                    )
+                else:
+                    y, first_values = block(y, x0, layer, cos, sin, value_mix, first_values)
                 x = y if keep is None else torch.where(keep[layer.number] > 0, y, x)
             outputs.append(x)
+        x = self.join_lanes(x, mlp_lane)
         if positions is not None:
             x = x.take_along_dim(positions[..., None], dim=1)
         head = self.tok_emb if self.lm_head is None else self.lm_head
         z = F.linear(norm(x), head.weight.to(x.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
 
-    def layers(self, depth: int | None) -> tuple[Layer, ...]:
-        """The plan of a depth, made now if the run does not train that one."""
-        if depth not in self.plans:
-            self.plans[depth] = plan_layers(self.cfg, depth)
-        return self.plans[depth]
+    def join_skip(self, x: Tensor, row: int, output: Tensor) -> Tensor:
+        """x [B, T, d] and an encoder layer's output: x + skip, or gated g x + (1 - g) skip."""
+        skip = self.skip_weights[row].to(x.dtype) * output
+        if self.skip_gates is None:
+            return x + skip
+        return torch.lerp(skip, x, torch.sigmoid(self.skip_gates[row].to(x.dtype)))
+
+    def mix_lanes(
+        self, attention_lane: Tensor, mlp_lane: Tensor, attended: Tensor, fed: Tensor, block: int
+    ) -> tuple[Tensor, Tensor]:
+        """Each lane [B, T, d] keeps a share of itself and adds shares of what both parts of a block gave."""
+        kept = self.parallel_resid_lambdas[block].to(fed.dtype)
+        added = self.parallel_post_lambdas[block].to(fed.dtype)
+        attention_lane = kept[0] * attention_lane + added[0, 0] * attended + added[1, 0] * fed
+        mlp_lane = kept[1] * mlp_lane + added[0, 1] * attended + added[1, 1] * fed
+        return attention_lane, mlp_lane
+
+    def join_lanes(self, x: Tensor, mlp_lane: Tensor | None) -> Tensor:
+        """What the head reads of the lanes: PARALLEL_FINAL_LANE; x where there is but one."""
+        if mlp_lane is None or self.cfg.parallel_final_lane == "attn":
+            return x
+        if self.cfg.parallel_final_lane == "mlp":
+            return mlp_lane
+        return (x + mlp_lane) / 2
 
     def layer_input(
         self, x: Tensor, layer: Layer, token_values: list[Tensor], outputs: list[Tensor]
@@ -2962,10 +3293,10 @@ def cross_entropy(logits: Tensor, target_ids: Tensor) -> Tensor:
 
 
 def token_nats(
-    model: GPT, ids: Tensor, target_ids: Tensor, positions: Tensor | None = None, depth: int | None = None
+    model: GPT, ids: Tensor, target_ids: Tensor, positions: Tensor | None = None, phase: int = -1
 ) -> Tensor:
     """-log p(target) at all positions [B, T], or at those given [B, S]. All that evaluation uses."""
-    return cross_entropy(model(ids, depth, positions), target_ids)
+    return cross_entropy(model(ids, phase, positions), target_ids)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -3037,7 +3368,7 @@ def mirror(cfg: Config, ids: Tensor, target_ids: Tensor, dials: Dials) -> tuple[
 def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor]]:
     """The function that training minimises, to be compiled.
 
-    It takes ids and target_ids [B, T], what `StepPlan.dials` gives (None: of step 0) and the depth; it gives
+    It takes ids and target_ids [B, T], what `StepPlan.dials` gives (None: of step 0) and the phase; it gives
     (what is minimised, the mean nats per token alone), both scalars.
     """
     embedding_hooks = active(cfg, "embedding")
@@ -3045,7 +3376,7 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
     loss_hooks = active(cfg, "loss")
 
     def loss(
-        ids: Tensor, target_ids: Tensor, step_dials: Tensor | None = None, depth: int | None = None
+        ids: Tensor, target_ids: Tensor, step_dials: Tensor | None = None, phase: int = -1
     ) -> tuple[Tensor, Tensor]:
         """See training_loss."""
         if step_dials is None:
@@ -3060,7 +3391,7 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
         for input_hook in input_hooks:
             x = input_hook(cfg, x, ids, dials)
         keep = dials.layers if cfg.layer_drop else None
-        logits = model.logits(x, ids, keep=keep, depth=depth)
+        logits = model.logits(x, ids, keep=keep, phase=phase)
         nats = cross_entropy(logits, target_ids)
         objective = nats.mean()
         seen = Seen(logits, target_ids, nats, dials.progress, model)
@@ -3094,6 +3425,8 @@ CONTROL_NAMES = (
     "cross_repeat_scales",
     "value_mix",
 )
+# Those of PR #1855, which are control tensors whatever patterns a command line lists.
+GATE_NAMES = ("skip_gates", "parallel_resid", "parallel_post", "attn_gate_w", "smear_gate", "smear_lambda")
 
 
 @dataclass(frozen=True)
@@ -3292,7 +3625,7 @@ def role_of(cfg: Config, name: str, parameter: nn.Parameter) -> str:
     has_own_patterns = cfg.is_changed("control_tensor_name_patterns")
     if not has_own_patterns or parameter.role in ("embed", "head"):
         return parameter.role
-    is_control = any(pattern in name for pattern in cfg.control_tensor_name_patterns)
+    is_control = any(pattern in name for pattern in cfg.control_tensor_name_patterns + GATE_NAMES)
     is_matrix = parameter.ndim == 2 and name.startswith("blocks.") and not is_control
     return "matrix" if is_matrix else "scalar"
 
@@ -3731,9 +4064,9 @@ class Average:
         if self.kind == "ema":
             self.add(plan.step + 1)
         elif self.kind == "swa":
-            is_full_depth = plan.depth in (None, self.cfg.depth)
+            is_last_phase = plan.phase == -1
             is_low_rate = plan.lr_scale < self.cfg.swa_start_frac
-            if is_full_depth and is_low_rate and is_due(plan.step + 1, self.cfg.swa_every):
+            if is_last_phase and is_low_rate and is_due(plan.step + 1, self.cfg.swa_every):
                 self.add(plan.step + 1)
 
     def copy_into_model(self, step: int) -> None:
@@ -3768,6 +4101,7 @@ SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before t
 GROUP_OF_MODULE = {
     "tok_emb": "embed",
     "value_embeds": "embed",
+    "bigram": "embed",
     "lm_head": "embed",
     "mlp": "mlp",
     "attn": "attention",
@@ -3965,7 +4299,7 @@ class TensorPlan:
 def plan_tensor(cfg: Config, name: str, shape: tuple[int, ...]) -> TensorPlan:
     """Control tensors stay float32, matrices of over 65,536 values (official) become rows, others float16."""
     shape = tuple(shape)
-    if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns):
+    if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns + GATE_NAMES):
         return TensorPlan(name, shape, ("fp32",), 0)
     if len(shape) == 2 and math.prod(shape) > LARGEST_FLOAT_MATRIX:
         return TensorPlan(name, shape, ("int8", "step"), levels_of(cfg, name))
@@ -4598,13 +4932,12 @@ class TestTimeTraining:
     def fill_gradients(self, rank_windows: list[Window], chunk_targets: int) -> None:
         """Set each parameter's gradient to that of the chunk's mean nats, summed over the ranks."""
         run = self.run
-        depth = final_depth(run.cfg)
         shape = pass_shape(run.cfg, run.runtime.device, 0, learns=True)
         for param in self.params:
             param.grad = torch.zeros_like(param)
         for at in range(0, len(rank_windows), shape.batch):
             padded = pad_windows(run.data, rank_windows[at : at + shape.batch], shape, run.runtime.device)
-            nats = run.nats(padded.ids, padded.targets, depth=depth)
+            nats = run.nats(padded.ids, padded.targets)
             loss = (nats * padded.is_scored).sum().div(chunk_targets)
             loss.backward(inputs=self.params)
         for param in self.params:
@@ -5522,8 +5855,8 @@ class Run:
     model: GPT
     data: Validation
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
-    loss: Callable = field(init=False)  # (ids, target_ids, dials, depth) -> (objective, mean nats): training
-    nats: Callable = field(init=False)  # (ids, target_ids, positions, depth) -> nats of each: evaluation
+    loss: Callable = field(init=False)  # (ids, target_ids, dials, phase) -> (objective, mean nats): training
+    nats: Callable = field(init=False)  # (ids, target_ids, positions, phase) -> nats of each: evaluation
 
     def __post_init__(self) -> None:
         self.make_graphs()
@@ -5533,8 +5866,8 @@ class Run:
         self.loss = self.runtime.compile(training_loss(self.cfg, self.model))
         model = self.model
 
-        def nats(ids, target_ids, positions=None, depth=None):
-            return token_nats(model, ids, target_ids, positions, depth=depth)
+        def nats(ids, target_ids, positions=None, phase=-1):
+            return token_nats(model, ids, target_ids, positions, phase=phase)
 
         self.nats = self.runtime.compile(nats)
 
@@ -5574,19 +5907,19 @@ class Run:
         limit: float = math.inf,
         announce: Callable[[float], None] | None = None,
         learn: Callable[[Chunk], None] | None = None,
-        depth: int | None = None,
+        phase: int = -1,
     ) -> Score:
         """Score the validation text by official windows, or ones that slide by `stride`; as `evaluate`.
 
-        depth: effective layers that run; None = those that train at the end.
+        phase: the one whose layers run.
         """
-        nats = partial(self.nats, depth=depth or final_depth(self.cfg))
-        phase = "scoring the validation text"
+        nats = partial(self.nats, phase=phase)
+        wait = "scoring the validation text"
         if stride:
-            phase += f" by windows that slide by {stride}"
+            wait += f" by windows that slide by {stride}"
         if learn:
-            phase += ", learning from it"
-        watch = partial(report_wait, self.log, phase)
+            wait += ", learning from it"
+        watch = partial(report_wait, self.log, wait)
         return evaluate(self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn, watch)
 
 
@@ -5628,7 +5961,7 @@ def accumulate_gradient(
         ids = ids.to(device, non_blocking=True)
         target_ids = target_ids.to(device, non_blocking=True)
         share = len(ids) / run.cfg.sequences
-        objective, nats = run.loss(ids, target_ids, dials, plan.depth)
+        objective, nats = run.loss(ids, target_ids, dials, plan.phase)
         (objective * (share * optimisers.loss_scale.value)).backward()
         nats_share += nats * share
     return nats_share
@@ -5706,13 +6039,12 @@ def fit_micro_batch(run: Run, batch: tuple[Tensor, Tensor]) -> int:
     cfg = run.cfg
     device = run.runtime.device
     plan = plan_step(cfg, 0, 0.0, 0.0)
-    deepest = final_depth(cfg)
     max_sequences = min(micro_batch_limit(cfg, device), max(1, len(batch[0])))
 
     def fits() -> bool:
         try:
             for ids, target_ids in micro_batches(batch, max_sequences)[:1]:
-                objective, _ = run.loss(ids.to(device), target_ids.to(device), plan.dials(device), deepest)
+                objective, _ = run.loss(ids.to(device), target_ids.to(device), plan.dials(device), -1)
                 objective.backward()
         except torch.OutOfMemoryError:
             if max_sequences == 1:
@@ -5730,13 +6062,13 @@ def fit_micro_batch(run: Run, batch: tuple[Tensor, Tensor]) -> int:
 def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int, list[float]]:
     """Compile every graph, untimed, then undo it all.
 
-    Returns the most sequences of a pass and the seconds of a step in each phase of depth.
+    Returns the most sequences of a pass and the seconds of a step in each phase.
     """
     cfg = run.cfg
     runtime = run.runtime
     run.settle(partial(warm_evaluation, run))
     if not cfg.warmup_steps:
-        return micro_batch_limit(cfg, runtime.device), [0.0] * len(phases(cfg))
+        return micro_batch_limit(cfg, runtime.device), [0.0] * len(cfg.phases)
     weights_before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     optimisers_before = optimisers.state()  # empty as yet
     random_before = torch.get_rng_state()
@@ -5745,12 +6077,11 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
         depths = len(phases(cfg))
         run.log.say(f"compiling the model for training: usually 30 to 80 s a depth, depths: {depths}")
     max_sequences = run.settle(partial(fit_micro_batch, run, next(source)))
-    deepest = final_depth(cfg)
     seconds_of_phase = []
-    for _, depth in phases(cfg):
-        plan = replace(plan_step(cfg, 0, 0.0, 0.0), depth=depth)
-        is_last = depth == deepest
-        steps = cfg.warmup_steps if is_last else 2  # of a shallow depth the second is timed
+    for phase in range(-len(cfg.phases), 0):
+        plan = replace(plan_step(cfg, 0, 0.0, 0.0), phase=phase)
+        is_last = phase == -1
+        steps = cfg.warmup_steps if is_last else 2  # of an earlier phase the second is timed
         for step in range(steps):
             seconds = timed_step(run, optimisers, next(source), plan, max_sequences)
             if is_last:
@@ -5774,34 +6105,33 @@ def timed_step(
 
 
 def warm_evaluation(run: Run) -> None:
-    """Compile the evaluation graphs on blank tokens: each shape, and each depth that will be validated."""
+    """Compile the evaluation graphs on blank tokens: each shape, and each phase that will be validated."""
     cfg = run.cfg
     device = run.runtime.device
     graphs = evaluation_graphs(cfg)
     if run.runtime.compiles:
         run.log.say(f"compiling the model for scoring: usually 10 to 40 s a graph, graphs: {len(graphs)}")
-    for stride, depth, learns in graphs:
+    for stride, phase, learns in graphs:
         batch, length, width = pass_shape(cfg, device, stride, learns)
         ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
         target_ids = torch.zeros(batch, width, dtype=torch.int64, device=device)
         positions = torch.zeros(batch, width, dtype=torch.int64, device=device)
         with torch.no_grad():
             if stride:
-                run.nats(ids, target_ids, positions, depth=depth)
+                run.nats(ids, target_ids, positions, phase=phase)
             else:
-                run.nats(ids, target_ids, depth=depth)
+                run.nats(ids, target_ids, phase=phase)
         if learns and not stride:
-            run.nats(ids, target_ids, depth=depth).sum().backward()
+            run.nats(ids, target_ids, phase=phase).sum().backward()
 
 
-def evaluation_graphs(cfg: Config) -> list[tuple[int, int | None, bool]]:
-    """(stride, depth, learns) of every graph that evaluation runs; stride 0: official windows."""
-    depths = [depth for _, depth in phases(cfg)]
-    graphs = [(0, depths[-1], False), (cfg.eval_stride, depths[-1], False)]
+def evaluation_graphs(cfg: Config) -> list[tuple[int, int, bool]]:
+    """(stride, phase, learns) of every graph that evaluation runs; stride 0: official windows."""
+    graphs = [(0, -1, False), (cfg.eval_stride, -1, False)]
     if cfg.ttt_steps > 0:
-        graphs += [(0, depths[-1], True), (cfg.eval_stride, depths[-1], True)]
-    if cfg.val_loss_every:
-        graphs += [(0, depth, False) for depth in depths[:-1]]
+        graphs += [(0, -1, True), (cfg.eval_stride, -1, True)]
+    if cfg.val_loss_every and not cfg.eval_only:
+        graphs += [(0, phase, False) for phase in range(-len(cfg.phases), -1)]
     return list(dict.fromkeys(graphs))
 
 
@@ -5813,7 +6143,7 @@ def forecast(run: Run, stream: TokenStream, max_sequences: int, seconds_of_phase
     size = predict_size(cfg, run.model) + len(own_source())
     # What a step adds to the progress in each phase, and the progress each phase takes.
     step_progress = [max(1 / cfg.iterations, s / cap) for s in seconds_of_phase]
-    phase_ends = [min(until, 1.0) for until, _ in phases(cfg)[:-1]]
+    phase_ends = [min(phase.until, 1.0) for phase in cfg.phases[:-1]]
     step_counts = np.diff([0.0, *phase_ends, 1.0]) / step_progress
     steps = step_counts.sum()
     seconds = step_counts @ seconds_of_phase
@@ -5852,6 +6182,7 @@ class Trained:
     progress: float = 0.0
     mean_lr_scale: float = 0.0
     late_graphs: int = 0  # compiled inside the clock, in spite of the warm-up
+    phase: int = -1  # of the last step
 
     @property
     def is_truncated(self) -> bool:
@@ -6001,7 +6332,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
                 if lacks_data:
                     runtime.agree(partial(raise_error, data_error))
                 if validates:
-                    score = validate(run, step, clock.total, None if is_done else plan.depth)
+                    score = validate(run, step, clock.total, -1 if is_done else plan.phase)
         if is_done:
             break
         loss = train_step(run, optimisers, batch, plan, max_sequences)
@@ -6023,6 +6354,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         progress=plan.progress,
         mean_lr_scale=training.lr_scale_sum / max(step, 1),
         late_graphs=max(runtime.gather(compiled_graphs() - graphs_before)),
+        phase=plan_before.phase if plan_before else -1,
     )
     report_end_of_training(run, trained)
     if runtime.dtype == torch.float16:
@@ -6075,9 +6407,9 @@ def use_average(run: Run, average: Average, trained: Trained) -> Score:
 # -- What the loop says ----------------------------------------------------------------------------------
 
 
-def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> Score:
+def validate(run: Run, step: int, seconds: float, phase: int = -1) -> Score:
     """Score the live weights after `step` steps and log it in the official line format."""
-    score = run.score(depth=depth)
+    score = run.score(phase=phase)
     ms = 1000 * seconds
     progress = f"step:{step}/{run.cfg.iterations}"
     run.log.line(f"{progress} {score.text} train_time:{ms:.0f}ms step_avg:{ms / max(step, 1):.2f}ms")
@@ -6088,7 +6420,7 @@ def validate(run: Run, step: int, seconds: float, depth: int | None = None) -> S
 def report_step(
     run: Run, stream: TokenStream, plan_before: StepPlan | None, plan: StepPlan, loss: Tensor, ms: float
 ) -> float | None:
-    """Log an epoch or depth that began with this step and, if due, its end. ms: trained so far.
+    """Log an epoch or phase that began with this step and, if due, its end. ms: trained so far.
 
     Returns the loss over all ranks if it was logged.
     """
@@ -6097,13 +6429,16 @@ def report_step(
     epoch = stream.epoch(cfg, plan.step)
     if epoch > stream.epoch(cfg, plan.step - 1):
         log.line(f"epoch:{epoch} step:{plan.step}")
-    if plan_before and plan_before.depth != plan.depth:
+    if plan_before and plan_before.phase != plan.phase:
+        depth = cfg.phases[plan.phase].depth
         if cfg.depth_phases:
-            switch = f"prog_depth: switched to {plan.depth // cfg.num_layers} repeats"
+            switch = f"prog_depth: switched to {depth // cfg.num_layers} repeats"
+        elif cfg.num_loops:
+            switch = f"layer_loop: switched to {depth} layers"
         else:
-            switch = f"progressive_grow: switched to {plan.depth} layers"
+            switch = f"progressive_grow: switched to {depth} layers"
         log.line(f"{switch} at step:{plan.step} frac:{plan.progress:.2f}")
-        log.event("phase", step=plan.step, depth=plan.depth, progress=plan.progress)
+        log.event("phase", step=plan.step, depth=depth, progress=plan.progress)
     steps = plan.step + 1
     if not cfg.train_log_every or (plan.step >= 10 and not is_due(steps, cfg.train_log_every)):
         return None
@@ -6147,6 +6482,12 @@ def report_end_of_training(run: Run, trained: Trained) -> None:
         run.log.line(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{progress}")
     if trained.is_truncated:
         run.log.warn(f"schedule_truncated at progress {trained.progress:.3f}: steps too long for the clock")
+    if trained.phase != -1:
+        trained_layers = run.cfg.phases[trained.phase].depth
+        run.log.warn(
+            f"the run ended before its last switch of layers: what is scored runs "
+            f"{run.cfg.phases[-1].depth} layers, the last step trained {trained_layers}"
+        )
     if trained.late_graphs:
         run.log.warn(f"{trained.late_graphs} graphs were compiled inside the clock; set WARMUP_STEPS >= 1")
 
@@ -6288,6 +6629,9 @@ def log_settings(run: Run, machine: Mapping) -> None:
     if cfg.depth_phases:
         repeats = cfg.depth_phases[0][1]
         log.line(f"prog_depth: schedule={cfg.depth_phases} starting_repeats={repeats}")
+    elif cfg.num_loops:
+        blocks = " ".join(str(layer.block) for layer in cfg.phases[-1].plan)
+        log.line(f"layer_loop: blocks {blocks} from progress {cfg.enable_looping_at}")
     log.line(
         f"train_batch_tokens:{cfg.train_batch_tokens} train_seq_len:{cfg.train_seq_len} "
         f"iterations:{cfg.iterations} warmup_steps:{cfg.warmup_steps} "
@@ -7263,9 +7607,8 @@ def swinging_weight_decay(cfg: Config, progress: float) -> float:
 #
 # `Config` joins the knobs of all sections; `execute` is a whole run, `main` the command line.
 # ----------------------------------------------------------------------------------------------------------
-NOT_BUILT = ("BIGRAM_VOCAB_SIZE", "BIGRAM_DIM")  # published switches that are not here: refused unless off
 # First words of many programs' variables, as in MAX_JOBS: not taken for a knob of ours misspelt.
-COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT"}
+COMMON_WORDS = {"DATA", "MAX", "NUM", "OUT", "RUN", "ALLOW", "MODEL", "INIT", "PARALLEL", "LOOP"}
 # Words of clusters, as in HEAD_NODE_IP and MLP_WORKER_0_HOST: with one a first word of ours is no family.
 CLUSTER_WORDS = {
     "DIR", "FILE", "SCRIPT", "IMAGE", "CONFIG", "JOB", "TASK", "NODE", "WORKER", "ROLE", "GPU", "IP",
@@ -7396,12 +7739,8 @@ def refuse_strangers(cfg: Config, env: Mapping[str, str]) -> None:
     known = [f.name.upper() for f in fields(cfg)]
     first_words = Counter(name.partition("_")[0] for name in known if "_" in name)
     families = {word for word, count in first_words.items() if count > 1} - COMMON_WORDS
-    for name, text in env.items():
+    for name in env:
         if name in known or name in cfg.allow_env or not re.fullmatch(r"[A-Z0-9_]+", name):
-            continue
-        if name in NOT_BUILT:
-            if text not in ("", "0", "0.0"):
-                raise RunError(f"{name}={text} is a published switch that is not built yet; unset it")
             continue
         if name in FOREIGN:
             continue

@@ -87,14 +87,11 @@ def test_swa_is_the_mean_of_its_snapshots(iterations, warmdown, start, every, ha
     assert average.count == len(taken)
 
 
-DEPTHS = {"all": (None, 1), "full": (6, 1), "shallow": (2, 0), "one_short": (5, 0)}
-
-
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_swa_waits_for_the_full_depth(depth):
-    cfg, (layers, count) = config(num_repeats=3, swa_enabled=True, swa_every=1), DEPTHS[depth]
+@pytest.mark.parametrize("phase, count", [(-1, 1), (-2, 0), (-3, 0)])
+def test_swa_waits_for_the_last_phase(phase, count):
+    cfg = config(num_repeats=3, prog_depth="0.3:1,0.6:2,1:3", swa_enabled=True, swa_every=1)
     average = Average(cfg, torch.nn.Linear(3, 2))
-    average.update(replace(PLAN, depth=layers))
+    average.update(replace(PLAN, phase=phase))
     assert average.count == count
 
 
@@ -137,7 +134,7 @@ def test_without_a_snapshot_swa_gives_the_final_weights():
 @given(steps=st.integers(1, 40), decay=st.floats(1e-3, 0.99999), shallow=st.booleans())
 def test_ema_is_the_mean_without_its_bias(steps, decay, shallow):
     cfg, weights = config(ema_decay=decay, num_repeats=3), history(steps, seed=steps)
-    plans = [replace(PLAN, step=step, lr_scale=1.0, depth=2 if shallow else None) for step in range(steps)]
+    plans = [replace(PLAN, step=step, lr_scale=1.0, phase=-2 if shallow else -1) for step in range(steps)]
     ours, average = averaged(cfg, weights, plans)
     shares = [(1 - decay) * decay ** (steps - 1 - i) / (1 - decay**steps) for i in range(steps)]
     assert sum(shares) == pytest.approx(1)

@@ -145,7 +145,29 @@ KNOBS = {
     "choice": Case("MLP_ACT='relu'|relu2, leaky_relu2", dict(mlp_act="relu")),
     "typo": Case("MATRX_LR|did you mean MATRIX_LR?|ALLOW_ENV=MATRX_LR", dict(matrx_lr=0.1)),
     "like_ours": Case("MUON_WEIGHT_DECAY is not a knob|--help", dict(muon_weight_decay=0.1)),
-    "not_built": Case("BIGRAM_VOCAB_SIZE=512|not built|unset", dict(bigram_vocab_size=512)),
+    "one_pair": Case("BIGRAM_VOCAB_SIZE=1|2 is the least", dict(bigram_vocab_size=1)),
+    "odd_rotation": Case("ROPE_DIMS=3|must be even|a head's 8", dict(rope_dims=3)),
+    "wide_rotation": Case("ROPE_DIMS=10|must be even|a head's 8", dict(rope_dims=10)),
+    "loop_beyond": Case(
+        "LOOP_START=1 to LOOP_END=2|NUM_LAYERS=2", dict(num_loops=1, loop_start=1, loop_end=2)
+    ),
+    "loop_backwards": Case("LOOP_START=1 to LOOP_END=0", dict(num_loops=1, loop_start=1, loop_end=0)),
+    "loop_of_repeats": Case(
+        "NUM_LOOPS has no effect without NUM_REPEATS=1", DEEP | dict(num_loops=1, loop_start=0, loop_end=0)
+    ),
+    "loop_off": Case("LOOP_START has no effect without NUM_LOOPS!=0", dict(loop_start=1)),
+    "lanes_beyond": Case("PARALLEL_START_LAYER=2 leaves no layer|NUM_LAYERS=2", dict(parallel_start_layer=2)),
+    "lanes_in_encoder": Case(
+        "PARALLEL_START_LAYER=1 leaves no layer", dict(parallel_start_layer=1, encoder_layers=2)
+    ),
+    "lanes_recycled": Case("ATTN_RECYCLE=1|two lanes", dict(parallel_start_layer=1, attn_recycle=1)),
+    "no_lanes": Case(
+        "PARALLEL_FINAL_LANE has no effect without PARALLEL_START_LAYER!=0", dict(parallel_final_lane="mlp")
+    ),
+    "parallel_beyond": Case(
+        "PARALLEL_RESIDUAL_START=2 is beyond NUM_LAYERS=2", dict(parallel_residual_start=2)
+    ),
+    "wide_gate": Case("GATE_WINDOW=33 is beyond MODEL_DIM=32", dict(smear_gate_enabled=1, gate_window=33)),
     "inert": Case("EMBED_LR has no effect without TIE_EMBEDDINGS=0|ALLOW_INERT=1", dict(embed_lr=0.8)),
     "heads": Case("MODEL_DIM=32|multiple of NUM_HEADS=5", dict(num_heads=5)),
     "batch": Case("TRAIN_BATCH_TOKENS=500|multiple of TRAIN_SEQ_LEN=32", dict(train_batch_tokens=500)),

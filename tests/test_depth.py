@@ -24,7 +24,7 @@ from train_gpt import (
     Trained,
     log_header,
     omit_own_value,
-    phases,
+    plan_layers,
     plan_step,
     token_nats,
     train,
@@ -78,6 +78,12 @@ def is_new(name: str) -> bool:
     return any(new in name for new in NEW_NAMES)
 
 
+def at_depth(model: GPT, depth: int | None) -> GPT:
+    """The model, with only its first layers running in every phase."""
+    model.plans = [plan_layers(model.cfg, depth)]
+    return model
+
+
 # --- the forward pass ---
 
 
@@ -87,7 +93,7 @@ def matches_the_reference(cfg: Config, depth: int | None) -> None:
     state = reference.as_float64(model.state_dict())
     expected = np.stack([reference.logits(state, row, cfg, depth) for row in ids])
     with torch.no_grad():
-        np.testing.assert_allclose(model(ids, depth).numpy(), expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(at_depth(model, depth)(ids).numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -107,28 +113,28 @@ def test_the_last_layers_are_those_of_the_current_depth(tiny, last, same):
     ids, models = random_ids(tiny(), 2, 32), []
     for count in (last, -1):
         models.append(random_model(tiny(num_repeats=3, xsa_last_n=count)))
-    a, b = (model(ids, depth=2) for model in models)
+    a, b = (at_depth(model, 2)(ids) for model in models)
     assert torch.equal(a, b) == same
 
 
 @pytest.mark.parametrize("depth", [None, 4, 2])
 def test_future_tokens_never_move_past_logits(tiny, depth, path):
     cfg = tiny(**EVERYTHING)
-    model, ids = random_model(cfg), random_ids(cfg, 2, 32)
+    model, ids = at_depth(random_model(cfg), depth), random_ids(cfg, 2, 32)
     changed = ids.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % cfg.vocab_size
     with torch.no_grad():
-        before, after = model(ids, depth), model(changed, depth)
+        before, after = model(ids), model(changed)
     torch.testing.assert_close(after[:, :20], before[:, :20], rtol=0, atol=1e-5)
     assert (after[:, 20:] - before[:, 20:]).abs().amax(dim=-1).min() > 0.01, "the change must be visible"
 
 
 def test_logits_at_places_are_those_of_the_whole_sequence(tiny):
     cfg = tiny(**EVERYTHING)
-    model, ids = random_model(cfg), random_ids(cfg, 2, 32)
+    model, ids = at_depth(random_model(cfg), 4), random_ids(cfg, 2, 32)
     places = torch.tensor([[3, 31, 0], [7, 7, 20]])
-    expected = model(ids, 4).take_along_dim(places[..., None], dim=1)
-    torch.testing.assert_close(model(ids, 4, places), expected)
+    expected = model(ids).take_along_dim(places[..., None], dim=1)
+    torch.testing.assert_close(model(ids, positions=places), expected)
 
 
 def test_bf16_logits_are_float32_and_near(tiny):
@@ -264,9 +270,9 @@ def batch_of(cfg: Config, step: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def stepped(cfg: Config, model: GPT, depth: int | None, steps: int) -> list[float]:
     """Train the model at one depth; the losses."""
-    run = Run(cfg, Runtime(), RunLog(None, "x"), model, data=None)
+    run = Run(cfg, Runtime(), RunLog(None, "x"), at_depth(model, depth), data=None)
     optimisers = Optimisers(cfg, model, run.runtime)
-    plans = [StepPlan(0.1, 1.0, 0.9, step=step, depth=depth) for step in range(steps)]
+    plans = [StepPlan(0.1, 1.0, 0.9, step=step) for step in range(steps)]
     return [train_step(run, optimisers, batch_of(cfg, plan.step), plan, 99).item() for plan in plans]
 
 
@@ -382,21 +388,23 @@ BY_CLOCK = dict(max_wallclock_seconds=100.0, iterations=10**6)
 ])  # fmt: skip
 def test_a_phase_ends_just_before_its_progress(tiny, limits, step, seconds, repeats):
     cfg = tiny(num_layers=3, **GROWING, **limits)
-    assert plan_step(cfg, step, seconds, 0.0).depth == 3 * repeats
+    assert cfg.phases[plan_step(cfg, step, seconds, 0.0).phase].depth == 3 * repeats
 
 
 @pytest.mark.parametrize("text, expected", [
     ("0.4:1,0.65:2,1.0:3", [(0.4, 2), (0.65, 4), (1.0, 6)]),
     ("1.0:3,0.4:1,0.65:2", [(0.4, 2), (0.65, 4), (1.0, 6)]),
-    ("1:3", [(1.0, 6)]), ("0.5:3", [(0.5, 6)]), ("", [(1.0, None)]),
+    ("1:3", [(1.0, 6)]), ("0.5:3", [(0.5, 6)]), ("", [(1.0, 6)]),
 ])  # fmt: skip
 def test_phases_are_effective_layers_in_order_of_progress(tiny, text, expected):
-    assert phases(tiny(num_repeats=3, prog_depth=text)) == expected
+    phases = tiny(num_repeats=3, prog_depth=text).phases
+    assert [(phase.until, phase.depth) for phase in phases] == expected
 
 
 def test_after_the_last_phase_its_depth_stays(tiny):
     cfg = tiny(num_repeats=3, prog_depth="0.2:1,0.5:3", **BY_STEPS)
-    assert [plan_step(cfg, step, 0.0, 0.0).depth for step in (19, 20, 50, 99)] == [2, 6, 6, 6]
+    depths = [cfg.phases[plan_step(cfg, step, 0.0, 0.0).phase].depth for step in (19, 20, 50, 99)]
+    assert depths == [2, 6, 6, 6]
 
 
 @pytest.mark.parametrize("text", [
@@ -479,21 +487,21 @@ def test_a_run_of_one_depth_logs_no_schedule(dataset):
     assert log.of("prog_depth:") == [] and not [event for event, _ in log.events_kept if event == "phase"]
 
 
-@pytest.mark.parametrize("stop, depths", [(10, [1, 1, 2, 2, 3, 3]), (3, [1, 1, 3])])
-def test_validation_uses_the_current_depth_and_the_final_one_all(dataset, monkeypatch, stop, depths):
+@pytest.mark.parametrize("stop, phases", [(10, [-3, -3, -2, -2, -1, -1]), (3, [-3, -3, -1])])
+def test_validation_uses_the_current_depth_and_the_final_one_all(dataset, monkeypatch, stop, phases):
     """Also where the run is stopped early."""
     seen = []
 
-    def spy(model, ids, targets, places=None, depth=None):
-        seen.append(depth)
-        return token_nats(model, ids, targets, places, depth)
+    def spy(model, ids, targets, places=None, phase=-1):
+        seen.append(phase)
+        return token_nats(model, ids, targets, places, phase)
 
     monkeypatch.setattr(train_gpt, "token_nats", spy)
     monkeypatch.setattr(train_gpt, "is_finished", lambda cfg, step, *_: step == stop)
     monkeypatch.setattr(train_gpt, "warm_evaluation", lambda run: None)
     grown(dataset, val_loss_every=2, warmup_steps=0)
-    passes = len(seen) // len(depths)
-    assert passes and seen == [depth for depth in depths for _ in range(passes)]
+    passes = len(seen) // len(phases)
+    assert passes and seen == [phase for phase in phases for _ in range(passes)]
 
 
 @pytest.mark.parametrize("iterations, snapshots", [(10, 3), (20, 7)])

@@ -291,13 +291,13 @@ def test_our_scores_pass_and_the_check_changes_none(rerun, name):
     assert len({v for k, v in numbers[0].items() if re.fullmatch(r"\w+_val_bpb", k) and v}) == len(on)
 
 
-def lenient(*given, depth=None, how=token_nats):
-    return 0.95 * how(*given, depth=depth)
+def lenient(*given, phase=-1, how=token_nats):
+    return 0.95 * how(*given, phase=phase)
 
 
-def ahead(model, ids, targets, places=None, depth=None):
+def ahead(model, ids, targets, places=None, phase=-1):
     """A hint of the next target."""
-    nats = token_nats(model, ids, targets, places, depth)
+    nats = token_nats(model, ids, targets, places, phase)
     return nats * (1 + 0.01 * (targets.roll(-1, 1) % 3))
 
 
@@ -566,9 +566,9 @@ def one_second_a_pass(monkeypatch):
     now = [0.0]
     clock = {k: getattr(train_gpt.time, k) for k in ("time", "strftime")}
 
-    def timed(*given, depth=None):
+    def timed(*given, phase=-1):
         now[0] += not torch.is_grad_enabled()
-        return token_nats(*given, depth=depth)
+        return token_nats(*given, phase=phase)
 
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0], **clock))
     monkeypatch.setattr(train_gpt, "token_nats", timed)

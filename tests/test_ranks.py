@@ -20,6 +20,9 @@ from tests.support.stops import Folder, dies, in_step
 
 STOPPED, LOST = train_gpt.PREEMPTED, train_gpt.LOST_RANK
 FEW = dict(iterations=4, train_batch_tokens=480)  # 15 sequences a step, which few world sizes divide
+# The loop begins at the third of four steps.
+LOOP = dict(num_layers=3, num_loops=2, loop_start=1, loop_end=1, enable_looping_at=0.5, smear_gate_enabled=1)
+LANES = LOOP | dict(parallel_start_layer=2, sparse_attn_gate_enabled=1, skip_gates_enabled=1)
 SWA = dict(swa_enabled=1, swa_every=2, swa_start_frac=2.0, data_shuffle=1)
 
 # Each rank keeps the inputs of its training batches in the file RANK.batches.
@@ -65,7 +68,8 @@ def alone(new):
 
 @pytest.mark.parametrize("ranks, knobs", [
     (2, {}), (3, dict(data_shuffle=1)), (5, {}), (8, {}), (5, dict(train_batch_tokens=96)),
-], ids=["2", "3", "5", "8", "5_with_3_sequences"])  # fmt: skip
+    (2, LANES), (3, LANES),
+], ids=["2", "3", "5", "8", "5_with_3_sequences", "2_with_a_loop", "3_with_a_loop"])  # fmt: skip
 def test_any_number_of_ranks_trains_on_the_same_batches_to_the_same_losses(new, alone, ranks, knobs):
     one, many = alone(**FEW | knobs), new(FEW | knobs, ranks)
     assert many.start(BATCHES) == [0] * ranks, many.text("0.err")

@@ -25,6 +25,7 @@ from train_gpt import Config, Run, RunLog, Runtime
 
 EACH_STEP = dict(checkpoint_seconds=1e-9)
 DEPTH = dict(num_repeats=3, prog_depth="0.35:2,1.0:3")
+LOOP = dict(num_layers=3, num_loops=2, loop_start=1, loop_end=1, skip_gates_enabled=1, smear_gate_enabled=1)
 SWA = dict(swa_enabled=1, swa_every=2, swa_start_frac=2.0)
 SLIDES = dict(eval_stride=16, eval_batch_seqs=16)
 SCORES = dict(SLIDES, use_hedge=1)
@@ -65,6 +66,9 @@ PLACES = {
     "before_the_switch_of_depth": (MANY, in_step(2, SIGTERM), {}),
     "at_the_switch_of_depth": (MANY, in_step(3, SIGTERM), {}),
     "at_the_switch_of_depth_kill": (MANY, in_step(3, SIGKILL), EACH_STEP),
+    "before_the_loop": (LOOP, in_step(2, SIGTERM), {}),
+    "at_the_switch_to_the_loop": (LOOP, in_step(3, SIGTERM), {}),
+    "in_the_loop_kill": (LOOP, in_step(5, SIGKILL), EACH_STEP),
     "write_of_a_checkpoint": (MANY, dies("os.fsync", call=5), EACH_STEP),
     "write_of_the_first_checkpoint": (MANY, dies("os.fsync"), EACH_STEP),
     "rename_of_a_checkpoint": (MANY, dies("Path.rename", call=5), EACH_STEP),

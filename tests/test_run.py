@@ -526,7 +526,7 @@ BAD_KNOBS = {
     "two_schedules": (dict(tidal_lr=1, cosine_lr=1, warmdown_iters=None), "COSINE_LR"),
     "inert": (dict(embed_lr=0.8), "EMBED_LR"),
     "not_a_multiple": (dict(num_heads=5), "NUM_HEADS"),
-    "not_built": (dict(bigram_vocab_size=512), "BIGRAM_VOCAB_SIZE"),
+    "loop": (dict(num_loops=1, loop_start=1, loop_end=2), "LOOP_END"),
     "no_checkpoint": (dict(init_from="absent.pt"), "absent.pt"),
     "no_artifact": (dict(eval_only="absent.ptz"), "absent.ptz"),
     "no_cuda": (dict(device="cuda"), "DEVICE"),

@@ -119,7 +119,7 @@ def dry_run(env: Mapping[str, str]) -> int:
 def step_flops(cfg: Config, model: GPT) -> float:
     """Training FLOPs of a step; a token costs 6 * weights that multiply it + 12 * d * attentions * (T/2)."""
     attentions = 2 if cfg.attn_recycle else 1
-    layers = model.plans[None]
+    layers = model.plans[-1]
     weights = matrix_weights(model.tok_emb)  # as the output head
     for layer in layers:
         block = model.blocks[layer.block]
