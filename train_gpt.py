@@ -6006,7 +6006,7 @@ def warm_up_seconds(cfg: Config, step_seconds: float) -> float:
     """What the warm-up takes without compiling, at most: some steps are of a shallower model."""
     if not cfg.warmup_steps:
         return 0.0
-    return (cfg.warmup_steps + 2 * len(phases(cfg)) - 2) * step_seconds
+    return (cfg.warmup_steps + 2 * len(cfg.phases) - 2) * step_seconds
 
 
 def foretell_warm_up(cfg: Config, model: GPT, runtime: Runtime) -> None:
@@ -6074,7 +6074,7 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     random_before = torch.get_rng_state()
     source = batches(cfg, stream, runtime)
     if runtime.compiles:
-        depths = len(phases(cfg))
+        depths = len(cfg.phases)
         run.log.say(f"compiling the model for training: usually 30 to 80 s a depth, depths: {depths}")
     max_sequences = run.settle(partial(fit_micro_batch, run, next(source)))
     seconds_of_phase = []

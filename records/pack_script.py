@@ -5,8 +5,8 @@
     python records/pack_script.py --unpack SCRIPT        the source that a packed script holds, ours or not
 
 Comments, bare strings (docstrings), the texts of knobs and the annotations of functions become empty, four
-spaces of indentation one, every line keeps its number, and the rest is compressed (bz2, base85). --help then
-names the readable file for what each knob does.
+spaces of indentation one, variables of functions get short names, every line keeps its number, and the rest
+is compressed (bz2, base85). --help then names the readable file for what each knob does.
 What runs is the packed file; its tracebacks name the functions and lines of the readable one.
 The stripped source and the packed bytes are the same for any Python from 3.10 on.
 Exit code 2, one line and nothing written where the input or the output will not do.
@@ -18,12 +18,16 @@ import base64
 import bz2
 import hashlib
 import io
+import itertools
+import keyword
 import os
 import re
+import string
 import sys
 import tokenize
 import warnings
 from collections.abc import Iterator
+from itertools import filterfalse
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -185,7 +189,135 @@ def strip(text: str) -> str:
             lines[first : last + 1] = [head + QUOTES, *[""] * (last - first - 1), QUOTES + tail]
         else:
             lines[first : last + 1] = [head + replacement + tail, *[""] * (last - first)]
-    return indent_by_one("\n".join(lines))
+    return indent_by_one(shorten_locals("\n".join(lines)))
+
+
+# What a function calls that looks at names as it runs: its own stay as they are.
+READERS_OF_NAMES = {"locals", "vars", "eval", "exec", "dir", "globals"}
+SHORT_NAMES = string.ascii_letters
+Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+def parameters(function: Function) -> set[str]:
+    return {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
+
+
+def names_in(node: ast.AST) -> set[str]:
+    """All names that stand for variables in a piece of code, those of parameters too."""
+    found = set()
+    named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.ExceptHandler
+    for part in ast.walk(node):
+        if isinstance(part, ast.Name):
+            found.add(part.id)
+        elif isinstance(part, ast.arg):
+            found.add(part.arg)
+        elif isinstance(part, ast.Global | ast.Nonlocal):
+            found.update(part.names)
+        elif isinstance(part, ast.alias):
+            found.add((part.asname or part.name).partition(".")[0])
+        elif isinstance(part, named) and part.name:
+            found.add(part.name)
+    return found
+
+
+def bound_names(function: Function) -> set[str]:
+    """The names that a function's own code assigns to, without what is bound in other ways."""
+    stored = set()
+    bound_otherwise = set()
+    waiting = list(function.body) if isinstance(function.body, list) else [function.body]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Lambda):
+            continue
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            bound_otherwise.add(node.name)
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            stored.add(node.id)
+        elif isinstance(node, ast.Global | ast.Nonlocal | ast.alias | ast.ExceptHandler):
+            bound_otherwise |= names_in(node) - {
+                part.id for part in ast.walk(node) if isinstance(part, ast.Name)
+            }
+        waiting += ast.iter_child_nodes(node)
+    return stored - bound_otherwise
+
+
+def plain_locals(function: Function) -> list[str]:
+    """The variables of a function that may have any other name, in the order in which they first stand there.
+
+    Not its parameters, nor what an f-string shows (before Python 3.12 no place inside one is known), nor what
+    a function or class inside binds as well.
+    """
+    found = bound_names(function) - parameters(function)
+    for node in ast.walk(function):
+        if isinstance(node, ast.JoinedStr | ast.ClassDef | ast.Match):
+            found -= names_in(node)
+        elif isinstance(node, Function) and node is not function:
+            found -= parameters(node) | bound_names(node)
+        elif isinstance(node, ast.Global | ast.Nonlocal):
+            found -= set(node.names)
+    if READERS_OF_NAMES & names_in(function):
+        return []
+    places: dict[str, tuple[int, int]] = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.Name) and node.id in found:
+            place = (node.lineno, node.col_offset)
+            places[node.id] = min(place, places.get(node.id, place))
+    return sorted(places, key=places.__getitem__)
+
+
+def outermost_functions(tree: ast.AST) -> Iterator[ast.AST]:
+    """The functions of a module and of its classes, not those inside another function."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, Function):
+            yield node
+        else:
+            yield from outermost_functions(node)
+
+
+def rename_locals(tree: ast.Module, is_canonical: bool) -> dict[tuple[int, int], tuple[str, str]]:
+    """Give the plain locals of all functions other names, in the tree; {(line, column): (old, new name)}.
+
+    Canonical names are equal for two programs that differ in such names alone; the others are short, and a
+    name of one letter keeps it.
+    """
+    renamed = {}
+    numbers = itertools.count()
+    for outermost in outermost_functions(tree):
+        inner = [node for node in ast.walk(outermost) if isinstance(node, Function)]
+        for function in inner:
+            used = names_in(outermost)
+            candidates = plain_locals(function)
+            if is_canonical:
+                new_names = (f"local variable {number}" for number in numbers)
+            else:
+                candidates = [name for name in candidates if len(name) > 1]
+                pairs = map("".join, itertools.product(SHORT_NAMES, repeat=2))
+                new_names = (name for name in itertools.chain(SHORT_NAMES, pairs) if name not in used)
+                new_names = filterfalse(keyword.iskeyword, new_names)
+            new_name = dict(zip(candidates, new_names, strict=False))
+            for node in ast.walk(function):
+                if isinstance(node, ast.Name) and node.id in new_name:
+                    renamed[node.lineno, node.col_offset] = (node.id, new_name[node.id])
+                    node.id = new_name[node.id]
+    return renamed
+
+
+def shorten_locals(text: str) -> str:
+    """The same program with short names for the variables of its functions; 4 KB less, packed.
+
+    As it is where that would make another program.
+    """
+    lines = [line.encode() for line in text.split("\n")]
+    edits = rename_locals(parse(text), is_canonical=False)
+    for (line, column), (old, new) in sorted(edits.items(), reverse=True):
+        before = lines[line - 1]
+        lines[line - 1] = before[:column] + new.encode() + before[column + len(old.encode()) :]
+    shorter = "\n".join(line.decode() for line in lines)
+    try:
+        return shorter if outline(shorter) == outline(text) else text
+    except SyntaxError:
+        return text
 
 
 def indent_by_one(text: str) -> str:
@@ -211,6 +343,7 @@ def indent_by_one(text: str) -> str:
 def outline(text: str) -> tuple[str, list[int]]:
     """The program without what packing takes away, and the line of each statement and expression left."""
     tree = without_what_is_cut(parse(text))
+    rename_locals(tree, is_canonical=True)
     numbers = [node.lineno for node in ast.walk(tree) if hasattr(node, "lineno")]
     return ast.dump(tree), numbers
 
@@ -230,7 +363,7 @@ def without_what_is_cut(tree: ast.Module) -> ast.Module:
 
 
 def is_same_program(first: str, second: str) -> bool:
-    """Whether two sources differ in nothing that runs: comments, layout, bare strings, annotations."""
+    """Whether two sources differ in nothing that runs: comments, layout, annotations, names of locals."""
     try:
         return outline(first)[0] == outline(second)[0]
     except (SyntaxError, ValueError, RecursionError, MemoryError):
