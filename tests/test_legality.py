@@ -329,9 +329,9 @@ def weigh_itself(neural, other, experts, bins, eta, window):
     return Mixture(mixed, [WeighedExpert(expert.name, total, 1 / len(experts)) for expert, total in totals])
 
 
-def ahead_at_each_16th(model, ids, targets, places=None, depth=None):
+def ahead_at_each_16th(model, ids, targets, places=None, phase=-1):
     """A hint of the next target, at one place of each half window."""
-    nats = token_nats(model, ids, targets, places, depth)
+    nats = token_nats(model, ids, targets, places, phase)
     hint = 1 + 0.01 * (targets.roll(-1, 1) % 3)
     is_hinted = torch.arange(targets.size(1)) % 16 == 7
     return torch.where(is_hinted, nats * hint, nats)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.driver import driver as triton_driver
 
 import train_gpt
-from train_gpt import GPT, Clock, Config, Optimisers, Run, RunLog, Runtime, Training, phases, plan_step
+from train_gpt import GPT, Clock, Config, Optimisers, Run, RunLog, Runtime, Training, plan_step
 
 SEQUENCES = 64  # of 1,024 tokens: 65,536 tokens, what a card computes at a time
 ATTENTION = "_scaled_dot_product_"
@@ -95,16 +95,15 @@ def count_graphs(cfg: Config, dtype: torch.dtype) -> dict:
     ids = blank(cfg, 4)
     made = []
     for repeat in range(3):
-        for _, depth in phases(cfg):
+        for phase in range(-len(cfg.phases), 0):
             dials = blank_dials(cfg)
-            (run.loss(ids, ids, dials, depth)[0] * (0.25 + repeat)).backward()
+            (run.loss(ids, ids, dials, phase)[0] * (0.25 + repeat)).backward()
         made.append(graphs())
-    deepest = phases(cfg)[-1][1]
     positions = torch.zeros(4, 64, dtype=torch.int64, device="cuda")
     for _ in range(2):
         with torch.no_grad():
-            run.nats(ids, ids, depth=deepest)
-            run.nats(ids, positions, positions, depth=deepest)
+            run.nats(ids, ids)
+            run.nats(ids, positions, positions)
         made.append(graphs())
     return dict(
         train=made[0], train_again=made[2] - made[0], eval=made[3] - made[2], eval_again=made[4] - made[3]
@@ -119,7 +118,7 @@ def compile_step(cfg: Config, dtype: torch.dtype) -> dict:
     runtime = Runtime(torch.device("cuda", 0), dtype=dtype, compiles=True, backend=counted.backend)
     loss = runtime.compile(train_gpt.training_loss(cfg, new_model(cfg, dtype)))
     ids = blank(cfg, SEQUENCES * 1024 // cfg.train_seq_len)
-    loss(ids, ids, blank_dials(cfg), phases(cfg)[-1][1])[0].backward()
+    loss(ids, ids, blank_dials(cfg), -1)[0].backward()
     forward, backward = counted.attention
     return dict(
         attention=sorted(name.removeprefix("aten.") for name in (forward | backward)),
@@ -165,12 +164,12 @@ def wrong_with(cfg: Config, found: dict) -> list[str]:
     """What of it breaks a promise, a sentence each."""
     wrong = []
     graphs_found = found["graphs"]
-    depths = len({depth for _, depth in phases(cfg)})
-    if graphs_found["train"] != depths:
-        wrong.append(f"{graphs_found['train']} training graphs for {depths} depths")
+    phases = len(cfg.phases)
+    if graphs_found["train"] != phases:
+        wrong.append(f"{graphs_found['train']} training graphs for {phases} phases")
     if graphs_found["train_again"] or graphs_found["eval_again"]:
         wrong.append("a graph was compiled again")
-    layers = sum(layer.runs for layer in train_gpt.plan_layers(cfg, None))
+    layers = cfg.phases[-1].depth
     if found["attention_calls"] != [layers, layers]:
         wrong.append(f"{found['attention_calls']} fused attention calls for {layers} layers")
     if any("math" in name for name in found["attention"]):
