@@ -13,7 +13,8 @@
 
 What is in it:
   - a GPT with grouped-query attention, RoPE, QK norm, U-Net skips, tied or untied head; blocks that repeat
-    (PR #895) with progressive depth, value embeddings, value residual, XSA
+    (PR #895) with progressive depth, value embeddings, value residual, XSA; from the later records (#1394,
+    #1493, #1855) partial RoPE, skip gates, two lanes, attention gate, SmearGate and a loop of some layers
   - Muon for the blocks' matrices, Adam for the rest, over any number of ranks; SWA, EMA
   - int8 and fewer levels, four ways to clip, zstd or zlib, a container that loads without executing anything
   - scores of every validation token exactly once: official windows, sliding windows, test-time training
@@ -2201,8 +2202,8 @@ def read_text_size(cache: Path, key: str) -> TextSize | None:
 # Token ids go in, softcapped logits come out. `plan_layers` decides once what each effective layer does;
 # the forward pass walks that plan. Shapes: B sequences, T tokens, d MODEL_DIM, V VOCAB_SIZE, H query heads,
 # Hkv key heads, D the width of a head, S the positions that are scored. Names and shapes in the state dict
-# are the official script's, so that its checkpoints load. Each parameter says, where it is made, which
-# optimiser trains it (`with_role`).
+# are the official script's and #1855's, so that their checkpoints load. Each parameter says, where it is
+# made, which optimiser trains it (`with_role`).
 # ----------------------------------------------------------------------------------------------------------
 MLP_ACTS = ("relu2", "leaky_relu2", "gelu2", "silu2", "swiglu")
 REPEATED = "NUM_REPEATS!=1"
