@@ -38,6 +38,7 @@ TORCH = """
 import os
 class cuda:
     device_count = staticmethod(lambda: int(os.environ.get("STUB_GPUS", "1")))
+    is_available = staticmethod(lambda: os.environ.get("STUB_GPUS", "1") != "0")
 """
 TORCHRUN = """
 import subprocess, sys
@@ -237,14 +238,14 @@ def test_default_preset_is_best_and_its_last_line_wins(project: Project):
     expected = TIDAL.replace("ITERATIONS=400", "ITERATIONS=20000")
     assert run.code == 0 and run.knobs(TIDAL) == expected
     assert run.line("ARGS") == "ARGS"
-    assert re.fullmatch(r"best-\d{8}-\d{6}", run.env["RUN_ID"])
+    assert re.fullmatch(r"best-\d{8}-\d{6}-[0-9a-f]{6}", run.env["RUN_ID"])
     assert run.env["OUT_DIR"] == f"runs/{run.env['RUN_ID']}"
     assert run.line("logs").endswith(f"{run.env['OUT_DIR']}/logs/{run.env['RUN_ID']}.jsonl")
 
 
 def test_a_gpu_run_gets_the_preset_and_no_more(project: Project):
     run = project.run("tidal_1434")
-    paths = {"RUN_ID", "OUT_DIR", "DATA_PATH", "TOKENIZER_PATH"}
+    paths = {"RUN_ID", "OUT_DIR", "DATA_PATH", "TOKENIZER_PATH", "STARTED_BY", "SET_BY_PRESET"}
     shell = {"PYTHON", "PWD", "OLDPWD", "SHLVL", "_", "LC_CTYPE"}
     names = {word.split("=")[0] for word in TIDAL.split()}
     assert run.knobs(TIDAL) == TIDAL
