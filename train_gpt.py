@@ -6017,7 +6017,10 @@ def foretell_warm_up(cfg: Config, model: GPT, runtime: Runtime) -> None:
     """
     if runtime.device.type != "cpu":
         return
-    step_seconds = time_step(cfg, model, runtime)
+    try:
+        step_seconds = time_step(cfg, model, runtime)
+    except torch.OutOfMemoryError:  # the warm-up tries smaller passes
+        return
     seconds = warm_up_seconds(cfg, step_seconds)
     if seconds > 3:
         steps = max(1.0, predict_steps_left(cfg, 0, 0.0, step_seconds))
@@ -6304,8 +6307,9 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     max_sequences, seconds_of_phase = warm_up(run, optimisers, stream)
     forecast(run, stream, max_sequences, seconds_of_phase)
     graphs_before = compiled_graphs()
-    gc.collect()
-    gc.freeze()  # or one rank collects the warm-up's garbage in the middle of a step that all wait for
+    if runtime.world_size > 1:  # or one rank collects the warm-up's garbage in a step that all wait for
+        gc.collect()
+        gc.freeze()
     training = Training(run, optimisers, seconds_of_phase[0])
     clock = training.clock
     plan = training.resume()

@@ -578,7 +578,7 @@ class NatsOfAllValues:
         self.mark = mark
         self.found = np.full(mark, math.nan)
 
-    def __call__(self, ids, targets, positions=None, depth=None):
+    def __call__(self, ids, targets, positions=None, phase=-1):
         at = (targets == self.mark).nonzero().tolist()
         # Test-time training has a graph; it learns from the token after it is scored, so from any value.
         if at and not torch.is_grad_enabled():
@@ -590,10 +590,10 @@ class NatsOfAllValues:
                 many_ids = self.filled(ids[rows].expand(size), values)
                 many_targets = self.filled(targets[rows].expand(size), values)
                 many_positions = None if of_row is None else of_row.expand(size)
-                nats = self.nats(many_ids, many_targets, many_positions, depth=depth)
+                nats = self.nats(many_ids, many_targets, many_positions, phase=phase)
                 self.found[values.cpu().numpy()] = nats[:, column].double().cpu().numpy()
         zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
-        return self.nats(self.filled(ids, zero), self.filled(targets, zero), positions, depth=depth)
+        return self.nats(self.filled(ids, zero), self.filled(targets, zero), positions, phase=phase)
 
     def filled(self, ids, values):
         """The ids with values [rows] or [1] in the stead of the mark."""

@@ -109,7 +109,7 @@ def neural(cfg, runtime, state, data, source: str, stride: int) -> tuple[np.ndar
         shape = ours.PassShape(len(windows), length, stride)
         padded = ours.pad_windows(data, windows, shape, runtime.device)
         with torch.no_grad():
-            logs = model(padded.ids, None, padded.positions).log_softmax(-1)
+            logs = model(padded.ids, positions=padded.positions).log_softmax(-1)
             target_nats = -logs.gather(-1, padded.targets[..., None])[..., 0]
             target_entropy = -(logs.exp() * logs).sum(-1)
         scored = slice(windows[0].first, windows[-1].stop)

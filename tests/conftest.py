@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -24,6 +25,10 @@ from tests.support import reference
 from train_gpt import GPT, SHARD_MAGIC, SHARD_VERSION, Config, Runtime, fields
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# What `nohup` or a shell's & has made this process ignore would be ignored by the runs that the tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files whose tests are all quick: pure functions, config, bytes, schedules, a model's forward pass. They are
 # marked `fast`. Seconds of one core beside the imports stand behind each, where there are more than a few.

@@ -117,7 +117,8 @@ def test_a_cpu_computes_in_bf16_if_it_has_the_instructions(monkeypatch, flags, n
 
 
 @pytest.mark.parametrize(
-    "capability, name", [((7, 0), "fp32"), ((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")]
+    "capability, name",
+    [((6, 1), "fp32"), ((7, 0), "fp16"), ((7, 5), "fp16"), ((8, 0), "bf16"), ((9, 0), "bf16")],
 )
 def test_a_gpu_computes_in_bf16_from_sm_80_on(monkeypatch, capability, name):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -772,9 +772,13 @@ def test_the_transforms_no_optimiser_feels_are_named(optimiser):
 
 def test_the_list_names_every_idea_with_its_state_source_and_meaning():
     lines = show("--list-ideas").splitlines()
-    rows = {
-        line.split()[0]: (line, lines[number + 1]) for number, line in enumerate(lines) if line[:1].isupper()
-    }
+    rows = {}
+    for line in lines:
+        if line[:1].isupper():
+            name = line.split()[0]
+            rows[name] = (line, "")
+        elif line.strip():  # the meaning may take several lines
+            rows[name] = (rows[name][0], f"{rows[name][1]} {line.strip()}")
     ideas = {f.name.upper(): f.metadata for f in fields(Config) if f.metadata["fate"]}
     assert set(rows) - {"How"} == set(ideas)
     for name, about in ideas.items():

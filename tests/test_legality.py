@@ -313,6 +313,7 @@ def learn_first(*given):
 
 PLAN_TURNS, COUNTS, PADDED = train_gpt.plan_turns, train_gpt.context_counts, train_gpt.pad_windows
 HEDGE_MIXTURE = train_gpt.hedge_mixture
+WATCH = dict(monotonic=time.monotonic)  # by which waits are told; not the clock of the limits
 
 
 def count_itself(*given):
@@ -570,7 +571,7 @@ def one_second_a_pass(monkeypatch):
         now[0] += not torch.is_grad_enabled()
         return token_nats(*given, phase=phase)
 
-    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0], **clock))
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0], **WATCH | clock))
     monkeypatch.setattr(train_gpt, "token_nats", timed)
 
 
@@ -663,7 +664,7 @@ def test_two_ranks_stop_together(small, artifact, rerun, tmp_path):
 def one_second_a_thousand(monkeypatch):
     """A clock that only the mixer moves, by one second for each thousand tokens; it doubles the nats."""
     now = [0.0]
-    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0], **WATCH))
 
     def doubled(cfg, tokens, nats):
         assert len(tokens) == len(nats) + 1
@@ -766,7 +767,7 @@ def test_every_rank_stops_by_the_clock_of_the_first(monkeypatch):
 
     for own in (0.0, 1e6):
         ticks = iter(own * n for n in range(10**6))
-        monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=partial(next, ticks)))
+        monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=partial(next, ticks), **WATCH))
         run = learner(640, ttt_steps=0)
         score = evaluate(run.cfg, run.nats, run.data, Second(), limit=5.5)
         assert (score.tokens, score.unscored) == (5 * 32, 480)

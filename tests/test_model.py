@@ -463,7 +463,27 @@ ACTS = dict(
     xsa_last_n=dict(xsa_last_n=1),
 )
 # Lengths and sizes of the tables, and the knob that its norm cancels.
-ACT_ELSEWHERE = {"vocab_size", "train_seq_len", "embed_scale"}
+ACT_ELSEWHERE = {
+    "vocab_size",
+    "train_seq_len",
+    "embed_scale",
+    # test_frontier.py
+    "bigram_dim",
+    "bigram_vocab_size",
+    "gate_window",
+    "ln_scale",
+    "loop_end",
+    "loop_start",
+    "num_loops",
+    "parallel_final_lane",
+    "parallel_residual_start",
+    "parallel_start_layer",
+    "rope_dims",
+    "skip_gates_enabled",
+    "smear_gate_enabled",
+    "sparse_attn_gate_enabled",
+    "sparse_attn_gate_scale",
+}
 
 
 @pytest.mark.parametrize("name", ACTS)

@@ -568,6 +568,8 @@ ACT_ELSEWHERE = {
     "gptq_reserve_seconds",
     "init_from",
     "dtype",
+    "ortho_init",  # test_frontier.py, as the next
+    "enable_looping_at",
     *AVERAGES,
 }
 

@@ -440,7 +440,7 @@ def test_logits_at_places_are_rows_of_all_logits(knobs):
     ids = torch.from_numpy(validation(47).tokens.astype(np.int64)).view(3, 16)
     places = torch.tensor([[0, 1, 2, 3, 15], [11, 12, 13, 14, 15], [7, 7, 0, 3, 1]])
     with torch.no_grad():
-        some, whole = model(ids, None, places), model(ids)
+        some, whole = model(ids, positions=places), model(ids)
     assert some.shape == (3, 5, VOCAB)
     torch.testing.assert_close(some, whole.take_along_dim(places[..., None], 1), rtol=1e-5, atol=1e-5)
 

@@ -419,10 +419,11 @@ def is_repeatable(cfg: Config) -> bool:
 
 
 def size_key(config: Mapping[str, object]) -> tuple:
-    """What decides how long a run takes, on one machine."""
+    """What decides how long a run takes, on one machine. A knob that is younger than the run was off."""
+    defaults = {knob.name: knob.default for knob in KNOBS.values()}
     names = [knob.name for knob in KNOBS.values() if knob.metadata["role"] == "model"]
     names += ["iterations", "max_wallclock_seconds", "train_batch_tokens", "eval_stride", "device"]
-    return tuple(config.get(name) for name in names)
+    return tuple(config.get(name, defaults[name]) for name in names)
 
 
 def earlier_seconds(results: Path) -> dict[tuple, list[float]]:

@@ -93,9 +93,9 @@ def observed(run: train_gpt.Run, timers: Timers, steps: int, limit: int, split: 
     """The program with its clock's ticks as laps and its end after `steps`; split: its parts timed too."""
     tick, timed = train_gpt.Clock.tick, timers.timed
 
-    def lap(clock) -> float:
+    def lap(clock, *rest) -> float:
         timers.lap()
-        return tick(clock)
+        return tick(clock, *rest)
 
     changes = [
         (train_gpt.Clock, "tick", lap),
