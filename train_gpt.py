@@ -6019,7 +6019,9 @@ def foretell_warm_up(cfg: Config, model: GPT, runtime: Runtime) -> None:
         return
     try:
         step_seconds = time_step(cfg, model, runtime)
-    except torch.OutOfMemoryError:  # the warm-up tries smaller passes
+    except (
+        RuntimeError
+    ):  # out of memory, or a kernel is missing: the warm-up deals with it, and the log has it
         return
     seconds = warm_up_seconds(cfg, step_seconds)
     if seconds > 3:

@@ -504,7 +504,8 @@ def test_the_linter_finds_a_readable_script_that_is_not_the_packed_one(copy):
     sha = [hashlib.sha256(part.encode()).hexdigest() for part in (text, forged)]
     for path in (copy / "train_gpt.py", copy / "train.log"):
         path.write_text(path.read_text().replace(*sha))
-    assert findings(copy) == [("error", "readable_differs"), ("error", "code_hash"), ("info", "packed")]
+    expected = {("error", "readable_differs"), ("error", "code_hash"), ("info", "packed")}
+    assert set(findings(copy)) == expected
 
 
 def test_the_linter_compares_the_scripts_of_others_by_what_they_do(copy):
