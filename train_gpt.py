@@ -2693,7 +2693,24 @@ LONGEST_BLOCKED = (
 )
 
 
-@torch.library.custom_op("golf::causal_softmax_", mutates_args=["scores"], schema="(Tensor(a!) scores) -> ()")
+def custom_op_once(name: str, mutates: list[str], schema: str) -> Callable:
+    """A decorator: torch.library.custom_op, or the operation of that name that this process has already.
+
+    Registered again, by a second copy of this file in the process, it would destroy the first one, and what
+    was compiled with that would read freed memory (torch 2.13: bad_alloc, or a crash much later).
+    """
+
+    def decorate(function: Callable) -> Callable:
+        namespace, operation = name.split("::")
+        known = getattr(torch.ops, namespace)
+        if hasattr(known, operation):
+            return getattr(known, operation).default
+        return torch.library.custom_op(name, mutates_args=mutates, schema=schema)(function)
+
+    return decorate
+
+
+@custom_op_once("golf::causal_softmax_", mutates=["scores"], schema="(Tensor(a!) scores) -> ()")
 def causal_softmax_(scores: Tensor) -> None:
     """Softmax in place over the last dimension of scores [..., rows, past], the last rows of a causal square.
 

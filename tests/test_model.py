@@ -1,7 +1,10 @@
 """The model against a float64 restatement, official checkpoints, and what each knob promises."""
 
+import gc
+import importlib.util
 import math
 import os
+import sys
 from dataclasses import fields
 from functools import partial
 
@@ -532,3 +535,21 @@ def test_embed_scale_is_all_but_cancelled(tiny):
 def test_a_softcap_bounds_the_logits(tiny):
     cfg = tiny(logit_softcap=3.0)
     assert random_model(cfg)(random_ids(cfg, 1, 32)).abs().max() <= 3
+
+
+def test_a_second_copy_of_the_script_leaves_the_first_its_operation(tiny):
+    """Registered again, the first one would be destroyed, and memory that is freed would be read."""
+    operation = torch.ops.golf.causal_softmax_.default
+    model, ids = random_model(tiny()), random_ids(tiny(), 1, 32)
+    before = model(ids)
+    spec = importlib.util.spec_from_file_location("second_copy", train_gpt.__file__)
+    copy = importlib.util.module_from_spec(spec)
+    sys.modules["second_copy"] = copy
+    try:
+        spec.loader.exec_module(copy)
+        assert copy.causal_softmax_ is operation and torch.ops.golf.causal_softmax_.default is operation
+    finally:
+        del sys.modules["second_copy"]
+    del copy
+    gc.collect()
+    assert torch.equal(model(ids), before)
