@@ -2710,15 +2710,17 @@ def custom_op_once(name: str, mutates: list[str], schema: str) -> Callable:
     return decorate
 
 
-@custom_op_once("golf::causal_softmax_", mutates=["scores"], schema="(Tensor(a!) scores) -> ()")
 def causal_softmax_(scores: Tensor) -> None:
-    """Softmax in place over the last dimension of scores [..., rows, past], the last rows of a causal square.
-
-    One piece to torch.compile, which would take each exponential twice (records/benchmarks/NOTES.md).
-    """
+    """Softmax in place over the last dimension of scores [..., rows, past], last rows of a causal square."""
     rows = scores.size(-2)
     scores[..., -rows:].add_(scores.new_full((rows, rows), -torch.inf).triu_(1))
     torch.softmax(scores, dim=-1, out=scores)
+
+
+# One piece to torch.compile, which would take each exponential twice (records/benchmarks/NOTES.md).
+causal_softmax_piece = custom_op_once(
+    "golf::causal_softmax_", mutates=["scores"], schema="(Tensor(a!) scores) -> ()"
+)(causal_softmax_)
 
 
 class BlockedAttention(torch.autograd.Function):
@@ -2742,7 +2744,8 @@ class BlockedAttention(torch.autograd.Function):
             past += block.size(2)
             scores = block.flatten(1, 2) @ keys[:, :past].mT  # [N, G * rows, past]
             scores = scores.view(*block.shape[:3], past)
-            causal_softmax_(scores)
+            softmax_in_place = causal_softmax_piece if torch.compiler.is_compiling() else causal_softmax_
+            softmax_in_place(scores)
             p = scores.flatten(1, 2)
             probabilities.append(p)
             outputs.append((p @ values[:, :past]).view_as(block))
