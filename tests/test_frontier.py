@@ -393,7 +393,8 @@ def test_under_a_clock_all_ranks_switch_at_one_step_and_never_back(new, ranks):
     folder = new(SMALL | dict(iterations=10**6, max_wallclock_seconds=4.0, checkpoint_seconds=1e-9), ranks)
     assert folder.start(NOTED + in_step(2, SIGTERM)) == [PREEMPTED] * ranks, folder.text("0.err")
     assert folder.resume(NOTED + in_first_step_of_phase(-1)) == [PREEMPTED] * ranks, folder.text("0.err")
-    assert folder.resume(NOTED) == [0] * ranks, folder.text("0.err")
+    ended = folder.resume(NOTED)  # on a busy machine its last step may overrun the clock
+    assert ended in ([0] * ranks, [train_gpt.OVER_TRAIN_TIME] * ranks), folder.text("0.err")
     noted = [folder.text(f"{rank}.phases") for rank in range(ranks)]
     assert noted == noted[:1] * ranks
     steps, phases = zip(
