@@ -7,7 +7,6 @@ says which. Checks in this process use a small model; those of whole runs start 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import os
@@ -98,11 +97,6 @@ class Lab:
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
-    @property
-    def half(self) -> torch.dtype:
-        """The type that a run would compute in, or bfloat16 where that is float32."""
-        return torch.bfloat16
-
     def need_cuda(self) -> None:
         if not self.is_cuda:
             raise NotHere("only a card can show it")
@@ -190,14 +184,14 @@ def check_fp32(lab: Lab) -> Verdict:
 def check_bf16(lab: Lab) -> Verdict:
     """bfloat16 against float32, both here."""
     exact = partial(one_pass, lab.device, torch.float32, False)
-    half = partial(one_pass, lab.device, lab.half, False)
+    half = partial(one_pass, lab.device, torch.bfloat16, False)
     return compare_passes(lab, exact, half, "bf16_loss", "")
 
 
 def check_compiled(lab: Lab) -> Verdict:
     """Compiled against eager; gradients stay views of the flat buffer after a compiled backward pass."""
-    eager = partial(one_pass, lab.device, lab.half, False)
-    compiled = partial(one_pass, lab.device, lab.half, True)
+    eager = partial(one_pass, lab.device, torch.bfloat16, False)
+    compiled = partial(one_pass, lab.device, torch.bfloat16, True)
     return compare_passes(lab, eager, compiled, "compiled_loss", "compiled_gradient")
 
 
@@ -209,7 +203,7 @@ def check_attention(lab: Lab) -> Verdict:
         q = torch.randn(2, heads, length, 64, generator=generator)
         k = torch.randn(2, key_heads, length, 64, generator=generator)
         v = torch.randn(2, key_heads, length, 64, generator=generator)
-        inputs = [x.to(lab.device, lab.half) for x in (q, k, v)]
+        inputs = [x.to(lab.device, torch.bfloat16) for x in (q, k, v)]
         exact = train_gpt.attend(*(x.cpu().double() for x in inputs))
         found = train_gpt.attend(*inputs).cpu().double()
         worst = max(worst, (found - exact).abs().max().item())
@@ -221,8 +215,8 @@ def check_no_waits(lab: Lab) -> Verdict:
     lab.need_cuda()
     cfg = replace(Config(), **SMALL)
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, lab.half).to(lab.device)
-    runtime = Runtime(lab.device, dtype=lab.half, compiles=True)
+    model = GPT(cfg, torch.bfloat16).to(lab.device)
+    runtime = Runtime(lab.device, dtype=torch.bfloat16, compiles=True)
     run = Run(cfg, runtime, RunLog(None, ""), model, None)
     optimisers = Optimisers(cfg, model, runtime)
     ids = torch.randint(cfg.vocab_size, (16, cfg.train_seq_len)).pin_memory()
@@ -303,15 +297,20 @@ def check_out_of_memory(lab: Lab) -> Verdict:
     return Verdict(halved, f"needs {need} MiB, had {share * total:.0f}", dict(need_mib=need))
 
 
+def wait_for_step(out: Path, process: subprocess.Popen, step: int) -> None:
+    """Until a run's log has this step; AssertionError if it ends before it, or takes 200 seconds."""
+    deadline = time.monotonic() + 200
+    while not any(event["event"] == "step" and event["step"] >= step for event in read_events(out)):
+        assert process.poll() is None and time.monotonic() < deadline, f"it ended before step {step}"
+        time.sleep(0.01)
+
+
 def check_stop_and_resume(lab: Lab) -> Verdict:
     """A run that SIGTERM stops in its middle goes on to the score of one that was left alone."""
     whole = lab.whole_run("whole", "RUN_ID=r")
     out = lab.folder / "stopped"
     process = lab.start_run(out, "RUN_ID=r", ranks=0)
-    deadline = time.monotonic() + 200
-    while not any(event["event"] == "step" and event["step"] >= 12 for event in read_events(out)):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before step 12"
-        time.sleep(0.01)
+    wait_for_step(out, process, 12)
     process.send_signal(signal.SIGTERM)
     code = process.wait(100)
     assert code == PREEMPTED, f"exit code {code} after SIGTERM, not {PREEMPTED}"
@@ -361,10 +360,7 @@ def check_lost_rank(lab: Lab) -> Verdict:
         raise NotHere("it takes two cards")
     out = lab.folder / "lost"
     process = lab.start_run(out, "RUN_ID=r ITERATIONS=100000", ranks=2)
-    deadline = time.monotonic() + 200
-    while not any(event["event"] == "step" and event["step"] >= 5 for event in read_events(out)):
-        assert process.poll() is None and time.monotonic() < deadline, "it ended before step 5"
-        time.sleep(0.05)
+    wait_for_step(out, process, 5)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
     began = time.monotonic()
     os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
@@ -388,8 +384,8 @@ def check_speed(lab: Lab) -> Verdict:
     lab.need_cuda()
     cfg = replace(Config(), train_batch_tokens=OFFICIAL_TOKENS)
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, lab.half).to(lab.device)
-    runtime = Runtime(lab.device, dtype=lab.half, compiles=True)
+    model = GPT(cfg, torch.bfloat16).to(lab.device)
+    runtime = Runtime(lab.device, dtype=torch.bfloat16, compiles=True)
     run = Run(cfg, runtime, RunLog(None, ""), model, None)
     optimisers = Optimisers(cfg, model, runtime)
     sequences = OFFICIAL_TOKENS // cfg.train_seq_len
@@ -463,7 +459,7 @@ def describe(lab: Lab) -> dict:
         driver=driver,
         cuda=torch.version.cuda,
         cudnn=torch.backends.cudnn.version(),
-        attention=train_gpt.describe_machine(Runtime(lab.device, dtype=lab.half))["attention"],
+        attention=train_gpt.describe_machine(Runtime(lab.device, dtype=torch.bfloat16))["attention"],
     )
 
 
@@ -471,7 +467,7 @@ def make_check(name: str, lab: Lab) -> dict:
     """Make one check and print its line."""
     began = time.monotonic()
     try:
-        verdict = CHECKS[name](copy.copy(lab))
+        verdict = CHECKS[name](lab)
         word = "ok" if verdict.is_good else "FAIL"
         found = dict(check=name, verdict=word, text=verdict.text, **verdict.numbers)
     except NotHere as reason:

@@ -31,13 +31,11 @@ class Compiled:
     def __init__(self):
         self.attention = []  # a Counter of operations for each graph
         self.megabytes = []
-        self.milliseconds = []  # inductor's estimate at 3.35 TB/s and 989 TFLOP/s
 
     def lower(self, graph: GraphLowering):
         module = self.compile_to_module(graph)
-        total_bytes, _, runtimes = graph.count_bytes()
+        total_bytes, _, _ = graph.count_bytes()
         self.megabytes.append(total_bytes / 1e6)
-        self.milliseconds.append(1e3 * sum(seconds for _, seconds in runtimes) / 1e3)
         return module
 
     def watch(self) -> None:
