@@ -2403,6 +2403,13 @@ class ModelKnobs:
         role="model",
         source="PR #1394",
     )
+    residual_fp32: bool = knob(
+        False,
+        "Keep the residual stream in float32 while products stay in DTYPE, as autocast does in the official "
+        "script since its list of float32 functions has rms_norm; moves more bytes a step.",
+        role="model",
+        source="official",
+    )
     ln_scale: bool = knob(
         False,
         "Divide what the norms of block i give, counted from 0, by the square root of i + 1.",
@@ -3037,9 +3044,10 @@ def growing_phases(cfg: Config) -> list[Phase]:
 class Block(nn.Module):
     """x <- m0*x + m1*x0, then attention and MLP (parallel: of the same x, PR #1434), each with its gains."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, dtype: torch.dtype):
         super().__init__()
         width = cfg.model_dim
+        self.dtype = dtype  # of the products
         self.attn = Attention(cfg)
         self.mlp = MLP(cfg)
         self.attn_scale = with_role(nn.Parameter(torch.ones(width)), "scalar")
@@ -3103,7 +3111,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, d] -> (what the attention adds to it, the values of the first layer)."""
         attended, own_values = self.attn(
-            scaled_norm(x, layer),
+            scaled_norm(x, layer).to(self.dtype),
             cos,
             sin,
             repeat=layer.repeat,
@@ -3118,7 +3126,7 @@ class Block(nn.Module):
 
     def feed(self, x: Tensor, layer: Layer) -> Tensor:
         """x [B, T, d] -> what the MLP adds to it."""
-        return self.mlp_scale.to(x.dtype) * self.mlp(scaled_norm(x, layer), layer.repeat)
+        return self.mlp_scale.to(x.dtype) * self.mlp(scaled_norm(x, layer).to(self.dtype), layer.repeat)
 
 
 def scaled_norm(x: Tensor, layer: Layer) -> Tensor:
@@ -3127,13 +3135,14 @@ def scaled_norm(x: Tensor, layer: Layer) -> Tensor:
 
 
 class GPT(nn.Module):
-    """Token ids [B, T] -> softcapped float32 logits [B, T, V]. dtype: that of the residual stream."""
+    """Token ids [B, T] -> softcapped float32 logits [B, T, V]. dtype: that of the products."""
 
     def __init__(self, cfg: Config, dtype: torch.dtype = torch.float32):
         super().__init__()
         width = cfg.model_dim
         self.cfg = cfg
         self.dtype = dtype
+        self.residual_dtype = torch.float32 if cfg.residual_fp32 else dtype
         self.softcap = cfg.logit_softcap
         self.embed_scale = cfg.embed_scale or 1.0
         # One plan for each phase of the run; the graph of each is compiled before the clock.
@@ -3146,7 +3155,7 @@ class GPT(nn.Module):
         self.tok_emb = nn.Embedding(cfg.vocab_size, width)
         with_role(self.tok_emb.weight, "embed")
         self.skip_weights = with_role(nn.Parameter(torch.ones(skips, width)), "scalar")
-        self.blocks = nn.ModuleList(Block(cfg) for _ in range(blocks))
+        self.blocks = nn.ModuleList(Block(cfg, dtype) for _ in range(blocks))
         self.lm_head = None
         if cfg.tie_embeddings:
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
@@ -3231,10 +3240,10 @@ class GPT(nn.Module):
         keep [layers]: 0 for the layers that LAYER_DROP skips this step. phase: the one whose plan runs,
         by its number from the end. positions [B, S]: give the logits of these alone, [B, S, V].
         """
-        x0 = x0.to(self.dtype)
+        x0 = x0.to(self.residual_dtype)
         x = x0
-        cos = self.cos[: x.size(1)].to(x.dtype)
-        sin = self.sin[: x.size(1)].to(x.dtype)
+        cos = self.cos[: x.size(1)].to(self.dtype)
+        sin = self.sin[: x.size(1)].to(self.dtype)
         token_values = [table(ids).to(x.dtype) for table in self.value_embeds]
         first_values = None
         mlp_lane = None  # beside x, which is then the attention's lane
@@ -3264,7 +3273,7 @@ class GPT(nn.Module):
         if positions is not None:
             x = x.take_along_dim(positions[..., None], dim=1)
         head = self.tok_emb if self.lm_head is None else self.lm_head
-        z = F.linear(norm(x), head.weight.to(x.dtype)).float()
+        z = F.linear(norm(x).to(self.dtype), head.weight.to(self.dtype)).float()
         return self.softcap * torch.tanh(z / self.softcap)
 
     def join_skip(self, x: Tensor, row: int, output: Tensor) -> Tensor:

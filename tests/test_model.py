@@ -109,6 +109,21 @@ def test_bf16_logits_are_float32_and_near(tiny):
     assert (rounded - exact).square().mean().sqrt() < 0.05 * exact.square().mean().sqrt()
 
 
+def test_a_float32_residual_stream_rounds_less_and_leaves_the_products_in_bf16(tiny):
+    cfg = tiny(num_layers=3, residual_fp32=True)
+    ids = random_ids(cfg, 2, 32)
+    exact = random_model(cfg)(ids)
+    model = random_model(cfg, torch.bfloat16)
+    seen = []
+    model.blocks[1].register_forward_hook(lambda block, given, made: seen.append(made[0].dtype))
+    model.blocks[1].mlp.register_forward_hook(lambda mlp, given, made: seen.append(made.dtype))
+    model.blocks[1].attn.register_forward_hook(lambda attn, given, made: seen.append(made[0].dtype))
+    kept = model(ids)
+    assert seen == [torch.bfloat16, torch.bfloat16, torch.float32]
+    rounded = random_model(tiny(num_layers=3), torch.bfloat16)(ids)
+    assert (kept - exact).square().mean() < (rounded - exact).square().mean()
+
+
 def test_parameters_stay_float32_in_a_bf16_model(tiny):
     model = random_model(tiny(), torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
