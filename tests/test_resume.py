@@ -184,7 +184,9 @@ def test_the_training_clock_goes_on_from_where_it_was(new):
     events, result = folder.events("step"), folder.result()
     times, shares = ([event[name] for event in events] for name in ("train_ms", "progress"))
     assert times == sorted(times) and shares == sorted(shares)
-    assert 1.0 < result["train_seconds"] <= 1.2 and not result["truncated"]
+    assert 1.0 < result["train_seconds"] <= 1.2
+    # A busy machine may leave more than 2 % of this short clock to a step that would not fit.
+    assert result["truncated"] == (result["train_seconds"] < 0.98 * 1.2)
     assert times[13] - times[12] < 500  # what lay between is not counted
 
 
