@@ -5,10 +5,13 @@ Prints a line for each. Exit codes: 0 all is well, 1 a promise is broken or more
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,6 +28,28 @@ OVERLAYS = ("cpu", "proxy")  # sizes, no presets
 
 def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.env") if path.stem not in OVERLAYS)
+
+
+def last_line(*command: str) -> str:
+    """The last line that a program prints; "unknown" if it fails or there is none."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return (done.stdout.strip().splitlines() or ["unknown"])[-1]
+
+
+def describe_versions() -> dict[str, str]:
+    """What the numbers of one preset and card depend on, beside the code of `commit`."""
+    triton = importlib.metadata.distribution("triton")
+    ptxas = triton.locate_file("triton/backends/nvidia/bin/ptxas")
+    return dict(
+        commit=last_line("git", "rev-parse", "--short=10", "HEAD"),
+        torch=importlib.metadata.version("torch"),
+        triton=triton.version,
+        ptxas=last_line(str(ptxas), "--version"),
+        python=platform.python_version(),
+    )
 
 
 def check(card: str, preset: str) -> dict:
@@ -80,10 +105,13 @@ def main() -> int:
     if unknown:
         parser.error(f"{unknown[0]} is none of {' '.join(CARDS)}, nor of {' '.join(preset_names())}")
     kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    versions = describe_versions()
     broken = 0
     for card in wanted.cards:
         for preset in wanted.presets:
+            began = time.monotonic()
             found = check(card, preset)
+            seconds = time.monotonic() - began
             place = f"{card} {preset}"
             wrong = list(found["wrong"])
             if "megabytes" in found and not wanted.write:
@@ -91,9 +119,9 @@ def main() -> int:
             broken += bool(wrong)
             text = describe(found) if "megabytes" in found else ""
             verdict = "FAIL" if wrong else "ok"
-            print(f"{verdict:5s}{card} {CARDS[card]:5s}{preset:22s}{'; '.join([*wrong, text])}", flush=True)
+            print(f"{verdict:5s}{card} {CARDS[card]:5s}{preset:22s}{'; '.join([*wrong, text])} ({seconds:.0f} s)", flush=True)
             if wanted.write and not wrong:
-                kept[place] = found
+                kept[place] = found | dict(versions=versions)
                 KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     return 1 if broken else 0
 
