@@ -1,10 +1,13 @@
 """What a run does about GPUs, as far as a machine without one can show it; the rest is in pretend_gpu.sh."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
 from tests.test_settle import CompilerFailed, Unlucky
@@ -232,3 +235,95 @@ def test_a_float16_run_says_what_became_of_its_scale(run_main):
     code, out, err = run_main(dtype="fp16", iterations=6)
     assert code == 0, err
     assert "loss_scale:32768 steps_left_out:0" in out
+
+
+# --- MPS, which has no float64 ---
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """As MPS does, refuses each operation that would make a float64 tensor; it is played by "meta"."""
+
+    def __torch_dispatch__(self, operation, types, given=(), settings=None):
+        made = operation(*given, **(settings or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta and tensor.dtype == torch.float64:
+                raise TypeError(f"{operation}: MPS has no float64")
+        return made
+
+
+@pytest.mark.parametrize("knobs", [
+    {},
+    dict(swa_enabled=True, swa_every=1, swa_start_frac=1.0),
+    dict(xsa_last_n=-1, num_value_embeds=1, grad_clip_norm=0.3),
+    dict(layer_drop=0.3, sam_rho=0.05),
+    dict(parallel_block=True, head_diversity=1e-4, tie_embeddings=False),
+])  # fmt: skip
+def test_no_float64_is_made_on_mps(tiny, knobs):
+    """Training steps with all that is counted of them, and the model's two ways to score."""
+    cfg = tiny(**knobs)
+    device = torch.device("meta")
+    with WithoutFloat64():
+        with device:
+            model = GPT(cfg, torch.float32)
+        runtime = train_gpt.Runtime(device)
+        optimisers = train_gpt.Optimisers(cfg, model, runtime)
+        run = Run(cfg, runtime, RunLog(None, ""), model, None)
+        training = train_gpt.Training(run, optimisers, 0.0)
+        ids = torch.zeros(4, 32, dtype=torch.int64, device=device)
+        for step in range(2):
+            plan = train_gpt.plan_step(cfg, step, 0.0, 0.0)
+            loss = train_gpt.train_step(run, optimisers, (ids, ids), plan, 4)
+            training.count_step(plan, loss)
+        with torch.no_grad():
+            assert run.nats(ids, ids).dtype == torch.float32
+            assert run.nats(ids, ids[:, :8], ids[:, :8]).dtype == torch.float32
+    assert training.step == 2 and training.sound.device == device
+
+
+def test_the_guard_of_float64_guards():
+    with pytest.raises(TypeError, match="no float64"), WithoutFloat64():
+        torch.zeros(3, device="meta").double()
+
+
+# --- what the log says of a GPU ---
+
+
+class OnGpu(train_gpt.Runtime):
+    """A runtime that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("capability, dtype, tf32, is_slow", [
+    ((8, 0), torch.float32, False, True),
+    ((9, 0), torch.float32, False, True),
+    ((9, 0), torch.float32, True, False),
+    ((9, 0), torch.bfloat16, False, False),
+    ((7, 5), torch.float32, False, False),  # it has none
+])  # fmt: skip
+def test_float32_without_tf32_is_said(monkeypatch, capability, dtype, tf32, is_slow):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=tf32))
+    warned = []
+    log = RunLog(None, "")
+    monkeypatch.setattr(log, "warn", warned.append)
+    runtime = OnGpu(torch.device("cuda", 0), dtype=dtype)
+    model = torch.nn.Linear(1, 1)
+    train_gpt.log_start_warnings(Run(train_gpt.Config(), runtime, log, model, None))
+    assert [text for text in warned if "TF32" in text] == warned
+    assert len(warned) == is_slow
+
+
+def test_float32_on_a_cpu_is_no_news():
+    assert not train_gpt.is_slow_float32(train_gpt.Runtime())
+
+
+@pytest.mark.parametrize("has_package, uses_cudnn, expected", [
+    (False, False, "sdpa, cuDNN "), (False, True, "cudnn or sdpa, cuDNN "), (True, True, "FlashAttention-3"),
+])  # fmt: skip
+def test_the_log_names_the_attention_of_a_gpu(monkeypatch, has_package, uses_cudnn, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: uses_cudnn)
+    monkeypatch.setattr(train_gpt, "has_flash_attention_3", lambda device: has_package)
+    machine = train_gpt.describe_machine(OnGpu(torch.device("cuda", 0), dtype=torch.bfloat16))
+    assert machine["device"] == "H100" and machine["attention"].startswith(expected)

@@ -117,9 +117,10 @@ def main() -> int:
             if "megabytes" in found and not wanted.write:
                 wrong += compare_bytes(found, kept.get(place))
             broken += bool(wrong)
-            text = describe(found) if "megabytes" in found else ""
+            text = "; ".join([*wrong, describe(found) if "megabytes" in found else ""])
             verdict = "FAIL" if wrong else "ok"
-            print(f"{verdict:5s}{card} {CARDS[card]:5s}{preset:22s}{'; '.join([*wrong, text])} ({seconds:.0f} s)", flush=True)
+            row = f"{verdict:5s}{card} {CARDS[card]:5s}{preset:22s}{text}"
+            print(f"{row} ({seconds:.0f} s)", flush=True)
             if wanted.write and not wrong:
                 kept[place] = found | dict(versions=versions)
                 KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
