@@ -1,6 +1,8 @@
 """What a run does about GPUs, as far as a machine without one can show it; the rest is in pretend_gpu.sh."""
 
+import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,8 @@ import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
+from tests import gpu_checks
+from tests.gpu_checks import CHECKS, Lab, make_check
 from tests.test_settle import CompilerFailed, Unlucky
 from train_gpt import GPT, Run, RunError, RunLog, StepPlan, attend, pick_device_type, serves_capability
 
@@ -327,3 +331,194 @@ def test_the_log_names_the_attention_of_a_gpu(monkeypatch, has_package, uses_cud
     monkeypatch.setattr(train_gpt, "has_flash_attention_3", lambda device: has_package)
     machine = train_gpt.describe_machine(OnGpu(torch.device("cuda", 0), dtype=torch.bfloat16))
     assert machine["device"] == "H100" and machine["attention"].startswith(expected)
+
+
+# --- gpu.sh's checks, on a CPU ---
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return Lab(torch.device("cpu"), tmp_path, data={})
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "attention", "hedge"])
+def test_a_cheap_check_passes_on_a_cpu(lab, name):
+    found = make_check(name, lab)
+    assert found["verdict"] == "ok", found
+
+
+@pytest.mark.parametrize("name", ["no_waits", "hedge_forecast", "speed", "official", "out_of_memory"])
+def test_a_check_that_needs_a_card_is_skipped_on_a_cpu_and_never_passes(lab, name):
+    found = make_check(name, lab)
+    assert (found["verdict"], found["text"]) == ("skip", "skipped: needs a card")
+
+
+def attend_wrongly_in_bfloat16(q, k, v):
+    return attend(q if q.dtype != torch.bfloat16 else 3 * q, k, v)
+
+
+@pytest.mark.parametrize("name", ["bf16", "attention"])
+def test_an_attention_that_is_wrong_in_bfloat16_fails(lab, monkeypatch, name):
+    monkeypatch.setattr(train_gpt, "attend", attend_wrongly_in_bfloat16)
+    assert make_check(name, lab)["verdict"] == "FAIL"
+
+
+def test_a_mixer_that_differs_fails(lab, monkeypatch):
+    mix, calls = train_gpt.mix_with_ngrams, []
+
+    def off_at_the_second_time(cfg, tokens, nats):
+        calls.append(len(nats))
+        return mix(cfg, tokens, nats + (len(calls) - 1) * 1e-5)
+
+    monkeypatch.setattr(train_gpt, "mix_with_ngrams", off_at_the_second_time)
+    assert make_check("hedge", lab)["verdict"] == "FAIL"
+
+
+@pytest.mark.parametrize("loss, gradient, are_views, verdict", [
+    (1.0, 1.0, True, "ok"),
+    (1.01, 1.0, True, "FAIL"),
+    (1.0, 1.1, True, "FAIL"),
+    (1.0, 1.0, False, "FAIL"),
+])  # fmt: skip
+def test_a_compiled_pass_that_differs_or_leaves_the_buffer_fails(
+    lab, monkeypatch, loss, gradient, are_views, verdict
+):
+    def one_pass(device, dtype, compiles):
+        if not compiles:
+            return 1.0, torch.ones(3), True
+        return loss, torch.full((3,), gradient), are_views
+
+    monkeypatch.setattr(gpu_checks, "one_pass", one_pass)
+    assert make_check("compiled", lab)["verdict"] == verdict
+
+
+def test_a_forecast_beyond_a_factor_of_two_fails(lab, monkeypatch):
+    """On a card that the CPU plays."""
+    monkeypatch.setattr(Lab, "is_cuda", True)
+    monkeypatch.setattr(train_gpt, "foretell_mixture", lambda *given: (1000.0, 0.0))
+    monkeypatch.setattr(train_gpt, "mix_with_ngrams", lambda *given: None)
+    assert make_check("hedge_forecast", lab)["verdict"] == "FAIL"
+
+
+class PlayedRuns(Lab):
+    """Whole runs that leave these events, output and RESULT, each the next ones, instead of being made."""
+
+    def play(self, *runs: dict) -> None:
+        self.runs = list(runs)
+
+    def whole_run(self, name, words="", ranks=1, expected=0, **more):
+        played = self.runs.pop(0)
+        out = self.folder / name
+        (out / "logs").mkdir(parents=True)
+        events = [json.dumps(event) + "\n" for event in played.get("events", [])]
+        (out / "logs/r.jsonl").write_text("".join(events))
+        result = "RESULT " + json.dumps(played.get("result", {}))
+        (out / "output").write_text(played.get("text", "") + "\n" + result + "\n")
+        return out
+
+
+@pytest.fixture
+def played(tmp_path):
+    return PlayedRuns(torch.device("cpu"), tmp_path, data={})
+
+
+def losses(*values: float) -> dict:
+    steps = enumerate(values, 1)
+    return dict(events=[dict(event="step", step=step, train_loss=value) for step, value in steps])
+
+
+@pytest.mark.parametrize("second, verdict", [
+    ((6.0, 5.0), "ok"), ((6.0, 5.1), "FAIL"), ((6.0,), "FAIL"), ((), "FAIL"),
+])  # fmt: skip
+@pytest.mark.parametrize("name, count", [("micro_batches", 3), ("torchrun", 2)])
+def test_runs_whose_losses_part_fail(played, name, count, second, verdict):
+    played.play(losses(6.0, 5.0), *[losses(*second)] * (count - 1))
+    assert make_check(name, played)["verdict"] == verdict
+
+
+DEPTHS = dict(events=[dict(event="env", compile=True), dict(event="phase"), dict(event="phase")])
+
+
+@pytest.mark.parametrize("change, verdict", [
+    ({}, "ok"),
+    (dict(text="warning: 2 graphs were compiled inside the clock; set WARMUP_STEPS >= 1"), "FAIL"),
+    (dict(events=DEPTHS["events"][:2]), "FAIL"),
+    (dict(events=[dict(event="env", compile=False), *DEPTHS["events"][1:]]), "FAIL"),
+])  # fmt: skip
+def test_late_graphs_missing_depths_and_eager_runs_fail(played, change, verdict):
+    played.play(DEPTHS | change)
+    assert make_check("depths", played)["verdict"] == verdict
+
+
+@pytest.mark.parametrize("hedge, tried, verdict", [(1.5, 4, "ok"), (1.500001, 4, "FAIL"), (1.5, 3, "FAIL")])
+def test_scores_that_change_in_a_new_process_or_go_untried_fail(played, hedge, tried, verdict):
+    result = dict.fromkeys(("roundtrip_val_bpb", "sliding_val_bpb", "ttt_val_bpb", "hedge_val_bpb"), 1.5)
+    played.play(
+        dict(result=result, text="score_check: x\n" * tried), dict(result=result | dict(hedge_val_bpb=hedge))
+    )
+    assert make_check("scores", played)["verdict"] == verdict
+
+
+@pytest.mark.parametrize("nats, verdict", [(5.0, "ok"), (6.5, "FAIL")])
+def test_a_recipe_that_does_not_learn_fails(played, nats, verdict):
+    played.play(dict(result=dict(val_loss=nats)))
+    assert make_check("best", played)["verdict"] == verdict
+
+
+def test_a_run_that_a_failed_check_leaves_behind_is_ended(lab, monkeypatch):
+    def check(lab):
+        """A check that breaks while its run goes on."""
+        out = lab.folder / "x"
+        lab.start_run(out, ranks=0, PYTHONPATH=lab.start_with("import time; time.sleep(600)")["PYTHONPATH"])
+        raise AssertionError("broken")
+
+    monkeypatch.setitem(CHECKS, "broken", check)
+    started = []
+    start = Lab.start_run
+
+    def start_run(lab, *given, **more):
+        started.append(start(lab, *given, **more))
+        return started[0]
+
+    monkeypatch.setattr(Lab, "start_run", start_run)
+    assert make_check("broken", lab)["text"] == "AssertionError: broken"
+    assert started[0].poll() is not None
+
+
+@pytest.fixture
+def gpu_sh(monkeypatch, capsys):
+    """gpu_sh(*words) -> (exit code, stdout, stderr) of the program behind gpu.sh where there is no card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_checks, "embedded_corpus", lambda folder: {})
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gpu_checks.py", *words])
+        try:
+            code = gpu_checks.main()
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_without_a_card_nothing_is_checked_and_the_exit_code_is_2(gpu_sh):
+    code, out, err = gpu_sh()
+    assert (code, out) == (2, "") and "no CUDA device" in err
+
+
+def test_an_unknown_check_is_wrong_usage(gpu_sh):
+    assert gpu_sh("--device", "cpu", "fp64")[0] == 2
+
+
+def test_the_exit_code_says_whether_a_check_failed_passed_or_was_made_at_all(gpu_sh, tmp_path, monkeypatch):
+    code, out, _ = gpu_sh("--device", "cpu", "no_waits")
+    assert code == 2 and "skip no_waits        skipped: needs a card" in out
+    report = tmp_path / "found.json"
+    assert gpu_sh("--device", "cpu", "attention", "no_waits", "--json", str(report))[0] == 0
+    found = json.loads(report.read_text())
+    assert [check["verdict"] for check in found["checks"]] == ["ok", "skip"]
+    assert found["about"]["device"] == "cpu" and not found["about"]["calibrated"]
+    monkeypatch.setattr(train_gpt, "attend", attend_wrongly_in_bfloat16)
+    assert gpu_sh("--device", "cpu", "attention", "no_waits")[0] == 1
