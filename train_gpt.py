@@ -714,6 +714,14 @@ def takes_grouped_heads(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def is_slow_float32(runtime: Runtime) -> bool:
+    """Whether the GPU could multiply float32 by TF32, in 19 bits, as the official script lets it, and does
+    not: from sm_80 on, unless torch is told to."""
+    is_float32 = runtime.is_cuda and runtime.dtype == torch.float32
+    has_tf32 = is_float32 and torch.cuda.get_device_capability(runtime.device) >= (8, 0)
+    return has_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def missing_kernel(error: BaseException) -> str:
     """The operation that DETERMINISTIC=1 asks for and torch lacks on this device, or ''."""
     match = re.search(r"(\S+) does not have a deterministic implementation", str(error))
@@ -5009,7 +5017,9 @@ EXPERT_SHARES = (
 )  # of the n-gram in the fixed experts; the first is neural alone
 NEURAL_LOG_PRIOR = 2.0  # the neural expert starts with e^2 times the weight of any other (PR #895)
 DISCOUNT = 0.6  # taken off each n-gram count; best on English, 0.5 on code (sweeps/results/study_hedge.md)
-SAMPLE_TARGETS = 100_000  # mixed first, to foretell how long all take
+# Targets that are mixed first, to foretell how long all take. Smaller samples foretell too little, since a
+# CPU's caches hold them: 1.3 us a target between 25 and 100 K, 1.8 between these, 2.1 for 1.6 M of pydocs.
+SAMPLE_TARGETS = (100_000, 400_000)
 # Counts are kept as bytes: round(11.5 ln(1 + count)) is 8 for one, and 255 for 2^32.
 COUNT_CODE_SCALE = 11.5
 CODE_OF_ONE = 8
@@ -5397,14 +5407,48 @@ def score_hedge(run: Run, previous: Score, limit: float, announce: Callable[[flo
     """Mix the previous score, which has the nats of all targets, with n-grams. Rank 0 does it alone."""
     began = time.perf_counter()
     target_nats = previous.target_nats.double()
-    mix = partial(overwrite_with_mixture, run, target_nats, limit, announce, began)
+    mix = partial(mix_where_memory_lasts, run, target_nats, limit, announce, began)
     # The other ranks receive the sums only: half a GB of nats for 62 M targets is of no use to them.
     score = run.runtime.main_decides(mix)
     return replace(score, target_nats=target_nats)
 
 
-def overwrite_with_mixture(
+def mix_where_memory_lasts(
     run: Run, target_nats: Tensor, limit: float, announce: Callable[[float], None], began: float
+) -> Score:
+    """`overwrite_with_mixture` on the GPU, if there is one, or on the CPU where the GPU's memory is short."""
+    if run.runtime.is_cuda:
+        try:
+            return overwrite_with_mixture(run, run.runtime.device, target_nats, limit, announce, began)
+        except torch.OutOfMemoryError:
+            run.log.warn("hedge: out of memory on the GPU; mixing on the CPU, which takes longer")
+        torch.cuda.empty_cache()  # here, where the error no longer holds the mixer's tensors
+    return overwrite_with_mixture(run, torch.device("cpu"), target_nats, limit, announce, began)
+
+
+def foretell_mixture(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[float, float]:
+    """Seconds that mixing takes: the fixed ones, and those of each target.
+
+    They follow from two samples: on a GPU nearly all of a sample's time is fixed. A first call, in which the
+    device loads its code, is not counted.
+    """
+    few, many = SAMPLE_TARGETS
+    seconds = []
+    for count in (few, few, many):
+        began = time.perf_counter()
+        mix_with_ngrams(cfg, tokens[: count + 1], nats[:count])
+        seconds.append(time.perf_counter() - began)
+    of_each = max(0.0, (seconds[2] - seconds[1]) / (many - few))
+    return max(0.0, seconds[2] - many * of_each), of_each
+
+
+def overwrite_with_mixture(
+    run: Run,
+    device: torch.device,
+    target_nats: Tensor,
+    limit: float,
+    announce: Callable[[float], None],
+    began: float,
 ) -> Score:
     """Replace the neural nats of each target, float64 [targets], by the mixture's, in place to save memory.
 
@@ -5412,17 +5456,19 @@ def overwrite_with_mixture(
     none. Returns the score without its nats.
     """
     data = run.data
-    device = run.runtime.device if run.runtime.is_cuda else torch.device("cpu")
     tokens = torch.from_numpy(data.tokens.astype(np.int64)).to(device)
     neural_nats = target_nats.to(device)
     count = data.targets if limit > 0 else 0
-    if 0 < limit < math.inf and data.targets > SAMPLE_TARGETS:
-        mix_with_ngrams(run.cfg, tokens[: SAMPLE_TARGETS + 1], neural_nats[:SAMPLE_TARGETS])
+    if count > SAMPLE_TARGETS[1]:
+        run.log.say(f"hedge: mixes {count} targets with n-grams: usually 2 to 4 s a million on a CPU")
+    if count > SAMPLE_TARGETS[1] and limit < math.inf:
+        fixed_seconds, seconds_of_each = foretell_mixture(run.cfg, tokens, neural_nats)
         spent = time.perf_counter() - began
-        seconds = spent * data.targets / SAMPLE_TARGETS
+        seconds = fixed_seconds + count * seconds_of_each
         announce(seconds)
         if spent + seconds > limit:
-            count = max(0, int(0.8 * data.targets * (limit - spent) / seconds))
+            usable_seconds = 0.8 * (limit - spent) - fixed_seconds
+            count = max(0, int(usable_seconds / (seconds_of_each or 1.0)))
     if count == 0:
         return not_made(data, time.perf_counter() - began)
     mixture = mix_with_ngrams(run.cfg, tokens[: count + 1], neural_nats[:count])
@@ -5489,7 +5535,7 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
             score = scorer(run, score, seconds_left, announce)
             # Each rank has the nats of its own windows; of the mixer rank 0 has them all.
             if needs_all_targets and name != "hedge":
-                run.runtime.sum(score.target_nats)
+                score = gather_targets(run.runtime, score)
             elif run.runtime.world_size > 1 and name != "hedge":
                 # Else a resumed run that asks for them would take a part for all.
                 score = replace(score, target_nats=None)
@@ -5497,6 +5543,14 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
         seconds_left -= run.runtime.main_number(score.seconds)
         is_over = score.unscored > 0 or seconds_left <= 0
         yield name, score
+
+
+def gather_targets(runtime: Runtime, score: Score) -> Score:
+    """The score with the nats of all ranks' targets; the seconds that gathering takes, of half a GB for 62 M
+    targets, count as its own."""
+    began = time.perf_counter()
+    runtime.sum(score.target_nats)
+    return replace(score, seconds=score.seconds + time.perf_counter() - began)
 
 
 def announce_duration(log: RunLog, name: str, seconds_left: float, seconds: float) -> None:
@@ -6238,13 +6292,14 @@ class Training:
         self.saved_at = 0.0  # training seconds at the last checkpoint
         self.logged_loss = math.nan  # the last one that the log has; reading each would wait for a GPU
         # [steps that were finite, loss and gradient norm of the last of them], on the device: see `check`.
-        self.sound = torch.zeros(3, dtype=torch.float64, device=run.runtime.device)
+        # float32, since MPS has no float64; it counts exactly to 16 M steps.
+        self.sound = torch.zeros(3, device=run.runtime.device)
 
     def count_step(self, plan: StepPlan, loss: Tensor) -> None:
         """Average the weights and note whether the step was finite. Nothing here waits for the device."""
         gradient_norm = self.optimisers.norm
         self.average.update(plan)
-        new = torch.stack([self.sound[0] + 1, loss.double(), gradient_norm.double()])
+        new = torch.stack([self.sound[0] + 1, loss.float(), gradient_norm.float()])
         is_finite = (self.sound[0] == self.step) & gradient_norm.isfinite()
         self.sound = torch.where(is_finite, new, self.sound)
         self.step += 1
@@ -6553,7 +6608,6 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
             attention = "cudnn or " + attention
         if has_flash_attention_3(runtime.device) and runtime.dtype != torch.float32:
             attention = "FlashAttention-3"
-        attention = "sdpa"
     elif runtime.device.type == "mps":
         device_name = f"MPS of {cpu_name()}"
         attention = "sdpa"
@@ -6686,6 +6740,8 @@ def log_start_warnings(run: Run) -> None:
         run.log.warn(phrase)
     if run.runtime.eager_reason:
         run.log.warn(f"no torch.compile ({run.runtime.eager_reason}); running eagerly, slower")
+    if is_slow_float32(run.runtime):
+        run.log.warn("DTYPE=fp32 is exact on this GPU, without TF32, and much slower than DTYPE=bf16")
     line_ends = own_source().count(b"\r\n")
     if line_ends:
         run.log.warn(f"this script has Windows line ends, which count {line_ends} bytes; {UNIX_LINE_ENDS}")

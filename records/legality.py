@@ -26,6 +26,7 @@ from train_gpt import (  # noqa: E402
     RunLog,
     Score,
     Validation,
+    report_wait,
     score_all,
     score_hedge,
     scorers,
@@ -219,9 +220,16 @@ class Trial:
     """One scorer and what was found of it."""
 
     def __init__(
-        self, score: Callable, vocab: int, seconds: float, tolerance: float, values: Callable | None
+        self,
+        score: Callable,
+        vocab: int,
+        seconds: float,
+        tolerance: float,
+        values: Callable | None,
+        watch: Callable[[float], None] | None = None,
     ):
         self.score = score
+        self.watch = watch
         self.values = values
         self.vocab = vocab
         self.tolerance = tolerance
@@ -412,12 +420,14 @@ def check_score(
     longest: int = LONG,
     tolerance: float = TOLERANCE,
     values: Callable | None = None,
+    watch: Callable[[float], None] | None = None,
 ) -> Breaches:
     """Try the four conditions of a score (parameter-golf issue #1017) from outside: {condition: breach}.
 
     score(tokens [N+1]) -> log-probs [N] of tokens[1:], or (positions 0..N-1, log-probs) as they were scored.
     It must take any ids below vocab and any N from 1 on. values(tokens, position) -> log-probs [vocab] of all
     values of that token, for a scorer that can give them faster than by as many calls; it is compared.
+    watch(seconds), if given, is told again and again how long it has taken so far.
     C1 causal: later tokens change no earlier score, and neither does where the text ends. C2 normalised: the
     probabilities of all values of a token add up to 1. C3 score before update: not both fail. C4 single pass:
     each token has one score, the same when asked again, and none knows the end.
@@ -435,7 +445,7 @@ def check_score(
     - what the scorer has learnt before, from the validation text too: that is what the limit of bytes is for;
     - a scorer that notices that it is tried, by the texts, the number of calls or the clock, and behaves.
     """
-    trial = Trial(score, vocab, seconds, tolerance, values)
+    trial = Trial(score, vocab, seconds, tolerance, values, watch)
     tokens = np.asarray(tokens)
     named = texts_to_try(tokens, vocab, longest, trial.rng)
     texts = [TriedText(trial, name, text, longest) for name, text in named.items()]
@@ -481,6 +491,8 @@ def take_tasks(
         is_empty[chosen] = next(queues[chosen], STOP) is STOP
         spent[chosen] += time.perf_counter() - began
         taken[chosen] += 1
+        if trial.watch:
+            trial.watch(trial.seconds_spent)
 
 
 # -- A run's own scores ----------------------------------------------------------------------------------
@@ -491,7 +503,8 @@ def check_own_scores(run: Run, seconds: float = OWN_SECONDS) -> None:
     tokens; RunError (7) if one is broken. It takes about `seconds` for all together; on a slow machine more,
     since each has at least one change on each text and one sum."""
     names = [name for name, _ in scorers(run.cfg)]
-    for name in names:
+    run.log.say(f"SCORE_CHECK: trying {', '.join(names)}: usually {seconds:.0f} s, more on a slow machine")
+    for done, name in enumerate(names):
         found = check_score(
             partial(own_logs, run, name),
             run.data.tokens[:OWN_LONG].astype(np.int64),
@@ -500,10 +513,18 @@ def check_own_scores(run: Run, seconds: float = OWN_SECONDS) -> None:
             OWN_LONG,
             OWN_TOLERANCE,
             partial(own_values, run, name),
+            partial(report_trial, run.log, name, done / len(names), seconds),
         )
         if found:
             raise RunError(f"SCORE_CHECK: {name} {found}", ILLEGAL_SCORE)
         run.log.line(f"score_check: {name} {found}")
+
+
+def report_trial(log: RunLog, name: str, share_before: float, limit: float, seconds: float) -> None:
+    """Say, if it is time, how much of `limit` is over, `seconds` after the trial of this score began."""
+    spent = share_before * limit + seconds
+    if spent < limit:
+        report_wait(log, f"SCORE_CHECK of {name}", spent / limit, spent)
 
 
 def small_run(run: Run, tokens: np.ndarray) -> Run:

@@ -1,12 +1,19 @@
 """What a run does about GPUs, as far as a machine without one can show it; the rest is in pretend_gpu.sh."""
 
+import json
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
+from tests import gpu_checks
+from tests.gpu_checks import CHECKS, Lab, make_check
 from tests.test_settle import CompilerFailed, Unlucky
 from train_gpt import GPT, Run, RunError, RunLog, StepPlan, attend, pick_device_type, serves_capability
 
@@ -232,3 +239,286 @@ def test_a_float16_run_says_what_became_of_its_scale(run_main):
     code, out, err = run_main(dtype="fp16", iterations=6)
     assert code == 0, err
     assert "loss_scale:32768 steps_left_out:0" in out
+
+
+# --- MPS, which has no float64 ---
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """As MPS does, refuses each operation that would make a float64 tensor; it is played by "meta"."""
+
+    def __torch_dispatch__(self, operation, types, given=(), settings=None):
+        made = operation(*given, **(settings or {}))
+        for tensor in pytree.tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta and tensor.dtype == torch.float64:
+                raise TypeError(f"{operation}: MPS has no float64")
+        return made
+
+
+@pytest.mark.parametrize("knobs", [
+    {},
+    dict(swa_enabled=True, swa_every=1, swa_start_frac=1.0),
+    dict(xsa_last_n=-1, num_value_embeds=1, grad_clip_norm=0.3),
+    dict(layer_drop=0.3, sam_rho=0.05),
+    dict(parallel_block=True, head_diversity=1e-4, tie_embeddings=False),
+])  # fmt: skip
+def test_no_float64_is_made_on_mps(tiny, knobs):
+    """Training steps with all that is counted of them, and the model's two ways to score."""
+    cfg = tiny(**knobs)
+    device = torch.device("meta")
+    with WithoutFloat64():
+        with device:
+            model = GPT(cfg, torch.float32)
+        runtime = train_gpt.Runtime(device)
+        optimisers = train_gpt.Optimisers(cfg, model, runtime)
+        run = Run(cfg, runtime, RunLog(None, ""), model, None)
+        training = train_gpt.Training(run, optimisers, 0.0)
+        ids = torch.zeros(4, 32, dtype=torch.int64, device=device)
+        for step in range(2):
+            plan = train_gpt.plan_step(cfg, step, 0.0, 0.0)
+            loss = train_gpt.train_step(run, optimisers, (ids, ids), plan, 4)
+            training.count_step(plan, loss)
+        with torch.no_grad():
+            assert run.nats(ids, ids).dtype == torch.float32
+            assert run.nats(ids, ids[:, :8], ids[:, :8]).dtype == torch.float32
+    assert training.step == 2 and training.sound.device == device
+
+
+def test_the_guard_of_float64_guards():
+    with pytest.raises(TypeError, match="no float64"), WithoutFloat64():
+        torch.zeros(3, device="meta").double()
+
+
+# --- what the log says of a GPU ---
+
+
+class OnGpu(train_gpt.Runtime):
+    """A runtime that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("capability, dtype, tf32, is_slow", [
+    ((8, 0), torch.float32, False, True),
+    ((9, 0), torch.float32, False, True),
+    ((9, 0), torch.float32, True, False),
+    ((9, 0), torch.bfloat16, False, False),
+    ((7, 5), torch.float32, False, False),  # it has none
+])  # fmt: skip
+def test_float32_without_tf32_is_said(monkeypatch, capability, dtype, tf32, is_slow):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=tf32))
+    warned = []
+    log = RunLog(None, "")
+    monkeypatch.setattr(log, "warn", warned.append)
+    runtime = OnGpu(torch.device("cuda", 0), dtype=dtype)
+    model = torch.nn.Linear(1, 1)
+    train_gpt.log_start_warnings(Run(train_gpt.Config(), runtime, log, model, None))
+    assert [text for text in warned if "TF32" in text] == warned
+    assert len(warned) == is_slow
+
+
+def test_float32_on_a_cpu_is_no_news():
+    assert not train_gpt.is_slow_float32(train_gpt.Runtime())
+
+
+@pytest.mark.parametrize("has_package, uses_cudnn, expected", [
+    (False, False, "sdpa, cuDNN "), (False, True, "cudnn or sdpa, cuDNN "), (True, True, "FlashAttention-3"),
+])  # fmt: skip
+def test_the_log_names_the_attention_of_a_gpu(monkeypatch, has_package, uses_cudnn, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: uses_cudnn)
+    monkeypatch.setattr(train_gpt, "has_flash_attention_3", lambda device: has_package)
+    machine = train_gpt.describe_machine(OnGpu(torch.device("cuda", 0), dtype=torch.bfloat16))
+    assert machine["device"] == "H100" and machine["attention"].startswith(expected)
+
+
+# --- gpu.sh's checks, on a CPU ---
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return Lab(torch.device("cpu"), tmp_path, data={})
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "attention", "hedge"])
+def test_a_cheap_check_passes_on_a_cpu(lab, name):
+    found = make_check(name, lab)
+    assert found["verdict"] == "ok", found
+
+
+@pytest.mark.parametrize("name", ["no_waits", "hedge_forecast", "speed", "official", "out_of_memory"])
+def test_a_check_that_needs_a_card_is_skipped_on_a_cpu_and_never_passes(lab, name):
+    found = make_check(name, lab)
+    assert (found["verdict"], found["text"]) == ("skip", "skipped: needs a card")
+
+
+def attend_wrongly_in_bfloat16(q, k, v):
+    return attend(q if q.dtype != torch.bfloat16 else 3 * q, k, v)
+
+
+@pytest.mark.parametrize("name", ["bf16", "attention"])
+def test_an_attention_that_is_wrong_in_bfloat16_fails(lab, monkeypatch, name):
+    monkeypatch.setattr(train_gpt, "attend", attend_wrongly_in_bfloat16)
+    assert make_check(name, lab)["verdict"] == "FAIL"
+
+
+def test_a_mixer_that_differs_fails(lab, monkeypatch):
+    mix, calls = train_gpt.mix_with_ngrams, []
+
+    def off_at_the_second_time(cfg, tokens, nats):
+        calls.append(len(nats))
+        return mix(cfg, tokens, nats + (len(calls) - 1) * 1e-5)
+
+    monkeypatch.setattr(train_gpt, "mix_with_ngrams", off_at_the_second_time)
+    assert make_check("hedge", lab)["verdict"] == "FAIL"
+
+
+@pytest.mark.parametrize("loss, gradient, are_views, verdict", [
+    (1.0, 1.0, True, "ok"),
+    (1.01, 1.0, True, "FAIL"),
+    (1.0, 1.1, True, "FAIL"),
+    (1.0, 1.0, False, "FAIL"),
+])  # fmt: skip
+def test_a_compiled_pass_that_differs_or_leaves_the_buffer_fails(
+    lab, monkeypatch, loss, gradient, are_views, verdict
+):
+    def one_pass(device, dtype, compiles):
+        if not compiles:
+            return 1.0, torch.ones(3), True
+        return loss, torch.full((3,), gradient), are_views
+
+    monkeypatch.setattr(gpu_checks, "one_pass", one_pass)
+    assert make_check("compiled", lab)["verdict"] == verdict
+
+
+def test_a_forecast_beyond_a_factor_of_two_fails(lab, monkeypatch):
+    """On a card that the CPU plays."""
+    monkeypatch.setattr(Lab, "is_cuda", True)
+    monkeypatch.setattr(train_gpt, "foretell_mixture", lambda *given: (1000.0, 0.0))
+    monkeypatch.setattr(train_gpt, "mix_with_ngrams", lambda *given: None)
+    assert make_check("hedge_forecast", lab)["verdict"] == "FAIL"
+
+
+class PlayedRuns(Lab):
+    """Whole runs that leave these events, output and RESULT, each the next ones, instead of being made."""
+
+    def play(self, *runs: dict) -> None:
+        self.runs = list(runs)
+
+    def whole_run(self, name, words="", ranks=1, expected=0, **more):
+        played = self.runs.pop(0)
+        out = self.folder / name
+        (out / "logs").mkdir(parents=True)
+        events = [json.dumps(event) + "\n" for event in played.get("events", [])]
+        (out / "logs/r.jsonl").write_text("".join(events))
+        result = "RESULT " + json.dumps(played.get("result", {}))
+        (out / "output").write_text(played.get("text", "") + "\n" + result + "\n")
+        return out
+
+
+@pytest.fixture
+def played(tmp_path):
+    return PlayedRuns(torch.device("cpu"), tmp_path, data={})
+
+
+def losses(*values: float) -> dict:
+    steps = enumerate(values, 1)
+    return dict(events=[dict(event="step", step=step, train_loss=value) for step, value in steps])
+
+
+@pytest.mark.parametrize("second, verdict", [
+    ((6.0, 5.0), "ok"), ((6.0, 5.1), "FAIL"), ((6.0,), "FAIL"), ((), "FAIL"),
+])  # fmt: skip
+@pytest.mark.parametrize("name, count", [("micro_batches", 3), ("torchrun", 2)])
+def test_runs_whose_losses_part_fail(played, name, count, second, verdict):
+    played.play(losses(6.0, 5.0), *[losses(*second)] * (count - 1))
+    assert make_check(name, played)["verdict"] == verdict
+
+
+DEPTHS = dict(events=[dict(event="env", compile=True), dict(event="phase"), dict(event="phase")])
+
+
+@pytest.mark.parametrize("change, verdict", [
+    ({}, "ok"),
+    (dict(text="warning: 2 graphs were compiled inside the clock; set WARMUP_STEPS >= 1"), "FAIL"),
+    (dict(events=DEPTHS["events"][:2]), "FAIL"),
+    (dict(events=[dict(event="env", compile=False), *DEPTHS["events"][1:]]), "FAIL"),
+])  # fmt: skip
+def test_late_graphs_missing_depths_and_eager_runs_fail(played, change, verdict):
+    played.play(DEPTHS | change)
+    assert make_check("depths", played)["verdict"] == verdict
+
+
+@pytest.mark.parametrize("hedge, tried, verdict", [(1.5, 4, "ok"), (1.500001, 4, "FAIL"), (1.5, 3, "FAIL")])
+def test_scores_that_change_in_a_new_process_or_go_untried_fail(played, hedge, tried, verdict):
+    result = dict.fromkeys(("roundtrip_val_bpb", "sliding_val_bpb", "ttt_val_bpb", "hedge_val_bpb"), 1.5)
+    played.play(
+        dict(result=result, text="score_check: x\n" * tried), dict(result=result | dict(hedge_val_bpb=hedge))
+    )
+    assert make_check("scores", played)["verdict"] == verdict
+
+
+@pytest.mark.parametrize("nats, verdict", [(5.0, "ok"), (6.5, "FAIL")])
+def test_a_recipe_that_does_not_learn_fails(played, nats, verdict):
+    played.play(dict(result=dict(val_loss=nats)))
+    assert make_check("best", played)["verdict"] == verdict
+
+
+def test_a_run_that_a_failed_check_leaves_behind_is_ended(lab, monkeypatch):
+    def check(lab):
+        """A check that breaks while its run goes on."""
+        out = lab.folder / "x"
+        lab.start_run(out, ranks=0, PYTHONPATH=lab.start_with("import time; time.sleep(600)")["PYTHONPATH"])
+        raise AssertionError("broken")
+
+    monkeypatch.setitem(CHECKS, "broken", check)
+    started = []
+    start = Lab.start_run
+
+    def start_run(lab, *given, **more):
+        started.append(start(lab, *given, **more))
+        return started[0]
+
+    monkeypatch.setattr(Lab, "start_run", start_run)
+    assert make_check("broken", lab)["text"] == "AssertionError: broken"
+    assert started[0].poll() is not None
+
+
+@pytest.fixture
+def gpu_sh(monkeypatch, capsys):
+    """gpu_sh(*words) -> (exit code, stdout, stderr) of the program behind gpu.sh where there is no card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_checks, "embedded_corpus", lambda folder: {})
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["gpu_checks.py", *words])
+        try:
+            code = gpu_checks.main()
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def test_without_a_card_nothing_is_checked_and_the_exit_code_is_2(gpu_sh):
+    code, out, err = gpu_sh()
+    assert (code, out) == (2, "") and "no CUDA device" in err
+
+
+def test_an_unknown_check_is_wrong_usage(gpu_sh):
+    assert gpu_sh("--device", "cpu", "fp64")[0] == 2
+
+
+def test_the_exit_code_says_whether_a_check_failed_passed_or_was_made_at_all(gpu_sh, tmp_path, monkeypatch):
+    code, out, _ = gpu_sh("--device", "cpu", "no_waits")
+    assert code == 2 and "skip no_waits        skipped: needs a card" in out
+    report = tmp_path / "found.json"
+    assert gpu_sh("--device", "cpu", "attention", "no_waits", "--json", str(report))[0] == 0
+    found = json.loads(report.read_text())
+    assert [check["verdict"] for check in found["checks"]] == ["ok", "skip"]
+    assert found["about"]["device"] == "cpu" and not found["about"]["calibrated"]
+    monkeypatch.setattr(train_gpt, "attend", attend_wrongly_in_bfloat16)
+    assert gpu_sh("--device", "cpu", "attention", "no_waits")[0] == 1

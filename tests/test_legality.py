@@ -15,7 +15,7 @@ import sentencepiece
 import torch
 
 import train_gpt
-from records import pr895_mixer
+from records import legality, pr895_mixer
 from records.legality import check_own_scores, check_score
 from tests.conftest import (
     TINY,
@@ -558,6 +558,32 @@ def test_two_ranks_learn_as_one(small, artifact, rerun, tmp_path):
     assert np.abs(found[0]["ttt_logprob"] - found[0]["sliding_logprob"]).max() > 0.01
 
 
+def test_a_trial_says_what_it_is_and_how_far(monkeypatch, tmp_path, capsys):
+    """By a clock of its own: a second more each time that it is asked."""
+    run = learner(use_hedge=True, ttt_steps=0)
+    run.log = train_gpt.RunLog(tmp_path, "x")
+    now = [1000.0]
+
+    def later() -> float:
+        now[0] += 1.0
+        return now[0]
+
+    stand_in = SimpleNamespace(perf_counter=later, monotonic=lambda: now[0], time=time.time)
+    for module in (train_gpt, legality):
+        monkeypatch.setattr(module, "time", stand_in)
+    check_own_scores(run, 300.0)
+    run.log.close()
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("SCORE_CHECK")]
+    assert told[0] == "SCORE_CHECK: trying roundtrip, hedge: usually 300 s, more on a slow machine"
+    shares = [int(share) for share in re.findall(r"of \w+: (\d+)% done, about", " ".join(told[1:]))]
+    assert len(shares) == len(told) - 1 >= 2 and shares == sorted(shares)
+    assert {name for name in ("roundtrip", "hedge") if f"of {name}: " in " ".join(told)} == {
+        "roundtrip",
+        "hedge",
+    }
+    assert "SCORE_CHECK" not in (tmp_path / "x.txt").read_text(), "the log has what was found alone"
+
+
 # --- the evaluation clock ---
 
 
@@ -571,7 +597,11 @@ def one_second_a_pass(monkeypatch):
         now[0] += not torch.is_grad_enabled()
         return token_nats(*given, phase=phase)
 
-    monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0], **WATCH | clock))
+    def advance(seconds):
+        now[0] += seconds
+
+    stand_in = SimpleNamespace(perf_counter=lambda: now[0], advance=advance, **WATCH | clock)
+    monkeypatch.setattr(train_gpt, "time", stand_in)
     monkeypatch.setattr(train_gpt, "token_nats", timed)
 
 
@@ -660,43 +690,142 @@ def test_two_ranks_stop_together(small, artifact, rerun, tmp_path):
     assert run.result["partial_roundtrip_val_loss"] == pytest.approx(expected, rel=1e-6)
 
 
+MIXED = 500_000  # targets of the text that the mixer's clock is tried on
+# Three samples: 100,000 targets that are not counted, as many that are, and 400,000.
+SAMPLES = 600_000
+
+
 @pytest.fixture
-def one_second_a_thousand(monkeypatch):
-    """A clock that only the mixer moves, by one second for each thousand tokens; it doubles the nats."""
+def mixer_clock(monkeypatch):
+    """A clock that the mixer alone moves: seconds for each call, and for each target. It doubles the nats."""
     now = [0.0]
+    clock = SimpleNamespace(first=0.0, fixed=0.0, each=0.001, calls=[])
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0], **WATCH))
 
     def doubled(cfg, tokens, nats):
         assert len(tokens) == len(nats) + 1
-        now[0] += len(nats) / 1000
+        now[0] += clock.fixed + clock.each * len(nats)
+        if not clock.calls:
+            now[0] += clock.first
+        clock.calls.append(len(nats))
         return Mixture(-2 * nats, [WeighedExpert(number, -1.0, 1 / 7) for number in range(7)])
 
     monkeypatch.setattr(train_gpt, "mix_with_ngrams", doubled)
+    return clock
 
 
-@pytest.mark.parametrize(
-    "limit, count", [(1e9, 150_000), (250.0, 150_000), (249.0, 119_200), (120.0, 16_000)]
-)
-def test_a_mixer_that_would_take_too_long_mixes_a_first_part(one_second_a_thousand, limit, count):
-    """Its time is foretold from 100,000 tokens, whose 100 seconds count too: then it keeps the limit."""
-    run, told = learner(150_000, use_hedge=True, ttt_steps=0), []
-    base = Score(1.0, 150_000, 150_000, 0.0, torch.rand(150_000))
+@pytest.mark.parametrize("limit, count", [(1e9, MIXED), (1100.5, MIXED), (1099.0, 399_200), (620.0, 16_000)])
+def test_a_mixer_that_would_take_too_long_mixes_a_first_part(mixer_clock, limit, count):
+    """Its time is foretold from samples, whose 600 seconds count too: then it keeps the limit."""
+    run, told = learner(MIXED, use_hedge=True, ttt_steps=0), []
+    base = Score(1.0, MIXED, MIXED, 0.0, torch.rand(MIXED))
     score = score_hedge(run, base, limit, told.append)
-    assert told == [150.0] and (score.tokens, score.unscored) == (count, 150_000 - count)
+    assert told == [pytest.approx(500.0)] and (score.tokens, score.unscored) == (count, MIXED - count)
     assert score.nats == pytest.approx(2 * base.target_nats[:count].double().sum().item())
     assert (
-        score.bytes == count and score.seconds == pytest.approx(100 + count / 1000) and score.seconds <= limit
+        score.bytes == count and score.seconds == pytest.approx(600 + count / 1000) and score.seconds <= limit
     )
     assert torch.equal(score.target_nats[:count], 2 * base.target_nats[:count].double())
 
 
-@pytest.mark.parametrize("limit, spent", [(60.0, 100), (1e-6, 100), (0.0, 0), (-0.5, 0), (-5.0, 0)])
-def test_a_mixer_for_which_nothing_is_left_mixes_nothing(one_second_a_thousand, limit, spent):
-    run = learner(150_000, use_hedge=True, ttt_steps=0)
-    base = Score(1.0, 150_000, 150_000, 0.0, torch.rand(150_000))
+@pytest.mark.parametrize("first, fixed, each", [
+    (20.0, 0.5, 4e-7),  # as on a GPU: code to load, many launches, little work
+    (0.0, 0.5, 4e-7),
+    (5.0, 0.0, 2e-6),  # as on a CPU
+    (1.0, 30.0, 0.0),
+])  # fmt: skip
+def test_fixed_costs_are_no_costs_of_each_target(mixer_clock, first, fixed, each):
+    """The forecast is within a factor 2 of the time that it takes, and a score for which time is left is
+    whole: 62 M targets of a text that is not there."""
+    mixer_clock.first, mixer_clock.fixed, mixer_clock.each = first, fixed, each
+    targets = 62_021_846
+    true_seconds = fixed + each * targets
+    nats = torch.zeros(1).expand(targets)
+    found = train_gpt.foretell_mixture(Config(), torch.zeros(1).expand(targets + 1), nats)
+    foretold = found[0] + found[1] * targets
+    assert true_seconds / 2 <= foretold <= 2 * true_seconds
+    assert mixer_clock.calls == [100_000, 100_000, 400_000]
+
+
+def test_a_fixed_cost_cuts_no_score(mixer_clock, monkeypatch):
+    """A hundred thousand targets with 20 s of start took for a proof that half a million take 100 s."""
+    mixer_clock.first, mixer_clock.fixed, mixer_clock.each = 20.0, 1.0, 1e-6
+    run, told = learner(MIXED, use_hedge=True, ttt_steps=0), []
+    base = Score(1.0, MIXED, MIXED, 0.0, torch.rand(MIXED))
+    said = []
+    monkeypatch.setattr(run.log, "say", said.append)
+    score = score_hedge(run, base, 30.0, told.append)
+    assert score.unscored == 0 and score.seconds < 30.0
+    assert told == [pytest.approx(1.5)]
+    assert len(said) == 1 and said[0].startswith(f"hedge: mixes {MIXED} targets"), "before it is foretold"
+
+
+@pytest.mark.parametrize("limit, spent", [(610.0, 600), (1e-6, 600), (0.0, 0), (-0.5, 0), (-5.0, 0)])
+def test_a_mixer_for_which_nothing_is_left_mixes_nothing(mixer_clock, limit, spent):
+    run = learner(MIXED, use_hedge=True, ttt_steps=0)
+    mixer_clock.fixed = 0.0 if limit < 600 else 10.0  # that is what is left, and no target fits into it
+    spent += 30.0 if mixer_clock.fixed else 0.0
+    base = Score(1.0, MIXED, MIXED, 0.0, torch.rand(MIXED))
     score = score_hedge(run, base, limit, lambda seconds: None)
     assert (score.tokens, score.bytes, score.nats) == (0, 0, 0.0)
-    assert (score.unscored, score.seconds) == (150_000, spent)
+    assert (score.unscored, score.seconds) == (MIXED, pytest.approx(spent))
+
+
+@pytest.mark.parametrize("failing_call", [1, 3, 4])
+def test_a_mixer_without_memory_on_the_gpu_mixes_on_the_cpu(mixer_clock, monkeypatch, capfd, failing_call):
+    """The GPU is played by the device "meta", whose tensors hold nothing."""
+    run = learner(MIXED, use_hedge=True, ttt_steps=0)
+    run.runtime.device = torch.device("meta")
+    monkeypatch.setattr(type(run.runtime), "is_cuda", True)
+    doubled, devices = train_gpt.mix_with_ngrams, []
+
+    def runs_out(cfg, tokens, nats):
+        devices.append(nats.device.type)
+        if len(devices) == failing_call:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return doubled(cfg, tokens, nats)
+
+    monkeypatch.setattr(train_gpt, "mix_with_ngrams", runs_out)
+    base = Score(1.0, MIXED, MIXED, 0.0, torch.rand(MIXED))
+    warned = []
+    monkeypatch.setattr(run.log, "warn", warned.append)
+    score = score_hedge(run, base, 1e6, lambda seconds: None)
+    assert devices == ["meta"] * failing_call + ["cpu"] * 4
+    assert score.unscored == 0 and torch.equal(score.target_nats, 2 * base.target_nats.double())
+    assert score.seconds == pytest.approx(sum(mixer_clock.calls) / 1000), "what failed counts too"
+    assert len(warned) == 1 and "out of memory" in warned[0]
+
+
+def test_a_mixer_without_memory_on_the_cpu_is_an_error(monkeypatch):
+    def runs_out(cfg, tokens, nats):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(train_gpt, "mix_with_ngrams", runs_out)
+    run = learner(400, use_hedge=True, ttt_steps=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        score_hedge(run, Score(1.0, 400, 400, 0.0, torch.rand(400)), 1.0, lambda seconds: None)
+
+
+def test_gathering_the_scores_of_all_ranks_is_on_the_clock(small, rerun, monkeypatch, one_second_a_pass):
+    """Seven seconds to gather the roundtrip's targets for the mixer: they are the score's, and used up."""
+
+    def final_line(run) -> str:
+        return next(line for line in run.lines if line.startswith("final_int8_zstd_roundtrip "))
+
+    plain = rerun(val_batch_size=1024, use_hedge=True, max_eval_seconds=1000.0)
+    passes = -(-targets_of(small[0]) // 128)
+    assert f"eval_time:{1000 * passes}ms" in final_line(plain)
+
+    def slow_sum(runtime, tensor):
+        if tensor.numel() == targets_of(small[0]):
+            train_gpt.time.advance(7.0)
+        return tensor
+
+    monkeypatch.setattr(train_gpt.Runtime, "sum", slow_sum)
+    slow = rerun(val_batch_size=1024, use_hedge=True, max_eval_seconds=1000.0)
+    assert f"eval_time:{1000 * (passes + 7)}ms" in final_line(slow)
+    cut = rerun(val_batch_size=1024, use_hedge=True, max_eval_seconds=passes + 5.0)
+    assert cut.code == 4 and cut.result["not_made"] == ["hedge"], "no time was left for it"
 
 
 @pytest.mark.parametrize("limit", [0.0, -0.5, -5.0])

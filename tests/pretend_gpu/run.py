@@ -5,10 +5,13 @@ Prints a line for each. Exit codes: 0 all is well, 1 a promise is broken or more
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
+import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -19,12 +22,54 @@ from sweeps.lab.wave_spec import read_preset  # noqa: E402
 KEPT = ROOT / "records/benchmarks/pretend_gpu.json"
 CARDS = {"9.0": "H100", "8.9": "L4", "8.0": "A100", "7.5": "T4"}
 TOLERANCE = 0.02  # of the bytes kept
+# Rates and lengths, which no graph and no kernel reads: presets that differ in them alone are counted once.
+NO_GRAPH_READS = (
+    "ITERATIONS",
+    "MATRIX_LR",
+    "SCALAR_LR",
+    "TIED_EMBED_LR",
+    "VAL_LOSS_EVERY",
+    "TRAIN_LOG_EVERY",
+)
 PRESETS = ROOT / "sweeps/presets"
 OVERLAYS = ("cpu", "proxy")  # sizes, no presets
 
 
 def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.env") if path.stem not in OVERLAYS)
+
+
+def graph_knobs(preset: str) -> dict[str, str]:
+    """The knobs of a preset that its graphs may depend on."""
+    knobs = read_preset(PRESETS / f"{preset}.env")
+    return {name: value for name, value in knobs.items() if name not in NO_GRAPH_READS}
+
+
+def counted_for(preset: str, presets: list[str]) -> str:
+    """The first of the presets with the same graphs as this one."""
+    return next(other for other in presets if graph_knobs(other) == graph_knobs(preset))
+
+
+def last_line(*command: str) -> str:
+    """The last line that a program prints; "unknown" if it fails or there is none."""
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return (done.stdout.strip().splitlines() or ["unknown"])[-1]
+
+
+def describe_versions() -> dict[str, str]:
+    """What the numbers of one preset and card depend on, beside the code of `commit`."""
+    triton = importlib.metadata.distribution("triton")
+    ptxas = triton.locate_file("triton/backends/nvidia/bin/ptxas")
+    return dict(
+        commit=last_line("git", "rev-parse", "--short=10", "HEAD"),
+        torch=importlib.metadata.version("torch"),
+        triton=triton.version,
+        ptxas=last_line(str(ptxas), "--version"),  # names the release of CUDA that it is from
+        python=platform.python_version(),
+    )
 
 
 def check(card: str, preset: str) -> dict:
@@ -80,20 +125,26 @@ def main() -> int:
     if unknown:
         parser.error(f"{unknown[0]} is none of {' '.join(CARDS)}, nor of {' '.join(preset_names())}")
     kept = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
+    versions = describe_versions()
     broken = 0
     for card in wanted.cards:
+        counted = {}
         for preset in wanted.presets:
-            found = check(card, preset)
+            began = time.monotonic()
+            first = counted_for(preset, wanted.presets)
+            found = counted.get(first) or check(card, preset)
+            counted[preset] = found
             place = f"{card} {preset}"
             wrong = list(found["wrong"])
             if "megabytes" in found and not wanted.write:
                 wrong += compare_bytes(found, kept.get(place))
             broken += bool(wrong)
-            text = describe(found) if "megabytes" in found else ""
+            text = "; ".join([*wrong, describe(found) if "megabytes" in found else ""])
             verdict = "FAIL" if wrong else "ok"
-            print(f"{verdict:5s}{card} {CARDS[card]:5s}{preset:22s}{'; '.join([*wrong, text])}", flush=True)
+            how = f"{time.monotonic() - began:.0f} s" if first == preset else f"the graphs of {first}"
+            print(f"{verdict:5s}{card} {CARDS[card]:5s}{preset:22s}{text} ({how})", flush=True)
             if wanted.write and not wrong:
-                kept[place] = found
+                kept[place] = found | dict(counted_for=first, versions=versions)
                 KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     return 1 if broken else 0
 
