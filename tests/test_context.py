@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from signal import SIGTERM
 
 import pytest
 import torch
 
 import train_gpt
 from tests.conftest import VOCAB, Traced, random_model
+from tests.support.stops import in_step
 from tests.test_frontier import LOOP, finished
 from train_gpt import (
+    PREEMPTED,
     Config,
     Optimisers,
     Run,
@@ -131,3 +134,47 @@ train_gpt.batches = broken
     folder = new(GROWS, 2)
     assert folder.start(patch) == [2, 2]
     assert folder.error() == "error: a shard is broken\n"
+
+
+# A clock that every rank but the first reads wrongly, and that goes on by a quarter of a second a step.
+EVEN_CLOCK = """
+begin, tick = train_gpt.Clock.start, train_gpt.Clock.tick
+def start(self):
+    begin(self)
+    self.ticks = 0
+def count(self, *given):
+    now = tick(self, *given)
+    self.ticks += 1
+    return now
+train_gpt.Clock.start, train_gpt.Clock.tick = start, count
+train_gpt.Clock.seconds = lambda self: self.total + 0.25 * self.ticks * (1 + rank)
+"""
+# Each rank writes step, phase and length of its steps to a file.
+NOTED = """
+inside = train_gpt.train_step
+def noted(run, optimisers, batch, plan, limit):
+    if run.runtime.defers_stop:
+        with open(f"{rank}.steps", "a") as file:
+            print(plan.step, plan.phase, batch[0].size(1), file=file)
+    return inside(run, optimisers, batch, plan, limit)
+train_gpt.train_step = noted
+"""
+SMALL_LOOP = dict(num_layers=3, num_loops=1, loop_start=1, loop_end=1, enable_looping_at=0.5)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_under_a_clock_a_run_that_is_stopped_at_each_change_ends_as_one_that_is_not(new, ranks):
+    """Eight steps of a clock of two seconds, stopped where the windows and where the layers change."""
+    knobs = SMALL_LOOP | GROWS | dict(max_wallclock_seconds=2.0, iterations=10**6, seq_change_warmup_steps=2)
+    whole, stopped = new(knobs, ranks), new(knobs, ranks)
+    patch = EVEN_CLOCK + NOTED
+    assert whole.start(patch) == [0] * ranks, whole.text("0.err")
+    assert stopped.start(patch + in_step(2, SIGTERM)) == [PREEMPTED] * ranks, stopped.text("0.err")
+    assert stopped.resume(patch + in_step(4, SIGTERM)) == [PREEMPTED] * ranks, stopped.text("0.err")
+    assert stopped.resume(patch) == [0] * ranks, stopped.text("0.err")
+    lengths = [8, 8, 16, 16, 16, 32, 32, 32]
+    phases = [-4, -4, -3, -3, -2, -1, -1, -1]
+    expected = [f"{step} {phases[step]} {lengths[step]}" for step in range(8)]
+    for folder, rank in itertools.product((whole, stopped), range(ranks)):
+        assert folder.text(f"{rank}.steps").splitlines() == expected
+    assert [name for name, value in whole.left().items() if stopped.left()[name] != value] == []
