@@ -62,13 +62,19 @@ apply() {
 }
 
 choose_data() {
-  local fineweb=data/datasets/fineweb10B_sp1024 tokenizer=data/tokenizers/fineweb_1024_bpe.model
+  local pieces=${VOCAB_SIZE:-1024}  # of the tokenizer: some presets want more than the baseline's
+  local fineweb=data/datasets/fineweb10B_sp$pieces tokenizer=data/tokenizers/fineweb_${pieces}_bpe.model
   if [[ -n ${DATA_PATH+set}${TOKENIZER_PATH+set} ]]; then
     say "data: as given, DATA_PATH=${DATA_PATH-(default)} TOKENIZER_PATH=${TOKENIZER_PATH-(default)}"
   elif compgen -G "$fineweb/fineweb_train_*.bin" >/dev/null &&
     compgen -G "$fineweb/fineweb_val_*.bin" >/dev/null && [[ -f $tokenizer ]]; then
     export DATA_PATH=$fineweb TOKENIZER_PATH=$tokenizer
     say "data: FineWeb, $DATA_PATH"
+  elif [[ $pieces != 1024 && -n $dry_run ]]; then
+    say "data: none of $pieces pieces is here"
+  elif [[ $pieces != 1024 ]]; then
+    say "no data of VOCAB_SIZE=$pieces pieces here; fetch $fineweb with \`$PYTHON data/fineweb.py --variant sp$pieces\`, or set DATA_PATH and TOKENIZER_PATH" >&2
+    exit 2
   else
     export DATA_PATH=data/datasets/pydocs_sp1024 TOKENIZER_PATH=data/tokenizers/pydocs_1024_bpe.model
     say "data: no FineWeb shards here, so the embedded corpus, $DATA_PATH"

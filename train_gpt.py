@@ -163,7 +163,8 @@ def knob(
     """Declare a Config field.
 
     low, high: the range that makes sense, shown by --help. most: a bound against typos only.
-    needs: comma list of `NAME=VALUE`, `NAME!=VALUE` or NO_OTHER_SCHEDULE, without which it does nothing.
+    needs: comma list of `NAME=VALUE`, `NAME!=VALUE` or NO_OTHER_SCHEDULE, without which it does nothing; of
+    conditions joined by `|` one is enough.
     role: "train" and "pack" shape the result; so does "model", which an artifact stores as well; "place" is
     where and how the run happens, and stays out of the config hash.
     source: the paper, pull request or record that it comes from; "official" is the baseline's own script.
@@ -197,9 +198,25 @@ class Need(NamedTuple):
     name: str
     operator: str  # "=" or "!="
     text: str
+    instead: tuple[Need, ...] = ()  # conditions that do as well
+
+    @classmethod
+    def of(cls, text: str) -> Need:
+        """Read `NAME=VALUE` or `NAME!=VALUE`, or several joined by `|`."""
+        first, *others = text.split("|")
+        name, operator, value = re.fullmatch(r"(\w+)(!?=)(.*)", first).groups()
+        return cls(name, operator, value, tuple(map(cls.of, others)))
+
+    def is_met(self, values: Mapping[str, object], knob_fields: Mapping[str, Field]) -> bool:
+        """Whether it holds; values, knob_fields: of every knob, by its field's name."""
+        name = self.name.lower()
+        is_equal = values[name] == parse_knob(knob_fields[name], self.text)
+        if is_equal == (self.operator == "="):
+            return True
+        return any(need.is_met(values, knob_fields) for need in self.instead)
 
     def __str__(self) -> str:
-        return f"{self.name}{self.operator}{self.text}"
+        return " or ".join([f"{self.name}{self.operator}{self.text}", *map(str, self.instead)])
 
 
 def needs_of(knob_field: Field) -> list[Need]:
@@ -209,7 +226,7 @@ def needs_of(knob_field: Field) -> list[Need]:
         if condition == NO_OTHER_SCHEDULE:
             needs += [Need(name.upper(), "=", "0") for name, _ in HOOKS["schedule"]]
         else:
-            needs.append(Need(*re.fullmatch(r"(\w+)(!?=)(.*)", condition).groups()))
+            needs.append(Need.of(condition))
     return needs
 
 
@@ -217,13 +234,7 @@ def unmet_needs(
     knob_field: Field, values: Mapping[str, object], knob_fields: Mapping[str, Field]
 ) -> list[Need]:
     """The conditions that do not hold. values, knob_fields: of every knob, by its field's name."""
-    unmet = []
-    for need in needs_of(knob_field):
-        name = need.name.lower()
-        is_equal = values[name] == parse_knob(knob_fields[name], need.text)
-        if is_equal != (need.operator == "="):
-            unmet.append(need)
-    return unmet
+    return [need for need in needs_of(knob_field) if not need.is_met(values, knob_fields)]
 
 
 def parse_knob(knob_field: Field, text: str):
@@ -307,7 +318,7 @@ def knob_row(knob_field: Field, group: str) -> KnobRow:
         allowed = "0 1"
     doc = about["doc"]
     if about["needs"]:
-        doc += f" [needs {about['needs'].replace(',', ' and ')}]"
+        doc += f" [needs {about['needs'].replace(',', ' and ').replace('|', ' or ')}]"
     return KnobRow(
         name=knob_field.name.upper(),
         default=knob_text(knob_field.default),
@@ -701,6 +712,7 @@ def optional_function(module: str, name: str) -> Callable | None:
 
 
 flash_attention_3 = optional_function("flash_attn_interface", "flash_attn_func")
+flash_attention_3_of_documents = optional_function("flash_attn_interface", "flash_attn_varlen_func")
 
 
 def has_flash_attention_3(device: torch.device) -> bool:
@@ -1270,6 +1282,14 @@ class ScheduleKnobs:
         needs=NO_OTHER_SCHEDULE,
         source="ours",
     )
+    seq_change_warmup_steps: int = knob(
+        0,
+        "Steps over which the learning rate rises linearly to its schedule's again, each time that "
+        "TRAIN_SEQ_SCHEDULE changes the length; published with 32; 0 = none.",
+        low=0,
+        needs="TRAIN_SEQ_SCHEDULE!=",
+        source="PR #2014",
+    )
     min_lr: float = knob(
         0.0,
         "Least learning-rate multiplier of the linear fall, which stays there once it is reached; 0 = none. "
@@ -1611,6 +1631,10 @@ SHARD_VERSION = 1
 SHARD_HEADER_INTS = 256  # int32: magic, version, count of tokens, zeros
 SHARD_HEADER_BYTES = 4 * SHARD_HEADER_INTS
 LLAMA_MAGIC = 20240801  # of llm.c's shards of uint32 tokens
+# Under PACK_DOCUMENTS FlashAttention-3 is given room for T / 16 documents a row of T tokens: with their true
+# count the graph would be compiled anew.
+SHORTEST_DOCUMENT = 16
+BOS_ID = 1  # the piece that begins a document in official shards of any vocabulary
 MAKE_SHARDS = "make shards from the text with `python data/tokenize_docs.py`"
 
 
@@ -1643,14 +1667,53 @@ class DataKnobs:
         role="model",
         source="official",
     )
+    train_seq_schedule: str = knob(
+        "",
+        "Lengths of the training windows until each progress, e.g. 1024@0.1,2048@0.7,3072@1.0, with as many "
+        "tokens a step; the last one is TRAIN_SEQ_LEN and none is longer; empty = that throughout.",
+        source="PR #2014",
+    )
 
     def check(self) -> None:
-        """RunError if a step is not a whole number of windows."""
-        if self.train_batch_tokens % self.train_seq_len and not self.eval_only:
-            raise RunError(
-                f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of "
-                f"TRAIN_SEQ_LEN={self.train_seq_len}"
-            )
+        """RunError if a step is not a whole number of windows, or the lengths are no schedule."""
+        if self.eval_only:
+            return
+        lengths = [length for _, length in self.window_lengths]
+        ends = [0.0, *[until for until, _ in self.window_lengths]]
+        is_rising = all(before < until for before, until in itertools.pairwise(ends))
+        if not is_rising or ends[-1] != 1 or min(lengths) < 2:
+            self.refuse_lengths()
+        if not lengths[-1] == max(lengths) == self.train_seq_len:
+            self.refuse_lengths()
+        for length in lengths:
+            if self.train_batch_tokens % length:
+                name = "TRAIN_SEQ_LEN" if length == self.train_seq_len else "TRAIN_SEQ_SCHEDULE's"
+                raise RunError(
+                    f"TRAIN_BATCH_TOKENS={self.train_batch_tokens} is not a multiple of {name}={length}"
+                )
+
+    def refuse_lengths(self) -> None:
+        """Raise the RunError (2) of a TRAIN_SEQ_SCHEDULE that is none."""
+        raise RunError(
+            f"TRAIN_SEQ_SCHEDULE={self.train_seq_schedule} needs progress that rises to 1.0, lengths of 2 or "
+            f"more, and the longest as its last, TRAIN_SEQ_LEN={self.train_seq_len}"
+        )
+
+    @property
+    def window_lengths(self) -> list[tuple[float, int]]:
+        """TRAIN_SEQ_SCHEDULE as (until this progress, tokens of a window); RunError if it is no such list."""
+        if not self.train_seq_schedule:
+            return [(1.0, self.train_seq_len)]
+        lengths = []
+        try:
+            for entry in self.train_seq_schedule.split(","):
+                length, _, until = entry.partition("@")
+                lengths.append((float(until), int(length)))
+        except ValueError:
+            text = repr(self.train_seq_schedule)
+            message = f"TRAIN_SEQ_SCHEDULE={text} is not like 1024@0.1,2048@1.0 (tokens@progress)"
+            raise RunError(message) from None
+        return lengths
 
     @property
     def sequences(self) -> int:
@@ -1781,16 +1844,21 @@ class TokenStream:
             raise RunError(f"the shards hold {len(self)} tokens, TRAIN_SEQ_LEN={length} needs more")
         return (len(self) - 1) // length
 
-    def epoch(self, cfg: Config, step: int) -> int:
-        """Which pass over the training windows a step starts in, from 1."""
-        windows_before = cfg.sequences * max(step, 0)
-        return windows_before // self.count_windows(cfg.train_seq_len) + 1
+    def epoch(self, cfg: Config, step: int, length: int = 0) -> int:
+        """Which pass over the training windows a step starts in, from 1; length: as in `window_order`."""
+        length = length or cfg.train_seq_len
+        windows_before = cfg.train_batch_tokens // length * max(step, 0)
+        return windows_before // self.count_windows(length) + 1
 
 
-def window_order(cfg: Config, window_count: int, step: int) -> np.ndarray:
-    """Indices [cfg.sequences] of the training windows of one step: a pure function of seed and step."""
-    first = step * cfg.sequences
-    epochs, indices = np.divmod(np.arange(first, first + cfg.sequences), window_count)
+def window_order(cfg: Config, window_count: int, step: int, length: int = 0) -> np.ndarray:
+    """Indices of the training windows of one step: a pure function of seed, step and length.
+
+    length: tokens of a window, 0 for TRAIN_SEQ_LEN; all windows of a step hold TRAIN_BATCH_TOKENS.
+    """
+    sequences = cfg.train_batch_tokens // (length or cfg.train_seq_len)
+    first = step * sequences
+    epochs, indices = np.divmod(np.arange(first, first + sequences), window_count)
     if not cfg.data_shuffle:
         return indices
     order = []
@@ -1807,26 +1875,38 @@ def epoch_order(seed: int, epoch: int, window_count: int) -> np.ndarray:
 
 
 def batches(
-    cfg: Config, stream: TokenStream, runtime: Runtime, first_step: int = 0
+    cfg: Config, stream: TokenStream, runtime: Runtime, first_step: int = 0, length: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's (input ids, target ids) of each step from `first_step` on, without end.
 
-    Both are int64 [the rank's sequences, T]; targets are the inputs one token on, so that neighbouring
-    windows share a token.
+    Both are int64 [the rank's sequences, T], where T is `length`, by default TRAIN_SEQ_LEN; targets are the
+    inputs one token on, so that neighbouring windows share a token.
     """
-    length = cfg.train_seq_len
+    length = length or cfg.train_seq_len
     window_count = stream.count_windows(length)
     for step in itertools.count(first_step):
-        step_windows = window_order(cfg, window_count, step)
-        rank_windows = step_windows[list(runtime.share(cfg.sequences))]
+        step_windows = window_order(cfg, window_count, step, length)
+        rank_windows = step_windows[list(runtime.share(len(step_windows)))]
         rows = [stream.read(window * length, length + 1) for window in rank_windows.tolist()]
         block = torch.from_numpy(np.array(rows, np.int64).reshape(-1, length + 1))
         input_ids = block[:, :-1]
         target_ids = block[:, 1:]
+        if cfg.pack_documents and has_flash_attention_3(runtime.device):
+            refuse_short_documents(input_ids)
         if runtime.is_cuda:  # which waits for the copy unless its source is contiguous and pinned
             input_ids = input_ids.contiguous().pin_memory()
             target_ids = target_ids.contiguous().pin_memory()
         yield input_ids, target_ids
+
+
+def refuse_short_documents(ids: Tensor) -> None:
+    """RunError (2) if a row of ids [B, T] begins more documents than FlashAttention-3 is given room for."""
+    most = ids.size(1) // SHORTEST_DOCUMENT
+    if (ids == BOS_ID).sum(1).gt(most).any():
+        raise RunError(
+            f"a training window of {ids.size(1)} tokens begins more than {most} documents, too many for "
+            "PACK_DOCUMENTS=1 with FlashAttention-3; unset it"
+        )
 
 
 def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
@@ -1853,7 +1933,6 @@ def prefetch(items: Iterator, runtime: Runtime) -> Iterator:
 # those of the text that the marks stand for.
 # ----------------------------------------------------------------------------------------------------------
 SPACE_MARK = "\u2581"  # what SentencePiece writes for a space
-BOS_ID = 1  # the piece that begins a document in official shards of any vocabulary
 DECODE_BATCH = 1000  # documents decoded at a time
 SLOW_TO_DECODE = 10_000_000  # tokens
 DECODED_PER_SECOND = 3_000_000  # tokens: the embedded corpus on one core gave 3.7 M
@@ -1971,11 +2050,12 @@ def load_tokenizer(cfg: Config) -> sentencepiece.SentencePieceProcessor:
     size = tokenizer.vocab_size()
     if size != cfg.vocab_size:
         raise RunError(f"VOCAB_SIZE={cfg.vocab_size} but {path} has {size} pieces")
-    if cfg.smear_gate_enabled and tokenizer.bos_id() != BOS_ID:
-        raise RunError(
-            f"SMEAR_GATE_ENABLED=1 stops at BOS, which must be piece {BOS_ID}; in {path} it is "
-            f"{tokenizer.bos_id()} (-1: it has none)"
-        )
+    for name in ("smear_gate_enabled", "pack_documents"):
+        if getattr(cfg, name) and tokenizer.bos_id() != BOS_ID:
+            raise RunError(
+                f"{name.upper()}=1 stops at BOS, which must be piece {BOS_ID}; in {path} it is "
+                f"{tokenizer.bos_id()} (-1: it has none)"
+            )
     return tokenizer
 
 
@@ -2476,6 +2556,7 @@ class ModelKnobs:
         12,
         "First dimensions that SPARSE_ATTN_GATE_ENABLED and SMEAR_GATE_ENABLED read.",
         low=1,
+        needs="SPARSE_ATTN_GATE_ENABLED=1|SMEAR_GATE_ENABLED=1",
         role="model",
         source="PR #1667",
     )
@@ -2586,15 +2667,24 @@ class ModelKnobs:
 
     @cached_property
     def phases(self) -> list[Phase]:
-        """The plans of layers that the run trains in turn; the last is the one that is scored."""
+        """What the run trains in turn: plans of layers, the last of which is scored, and window lengths."""
+        return join_phases(self.layer_plans(), self.window_lengths)
+
+    def layer_plans(self) -> list[tuple[float, LayerPlan]]:
+        """(until this progress, which layers run), in order."""
         if self.num_loops and self.num_repeats == 1:
-            return looping_phases(self)
+            return looping_plans(self)
         if self.progressive_grow and self.num_repeats == 1:
-            return growing_phases(self)
-        phases = []
+            return growing_plans(self)
+        plans = []
         for until, repeats in self.depth_phases:
-            phases.append(Phase(until, plan_layers(self, repeats * self.num_layers)))
-        return phases or [Phase(1.0, plan_layers(self))]
+            plans.append((until, plan_layers(self, repeats * self.num_layers)))
+        return plans or [(1.0, plan_layers(self))]
+
+    def last_alike(self, phase: int) -> int:
+        """Number of the last phase that runs the same layers, and with that scores the same; from the end."""
+        plans = [phase.plan for phase in reversed(self.phases)]
+        return -1 - plans.index(plans[-1 - phase])
 
     def check(self) -> None:
         """RunError where shapes do not fit each other."""
@@ -2746,8 +2836,8 @@ class BlockedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+        """q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]; documents [B, T]: their numbers, or None."""
         key_heads = k.size(1)
         keys = k.flatten(0, 1)  # [N, T, D]
         values = v.flatten(0, 1)
@@ -2759,6 +2849,10 @@ class BlockedAttention(torch.autograd.Function):
             past += block.size(2)
             scores = block.flatten(1, 2) @ keys[:, :past].mT  # [N, G * rows, past]
             scores = scores.view(*block.shape[:3], past)
+            if documents is not None:
+                numbers = documents[:, None, None, :past]
+                is_other = numbers[..., -block.size(2) :, None] != numbers[..., None, :]
+                scores.unflatten(0, (-1, key_heads)).masked_fill_(is_other, -torch.inf)
             softmax_in_place = causal_softmax_piece if torch.compiler.is_compiling() else causal_softmax_
             softmax_in_place(scores)
             p = scores.flatten(1, 2)
@@ -2769,8 +2863,8 @@ class BlockedAttention(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, each of its own shape."""
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """Gradients of q, k and v, each of its own shape; the documents have none."""
         q, k, v, y, *probabilities = ctx.saved_tensors
         scale = q.size(-1) ** -0.5
         key_heads = k.size(1)
@@ -2798,30 +2892,70 @@ class BlockedAttention(torch.autograd.Function):
             dk[:, :past].baddbmm_(ds.mT, query_block.flatten(1, 2))
             dq_blocks.append((ds @ keys[:, :past]).view_as(dy_block))
         dq = (torch.cat(dq_blocks, dim=2) * scale).view(q.shape)
-        return dq, dk.view(k.shape), dv.view(v.shape)
+        return dq, dk.view(k.shape), dv.view(v.shape), None
 
 
 # -- The model -------------------------------------------------------------------------------------------
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention with grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D]."""
+class Documents(NamedTuple):
+    """Which document each token of B rows belongs to, for attention that stays within documents."""
+
+    numbers: Tensor  # [B, T]: counted from the row's start
+    bounds: Tensor | None  # int32: where each begins in the B * T tokens, then B * T; FlashAttention-3's form
+
+    @classmethod
+    def of(cls, ids: Tensor) -> Documents:
+        """Those of ids [B, T]: each BOS begins a document, and each row, which may begin within one."""
+        numbers = (ids == BOS_ID).cumsum(1)
+        if not has_flash_attention_3(ids.device):
+            return cls(numbers, None)
+        begins = numbers.diff(dim=1, prepend=numbers[:, :1] - 1) > 0
+        places = torch.arange(ids.numel(), device=ids.device)
+        begins_first = torch.where(begins.flatten(), places, ids.numel()).sort().values
+        most = ids.size(0) * (ids.size(1) // SHORTEST_DOCUMENT + 1)
+        return cls(numbers, F.pad(begins_first[:most], (0, 1), value=ids.numel()).int())
+
+    def mask(self) -> Tensor:
+        """[B, 1, T, T]: True where a query (row) may read a key (column)."""
+        is_same = self.numbers[:, None, :, None] == self.numbers[:, None, None]
+        return is_same.tril()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
+    """Causal attention with grouped queries. q [B, H, T, D]; k, v [B, Hkv, T, D] -> [B, H, T, D].
+
+    documents: no token reads one of another document; None: all rows are whole.
+    """
     if q.device.type == "cpu" and q.size(2) <= LONGEST_BLOCKED:
-        return BlockedAttention.apply(q, k, v)
+        return BlockedAttention.apply(q, k, v, None if documents is None else documents.numbers)
     is_half = q.dtype != torch.float32
     if is_half and has_flash_attention_3(q.device):
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        rows = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        y = flash_attention_3(*rows, causal=True, deterministic=deterministic)
-        y = y[0] if isinstance(y, tuple) else y  # its first versions return the softmax's sums as well
-        return y.transpose(1, 2)
+        return attend_by_flash_attention_3(q, k, v, documents)
     groups = q.size(1) // k.size(1)
-    takes_groups = is_half and takes_grouped_heads(q.device)
+    # No fused kernel takes a mask and fewer key heads.
+    takes_groups = is_half and takes_grouped_heads(q.device) and documents is None
     if groups > 1 and not takes_groups:
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
+    if documents is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=documents.mask())
     enable_gqa = takes_groups and groups > 1
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
+
+
+def attend_by_flash_attention_3(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None) -> Tensor:
+    """As `attend`; its functions take [B, T, H, D], or for documents all rows in one, [B * T, H, D]."""
+    rows = [x.transpose(1, 2) for x in (q, k, v)]
+    how = dict(causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
+    if documents is not None:
+        bounds = dict(cu_seqlens_q=documents.bounds, cu_seqlens_k=documents.bounds)
+        longest = dict(max_seqlen_q=q.size(2), max_seqlen_k=q.size(2))
+        y = flash_attention_3_of_documents(*[x.flatten(0, 1) for x in rows], **bounds, **longest, **how)
+    else:
+        y = flash_attention_3(*rows, **how)
+    y = y[0] if isinstance(y, tuple) else y  # its first versions return the softmax's sums as well
+    return y.view(rows[0].shape).transpose(1, 2)
 
 
 def omit_own_value(y: Tensor, v: Tensor) -> Tensor:
@@ -2870,11 +3004,12 @@ class Attention(nn.Module):
         omits_own_value: bool = False,
         value_mix: Tensor | None = None,
         first_values: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, d], rotary cos, sin [T, R/2] -> (output [B, T, d], the layer's values [B, Hkv, T, D]).
 
         value_mix [2] = (a, b): attend to a * first_values + b * own values; first_values None: this layer is
-        the first, and its own serve as both.
+        the first, and its own serve as both. documents: as in `attend`.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         q = self.c_q(x).view(heads).transpose(1, 2)  # [B, H, T, D]
@@ -2886,7 +3021,7 @@ class Attention(nn.Module):
             v = value_mix[0].to(v.dtype) * first_values + value_mix[1].to(v.dtype) * own_values
         q = rotate(norm(q), cos, sin)
         k = rotate(norm(k), cos, sin)
-        y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v)
+        y = attend(q * self.q_gain.to(x.dtype)[:, None, None], k, v, documents)
         if omits_own_value:
             y = omit_own_value(y, v)
         if self.attn_gate_w is not None:
@@ -3022,11 +3157,15 @@ def plan_layers(cfg: Config, depth: int | None = None, loops: int = 0) -> tuple[
     return tuple(plan)
 
 
+LayerPlan = tuple[Layer, ...]
+
+
 class Phase(NamedTuple):
-    """A stretch of the run that trains one plan of layers, and with that one compiled graph."""
+    """A stretch of the run that trains one plan of layers on windows of one length: one compiled graph."""
 
     until: float  # progress at which it ends
-    plan: tuple[Layer, ...]
+    plan: LayerPlan
+    length: int  # tokens of a training window
 
     @property
     def depth(self) -> int:
@@ -3034,19 +3173,30 @@ class Phase(NamedTuple):
         return sum(layer.runs for layer in self.plan)
 
 
-def looping_phases(cfg: Config) -> list[Phase]:
+def join_phases(plans: list[tuple[float, LayerPlan]], lengths: list[tuple[float, int]]) -> list[Phase]:
+    """One phase for each stretch between two changes of the one or the other; the last ones go to the end."""
+    changes = {until for until, _ in [*plans[:-1], *lengths[:-1]]}
+    phases = []
+    for change in sorted(changes):
+        plan = next((plan for until, plan in plans if until >= change), plans[-1][1])
+        length = next((length for until, length in lengths if until >= change), lengths[-1][1])
+        phases.append(Phase(change, plan, length))
+    return [*phases, Phase(1.0, plans[-1][1], lengths[-1][1])]
+
+
+def looping_plans(cfg: Config) -> list[tuple[float, LayerPlan]]:
     """NUM_LOOPS: each block once until ENABLE_LOOPING_AT, then with the loop."""
-    plain = Phase(cfg.enable_looping_at, plan_layers(cfg))
-    looped = Phase(1.0, plan_layers(cfg, loops=cfg.num_loops))
+    plain = (cfg.enable_looping_at, plan_layers(cfg))
+    looped = (1.0, plan_layers(cfg, loops=cfg.num_loops))
     return [plain, looped] if cfg.enable_looping_at else [looped]
 
 
-def growing_phases(cfg: Config) -> list[Phase]:
+def growing_plans(cfg: Config) -> list[tuple[float, LayerPlan]]:
     """PROGRESSIVE_GROW: from max(3, 0.3 L) layers evenly to L, one more at a time, all by progress 0.9."""
     shallowest = min(cfg.num_layers, max(3, int(0.3 * cfg.num_layers)))
     depths = range(shallowest, cfg.num_layers + 1)
     growths = max(len(depths) - 1, 1)
-    return [Phase(0.9 * number / growths, plan_layers(cfg, depth)) for number, depth in enumerate(depths, 1)]
+    return [(0.9 * number / growths, plan_layers(cfg, depth)) for number, depth in enumerate(depths, 1)]
 
 
 class Block(nn.Module):
@@ -3075,6 +3225,7 @@ class Block(nn.Module):
         sin: Tensor,
         value_mix: Tensor | None = None,
         first_values: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x, x0 [B, T, d] -> (x after the block, the values of the first layer, which may be this one).
 
@@ -3083,7 +3234,7 @@ class Block(nn.Module):
         x = self.remix(x, x0)
         block_input = x
         for _ in range(self.attentions):
-            attended, first_values = self.attention(x, layer, cos, sin, value_mix, first_values)
+            attended, first_values = self.attention(x, layer, cos, sin, value_mix, first_values, documents)
             x = x + attended
         return x + self.feed(block_input if layer.is_parallel else x, layer), first_values
 
@@ -3097,10 +3248,11 @@ class Block(nn.Module):
         sin: Tensor,
         value_mix: Tensor | None = None,
         first_values: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Two lanes [B, T, d] -> (what attention gives of the one, the MLP of the other, first values)."""
         mixed = self.remix(attention_lane, x0)
-        attended, first_values = self.attention(mixed, layer, cos, sin, value_mix, first_values)
+        attended, first_values = self.attention(mixed, layer, cos, sin, value_mix, first_values, documents)
         return attended, self.feed(mlp_lane, layer), first_values
 
     def remix(self, x: Tensor, x0: Tensor) -> Tensor:
@@ -3116,6 +3268,7 @@ class Block(nn.Module):
         sin: Tensor,
         value_mix: Tensor | None,
         first_values: Tensor | None,
+        documents: Documents | None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, d] -> (what the attention adds to it, the values of the first layer)."""
         attended, own_values = self.attn(
@@ -3126,6 +3279,7 @@ class Block(nn.Module):
             omits_own_value=layer.omits_own_value,
             value_mix=value_mix,
             first_values=first_values,
+            documents=documents,
         )
         if self.norms_attention and not layer.is_parallel:
             attended = norm(attended)
@@ -3242,11 +3396,13 @@ class GPT(nn.Module):
         keep: Tensor | None = None,
         phase: int = -1,
         positions: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """From normed embeddings x0 [B, T, d] of ids [B, T] to logits [B, T, V], float32.
 
         keep [layers]: 0 for the layers that LAYER_DROP skips this step. phase: the one whose plan runs,
         by its number from the end. positions [B, S]: give the logits of these alone, [B, S, V].
+        documents: as in `attend`.
         """
         x0 = x0.to(self.residual_dtype)
         x = x0
@@ -3267,14 +3423,14 @@ class GPT(nn.Module):
                 block = self.blocks[layer.block]
                 if layer.has_lanes:
                     attended, fed, first_values = block.run_lanes(
-                        y, mlp_lane, x0, layer, cos, sin, value_mix, first_values
+                        y, mlp_lane, x0, layer, cos, sin, value_mix, first_values, documents
                     )
                     y, new_lane = self.mix_lanes(y, mlp_lane, attended, fed, layer.position)
                     mlp_lane = (
                         new_lane if keep is None else torch.where(keep[layer.number] > 0, new_lane, mlp_lane)
                     )
                 else:
-                    y, first_values = block(y, x0, layer, cos, sin, value_mix, first_values)
+                    y, first_values = block(y, x0, layer, cos, sin, value_mix, first_values, documents)
                 x = y if keep is None else torch.where(keep[layer.number] > 0, y, x)
             outputs.append(x)
         x = self.join_lanes(x, mlp_lane)
@@ -3349,6 +3505,13 @@ def token_nats(
 class LossKnobs:
     """Changes of what training sees that no hook fits."""
 
+    pack_documents: bool = knob(
+        False,
+        "Let no token of a training window read another document of it; scores are made as without. The "
+        "records also pack whole documents, into rows as long as a step: ours cuts them where windows end.",
+        needs="MIRROR_TRAIN=0",
+        source="PR #1530",
+    )
     mirror_train: float = knob(
         0.0,
         "Share of the training sequences that are read backwards, their targets too; 0 = off.",
@@ -3429,7 +3592,8 @@ def training_loss(cfg: Config, model: GPT) -> Callable[..., tuple[Tensor, Tensor
         for input_hook in input_hooks:
             x = input_hook(cfg, x, ids, dials)
         keep = dials.layers if cfg.layer_drop else None
-        logits = model.logits(x, ids, keep=keep, phase=phase)
+        documents = Documents.of(ids) if cfg.pack_documents else None
+        logits = model.logits(x, ids, keep=keep, phase=phase, documents=documents)
         nats = cross_entropy(logits, target_ids)
         objective = nats.mean()
         seen = Seen(logits, target_ids, nats, dials.progress, model)
@@ -4102,9 +4266,9 @@ class Average:
         if self.kind == "ema":
             self.add(plan.step + 1)
         elif self.kind == "swa":
-            is_last_phase = plan.phase == -1
+            is_whole_model = self.cfg.last_alike(plan.phase) == -1
             is_low_rate = plan.lr_scale < self.cfg.swa_start_frac
-            if is_last_phase and is_low_rate and is_due(plan.step + 1, self.cfg.swa_every):
+            if is_whole_model and is_low_rate and is_due(plan.step + 1, self.cfg.swa_every):
                 self.add(plan.step + 1)
 
     def copy_into_model(self, step: int) -> None:
@@ -5997,7 +6161,7 @@ class Run:
 
         phase: the one whose layers run.
         """
-        nats = partial(self.nats, phase=phase)
+        nats = partial(self.nats, phase=self.cfg.last_alike(phase))
         wait = "scoring the validation text"
         if stride:
             wait += f" by windows that slide by {stride}"
@@ -6041,10 +6205,11 @@ def accumulate_gradient(
     optimisers.flat.zero_()
     nats_share = torch.zeros((), device=device)
     dials = plan.dials(device)
-    for ids, target_ids in micro_batches(batch, max_sequences):
+    rows = max_sequences * run.cfg.train_seq_len // batch[0].size(1)  # more of them if they are shorter
+    for ids, target_ids in micro_batches(batch, rows):
         ids = ids.to(device, non_blocking=True)
         target_ids = target_ids.to(device, non_blocking=True)
-        share = len(ids) / run.cfg.sequences
+        share = ids.numel() / run.cfg.train_batch_tokens
         objective, nats = run.loss(ids, target_ids, dials, plan.phase)
         (objective * (share * optimisers.loss_scale.value)).backward()
         nats_share += nats * share
@@ -6161,13 +6326,13 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     weights_before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     optimisers_before = optimisers.state()  # empty as yet
     random_before = torch.get_rng_state()
-    source = batches(cfg, stream, runtime)
     if runtime.compiles:
-        depths = len(cfg.phases)
-        run.log.say(f"compiling the model for training: usually 30 to 80 s a depth, depths: {depths}")
-    max_sequences = run.settle(partial(fit_micro_batch, run, next(source)))
+        graphs = len(cfg.phases)
+        run.log.say(f"compiling the model for training: usually 30 to 80 s a graph, graphs: {graphs}")
+    max_sequences = run.settle(partial(fit_micro_batch, run, next(batches(cfg, stream, runtime))))
     seconds_of_phase = []
     for phase in range(-len(cfg.phases), 0):
+        source = batches(cfg, stream, runtime, length=cfg.phases[phase].length)
         plan = replace(plan_step(cfg, 0, 0.0, 0.0), phase=phase)
         is_last = phase == -1
         steps = cfg.warmup_steps if is_last else 2  # of an earlier phase the second is timed
@@ -6220,7 +6385,7 @@ def evaluation_graphs(cfg: Config) -> list[tuple[int, int, bool]]:
     if cfg.ttt_steps > 0:
         graphs += [(0, -1, True), (cfg.eval_stride, -1, True)]
     if cfg.val_loss_every and not cfg.eval_only:
-        graphs += [(0, phase, False) for phase in range(-len(cfg.phases), -1)]
+        graphs += [(0, cfg.last_alike(phase), False) for phase in range(-len(cfg.phases), -1)]
     return list(dict.fromkeys(graphs))
 
 
@@ -6289,11 +6454,23 @@ class Training:
         self.clock = Clock(run.runtime, step_seconds)
         self.step = 0  # steps done
         self.lr_scale_sum = 0.0  # of all steps so far
+        self.length = run.cfg.phases[0].length  # tokens of a training window
+        self.length_since = -math.inf  # the step that began it; none where the run did
         self.saved_at = 0.0  # training seconds at the last checkpoint
         self.logged_loss = math.nan  # the last one that the log has; reading each would wait for a GPU
         # [steps that were finite, loss and gradient norm of the last of them], on the device: see `check`.
         # float32, since MPS has no float64; it counts exactly to 16 M steps.
         self.sound = torch.zeros(3, device=run.runtime.device)
+
+    def notice_length(self, plan: StepPlan) -> StepPlan:
+        """The plan with its learning rate as SEQ_CHANGE_WARMUP_STEPS has it after a change of the length."""
+        length = self.run.cfg.phases[plan.phase].length
+        if length != self.length:
+            self.length = length
+            self.length_since = plan.step
+        steps = plan.step - self.length_since + 1
+        share = min(1.0, steps / max(1, self.run.cfg.seq_change_warmup_steps))
+        return replace(plan, lr_scale=plan.lr_scale * share)
 
     def count_step(self, plan: StepPlan, loss: Tensor) -> None:
         """Average the weights and note whether the step was finite. Nothing here waits for the device."""
@@ -6346,6 +6523,8 @@ class Training:
             newest=average.newest,
             step=self.step,
             scales=self.lr_scale_sum,
+            length=self.length,
+            length_since=self.length_since,
             seconds=self.clock.total,
             recent=list(self.clock.recent_steps),
             random=run.runtime.gather(torch.get_rng_state()),
@@ -6372,6 +6551,8 @@ class Training:
         average.newest = state["newest"]
         self.step = state["step"]
         self.lr_scale_sum = state["scales"]
+        self.length = state["length"]
+        self.length_since = state["length_since"]
         clock.total = state["seconds"]
         clock.recent_steps = deque(state["recent"], maxlen=clock.recent_steps.maxlen)
         self.saved_at = clock.total
@@ -6401,12 +6582,14 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     plan = training.resume()
     score = None
     runtime.defers_stop = True
-    loader = prefetch(batches(cfg, stream, runtime, training.step), runtime)
+    loader = prefetch(batches(cfg, stream, runtime, training.step, training.length), runtime)
     clock.start()
     for step in itertools.count(training.step):
         batch, data_error = next_batch(loader)
         elapsed = clock.tick(data_error is not None)
         plan_before, plan = plan, plan_step(cfg, step, elapsed, clock.step_seconds())
+        length_before = training.length
+        plan = training.notice_length(plan)
         foretold = clock.foretell_step()
         pending_seconds = len(clock.pending_events) * foretold  # two steps that a GPU is behind the host
         is_done = is_finished(cfg, step, elapsed + pending_seconds, foretold)
@@ -6426,6 +6609,10 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
                     score = validate(run, step, clock.total, -1 if is_done else plan.phase)
         if is_done:
             break
+        if training.length != length_before:
+            loader.close()
+            loader = prefetch(batches(cfg, stream, runtime, step, training.length), runtime)
+            batch = runtime.agree(partial(next, loader))
         loss = train_step(run, optimisers, batch, plan, max_sequences)
         training.count_step(plan, loss)
         logged_loss = report_step(run, stream, plan_before, plan, loss, 1000 * clock.seconds())
@@ -6517,19 +6704,12 @@ def report_step(
     """
     cfg = run.cfg
     log = run.log
-    epoch = stream.epoch(cfg, plan.step)
-    if epoch > stream.epoch(cfg, plan.step - 1):
+    length = cfg.phases[plan.phase].length
+    epoch = stream.epoch(cfg, plan.step, length)
+    if epoch > stream.epoch(cfg, plan.step - 1, length):
         log.line(f"epoch:{epoch} step:{plan.step}")
     if plan_before and plan_before.phase != plan.phase:
-        depth = cfg.phases[plan.phase].depth
-        if cfg.depth_phases:
-            switch = f"prog_depth: switched to {depth // cfg.num_layers} repeats"
-        elif cfg.num_loops:
-            switch = f"layer_loop: switched to {depth} layers"
-        else:
-            switch = f"progressive_grow: switched to {depth} layers"
-        log.line(f"{switch} at step:{plan.step} frac:{plan.progress:.2f}")
-        log.event("phase", step=plan.step, depth=depth, progress=plan.progress)
+        report_switch(cfg, log, cfg.phases[plan_before.phase], plan)
     steps = plan.step + 1
     if not cfg.train_log_every or (plan.step >= 10 and not is_due(steps, cfg.train_log_every)):
         return None
@@ -6548,6 +6728,24 @@ def report_step(
         train_ms=ms,
     )
     return value
+
+
+def report_switch(cfg: Config, log: RunLog, phase_before: Phase, plan: StepPlan) -> None:
+    """Log that this step began a phase: which layers run now, how long its windows are."""
+    phase = cfg.phases[plan.phase]
+    switches = []
+    if phase.plan != phase_before.plan:
+        if cfg.depth_phases:
+            switches.append(f"prog_depth: switched to {phase.depth // cfg.num_layers} repeats")
+        elif cfg.num_loops:
+            switches.append(f"layer_loop: switched to {phase.depth} layers")
+        else:
+            switches.append(f"progressive_grow: switched to {phase.depth} layers")
+    if phase.length != phase_before.length:
+        switches.append(f"train_seq_len: switched to {phase.length} tokens")
+    for switch in switches:
+        log.line(f"{switch} at step:{plan.step} frac:{plan.progress:.2f}")
+    log.event("phase", step=plan.step, depth=phase.depth, length=phase.length, progress=plan.progress)
 
 
 def report_progress(log: RunLog, cfg: Config, training: Training) -> None:
@@ -6573,7 +6771,7 @@ def report_end_of_training(run: Run, trained: Trained) -> None:
         run.log.line(f"stopping_early: wallclock_cap train_time:{ms:.0f}ms step:{progress}")
     if trained.is_truncated:
         run.log.warn(f"schedule_truncated at progress {trained.progress:.3f}: steps too long for the clock")
-    if trained.phase != -1:
+    if run.cfg.last_alike(trained.phase) != -1:
         trained_layers = run.cfg.phases[trained.phase].depth
         run.log.warn(
             f"the run ended before its last switch of layers: what is scored runs "

@@ -167,6 +167,29 @@ KNOBS = {
     "parallel_beyond": Case(
         "PARALLEL_RESIDUAL_START=2 is beyond NUM_LAYERS=2", dict(parallel_residual_start=2)
     ),
+    "gate_of_nothing": Case(
+        "GATE_WINDOW has no effect without SPARSE_ATTN_GATE_ENABLED=1 or SMEAR_GATE_ENABLED=1",
+        dict(gate_window=6),
+    ),
+    "lengths_text": Case("TRAIN_SEQ_SCHEDULE='16:0.5'|tokens@progress", dict(train_seq_schedule="16:0.5")),
+    "lengths_end": Case(
+        "TRAIN_SEQ_SCHEDULE=16@0.5,32@0.9|rises to 1.0", dict(train_seq_schedule="16@0.5,32@0.9")
+    ),
+    "lengths_fall": Case("rises to 1.0", dict(train_seq_schedule="8@0.5,16@0.5,32@1.0")),
+    "lengths_over": Case("TRAIN_SEQ_LEN=32", dict(train_seq_schedule="64@0.5,32@1.0")),
+    "lengths_last": Case("its last, TRAIN_SEQ_LEN=32", dict(train_seq_schedule="32@0.5,16@1.0")),
+    "lengths_none": Case("lengths of 2 or more", dict(train_seq_schedule="0@0.5,32@1.0")),
+    "lengths_uneven": Case(
+        "TRAIN_BATCH_TOKENS=512 is not a multiple of TRAIN_SEQ_SCHEDULE's=24",
+        dict(train_seq_schedule="24@0.5,32@1.0"),
+    ),
+    "rise_without_lengths": Case(
+        "SEQ_CHANGE_WARMUP_STEPS has no effect without TRAIN_SEQ_SCHEDULE!=",
+        dict(seq_change_warmup_steps=32),
+    ),
+    "mirrored_documents": Case(
+        "PACK_DOCUMENTS has no effect without MIRROR_TRAIN=0", dict(pack_documents=1, mirror_train=0.1)
+    ),
     "wide_gate": Case("GATE_WINDOW=33 is beyond MODEL_DIM=32", dict(smear_gate_enabled=1, gate_window=33)),
     "inert": Case("EMBED_LR has no effect without TIE_EMBEDDINGS=0|ALLOW_INERT=1", dict(embed_lr=0.8)),
     "heads": Case("MODEL_DIM=32|multiple of NUM_HEADS=5", dict(num_heads=5)),
@@ -233,7 +256,7 @@ SHARDS = {
     "magic": Case("toy_train_000000.bin|magic 7, not 20240520", spoil=wrong(TRAIN, magic=7)),
     "version": Case("toy_val_000000.bin|version 2; this reads 1", spoil=wrong(VAL, version=2)),
     "count_huge": Case("toy_train_000000.bin|damaged|4294968318", spoil=wrong(TRAIN, count=2**31 - 1)),
-    "count_negative": Case("toy_train_000000.bin|damaged|-", spoil=wrong(TRAIN, count=-5)),
+    "count_negative": Case("toy_train_000000.bin|damaged|says 1014", spoil=wrong(TRAIN, count=-5)),
     "no_tokens": Case(
         "toy_train_000000.bin holds no tokens", spoil=lambda here: write_shard(here / TRAIN, [])
     ),

@@ -160,6 +160,7 @@ def other_value(f, value):
         loop_end=6,
         bigram_vocab_size=64,
         gptq_reserve_seconds=0.5,
+        train_seq_schedule="512@0.5,1024@1.0",
     )
     if f.name in fitting and value != fitting[f.name]:
         return fitting[f.name]  # that fits the config in which the knob acts
@@ -175,7 +176,7 @@ def other_value(f, value):
 def needs_of(f) -> list[tuple[str, object, object]]:
     """(field name, a value that meets it, one that does not) for each condition of a knob."""
     found = []
-    for name, operator, text in train_gpt.needs_of(f):
+    for name, operator, text, _ in train_gpt.needs_of(f):
         value = train_gpt.parse_knob(FIELDS[name], text)
         pair = value, other_value(FIELDS[name], value)
         found.append((name.lower(), *(pair[::-1] if operator == "!=" else pair)))

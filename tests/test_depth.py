@@ -394,7 +394,7 @@ def test_a_phase_ends_just_before_its_progress(tiny, limits, step, seconds, repe
 @pytest.mark.parametrize("text, expected", [
     ("0.4:1,0.65:2,1.0:3", [(0.4, 2), (0.65, 4), (1.0, 6)]),
     ("1.0:3,0.4:1,0.65:2", [(0.4, 2), (0.65, 4), (1.0, 6)]),
-    ("1:3", [(1.0, 6)]), ("0.5:3", [(0.5, 6)]), ("", [(1.0, 6)]),
+    ("1:3", [(1.0, 6)]), ("0.5:3", [(1.0, 6)]), ("", [(1.0, 6)]),
 ])  # fmt: skip
 def test_phases_are_effective_layers_in_order_of_progress(tiny, text, expected):
     phases = tiny(num_repeats=3, prog_depth=text).phases
@@ -479,7 +479,8 @@ def test_the_log_says_the_schedule_and_each_switch_once(dataset):
         "prog_depth: switched to 3 repeats at step:7 frac:0.70",
     ]
     switches = [values for event, values in log.events_kept if event == "phase"]
-    assert switches == [dict(step=4, depth=2, progress=0.4), dict(step=7, depth=3, progress=0.7)]
+    steps = [dict(step=4, depth=2, progress=0.4), dict(step=7, depth=3, progress=0.7)]
+    assert switches == [step | dict(length=32) for step in steps]
 
 
 def test_a_run_of_one_depth_logs_no_schedule(dataset):

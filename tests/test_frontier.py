@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -183,6 +184,50 @@ def test_parameters_are_as_many_as_published(knobs, counts):
         with torch.device("meta"):
             found[size] = sum(p.numel() for p in GPT(Config(vocab_size=size, **knobs)).parameters())
     assert found == counts
+
+
+PRESETS = Path(__file__).parents[1] / "sweeps/presets"
+# At 8,192 pieces; on a CPU the same parts, smaller.
+SCALED = {
+    "VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "ROPE_DIMS", "LOOP_START",
+    "LOOP_END", "PARALLEL_START_LAYER", "PARALLEL_RESIDUAL_START", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS",
+    "MUON_MOMENTUM_WARMUP_STEPS", "EMA_DECAY", "TTT_STEPS",
+}  # fmt: skip
+PRESET_COUNTS = dict(frontier_1394=35_943_512, frontier_1493=35_944_536, frontier=35_945_671)
+
+
+def preset_of(*names: str) -> Config:
+    """The knobs of these files in sweeps/presets, a later one over an earlier."""
+    env = {}
+    for name in names:
+        words = shlex.split((PRESETS / f"{name}.env").read_text(), comments=True)
+        env |= dict(word.split("=", 1) for word in words)
+    return Config.from_env(env)
+
+
+@pytest.mark.parametrize("name", PRESET_COUNTS)
+def test_presets_have_the_published_parameters(name):
+    cfg = preset_of(name)
+    with torch.device("meta"):
+        model = GPT(cfg)
+    assert sum(p.numel() for p in model.parameters()) == PRESET_COUNTS[name]
+    assert cfg.train_batch_tokens == 48 * 8 * 2048
+
+
+@pytest.mark.parametrize("name", PRESET_COUNTS)
+def test_on_a_cpu_every_part_of_a_preset_stays_on(name):
+    """Only sizes differ, and what the records count in layers or steps."""
+    whole, small = preset_of(name), preset_of(name, "cpu", f"cpu/{name}")
+    changed = {key for key, value in whole.overrides().items() if small.overrides().get(key) != value}
+    assert changed <= SCALED and whole.overrides().keys() - small.overrides().keys() <= {"VOCAB_SIZE"}
+    with torch.device("meta"):
+        parts = [{name.split(".")[-1] for name, _ in GPT(cfg).named_parameters()} for cfg in (whole, small)]
+    assert parts[0] == parts[1]
+    plan = small.phases[-1].plan
+    assert [phase.depth for phase in whole.phases] == [11, 15 if name == "frontier_1394" else 17]
+    assert len(plan) > small.num_layers and len(small.phases) == 2
+    lanes = [layer.block for layer in plan if layer.has_lanes or layer.is_parallel]
+    assert lanes == ([] if name == "frontier_1394" else [3, 4, 5])
 
 
 def test_the_tensors_have_the_published_names_and_shapes():
@@ -407,17 +452,17 @@ def test_under_a_clock_all_ranks_switch_at_one_step_and_never_back(new, ranks):
 # --- bad input ---
 
 
-def test_smearing_needs_a_tokenizer_whose_documents_begin_with_bos(tiny, tmp_path):
+@pytest.mark.parametrize("name", ["smear_gate_enabled", "pack_documents"])
+def test_borders_of_documents_need_a_tokenizer_that_has_bos(tiny, tmp_path, name):
     path = tmp_path / "tokenizer.model"
     texts = ["def one two three", "four five six"] * 200
     path.write_bytes(train_tokenizer(texts, vocab_size=300, bos_id=-1, eos_id=1, unk_id=2, pad_id=0))
     assert sentencepiece.SentencePieceProcessor(model_file=str(path)).bos_id() == -1
     cfg = tiny(vocab_size=300, tokenizer_path=str(path))
     train_gpt.load_tokenizer(cfg)
-    with pytest.raises(
-        RunError, match="SMEAR_GATE_ENABLED=1 stops at BOS, which must be piece 1; .* is -1"
-    ) as error:
-        train_gpt.load_tokenizer(replace(cfg, smear_gate_enabled=True))
+    expected = f"{name.upper()}=1 stops at BOS, which must be piece 1; .* is -1"
+    with pytest.raises(RunError, match=expected) as error:
+        train_gpt.load_tokenizer(replace(cfg, **{name: True}))
     assert error.value.code == 2
 
 

@@ -128,8 +128,11 @@ def test_dials_are_the_same_on_a_device(monkeypatch):
 def test_flash_attention_3_gets_its_layout(monkeypatch, returns_sums):
     """Its function takes and gives [B, T, H, D]; played by torch's own attention in float64."""
 
+    calls = []
+
     def flash_attention_3(q, k, v, causal, deterministic):
         assert causal and not deterministic
+        calls.append(q.shape)
         k, v = (x.repeat_interleave(q.size(2) // x.size(2), dim=2) for x in (k, v))
         rows = (x.transpose(1, 2) for x in (q, k, v))
         y = F.scaled_dot_product_attention(*rows, is_causal=True).transpose(1, 2)
@@ -142,7 +145,9 @@ def test_flash_attention_3_gets_its_layout(monkeypatch, returns_sums):
     assert not train_gpt.has_flash_attention_3(q.device)
     monkeypatch.setattr(train_gpt, "has_flash_attention_3", lambda device: True)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    monkeypatch.setattr(train_gpt, "LONGEST_BLOCKED", 0)
     torch.testing.assert_close(attend(q, k, v), expected)
+    assert calls == [(2, 9, 4, 8)]
 
 
 def test_out_of_memory_halves_the_passes_until_they_fit(tiny, capfd):

@@ -29,8 +29,8 @@ SWA = dict(swa_enabled=1, swa_every=2, swa_start_frac=2.0, data_shuffle=1)
 BATCHES = """
 import json
 inside = train_gpt.batches
-def noted(cfg, stream, runtime, first=0):
-    for ids, targets in inside(cfg, stream, runtime, first):
+def noted(cfg, stream, runtime, *which, **named):
+    for ids, targets in inside(cfg, stream, runtime, *which, **named):
         if runtime.defers_stop:
             with open(f"{rank}.batches", "a") as file:
                 print(json.dumps([ids.tolist(), targets.tolist()]), file=file)

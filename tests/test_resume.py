@@ -30,6 +30,9 @@ SWA = dict(swa_enabled=1, swa_every=2, swa_start_frac=2.0)
 SLIDES = dict(eval_stride=16, eval_batch_seqs=16)
 SCORES = dict(SLIDES, use_hedge=1)
 MANY = DEPTH | SWA | SCORES | dict(data_shuffle=1)
+# The windows change at the third and the sixth of eight steps, the layers at the third and the fifth.
+LENGTHS = dict(train_seq_schedule="8@0.25,16@0.6,32@1.0", seq_change_warmup_steps=2, pack_documents=1)
+LONGER = LOOP | LENGTHS | dict(enable_looping_at=0.5, data_shuffle=1)
 MEMORY = dict(ema_decay=0.8, head_prune=0.5, head_prune_at=0.3, synaptic_scale=1)
 STOPPED, LOST = train_gpt.PREEMPTED, train_gpt.LOST_RANK
 
@@ -69,6 +72,9 @@ PLACES = {
     "before_the_loop": (LOOP, in_step(2, SIGTERM), {}),
     "at_the_switch_to_the_loop": (LOOP, in_step(3, SIGTERM), {}),
     "in_the_loop_kill": (LOOP, in_step(5, SIGKILL), EACH_STEP),
+    "at_a_change_of_length": (LONGER, in_step(2, SIGTERM), {}),
+    "while_the_rate_rises": (LONGER, in_step(3, SIGTERM), {}),
+    "at_the_last_length_kill": (LONGER, in_step(5, SIGKILL), EACH_STEP),
     "write_of_a_checkpoint": (MANY, dies("os.fsync", call=5), EACH_STEP),
     "write_of_the_first_checkpoint": (MANY, dies("os.fsync"), EACH_STEP),
     "rename_of_a_checkpoint": (MANY, dies("Path.rename", call=5), EACH_STEP),

@@ -380,16 +380,15 @@ def test_a_preset_with_a_malformed_word_stops_the_run(project: Project):
 def test_a_wrong_argument_is_one_line_with_the_presets_and_exit_2(project: Project, arguments, what):
     run = project.run(*arguments)
     assert run.code == 2 and run.out == "" and len(run.err.splitlines()) == 1
-    assert (
-        what in run.err
-        and "(presets: baseline best lower_lr progressive_depth progressive_depth_4h tidal_1434;" in run.err
-    )
+    frontier = "frontier frontier_1394 frontier_1493"
+    older = "lower_lr progressive_depth progressive_depth_4h tidal_1434"
+    assert what in run.err and f"(presets: baseline best {frontier} {older};" in run.err
 
 
 def test_help_lists_presets_and_runs_nothing(project: Project):
     run = project.run("--help")
     assert run.code == 0 and not run.trained and run.out.startswith("usage: bash run_best.sh")
-    for name in ("best", "baseline", "lower_lr", "tidal_1434"):
+    for name in ("best", "baseline", "frontier", "lower_lr", "tidal_1434"):
         first = (ROOT / f"sweeps/presets/{name}.env").read_text().splitlines()[0].removeprefix("# ")
         assert re.search(rf"^  {name} +{re.escape(first)}$", run.out, re.M)
 
@@ -404,10 +403,10 @@ def test_check_is_a_dry_run_in_one_process(project: Project, flag):
 # ---------------------------------------------------------------- data
 
 
-def put_fineweb(root: Path, leave_out: str = "") -> None:
-    folder = "data/datasets/fineweb10B_sp1024"
+def put_fineweb(root: Path, leave_out: str = "", pieces: int = 1024) -> None:
+    folder = f"data/datasets/fineweb10B_sp{pieces}"
     names = [f"{folder}/fineweb_train_000000.bin", f"{folder}/fineweb_val_000000.bin"]
-    for name in [*names, "data/tokenizers/fineweb_1024_bpe.model"]:
+    for name in [*names, f"data/tokenizers/fineweb_{pieces}_bpe.model"]:
         if not leave_out or leave_out not in name:
             write(root / name, "")
 
@@ -425,6 +424,22 @@ def test_data_fineweb_when_it_is_there(project: Project):
     assert "FineWeb" in run.line("run_best.sh: data:") and "PYDOCS" not in run.out
     assert run.env["DATA_PATH"] == "data/datasets/fineweb10B_sp1024"
     assert run.env["TOKENIZER_PATH"] == "data/tokenizers/fineweb_1024_bpe.model"
+
+
+def test_data_is_of_the_presets_vocabulary(project: Project):
+    """On a GPU 8,192 pieces, which must be fetched; on a CPU the embedded corpus."""
+    put_fineweb(project.root)
+    missing = project.run("frontier")
+    assert missing.code == 2 and not missing.trained and len(missing.err.splitlines()) == 1
+    assert "VOCAB_SIZE=8192" in missing.err and "data/fineweb.py --variant sp8192`" in missing.err
+    dry = project.run("frontier", "--dry-run")
+    assert dry.code == 0 and "DATA_PATH" not in dry.env and dry.env["VOCAB_SIZE"] == "8192"
+    small = project.run("frontier", STUB_GPUS="0")
+    assert small.env["VOCAB_SIZE"] == "1024" and small.env["DATA_PATH"].endswith("fineweb10B_sp1024")
+    put_fineweb(project.root, pieces=8192)
+    whole = project.run("frontier")
+    assert whole.env["DATA_PATH"] == "data/datasets/fineweb10B_sp8192"
+    assert whole.env["TOKENIZER_PATH"] == "data/tokenizers/fineweb_8192_bpe.model"
 
 
 @pytest.mark.parametrize("missing", ["train", "val", "model"])

@@ -158,6 +158,14 @@ def test_an_apple_gpu_is_not_called_a_cpu():
     assert machine["attention"] == "sdpa"
 
 
+@pytest.mark.parametrize("has_package, name", [(True, "FlashAttention-3"), (False, "sdpa, cuDNN")])
+def test_what_attention_runs_on_a_card_is_named(monkeypatch, has_package, name):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(train_gpt, "has_flash_attention_3", lambda device: has_package)
+    runtime = train_gpt.Runtime(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert name in train_gpt.describe_machine(runtime)["attention"]
+
+
 def test_a_bad_knob_is_one_line(run_main):
     code, out, err = run_main("--doctor", matrix_lr="fast")
     assert (code, out) == (2, "") and err.count("\n") == 1 and "MATRIX_LR" in err

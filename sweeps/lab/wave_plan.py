@@ -92,7 +92,10 @@ def idle_knobs(values: Values) -> set[str]:
 
 def needed_knobs(name: str) -> list[str]:
     """The knobs whose values decide whether this one has an effect."""
-    return [need.name for need in needs_of(KNOBS[name])]
+    names = []
+    for need in needs_of(KNOBS[name]):
+        names += [either.name for either in (need, *need.instead)]
+    return names
 
 
 def one_changed(start: Values, goal: Values, knob: str, refill: bool) -> Values:
