@@ -4202,9 +4202,268 @@ def decompress_zlib(body: bytes, raw_length: int) -> bytes:
     return zlib.decompressobj().decompress(body, raw_length + 1)
 
 
+def brotli_module():
+    """The library of CODEC=brotli; RunError (2) if it is missing or too old to unpack safely."""
+    try:
+        import brotli
+    except ImportError:
+        raise RunError("CODEC=brotli needs brotli: pip install brotli, or set CODEC=rans") from None
+    if not hasattr(brotli.Decompressor, "can_accept_more_data"):
+        raise RunError("CODEC=brotli needs brotli 1.2 or newer: pip install --upgrade brotli")
+    return brotli
+
+
+def compress_brotli(raw: bytes, cfg: Config) -> bytes:
+    return brotli_module().compress(raw, quality=11, lgwin=24)
+
+
+def decompress_brotli(body: bytes, raw_length: int) -> bytes:
+    reader = brotli_module().Decompressor()
+    raw = reader.process(body, output_buffer_limit=raw_length + 1)
+    if not reader.is_finished():
+        raise RunError("a stream that does not end where it says")
+    return raw
+
+
+# -- CODEC=rans: our own entropy coder -------------------------------------------------------------------
+# Interleaved rANS (Duda, arXiv 1311.2540; Giesen, arXiv 1402.3392): a symbol of frequency f / 2^14 in its
+# context's table costs log2(2^14 / f) bits, and NumPy codes one symbol of each lane at a time. A matrix of
+# integers has a scale for each row and each column, found by the writer and sent as a class of a quarter of
+# an octave; the classes' sum and the group of the tensor are a number's context. Float bytes have theirs by
+# type and place. The body: RANS_HEAD, then packed by zlib (the raw file's header, two sets of tables), then
+# two streams: float bytes with the classes, and the integers. A stream: a uint32 state for each lane, then
+# uint16 words.
+RANS_VERSION = 1
+RANS_HEAD = struct.Struct("<BBII")  # version, contexts of integers, bytes of the packed part and stream one
+RANS_BITS = 14  # the frequencies of a context add up to 2^14
+RANS_LEAST = 1 << 16  # states lie in [2^16, 2^32): 16 bits come in or go out at a time
+SYMBOLS_PER_LANE = 8192
+SCALE_CLASSES = 48  # of a group: 12 octaves of the mean size of the integers, from 2^-6 on
+CODED_GROUPS = ("attention", "control", "embed", "mlp")
+SIDE_CONTEXTS = 10  # bytes of step, fp16 and fp32 by place; classes of rows; of columns
+
+
+def frequency_tables(symbols: np.ndarray, contexts: np.ndarray, count: int) -> np.ndarray:
+    """uint32 [count, 256]: how frequent each symbol is in each context, of 2^14; at least 1 if it occurs."""
+    counts = np.zeros((count, 256), np.int64)
+    for begin in range(0, len(symbols), 1 << 22):  # in parts, since the keys take eight bytes each
+        part = slice(begin, begin + (1 << 22))
+        keys = contexts[part].astype(np.int64) << 8 | symbols[part]
+        counts += np.bincount(keys, minlength=count << 8).reshape(count, 256)
+    totals = counts.sum(axis=1, keepdims=True)
+    occurs = counts > 0
+    free = (1 << RANS_BITS) - occurs.sum(axis=1, keepdims=True)
+    tables = occurs + counts * free // totals.clip(1)
+    missing = np.where(totals[:, 0] > 0, (1 << RANS_BITS) - tables.sum(axis=1), 0)
+    tables[np.arange(count), tables.argmax(axis=1)] += missing
+    return tables.astype(np.uint32)
+
+
+def first_slots(tables: np.ndarray) -> np.ndarray:
+    """Where each symbol's slots begin among the 2^14 of its context; flat, uint32."""
+    return (tables.cumsum(axis=1) - tables).astype(np.uint32).ravel()
+
+
+def rans_encode(symbols: np.ndarray, contexts: np.ndarray, tables: np.ndarray) -> bytes:
+    """A stream of uint8 symbols [n] in uint8 contexts [n]; the last is coded first, as rANS is a stack."""
+    lanes = len(symbols) // SYMBOLS_PER_LANE + 1
+    states = np.full(lanes, RANS_LEAST, np.uint32)
+    frequencies = tables.ravel()
+    starts = first_slots(tables)
+    words = []
+    for begin in reversed(range(0, len(symbols), lanes)):
+        row = slice(begin, begin + lanes)
+        keys = contexts[row].astype(np.uint16) << 8 | symbols[row]
+        share = frequencies[keys]
+        x = states[: len(keys)]  # a view
+        is_full = x >> (32 - RANS_BITS) >= share
+        full = x[is_full]
+        words.append(full.astype("<u2"))
+        x[is_full] = full >> 16
+        times = x // share
+        x += times * ((1 << RANS_BITS) - share) + starts[keys]
+    return states.astype("<u4").tobytes() + b"".join(part.tobytes() for part in reversed(words))
+
+
+def rans_decode(stream: bytes, contexts: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """The uint8 symbols [n] of a stream whose contexts [n] are known; RunError on a forged one."""
+    count = len(contexts)
+    lanes = lanes_of(count, len(stream))
+    if not np.isin(tables.sum(axis=1), (0, 1 << RANS_BITS)).all():
+        raise RunError("a table of frequencies that is none")
+    states = np.frombuffer(stream, "<u4", lanes).astype(np.uint32)
+    words = np.frombuffer(stream, "<u2", offset=4 * lanes).astype(np.uint32)
+    symbol_of_slot = np.zeros((len(tables), 1 << RANS_BITS), np.uint8)
+    for context in np.flatnonzero(tables.any(axis=1)):
+        symbol_of_slot[context] = np.repeat(np.arange(256), tables[context])
+    symbol_of_slot = symbol_of_slot.ravel()
+    frequencies = tables.ravel()
+    starts = first_slots(tables)
+    symbols = np.empty(count, np.uint8)
+    read = 0
+    for begin in range(0, count, lanes):
+        row = slice(begin, begin + lanes)
+        context = contexts[row].astype(np.uint32)
+        x = states[: len(context)]
+        slots = x & ((1 << RANS_BITS) - 1)
+        found = symbol_of_slot[context << RANS_BITS | slots]
+        symbols[row] = found
+        keys = context << 8 | found
+        x = frequencies[keys] * (x >> RANS_BITS) + slots - starts[keys]
+        is_low = x < RANS_LEAST
+        low = x[is_low]
+        if read + len(low) > len(words):
+            raise RunError("a stream that ends too early")
+        x[is_low] = low << 16 | words[read : read + len(low)]
+        read += len(low)
+        states[: len(x)] = x
+    if read != len(words) or (states != RANS_LEAST).any():
+        raise RunError("a stream that does not end where its symbols do")
+    return symbols
+
+
+def lanes_of(count: int, length: int) -> int:
+    """Lanes of a stream of `length` bytes that is to hold so many symbols; RunError if it cannot.
+
+    As every lane has a state, a short stream cannot claim to hold more than 2,048 symbols a byte.
+    """
+    lanes = count // SYMBOLS_PER_LANE + 1
+    if 4 * lanes > length or (length - 4 * lanes) % 2:
+        raise RunError("a stream that is too short for its symbols")
+    return lanes
+
+
+def integer_shapes(table: list) -> list[tuple[int, int, int]]:
+    """(group, rows, columns) of each tensor that is stored as integers; RunError if one is no matrix."""
+    found = []
+    for name, shape, planes in table:
+        if "int8" in planes:
+            rows, columns = shape
+            found.append((CODED_GROUPS.index(weight_group(name)), rows, columns))
+    return found
+
+
+def scale_classes(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The classes of rows and columns of integers [r, c], uint8 around 128, in quarters of an octave.
+
+    |integers| is about rows x columns; three rounds of means find both.
+    """
+    if not integers.size:
+        return np.zeros(len(integers), np.uint8), np.zeros(integers.shape[1], np.uint8)
+    sizes = np.abs(integers.astype(np.float32))
+    columns = np.ones(sizes.shape[1], np.float32)
+    for _ in range(3):
+        rows = (sizes / columns).mean(axis=1).clip(2.0**-8)
+        columns = (sizes / rows[:, None]).mean(axis=0).clip(2.0**-8)
+    classes = [np.rint(4 * np.log2(scales)) for scales in (rows, columns)]
+    return tuple((128 + part.clip(-64, 64)).astype(np.uint8) for part in classes)
+
+
+def integer_contexts(shapes: list[tuple[int, int, int]], classes: np.ndarray) -> np.ndarray:
+    """The context of every integer, uint8, in the file's order; classes: of rows and columns, by tensor."""
+    contexts = []
+    for group, rows, columns in shapes:
+        own, classes = classes[: rows + columns].astype(np.int16), classes[rows + columns :]
+        sums = own[:rows, None] + own[None, rows:] - 256 + SCALE_CLASSES // 2
+        contexts.append((sums.clip(0, SCALE_CLASSES - 1) + group * SCALE_CLASSES).astype(np.uint8).ravel())
+    return np.concatenate(contexts) if contexts else np.empty(0, np.uint8)
+
+
+def side_contexts(table: list, shapes: list[tuple[int, int, int]]) -> np.ndarray:
+    """The contexts of the float bytes, in the file's order, and of the classes of rows and columns after."""
+    contexts = []
+    first = 0
+    for plane, number_type in PLANES.items():
+        if plane == "int8":
+            continue
+        width = np.dtype(number_type).itemsize
+        values = 0
+        for _, shape, planes in table:
+            if plane in planes:
+                values += shape[0] if plane == "step" else math.prod(shape)
+        contexts.append(np.tile(np.arange(first, first + width, dtype=np.uint8), values))
+        first += width
+    for _, rows, columns in shapes:
+        contexts.append(np.repeat(np.array([first, first + 1], np.uint8), (rows, columns)))
+    return np.concatenate(contexts)
+
+
+def compress_rans(raw: bytes, cfg: Config) -> bytes:
+    """RANS_HEAD, what zlib packs, and two streams, as the banner of this part says."""
+    if not raw:
+        return b""
+    header, start = decode_header(raw)
+    shapes = integer_shapes(header["tensors"])
+    integers = []
+    classes = []
+    stop = start
+    for _, rows, columns in shapes:
+        values = np.frombuffer(raw, np.int8, rows * columns, stop).reshape(rows, columns)
+        classes += scale_classes(values)
+        integers.append(values.ravel().view(np.uint8))
+        stop += values.size
+    side = np.concatenate([np.frombuffer(raw, np.uint8, offset=stop), *classes])
+    side_places = side_contexts(header["tensors"], shapes)
+    symbols = np.concatenate([np.empty(0, np.uint8), *integers])
+    places = integer_contexts(shapes, np.concatenate([np.empty(0, np.uint8), *classes]))
+    side_tables = frequency_tables(side, side_places, SIDE_CONTEXTS)
+    used = len(CODED_GROUPS) * SCALE_CLASSES
+    tables = frequency_tables(symbols, places, used)
+    text = raw[:start] + pack_tables(np.concatenate([side_tables, tables]))
+    packed_text = zlib.compress(text, 9)
+    first = rans_encode(side, side_places, side_tables)
+    head = RANS_HEAD.pack(RANS_VERSION, used, len(packed_text), len(first))
+    return head + packed_text + first + rans_encode(symbols, places, tables)
+
+
+def pack_tables(tables: np.ndarray) -> bytes:
+    """Frequencies [contexts, 256] as uint16: all low bytes, then all high ones."""
+    return tables.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
+
+
+def unpack_tables(packed: bytes) -> np.ndarray:
+    """The reverse of `pack_tables`: uint32 [contexts, 256]."""
+    low, high = np.frombuffer(packed, np.uint8).reshape(2, -1).astype(np.uint32)
+    return (high << 8 | low).reshape(-1, 256)
+
+
+def decompress_rans(body: bytes, raw_length: int) -> bytes:
+    """The reverse of `compress_rans`; RunError, or another error, on a forged body."""
+    version, used, text_length, first_length = RANS_HEAD.unpack_from(body)
+    if version != RANS_VERSION:
+        raise RunError(f"version {version} of the coder; this reads {RANS_VERSION}")
+    begin = RANS_HEAD.size + text_length
+    table_bytes = 512 * (SIDE_CONTEXTS + used)
+    longest = min(raw_length, HEADER_LIMIT) + table_bytes + 1
+    text = zlib.decompressobj().decompress(body[RANS_HEAD.size : begin], longest)
+    header, start = decode_header(text)
+    if len(text) != start + table_bytes:
+        raise RunError("tables that do not fill their part")
+    side_tables, tables = np.split(unpack_tables(text[start:]), [SIDE_CONTEXTS])
+    table = header["tensors"]
+    shapes = integer_shapes(table)
+    # The last stream's length bounds the integers, before anything of their size is made.
+    lengths = [(rows * columns, rows + columns) for _, rows, columns in shapes]
+    integers, classes = map(sum, zip(*lengths, strict=True)) if lengths else (0, 0)
+    floats = raw_length - start - integers
+    lanes_of(integers, len(body) - begin - first_length)
+    lanes_of(max(floats, 0) + classes, first_length)
+    side_places = side_contexts(table, shapes)
+    if len(side_places) != floats + classes:
+        raise RunError("streams of other lengths than its tensors")
+    side = rans_decode(body[begin : begin + first_length], side_places, side_tables)
+    places = integer_contexts(shapes, side[floats:])
+    if len(places) and places.max() >= used:
+        raise RunError("a context without a table")
+    symbols = rans_decode(body[begin + first_length :], places, tables)
+    return text[:start] + symbols.tobytes() + side[:floats].tobytes()
+
+
 CODECS = {
     "zstd": Codec(b"zstd", compress_zstd, decompress_zstd),
     "zlib": Codec(b"zlib", compress_zlib, decompress_zlib),
+    "brotli": Codec(b"brot", compress_brotli, decompress_brotli),
+    "rans": Codec(b"rans", compress_rans, decompress_rans),
 }
 
 
@@ -4254,7 +4513,8 @@ class QuantiseKnobs:
     )
     codec: str = knob(
         "zstd",
-        "Compressor of the packed model; zstd needs the package zstandard.",
+        "Compressor of the packed model: rans is our own entropy coder, which knows rows and columns; zstd "
+        "needs the package zstandard, brotli the package brotli.",
         choices=tuple(CODECS),
         role="pack",
         source="PR #1434",
@@ -4281,6 +4541,12 @@ class QuantiseKnobs:
         "float32.",
         role="pack",
         source="official",
+    )
+    control_float16: bool = knob(
+        False,
+        "Pack the control tensors (gains, scales, gates) as float16, half of their bytes.",
+        role="pack",
+        source="#1394",
     )
     eval_only: str = knob(
         "",
@@ -4318,10 +4584,11 @@ class TensorPlan:
 
 
 def plan_tensor(cfg: Config, name: str, shape: tuple[int, ...]) -> TensorPlan:
-    """Control tensors stay float32, matrices of over 65,536 values (official) become rows, others float16."""
+    """Matrices of over 65,536 values (official) become rows of integers, control tensors stay float32 unless
+    CONTROL_FLOAT16, all others are float16."""
     shape = tuple(shape)
     if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns + GATE_NAMES):
-        return TensorPlan(name, shape, ("fp32",), 0)
+        return TensorPlan(name, shape, ("fp16" if cfg.control_float16 else "fp32",), 0)
     if len(shape) == 2 and math.prod(shape) > LARGEST_FLOAT_MATRIX:
         return TensorPlan(name, shape, ("int8", "step"), levels_of(cfg, name))
     return TensorPlan(name, shape, ("fp16",), 0)
