@@ -38,6 +38,7 @@ from train_gpt import (
     RunLog,
     Runtime,
     artifact_config,
+    encode_tensors,
     fields,
     levels_of,
     load_weights,
@@ -465,7 +466,8 @@ def test_the_report_says_what_each_group_takes_and_loses(tiny, tmp_path):
     cfg = tiny(**WIDE, quant_levels=63, mlp_quant_levels=16, quant_clip="grid")
     state, log = trained_like(cfg), RunLog(tmp_path, "x")
     blob = pack(cfg, state, ABOUT)
-    report_packing(Run(cfg, Runtime(), log, GPT(cfg), data=None), state, blob)
+    encoded = encode_tensors(cfg, state, {})
+    report_packing(Run(cfg, Runtime(), log, GPT(cfg), data=None), state, encoded, blob)
     log.close()
     (event,) = map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())
     assert (event["event"], event["quant"], event["clip"]) == ("quantise", "q63-16-63", "grid")

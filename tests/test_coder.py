@@ -153,7 +153,7 @@ def forge(text: bytes, streams: bytes, raw_length: int, changes: dict | None = N
     return train_gpt.seal(CODECS["rans"].tag, raw_length, body)
 
 
-def text_of(tensors: list, tables: bytes = bytes(512 * 202)) -> bytes:
+def text_of(tensors: list, tables: bytes = bytes(512 * 204)) -> bytes:
     header = json.dumps(dict(ABOUT, codec="rans", model={}, tensors=tensors)).encode()
     return struct.pack("<I", len(header)) + header + tables
 
@@ -164,7 +164,7 @@ NAME = "blocks.0.attn.c_q.weight"
 
 def test_the_forgers_tools_make_a_valid_artifact():
     text = text_of([])
-    blob = forge(text, 2 * EMPTY_STATE, len(text) - 512 * 202)
+    blob = forge(text, 2 * EMPTY_STATE, len(text) - 512 * 204)
     assert unpack(blob, "x")[0] == {}
 
 
@@ -183,14 +183,14 @@ def test_counts_beyond_what_a_stream_can_hold_are_refused(shape):
 ])  # fmt: skip
 def test_a_forged_head_is_refused(changes):
     text = text_of([])
-    refused(forge(text, 2 * EMPTY_STATE, len(text) - 512 * 202, changes))
+    refused(forge(text, 2 * EMPTY_STATE, len(text) - 512 * 204, changes))
 
 
 @pytest.mark.parametrize("value", [1, 255, 65535])
 def test_forged_tables_are_refused(value):
-    tables = np.full(256 * 202, value, "<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
+    tables = np.full(256 * 204, value, "<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
     text = text_of([[NAME, [40, 30], ["int8", "step"]]], tables)
-    refused(forge(text, bytes(400), len(text) - 512 * 202 + 1280))
+    refused(forge(text, bytes(400), len(text) - 512 * 204 + 1280))
 
 
 def test_text_that_unpacks_to_far_more_than_any_is_refused_unread():
