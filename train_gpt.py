@@ -4128,6 +4128,7 @@ GPTQ_BLOCK = 128  # columns whose errors are passed on one by one; the rest get 
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 LEAST_STEP = 2.0**-24  # the least positive float16
 TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in the LowerLR record
+SIZE_MARGIN = 2_000  # bytes that SIZE_TARGET=auto leaves free
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
 
 # The module that a tensor belongs to decides its group, and with that its levels.
@@ -4585,6 +4586,14 @@ class QuantiseKnobs:
         role="pack",
         source="ours",
     )
+    size_target: str = knob(
+        "",
+        "Bytes of code and packed model to fill, by scaling all QUANT_CLIP_SIGMAS; auto = the limit of "
+        "16,000,000 less a margin; empty = take the knobs as they are.",
+        needs="QUANT_CLIP=sdclip",
+        role="pack",
+        source="ours",
+    )
     codec: str = knob(
         "zstd",
         "Compressor of the packed model: rans is our own entropy coder, which knows rows and columns; zstd "
@@ -4629,8 +4638,22 @@ class QuantiseKnobs:
         source="ours",
     )
 
+    @property
+    def size_target_bytes(self) -> int:
+        """SIZE_TARGET in bytes; 0 = none, RunError if it is no such number."""
+        if self.size_target == "auto":
+            return SIZE_LIMIT - SIZE_MARGIN
+        try:
+            return int(self.size_target or 0)
+        except ValueError:
+            raise RunError(
+                f"SIZE_TARGET={self.size_target!r} is neither auto nor a number of bytes"
+            ) from None
+
     def check(self) -> None:
-        """RunError if GPTQ reads training data in time that nobody kept for it."""
+        """RunError if GPTQ reads training data in time that nobody kept for it, or SIZE_TARGET is no size."""
+        if not 0 <= self.size_target_bytes <= SIZE_LIMIT:
+            raise RunError(f"SIZE_TARGET={self.size_target} is not within the limit of {SIZE_LIMIT} bytes")
         if self.gptq_calibration_batches and self.max_wallclock_seconds and not self.gptq_reserve_seconds:
             raise RunError(
                 f"GPTQ_CALIBRATION_BATCHES={self.gptq_calibration_batches} are read after the last step, but "
@@ -5028,12 +5051,39 @@ def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
     return sum(plan.payload_bytes for plan in plan_tensors(cfg, state))
 
 
+# Bytes of 768,000 Gaussian integers of 3.3 bits over their entropy, and of float16 numbers over two each.
+CODED_RATIO = {"rans": (1.003, 0.83), "brotli": (1.014, 0.9), "zstd": (1.018, 0.9), "zlib": (1.16, 0.93)}
+
+
 def predict_size(cfg: Config, model: GPT) -> int:
-    """Expected bytes of the trained, packed model; 127 / levels saves its log_256 bytes a weight."""
+    """Expected bytes of the trained, packed model, from shapes alone.
+
+    SDClip's steps are shares of a row's deviation, so that the entropy of a Gaussian says the rest. Of other
+    clips 127 / levels saves its log_256 bytes a weight.
+    """
     state = model.state_dict()
-    quantised = [plan for plan in plan_tensors(cfg, state) if plan.levels]
-    saved_bytes = sum(plan.count * math.log(127 / plan.levels, 256) for plan in quantised)
-    return int(TRAINED_RATIO * payload_bytes(cfg, state) - saved_bytes)
+    plans = plan_tensors(cfg, state)
+    quantised = [plan for plan in plans if plan.levels]
+    if cfg.quant_clip != SDCLIP:
+        saved_bytes = sum(plan.count * math.log(127 / plan.levels, 256) for plan in quantised)
+        return int(TRAINED_RATIO * payload_bytes(cfg, state) - saved_bytes)
+    others = payload_bytes(cfg, state)
+    coded = 0.0
+    for plan in quantised:
+        others -= plan.count
+        coded += plan.count / 8 * rounded_entropy(of_group(cfg, "quant_clip_sigmas", plan.name), plan.levels)
+    integer_ratio, float_ratio = CODED_RATIO[cfg.codec]
+    predicted = int(float_ratio * others + integer_ratio * coded)
+    return min(predicted, cfg.size_target_bytes or predicted)
+
+
+def rounded_entropy(sigmas: float, levels: int) -> float:
+    """Bits of a Gaussian number whose deviation is levels / sigmas, rounded to integers within the levels."""
+    edges = (np.arange(-levels, levels) + 0.5) * sigmas / levels
+    below = [0.0, *(0.5 * math.erfc(-edge / 2**0.5) for edge in edges), 1.0]
+    shares = np.diff(below)
+    shares = shares[shares > 0]
+    return float(-(shares * np.log2(shares)).sum())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -7225,6 +7275,8 @@ def log_start_warnings(run: Run) -> None:
 
 
 # -- The artifact ----------------------------------------------------------------------------------------
+SIZE_ROUNDS = 8  # of SIZE_TARGET's search, which usually takes 3
+LEAST_SIGMAS = 4.0  # deviations that the levels must span
 
 
 @dataclass(frozen=True)
@@ -7263,8 +7315,7 @@ def save_model(run: Run, path: Path, hessians: Mapping[str, Tensor]) -> int:
     if weights > SLOW_TO_PACK:
         seconds = weights / PACKED_PER_SECOND
         log.say(f"packing {weights / 1e6:.0f} M weights: usually {seconds:.0f} s, with some clips longer")
-    encoded = encode_tensors(cfg, state, hessians)
-    blob = pack_arrays(cfg, encoded, header)
+    encoded, blob = pack_to_size(run, state, hessians, header)
     weights_path = path.with_name(WEIGHTS_FILE)
     write_atomic(weights_path, partial(torch.save, state))
     write_atomic(path, blob)
@@ -7282,6 +7333,42 @@ def save_model(run: Run, path: Path, hessians: Mapping[str, Tensor]) -> int:
     log.line(f"Total submission size {label}: {len(blob) + code_bytes} bytes")
     report_packing(run, state, encoded, blob)
     return len(blob)
+
+
+def pack_to_size(
+    run: Run, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], header: Mapping[str, object]
+) -> tuple[dict[TensorPlan, tuple[Tensor, ...]], bytes]:
+    """(arrays, artifact) of the model: with SIZE_TARGET the largest found that fits.
+
+    One factor scales every step; twice the step saves up to a bit a weight. It stays where the levels reach
+    LEAST_SIGMAS, beyond which finer steps would clip. RunError (3) if nothing fits.
+    """
+    cfg = run.cfg
+    room = cfg.size_target_bytes - len(own_source())
+    knob_names = ("quant_clip_sigmas", "mlp_quant_clip_sigmas", "embed_quant_clip_sigmas")
+    least_scale = LEAST_SIGMAS / min(getattr(cfg, name) or math.inf for name in knob_names)
+    scale = 1.0
+    best = None
+    for _ in range(SIZE_ROUNDS if cfg.size_target else 1):
+        scaled = replace(cfg, **{name: scale * getattr(cfg, name) for name in knob_names})
+        encoded = encode_tensors(scaled, state, hessians)
+        blob = pack_arrays(cfg, encoded, header)
+        if not cfg.size_target:
+            return encoded, blob
+        run.log.line(f"size_target: sigmas x {scale:.4f}, packed {len(blob)} of {room} bytes")
+        fits = len(blob) <= room
+        if fits and (best is None or len(blob) > len(best[1])):
+            best = encoded, blob
+        if fits and (len(blob) > 0.999 * room or scale == least_scale):
+            break
+        weights = sum(plan.count for plan in encoded if plan.levels)
+        scale = max(scale * 2 ** (8 * (len(blob) - 0.9995 * room) / max(weights, 1)), least_scale)
+    if best is None:
+        raise RunError(
+            f"SIZE_TARGET={cfg.size_target}: no steps were found that fit; lower the model's size", OVER_SIZE
+        )
+    run.log.line(f"size_target: {room - len(best[1])} bytes unused")
+    return best
 
 
 def report_packing(

@@ -299,3 +299,76 @@ train_gpt.watched_inputs = watched
     run = new(STILL | dict(max_wallclock_seconds=2.5, gptq_reserve_seconds=0.5, iterations=1))
     assert run.start(slow) == [train_gpt.OVER_TRAIN_TIME], run.text("0.err")
     assert "raise GPTQ_RESERVE_SECONDS or lower GPTQ_CALIBRATION_BATCHES" in run.error()
+
+
+# --- sizes ---
+
+SDCLIP = dict(quant_clip="sdclip", quant_levels=63, quant_clip_sigmas=24.0, codec="rans")
+
+
+@pytest.mark.parametrize("knobs", [
+    {}, dict(quant_clip_sigmas=12.0), dict(mlp_quant_clip_sigmas=48.0, embed_quant_clip_sigmas=16.0),
+    dict(row_step_power=0.5), dict(codec="zstd", zstd_level=22), dict(codec="zlib"),
+    dict(quant_levels=3, quant_clip_sigmas=3.0), dict(control_float16=True, steps_per_octave=4),
+])  # fmt: skip
+def test_the_predicted_size_knows_sigmas_and_coder(tiny, knobs):
+    cfg = tiny(**WIDE | dict(vocab_size=1024) | SDCLIP | knobs)
+    model = reference.randomise(GPT(cfg))
+    size = len(pack(cfg, model.state_dict(), ABOUT))
+    assert train_gpt.predict_size(cfg, model) == pytest.approx(size, rel=0.015)
+
+
+@pytest.mark.parametrize("sigmas, levels", [(12.85, 31), (20, 127), (3, 7), (2, 1), (0.5, 3)])
+def test_the_entropy_of_a_rounded_gaussian(sigmas, levels):
+    numbers = np.random.default_rng(0).standard_normal(400_000)
+    integers = np.clip(np.rint(numbers * levels / sigmas), -levels, levels).astype(int) + levels
+    shares = np.bincount(integers) / len(integers)
+    expected = -(shares[shares > 0] * np.log2(shares[shares > 0])).sum()
+    assert train_gpt.rounded_entropy(sigmas, levels) == pytest.approx(expected, abs=0.005)
+
+
+@pytest.fixture
+def packed_to(tiny, tmp_path):
+    """packed_to(SIZE_TARGET, bytes of code) -> (artifact, log) of a model with random weights."""
+
+    def make(target: str, code: int = 1000):
+        cfg = tiny(**WIDE, **SDCLIP, size_target=target)
+        model = reference.randomise(GPT(cfg))
+        log = train_gpt.RunLog(tmp_path, "x")
+        run = train_gpt.Run(cfg, train_gpt.Runtime(), log, model, data=None)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train_gpt, "own_source", lambda: bytes(code))
+            encoded, blob = train_gpt.pack_to_size(run, model.state_dict(), {}, ABOUT)
+        log.close()
+        return blob, (tmp_path / "x.txt").read_text()
+
+    return make
+
+
+@pytest.mark.parametrize("target", [450_000, 600_000, 800_000])
+def test_a_target_is_filled_and_never_passed(packed_to, target):
+    blob, log = packed_to(str(target))
+    assert 0.998 * (target - 1000) <= len(blob) <= target - 1000
+    assert f"size_target: {target - 1000 - len(blob)} bytes unused" in log
+    assert unpack(blob, "x")[0]
+
+
+def test_a_target_beyond_what_the_levels_can_use_leaves_bytes(packed_to):
+    """Finer steps than 4 deviations / levels would clip: the rest is told, not wasted."""
+    blob, log = packed_to("auto")
+    assert len(blob) < 2_000_000 and "bytes unused" in log and log.count("sigmas x") <= 3
+
+
+def test_a_target_that_nothing_fits_is_one_line(packed_to):
+    with pytest.raises(RunError, match="SIZE_TARGET=20000: no steps were found that fit") as refusal:
+        packed_to("20000")
+    assert refusal.value.code == train_gpt.OVER_SIZE
+
+
+@pytest.mark.parametrize("value, message", [
+    ("much", "is neither auto nor a number of bytes"), ("16000001", "is not within the limit"),
+    ("-5", "is not within the limit"),
+])  # fmt: skip
+def test_a_target_that_is_none_is_refused(value, message):
+    with pytest.raises(RunError, match=f"SIZE_TARGET='?{value}'? {message}"):
+        Config.from_env(dict(SIZE_TARGET=value, QUANT_CLIP="sdclip"))
