@@ -4124,6 +4124,7 @@ RAW_LIMIT = 1 << 29  # no artifact within the limit unpacks to more; a prefix th
 HEADER_LIMIT = 1 << 22  # a tensor takes about 100 bytes of it
 LARGEST_FLOAT_MATRIX = 65_536  # values; a larger matrix is stored as integers: the official script's rule
 SDCLIP = "sdclip"
+BALANCE_TOKENS = 8192  # of training text, on which STEP_BALANCE_ROUNDS measures
 GPTQ_BLOCK = 128  # columns whose errors are passed on one by one; the rest get them by the block
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 LEAST_STEP = 2.0**-24  # the least positive float16
@@ -4578,6 +4579,15 @@ class QuantiseKnobs:
         role="pack",
         source="ours",
     )
+    step_balance_rounds: int = knob(
+        0,
+        "Rounds that weigh the matrices' steps against each other: where rounding one alone moves the "
+        "model's output more (KL divergence, on training text) its steps shrink, elsewhere they grow.",
+        low=0,
+        needs="GPTQ_CALIBRATION_BATCHES!=0,QUANT_CLIP=sdclip",
+        role="pack",
+        source="ours",
+    )
     steps_per_octave: int = knob(
         0,
         "Round steps to so many values an octave, so that they take fewer bytes; 0 = as float16 holds them.",
@@ -4743,16 +4753,25 @@ def quant_name(cfg: Config) -> str:
 # -- Weights to integers ---------------------------------------------------------------------------------
 
 
-def pick_quantiser(cfg: Config, name: str) -> Callable[..., tuple[Tensor, ...]]:
+@dataclass
+class Calibration:
+    """What training text says about the tensors of these names, after training."""
+
+    hessians: dict[str, Tensor] = field(default_factory=dict)  # X^T X [c, c] of the inputs of some
+    scales: dict[str, float] = field(default_factory=dict)  # factors of SDClip's steps, 1 if not named
+
+
+def pick_quantiser(cfg: Config, name: str, scale: float = 1.0) -> Callable[..., tuple[Tensor, ...]]:
     """quantise(weight [r, c], levels, hessian=None) -> (integers [r, c], steps [r]), as the knobs ask.
 
-    With COLUMN_STEP_POWER there are also column factors [c]; without a Hessian they are all 1.
+    With COLUMN_STEP_POWER there are also column factors [c]; without a Hessian they are all 1. scale: of
+    SDClip's steps.
     """
     return partial(
         quantise_rows,
         clip=cfg.quant_clip,
         floor=cfg.quant_scale_floor,
-        sigmas=of_group(cfg, "quant_clip_sigmas", name),
+        sigmas=scale * of_group(cfg, "quant_clip_sigmas", name),
         row_power=cfg.row_step_power,
         column_power=cfg.column_step_power,
         per_octave=cfg.steps_per_octave,
@@ -4911,6 +4930,13 @@ def add_products(total: Tensor, module: nn.Module, inputs: tuple) -> None:
     total.addmm_(x.T, x)
 
 
+def decode_matrix(arrays: tuple[Tensor, ...]) -> Tensor:
+    """The float32 matrix [r, c] of integers, steps and, where they are, column factors."""
+    integers, steps, *columns = arrays
+    weight = integers.float() * steps.float()[:, None]
+    return weight * columns[0].float() if columns else weight
+
+
 def round_to_steps(weight: Tensor, steps: Tensor, levels: int) -> Tensor:
     """The nearest integers within the levels, as floats; steps of the weight's shape, or one that fits."""
     return (weight / steps).round().clamp(-levels, levels)
@@ -4923,32 +4949,39 @@ def pack(
     cfg: Config,
     state: Mapping[str, Tensor],
     about: Mapping[str, object],
-    hessians: Mapping[str, Tensor] | None = None,
+    calibration: Calibration | None = None,
 ) -> bytes:
     """The artifact: a checked prefix and a body. The same input gives the same bytes, in any order of names.
 
-    about: what its header says beside codec, shape of the model and table of tensors. hessians: for GPTQ, of
-    those tensors that have one. RunError (5) if a weight is not finite, or too large for its type.
+    about: what its header says beside codec, shape of the model and table of tensors. RunError (5) if a
+    weight is not finite, or too large for its type.
     """
-    return pack_arrays(cfg, encode_tensors(cfg, state, hessians or {}), about)
+    return pack_arrays(cfg, encode_tensors(cfg, state, calibration or Calibration()), about)
 
 
 def encode_tensors(
-    cfg: Config, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor]
+    cfg: Config, state: Mapping[str, Tensor], calibration: Calibration
 ) -> dict[TensorPlan, tuple[Tensor, ...]]:
     """The arrays of each tensor, one for each plane of its plan, by name; RunError (5) as `pack`."""
     encoded = {}
     for plan in plan_tensors(cfg, dict(sorted(state.items()))):
         weight = state[plan.name].detach().float().cpu().contiguous()
         if plan.levels:
-            quantise = pick_quantiser(cfg, plan.name)
-            arrays = quantise(weight, plan.levels, hessians.get(plan.name))
+            arrays = encode_matrix(cfg, plan, weight, calibration)
         else:
             arrays = (weight.half(),) if plan.planes == ("fp16",) else (weight,)
         if not all(torch.isfinite(array).all() for array in (weight, *arrays)):
             raise RunError(f"diverged: {plan.name} is not finite, or too large for the artifact", DIVERGED)
         encoded[plan] = arrays
     return encoded
+
+
+def encode_matrix(
+    cfg: Config, plan: TensorPlan, weight: Tensor, calibration: Calibration
+) -> tuple[Tensor, ...]:
+    """The arrays of a float32 matrix that is stored as integers."""
+    quantise = pick_quantiser(cfg, plan.name, calibration.scales.get(plan.name, 1.0))
+    return quantise(weight, plan.levels, calibration.hessians.get(plan.name))
 
 
 def pack_arrays(
@@ -5051,8 +5084,8 @@ def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
     return sum(plan.payload_bytes for plan in plan_tensors(cfg, state))
 
 
-# Bytes of 768,000 Gaussian integers of 3.3 bits over their entropy, and of float16 numbers over two each.
-CODED_RATIO = {"rans": (1.003, 0.83), "brotli": (1.014, 0.9), "zstd": (1.018, 0.9), "zlib": (1.16, 0.93)}
+# Bytes of integers over a Gaussian's entropy, and of float16 numbers over two each, in trained models.
+CODED_RATIO = {"rans": (0.992, 0.83), "brotli": (1.014, 0.9), "zstd": (1.018, 0.9), "zlib": (1.16, 0.93)}
 
 
 def predict_size(cfg: Config, model: GPT) -> int:
@@ -6993,17 +7026,18 @@ def use_average(run: Run, average: Average, trained: Trained) -> Score:
     return score
 
 
-def calibrate(run: Run, stream: TokenStream | None, trained: Trained) -> dict[str, Tensor]:
-    """GPTQ_CALIBRATION_BATCHES: what `watched_inputs` gives of the first training batches, over all ranks.
+def calibrate(run: Run, stream: TokenStream | None, trained: Trained) -> Calibration:
+    """GPTQ_CALIBRATION_BATCHES: what the first training batches say of the model as it will be packed.
 
-    Its seconds count as training: they are added to the trained ones. The model is as it will be packed.
+    All ranks call it and get the same. Its seconds count as training: they are added to the trained ones.
     """
     cfg = run.cfg
     runtime = run.runtime
     if not stream or not cfg.gptq_calibration_batches:
-        return {}
+        return Calibration()
     began = time.perf_counter()
-    names = [plan.name for plan in plan_tensors(cfg, run.model.state_dict()) if plan.levels]
+    plans = [plan for plan in plan_tensors(cfg, run.model.state_dict()) if plan.levels]
+    names = [plan.name for plan in plans]
     source = batches(cfg, stream, runtime)
     with watched_inputs(run.model, names) as sums, torch.no_grad():
         for ids, target_ids in itertools.islice(source, cfg.gptq_calibration_batches):
@@ -7012,16 +7046,53 @@ def calibrate(run: Run, stream: TokenStream | None, trained: Trained) -> dict[st
     for name, total in sums.items():
         if not runtime.sum(total).isfinite().all():
             raise RunError(f"diverged: the inputs of {name} are not finite", DIVERGED)
+    calibration = Calibration(sums)
+    if cfg.step_balance_rounds:
+        windows = window_order(cfg, stream.count_windows(cfg.train_seq_len), 0)
+        windows = windows[: max(1, BALANCE_TOKENS // cfg.train_seq_len)] * cfg.train_seq_len
+        rows = [stream.read(start, cfg.train_seq_len) for start in windows.tolist()]
+        balance_steps(run, plans, calibration, torch.from_numpy(np.array(rows, np.int64)))
     runtime.synchronize()
     seconds = runtime.main_number(time.perf_counter() - began)
     trained.seconds += seconds
     tokens = cfg.gptq_calibration_batches * cfg.train_batch_tokens
     run.log.line(f"gptq: hessians:{len(sums)} tokens:{tokens} time:{1000 * seconds:.0f}ms")
-    run.log.event("gptq", hessians=len(sums), tokens=tokens, seconds=seconds)
+    run.log.event("gptq", hessians=len(sums), tokens=tokens, seconds=seconds, scales=calibration.scales)
     for name in names:
         if name not in sums:
             run.log.line(f"gptq: {name} is read by rows, it has no inputs: rounded to the nearest")
-    return sums
+    return calibration
+
+
+@torch.no_grad()
+def balance_steps(run: Run, plans: list[TensorPlan], calibration: Calibration, ids: Tensor) -> None:
+    """STEP_BALANCE_ROUNDS: set the calibration's scales by what rounding each matrix alone costs.
+
+    A cost is the KL divergence of the model's output on ids [B, T], mean nats a token. As costs go by the
+    square of the steps and bytes by their logarithm, the least cost at the same bytes has the same cost for
+    each weight of all matrices. A round goes half of the way there: farther off, steps are too coarse for the
+    square. Each rank measures its share of the matrices.
+    """
+    cfg = run.cfg
+    runtime = run.runtime
+    ids = ids.to(runtime.device)
+    reference = run.model(ids).log_softmax(dim=-1)
+    counts = torch.tensor([plan.count for plan in plans], dtype=torch.float64)
+    logs = torch.zeros(len(plans), dtype=torch.float64)  # of the scales
+    for _ in range(cfg.step_balance_rounds):
+        costs = torch.zeros(len(plans), dtype=torch.float64)
+        for index in range(runtime.rank, len(plans), runtime.world_size):
+            weight = run.model.get_parameter(plans[index].name)
+            before = weight.detach().clone()
+            weight.copy_(decode_matrix(encode_matrix(cfg, plans[index], before.cpu(), calibration)))
+            output = run.model(ids).log_softmax(dim=-1)
+            costs[index] = F.kl_div(output, reference, log_target=True, reduction="sum") / ids.numel()
+            weight.copy_(before)
+        gaps = 0.5 * (runtime.sum(costs).clamp_min(1e-9) / counts).log2()
+        gaps -= (gaps * counts).sum() / counts.sum()
+        logs -= 0.5 * gaps.clamp(-4, 4)
+        for plan, log in zip(plans, logs.tolist(), strict=True):
+            calibration.scales[plan.name] = 2**log
 
 
 # -- What the loop says ----------------------------------------------------------------------------------
@@ -7299,8 +7370,8 @@ class Artifact:
         return asdict(self) | dict(total_bytes=self.total_bytes)
 
 
-def save_model(run: Run, path: Path, hessians: Mapping[str, Tensor]) -> int:
-    """Write both model files, or neither, on rank 0; returns the packed bytes. hessians: as `pack`.
+def save_model(run: Run, path: Path, calibration: Calibration) -> int:
+    """Write both model files, or neither, on rank 0; returns the packed bytes.
 
     RunError (5) if a weight is not finite.
     """
@@ -7315,7 +7386,7 @@ def save_model(run: Run, path: Path, hessians: Mapping[str, Tensor]) -> int:
     if weights > SLOW_TO_PACK:
         seconds = weights / PACKED_PER_SECOND
         log.say(f"packing {weights / 1e6:.0f} M weights: usually {seconds:.0f} s, with some clips longer")
-    encoded, blob = pack_to_size(run, state, hessians, header)
+    encoded, blob = pack_to_size(run, state, calibration, header)
     weights_path = path.with_name(WEIGHTS_FILE)
     write_atomic(weights_path, partial(torch.save, state))
     write_atomic(path, blob)
@@ -7336,7 +7407,7 @@ def save_model(run: Run, path: Path, hessians: Mapping[str, Tensor]) -> int:
 
 
 def pack_to_size(
-    run: Run, state: Mapping[str, Tensor], hessians: Mapping[str, Tensor], header: Mapping[str, object]
+    run: Run, state: Mapping[str, Tensor], calibration: Calibration, header: Mapping[str, object]
 ) -> tuple[dict[TensorPlan, tuple[Tensor, ...]], bytes]:
     """(arrays, artifact) of the model: with SIZE_TARGET the largest found that fits.
 
@@ -7351,7 +7422,7 @@ def pack_to_size(
     best = None
     for _ in range(SIZE_ROUNDS if cfg.size_target else 1):
         scaled = replace(cfg, **{name: scale * getattr(cfg, name) for name in knob_names})
-        encoded = encode_tensors(scaled, state, hessians)
+        encoded = encode_tensors(scaled, state, calibration)
         blob = pack_arrays(cfg, encoded, header)
         if not cfg.size_target:
             return encoded, blob
@@ -8604,8 +8675,8 @@ def complete(run: Run, stream: TokenStream | None, header: Mapping | None, run_i
     else:
         run.settle(partial(warm_evaluation, run))
         trained = Trained() if header else Trained(score=validate(run, 0, 0.0))
-    hessians = calibrate(run, stream, trained)
-    artifact = packed_before(run.cfg, header) if header else pack_artifact(run, hessians)
+    calibration = calibrate(run, stream, trained)
+    artifact = packed_before(run.cfg, header) if header else pack_artifact(run, calibration)
     scores = score_artifact(run, artifact)
     return finish(run, trained, artifact, scores, run_id)
 
@@ -8616,12 +8687,12 @@ def packed_before(cfg: Config, header: Mapping) -> Artifact:
     return Artifact(str(path), header["quant"], header["codec"], path.stat().st_size, len(own_source()))
 
 
-def pack_artifact(run: Run, hessians: Mapping[str, Tensor]) -> Artifact:
-    """Pack the model into OUT_DIR, on rank 0, and log what came of it. hessians: as `pack`."""
+def pack_artifact(run: Run, calibration: Calibration) -> Artifact:
+    """Pack the model into OUT_DIR, on rank 0, and log what came of it."""
     cfg = run.cfg
     code_bytes = len(own_source())
     path = Path(cfg.out_dir, MODEL_FILE)
-    model_bytes = run.runtime.main_decides(partial(save_model, run, path, hessians))
+    model_bytes = run.runtime.main_decides(partial(save_model, run, path, calibration))
     artifact = Artifact(str(path), quant_name(cfg), cfg.codec, model_bytes, code_bytes)
     run.log.event("artifact", **artifact.facts())
     return artifact

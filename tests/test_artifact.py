@@ -466,7 +466,7 @@ def test_the_report_says_what_each_group_takes_and_loses(tiny, tmp_path):
     cfg = tiny(**WIDE, quant_levels=63, mlp_quant_levels=16, quant_clip="grid")
     state, log = trained_like(cfg), RunLog(tmp_path, "x")
     blob = pack(cfg, state, ABOUT)
-    encoded = encode_tensors(cfg, state, {})
+    encoded = encode_tensors(cfg, state, train_gpt.Calibration())
     report_packing(Run(cfg, Runtime(), log, GPT(cfg), data=None), state, encoded, blob)
     log.close()
     (event,) = map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())

@@ -173,13 +173,15 @@ def test_column_factors_come_back(tiny):
     state = trained_like(cfg)
     inputs = correlated(cfg.model_dim)
     hessians = {"blocks.0.attn.c_q.weight": inputs.T @ inputs}
-    restored = unpack(pack(cfg, state, ABOUT, hessians), "x")[0]
+    restored = unpack(pack(cfg, state, ABOUT, train_gpt.Calibration(hessians)), "x")[0]
     for name in ("blocks.0.attn.c_q.weight", "blocks.1.attn.c_q.weight"):
         quantise = train_gpt.pick_quantiser(cfg, name)
         integers, steps, columns = quantise(state[name], 127, hessians.get(name))
         assert torch.equal(restored[name], integers.float() * steps.float()[:, None] * columns.float()), name
         assert columns.float().std() > 0.1 if name in hessians else (columns == 1).all()
-    assert pack(cfg, state, ABOUT, hessians) == pack(cfg, dict(reversed(state.items())), ABOUT, hessians)
+    assert pack(cfg, state, ABOUT, train_gpt.Calibration(hessians)) == pack(
+        cfg, dict(reversed(state.items())), ABOUT, train_gpt.Calibration(hessians)
+    )
 
 
 # --- Hessians ---
@@ -338,7 +340,7 @@ def packed_to(tiny, tmp_path):
         run = train_gpt.Run(cfg, train_gpt.Runtime(), log, model, data=None)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train_gpt, "own_source", lambda: bytes(code))
-            encoded, blob = train_gpt.pack_to_size(run, model.state_dict(), {}, ABOUT)
+            encoded, blob = train_gpt.pack_to_size(run, model.state_dict(), train_gpt.Calibration(), ABOUT)
         log.close()
         return blob, (tmp_path / "x.txt").read_text()
 
@@ -372,3 +374,51 @@ def test_a_target_that_nothing_fits_is_one_line(packed_to):
 def test_a_target_that_is_none_is_refused(value, message):
     with pytest.raises(RunError, match=f"SIZE_TARGET='?{value}'? {message}"):
         Config.from_env(dict(SIZE_TARGET=value, QUANT_CLIP="sdclip"))
+
+
+# --- steps against each other ---
+
+
+def test_balanced_steps_make_every_weight_cost_the_same(tiny):
+    """By the definition, anew: each matrix rounded alone, and the KL divergence of the output in float64."""
+    knobs = dict(SDCLIP, gptq_calibration_batches=1, step_balance_rounds=4, column_step_power=1.0)
+    cfg = tiny(**WIDE | dict(num_layers=1), **knobs)
+    model = reference.randomise(GPT(cfg))
+    run = train_gpt.Run(cfg, train_gpt.Runtime(), train_gpt.RunLog(None, ""), model, data=None)
+    plans = [plan for plan in train_gpt.plan_tensors(cfg, model.state_dict()) if plan.levels]
+    ids = torch.randint(cfg.vocab_size, (6, cfg.train_seq_len), generator=torch.Generator().manual_seed(2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def costs(scales: dict) -> dict[str, float]:
+        """Nats a token that rounding each matrix alone costs, over its weights."""
+        found = {}
+        with torch.no_grad():
+            whole = model(ids).double().log_softmax(-1)
+            for plan in plans:
+                calibration = train_gpt.Calibration(scales=scales)
+                arrays = train_gpt.encode_matrix(cfg, plan, before[plan.name], calibration)
+                restored = arrays[0].float() * arrays[1].float()[:, None] * arrays[2].float()
+                model.get_parameter(plan.name).copy_(restored)
+                rounded = model(ids).double().log_softmax(-1)
+                model.get_parameter(plan.name).copy_(before[plan.name])
+                found[plan.name] = float((whole.exp() * (whole - rounded)).sum(-1).mean()) / plan.count
+        return found
+
+    calibration = train_gpt.Calibration()
+    train_gpt.balance_steps(run, plans, calibration, ids)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    spread = [np.log2(list(costs(scales).values())) for scales in ({}, calibration.scales)]
+    assert spread[1].std() < 0.4 * spread[0].std()
+    counts = np.array([plan.count for plan in plans])
+    logs = np.log2([calibration.scales[plan.name] for plan in plans])
+    assert abs(logs @ counts) < 1e-6 * counts.sum(), "the bytes stay, to first order"
+
+
+def test_a_run_balances_on_all_ranks_alike(new):
+    knobs = STILL | dict(step_balance_rounds=1, max_wallclock_seconds=300, gptq_reserve_seconds=200)
+    scales = []
+    for ranks in (1, 2):
+        run = new(knobs, ranks)
+        assert run.start() == [0] * ranks, run.text("0.err")
+        scales.append(run.events("gptq")[0]["scales"])
+    assert len(scales[0]) == 5 and scales[1] == pytest.approx(scales[0], rel=0.02)

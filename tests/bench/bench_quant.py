@@ -33,7 +33,7 @@ import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import Sizes, commit, preset_env  # noqa: E402
 
 OURS = dict(quant_clip="sdclip", quant_levels=127, row_step_power=0.5, column_step_power=1.0)
-OURS |= dict(steps_per_octave=4, codec="rans", control_float16=True)
+OURS |= dict(steps_per_octave=4, codec="rans", control_float16=True, step_balance_rounds=2)
 RATES = (0.7, 0.85, 1.0, 1.2, 1.45, 1.8)  # factors of a recipe's steps
 
 
@@ -47,41 +47,43 @@ class Packed:
     state: dict  # what comes back
 
 
-def by_script(cfg, model, state: dict, hessians: dict, label: str, **knobs) -> Packed:
+def by_script(cfg, model, state: dict, calibration, label: str, **knobs) -> Packed:
     """A point that the script packs itself."""
     own = replace(cfg, **knobs)
-    blob = train_gpt.pack(own, state, {}, hessians if own.gptq_calibration_batches else {})
+    blob = train_gpt.pack(own, state, {}, calibration if own.gptq_calibration_batches else None)
     restored = train_gpt.unpack(blob, "packed")[0]
     return Packed(label, len(blob), train_gpt.predict_size(own, model), restored)
 
 
-def official(cfg, model, state: dict, hessians: dict) -> Iterator[Packed]:
+def official(cfg, model, state: dict, calibration) -> Iterator[Packed]:
     """The official script's int8 and zlib; below int8 with as many levels less."""
     for levels in (127, 63, 31, 15):
-        yield by_script(cfg, model, state, {}, f"levels {levels}", codec="zlib", quant_levels=levels)
+        yield by_script(cfg, model, state, None, f"levels {levels}", codec="zlib", quant_levels=levels)
 
 
-def zstandard(cfg, model, state: dict, hessians: dict) -> Iterator[Packed]:
+def zstandard(cfg, model, state: dict, calibration) -> Iterator[Packed]:
     """The same by zstd, level 22."""
     for levels in (127, 63, 31, 15):
-        yield by_script(cfg, model, state, {}, f"levels {levels}", codec="zstd", quant_levels=levels)
+        yield by_script(cfg, model, state, None, f"levels {levels}", codec="zstd", quant_levels=levels)
 
 
-def gptq_lite(cfg, model, state: dict, hessians: dict) -> Iterator[Packed]:
+def gptq_lite(cfg, model, state: dict, calibration) -> Iterator[Packed]:
     """PR #895's five clips a row, and zstd, level 22."""
     knobs = dict(codec="zstd", quant_clip="gptq_lite")
     for levels in (127, 63, 31, 15):
-        yield by_script(cfg, model, state, {}, f"levels {levels}", quant_levels=levels, **knobs)
+        yield by_script(cfg, model, state, None, f"levels {levels}", quant_levels=levels, **knobs)
 
 
-def published(cfg, model, state: dict, hessians: dict) -> Iterator[Packed]:
+def published(cfg, model, state: dict, calibration) -> Iterator[Packed]:
     """#1394: GPTQ, SDClip, int6 and an int8 table, byte shuffle, brotli 11; the rates scale its sigmas."""
     for rate in RATES:
         knobs = dict(quant_clip="sdclip", quant_levels=31, embed_quant_levels=127, gptq_calibration_batches=1)
         knobs |= dict(quant_clip_sigmas=12.85 * rate, embed_quant_clip_sigmas=20 * rate)
         own = replace(cfg, **knobs)
         stored = {}
-        for plan, arrays in train_gpt.encode_tensors(own, state, hessians).items():
+        for plan, arrays in train_gpt.encode_tensors(
+            own, state, train_gpt.Calibration(calibration.hessians)
+        ).items():
             if plan.levels:
                 stored[f"{plan.name}.q"] = arrays[0]
                 stored[f"{plan.name}.scale"] = arrays[1]
@@ -91,24 +93,27 @@ def published(cfg, model, state: dict, hessians: dict) -> Iterator[Packed]:
         torch.save(stored, file)
         raw = file.getvalue()
         size = len(train_gpt.brotli_module().compress(raw[::2] + raw[1::2], quality=11))
-        restored = train_gpt.unpack(train_gpt.pack(own, state, {}, hessians), "packed")[0]
+        restored = train_gpt.unpack(
+            train_gpt.pack(own, state, {}, train_gpt.Calibration(calibration.hessians)), "packed"
+        )[0]
         yield Packed(f"sigmas x {rate}", size, 0, restored)
 
 
-def coded(cfg, model, state: dict, hessians: dict) -> Iterator[Packed]:
+def coded(cfg, model, state: dict, calibration) -> Iterator[Packed]:
     """The same integers by our coder: what CODEC=rans alone is worth."""
     knobs = dict(quant_clip="sdclip", quant_levels=31, embed_quant_levels=127, gptq_calibration_batches=1)
     knobs |= dict(codec="rans", control_float16=True)
     for rate in RATES:
         knobs |= dict(quant_clip_sigmas=12.85 * rate, embed_quant_clip_sigmas=20 * rate)
-        yield by_script(cfg, model, state, hessians, f"sigmas x {rate}", **knobs)
+        bare = train_gpt.Calibration(calibration.hessians)
+        yield by_script(cfg, model, state, bare, f"sigmas x {rate}", **knobs)
 
 
-def ours(cfg, model, state: dict, hessians: dict) -> Iterator[Packed]:
+def ours(cfg, model, state: dict, calibration) -> Iterator[Packed]:
     """GPTQ with steps by column and half by row, and our coder."""
     for rate in RATES:
         knobs = OURS | dict(quant_clip_sigmas=50 * rate, gptq_calibration_batches=1)
-        yield by_script(cfg, model, state, hessians, f"sigmas x {rate}", **knobs)
+        yield by_script(cfg, model, state, calibration, f"sigmas x {rate}", **knobs)
 
 
 RECIPES: dict[str, Callable] = {
@@ -157,18 +162,17 @@ def measure(knobs: dict[str, str], path: str, batches: int, windows: int, recipe
         texts = spread_windows(cfg, windows)
         live = mean_nats(run, texts)
         stream = train_gpt.TokenStream(cfg.data_path, "train", cfg.vocab_size)
-        reads = replace(cfg, gptq_calibration_batches=batches, max_wallclock_seconds=0.0)
-        run.cfg = reads
+        cfg = replace(cfg, max_wallclock_seconds=0.0)
+        run.cfg = replace(cfg, **OURS, quant_clip_sigmas=50.0, gptq_calibration_batches=batches)
         most = train_gpt.micro_batch_limit(cfg, runtime.device)
         began = time.perf_counter()
-        hessians = train_gpt.calibrate(run, stream, train_gpt.Trained(max_sequences=most))
+        calibration = train_gpt.calibrate(run, stream, train_gpt.Trained(max_sequences=most))
         hessian_seconds = time.perf_counter() - began
-        cfg = replace(cfg, max_wallclock_seconds=0.0)
         weights = sum(tensor.numel() for tensor in state.values())
         rows = []
         for name in recipes:
             began = time.perf_counter()
-            for point in RECIPES[name](cfg, model, state, hessians):
+            for point in RECIPES[name](cfg, model, state, calibration):
                 seconds = time.perf_counter() - began
                 train_gpt.load_weights(model, point.state, "packed")
                 lost = (mean_nats(run, texts) - live) / math.log(2) * tokens_per_byte
