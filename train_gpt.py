@@ -7277,8 +7277,9 @@ def log_source(log: RunLog, source: bytes, runtime: Runtime) -> None:
     if runtime.is_cuda and shutil.which("nvidia-smi"):
         cards = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
     rule = "=" * 100
+    encoding = "latin-1" if readable_sha256() else "utf-8"  # a packed script is in latin-1
     log.line(
-        f"{source.decode()}\n"
+        f"{source.decode(encoding)}\n"
         f"{rule}\n"
         f"Running Python {sys.version}\n"
         f"Running PyTorch {torch.__version__}\n"

@@ -62,7 +62,7 @@ from records.lint_statements import (  # noqa: E402
     check_official_keys,
 )
 from records.pack_script import is_same_program, strip  # noqa: E402
-from records.unpack_script import Unpacked, Unreadable, unpack  # noqa: E402
+from records.unpack_script import Unpacked, Unreadable, script_encoding, unpack  # noqa: E402
 from sweeps.lab.size_limit import SIZE_LIMIT  # noqa: E402
 
 CLOCK = 600.0  # seconds of training, and of evaluation again, on the 10-minute track
@@ -212,7 +212,18 @@ def find_scripts(folder: Folder) -> dict[str, str]:
         else:
             check_packed(folder, name, data)
     own = {readable_of(name) for name, texts in folder.sources.items() if len(texts) > 1}
-    return {name: decode(data) for name, data in scripts.items() if data.strip() and name not in own}
+    return {name: script_text(data) for name, data in scripts.items() if data.strip() and name not in own}
+
+
+def script_text(script: bytes) -> str:
+    """The text of a script, in the encoding that it names; lines end in a newline alone."""
+    encoding = script_encoding(script)
+    return decode(script if encoding.startswith("utf-8") else script.decode(encoding, "replace").encode())
+
+
+def bytes_on_disk(source: str) -> int:
+    """How many bytes the script takes that has this text, in the encoding that it names."""
+    return len(source.encode(script_encoding(source.encode()), "replace"))
 
 
 def readable_of(name: str) -> str:
@@ -294,7 +305,7 @@ def compare_source(folder: Folder, log: Log, scripts: dict[str, str]) -> None:
     """The source in a log against its own count of bytes, and against the shipped scripts."""
     source = source_of(log.head)
     main = next(iter(scripts), None)
-    shown = len(source.encode())  # without blank ends
+    shown = bytes_on_disk(source)  # without blank ends
     if log.runs == 1 and log.script_bytes and not is_counted(source, log.script_bytes):
         text = f"{log.name} shows a script of {shown} bytes, but counts {log.script_bytes}"
         folder.add("error", "log_source_size", text)
@@ -312,7 +323,7 @@ def compare_source(folder: Folder, log: Log, scripts: dict[str, str]) -> None:
 
 def is_counted(source: str, count: int) -> bool:
     """Whether a log's count of code bytes is that of the source it shows, with either kind of line ends."""
-    shown = len(source.encode())
+    shown = bytes_on_disk(source)
     windows = shown + source.count("\n")
     return 0 <= count - shown <= 8 or 0 <= count - windows <= 8
 

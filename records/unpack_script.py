@@ -10,9 +10,11 @@ import ast
 import base64
 import binascii
 import bz2
+import inspect
 import io
 import lzma
 import re
+import tokenize
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -103,6 +105,8 @@ class Reader:
             elif isinstance(statement, ast.ImportFrom):
                 for name in statement.names:
                     self.modules[name.asname or name.name] = f"{statement.module}.{name.name}"
+            elif isinstance(statement, ast.FunctionDef) and ast.dump(statement) == BASE189:
+                self.modules["base189_decode"] = "pack_script.base189_decode"
             elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
                 self.assign(statement.targets[0].id, statement.value)
             elif isinstance(statement, ast.Expr) and is_runner(statement.value):
@@ -220,6 +224,45 @@ class Reader:
         return result
 
 
+# The loader of records/pack_script.py holds this function as it stands here: no docstring, no annotations.
+# It undoes `base189_encode`: str -> bytes, 17 bytes for each 18 signs.
+def base189_decode(text):
+    signs = [code for code in (*range(32, 127), *range(160, 256)) if code not in b'"\\']
+    value = {chr(code): index for index, code in enumerate(signs)}
+    data = b""
+    for start in range(0, len(text), 18):
+        number = 0
+        for sign in text[start : start + 18]:
+            number = number * 189 + value[sign]
+        data += number.to_bytes(17, "big")
+    return data
+
+
+def base189_encode(data: bytes) -> str:
+    """18 signs of latin-1 for each 17 bytes, filled up with zeros; 12 % shorter than base85.
+
+    189 of the 256 signs are used: no control codes, so that a log may show them, no quote, no backslash.
+    """
+    signs = [code for code in (*range(32, 127), *range(160, 256)) if code not in b'"\\']
+    text = ""
+    for start in range(0, len(data), 17):
+        number = int.from_bytes(data[start : start + 17].ljust(17, b"\0"), "big")
+        block = ""
+        for _ in range(18):
+            number, digit = divmod(number, 189)
+            block = chr(signs[digit]) + block
+        text += block
+    return text
+
+
+def script_encoding(script: bytes) -> str:
+    """The encoding that Python reads the script in; utf-8 where it names one that Python does not know."""
+    try:
+        return tokenize.detect_encoding(io.BytesIO(script).readline)[0]
+    except SyntaxError:
+        return "utf-8"
+
+
 def is_runner(node: ast.expr) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in RUNNERS
 
@@ -316,6 +359,7 @@ def joined(glue: str | bytes, parts: list) -> str | bytes:
     return glue.join(parts)
 
 
+BASE189 = ast.dump(ast.parse(inspect.getsource(base189_decode)).body[0])
 ENCODINGS = {"utf-8", "utf8", "utf-8-sig", "ascii", "latin-1", "latin1", "iso-8859-1"}
 CODECS: dict[str, Callable] = {
     "base64.b85decode": base64.b85decode,
@@ -326,6 +370,7 @@ CODECS: dict[str, Callable] = {
     "base64.b32decode": base64.b32decode,
     "base64.b16decode": base64.b16decode,
     "base64.decodebytes": base64.decodebytes,
+    "pack_script.base189_decode": base189_decode,
     "binascii.a2b_base64": binascii.a2b_base64,
     "binascii.unhexlify": binascii.unhexlify,
     "bytes.fromhex": bytes.fromhex,

@@ -17,11 +17,13 @@ from pathlib import Path
 from signal import SIGKILL
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_gpt
 from records import finished, lint, make, pack_script, rescore
 from records.pack_script import is_same_program, outline, pack, source_text, strip
-from records.unpack_script import LIMIT, Unreadable, unpack
+from records.unpack_script import LIMIT, Unreadable, base189_decode, base189_encode, unpack
 from tests.conftest import ROOT, launch
 from tests.support.forkserver import ForkServer
 from tests.support.stops import Folder, dies, in_step
@@ -78,6 +80,18 @@ def test_the_bytes_do_not_depend_on_the_python_that_packs(packed, tmp_path):
         pytest.skip("no other Python here")
     unpacked = {unpack(other).source for other in others}
     assert unpacked == {strip(SCRIPT.read_text())}  # whatever their liblzma
+
+
+@given(st.binary(max_size=200))
+def test_base189_gives_the_bytes_back_in_signs_that_a_log_can_show(data):
+    text = base189_encode(data)
+    assert base189_decode(text)[: len(data)] == data and not any(base189_decode(text)[len(data) :])
+    assert len(text) == 18 * -(-len(data) // 17)
+    assert text.isprintable() or set(text) & {
+        "\xa0",
+        "\xad",
+    }  # a space and a hyphen that Python calls unprintable
+    assert not set(text) & {'"', "\\"} and text.encode("latin-1").decode("latin-1") == text
 
 
 # -- what is taken out --
@@ -190,7 +204,7 @@ def test_a_packed_run_gives_the_result_of_the_readable_one(packed, tmp_path, sho
     assert own.result["code_bytes"] == size and f"Code size: {size} bytes" in own.log
     assert own.result["total_bytes"] == size + own.result["model_bytes"]
     assert forecast_bytes(plain.log) - forecast_bytes(own.log) == SCRIPT.stat().st_size - size
-    assert own.log.startswith(source.decode() + "\n" + "=" * 100)
+    assert own.log.startswith(source.decode("latin-1") + "\n" + "=" * 100)
     assert f"\ncode_sha256:{sha} code_bytes:{size} readable_sha256:{readable}\n" in own.log
     (config,) = own.of("config")
     assert (config["code_sha256"], config["readable_sha256"]) == (sha, readable)
@@ -332,7 +346,7 @@ BAD = {
     "syntax": ("def f(:\n" + PADDING, "is no Python script: invalid syntax"),
     "encoding": (b"# coding: latin-1\nx = 1\n", "save it as UTF-8"),
     "small": ("x = 1\n", "would be larger packed"),
-    "packed": (lambda: pack(SCRIPT.read_bytes()), "would be larger packed"),
+    "packed": (lambda: pack(SCRIPT.read_bytes()), "is packed already"),
 }
 
 
@@ -444,6 +458,12 @@ def test_what_cannot_be_read_is_said_in_one_line(script):
     assert "\n" not in str(told.value)
 
 
+def test_a_decoder_of_the_same_name_is_not_taken_for_ours(packed):
+    script = (packed / "train_gpt.py").read_bytes().replace(b"number * 189", b"number * 188")
+    with pytest.raises(Unreadable, match="base189_decode"):
+        unpack(script)
+
+
 def test_a_script_that_extracts_nothing_is_left_alone():
     assert unpack(SCRIPT.read_bytes()) is None and unpack(b"def f():\n    exec(x)\n") is None
 
@@ -504,7 +524,7 @@ def test_the_linter_finds_a_readable_script_that_is_not_the_packed_one(copy):
     readable.write_text(forged)
     sha = [hashlib.sha256(part.encode()).hexdigest() for part in (text, forged)]
     for path in (copy / "train_gpt.py", copy / "train.log"):
-        path.write_text(path.read_text().replace(*sha))
+        path.write_bytes(path.read_bytes().replace(*[text.encode() for text in sha]))
     assert expected <= set(findings(copy))
 
 
