@@ -4125,6 +4125,7 @@ HEADER_LIMIT = 1 << 22  # a tensor takes about 100 bytes of it
 LARGEST_FLOAT_MATRIX = 65_536  # values; a larger matrix is stored as integers: the official script's rule
 SDCLIP = "sdclip"
 BALANCE_TOKENS = 8192  # of training text, on which STEP_BALANCE_ROUNDS measures
+CLIP_MARGIN = 1.2  # of the levels, since GPTQ moves weights and factors are rounded
 GPTQ_BLOCK = 128  # columns whose errors are passed on one by one; the rest get them by the block
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 LEAST_STEP = 2.0**-24  # the least positive float16
@@ -4848,7 +4849,8 @@ class Gptq:
 
     Columns go by descending diagonal. U is the upper Cholesky factor of the damped inverse, so that an error
     e of column j, once later columns made up for it as well as they can, costs (e / U_jj)^2. With
-    column_power, steps go by U_jj^power, of geometric mean 1: at 1 each column costs the same.
+    column_power, steps go by U_jj^power, of geometric mean 1: at 1 each column costs the same. No factor is
+    so small that the levels would clip a weight of its column.
     """
 
     def __init__(self, hessian: Tensor, column_power: float = 0.0, per_octave: int = 0):
@@ -4865,13 +4867,17 @@ class Gptq:
         logs[self.order] = factor.diagonal().log()
         logs -= logs[~self.is_dead].mean()
         logs[self.is_dead] = 0
-        columns = (column_power * logs).clamp(-4, 4).exp().float()
-        self.columns = round_octaves(columns, per_octave).half().float()
+        self.columns = (column_power * logs).clamp(-4, 4).exp().float()
+        self.column_power = column_power
+        self.per_octave = per_octave
         self.factor = factor.float()
 
     def best(self, weight: Tensor, steps: Tensor, levels: int) -> Tensor:
         """Integers [r, c] as floats: each row as `solve` gives it, or the nearest where these are better."""
         weight = weight.masked_fill(self.is_dead, 0.0)
+        if self.column_power:
+            least = CLIP_MARGIN * (weight.abs() / (levels * steps[:, None])).amax(dim=0)
+            self.columns = round_octaves(self.columns.maximum(least), self.per_octave).half().float()
         grid = steps[:, None] * self.columns
         nearest = round_to_steps(weight, grid, levels)
         solved = self.solve(weight, grid, levels)

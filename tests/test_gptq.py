@@ -111,6 +111,18 @@ def test_steps_by_column_lose_less_at_the_same_entropy():
     assert bits_won - bits_lost > 0.1
 
 
+def test_fine_steps_clip_no_weight():
+    """A column of large inputs and large weights would want steps that int8 cannot count."""
+    inputs, weight = correlated(), weights()
+    inputs[:, 7] *= 1000
+    weight[:, 7] *= 30
+    hessian = inputs.T @ inputs
+    arrays = quantise_rows(weight, 127, hessian, clip="sdclip", sigmas=30.0, column_power=1.0)
+    restored = train_gpt.decode_matrix(arrays)
+    assert ((restored - weight)[:, 7].abs() < 0.6 * arrays[1].float() * arrays[2][7].float()).all()
+    assert arrays[0].abs().max() < 127
+
+
 def test_columns_without_inputs_become_zeros_and_change_nothing_else():
     inputs, weight = correlated(), weights()
     inputs[:, [3, 77, 199]] = 0
