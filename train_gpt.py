@@ -3072,6 +3072,14 @@ class SmearGate(nn.Module):
         return torch.cat((x[:, :1], x[:, 1:] + share * x[:, :-1]), dim=1)
 
 
+class Head(nn.Module):
+    """The product of the last norm and the head's table; a module, so that GPTQ can watch what it reads."""
+
+    def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., d], weight [V, d] -> [..., V] in the dtype of x."""
+        return F.linear(x, weight.to(x.dtype))
+
+
 class BigramHash(nn.Module):
     """A learned row for each pair of neighbouring tokens, found by a hash (PR #135).
 
@@ -3323,6 +3331,7 @@ class GPT(nn.Module):
             nn.init.normal_(self.tok_emb.weight, std=cfg.tied_embed_init_std)
         else:
             self.lm_head = Linear(width, cfg.vocab_size, zero_init=True, trained_as="head")
+        self.head = Head()
         self.register_rotation(cfg)
 
         self.value_embeds = nn.ModuleList(
@@ -3436,8 +3445,8 @@ class GPT(nn.Module):
         x = self.join_lanes(x, mlp_lane)
         if positions is not None:
             x = x.take_along_dim(positions[..., None], dim=1)
-        head = self.tok_emb if self.lm_head is None else self.lm_head
-        z = F.linear(norm(x).to(self.dtype), head.weight.to(self.dtype)).float()
+        table = self.tok_emb if self.lm_head is None else self.lm_head
+        z = self.head(norm(x).to(self.dtype), table.weight).float()
         return self.softcap * torch.tanh(z / self.softcap)
 
     def join_skip(self, x: Tensor, row: int, output: Tensor) -> Tensor:
@@ -4288,15 +4297,21 @@ class Average:
 # ----------------------------------------------------------------------------------------------------------
 # The file is PREFIX and a compressed body. The body is the header's length in four bytes, the header as JSON,
 # and all arrays in the order of PLANES: arrays of one type compress better together.
-PLANES = {"int8": "<i1", "step": "<f2", "fp16": "<f2", "fp32": "<f4"}
+PLANES = {"int8": "<i1", "step": "<f2", "column": "<f2", "fp16": "<f2", "fp32": "<f4"}
 MAGIC = b"PGOLFQ"
 FORMAT_VERSION = 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
 RAW_LIMIT = 1 << 29  # no artifact within the limit unpacks to more; a prefix that says so is forged
 HEADER_LIMIT = 1 << 22  # a tensor takes about 100 bytes of it
 LARGEST_FLOAT_MATRIX = 65_536  # values; a larger matrix is stored as integers: the official script's rule
+SDCLIP = "sdclip"
+BALANCE_TOKENS = 8192  # of training text, on which STEP_BALANCE_ROUNDS measures
+CLIP_MARGIN = 1.2  # of the levels, since GPTQ moves weights and factors are rounded
+GPTQ_BLOCK = 128  # columns whose errors are passed on one by one; the rest get them by the block
+GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 LEAST_STEP = 2.0**-24  # the least positive float16
 TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in the LowerLR record
+SIZE_MARGIN = 2_000  # bytes that SIZE_TARGET=auto leaves free
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
 
 # The module that a tensor belongs to decides its group, and with that its levels.
@@ -4383,9 +4398,268 @@ def decompress_zlib(body: bytes, raw_length: int) -> bytes:
     return zlib.decompressobj().decompress(body, raw_length + 1)
 
 
+def brotli_module():
+    """The library of CODEC=brotli; RunError (2) if it is missing or too old to unpack safely."""
+    try:
+        import brotli
+    except ImportError:
+        raise RunError("CODEC=brotli needs brotli: pip install brotli, or set CODEC=rans") from None
+    if not hasattr(brotli.Decompressor, "can_accept_more_data"):
+        raise RunError("CODEC=brotli needs brotli 1.2 or newer: pip install --upgrade brotli")
+    return brotli
+
+
+def compress_brotli(raw: bytes, cfg: Config) -> bytes:
+    return brotli_module().compress(raw, quality=11, lgwin=24)
+
+
+def decompress_brotli(body: bytes, raw_length: int) -> bytes:
+    reader = brotli_module().Decompressor()
+    raw = reader.process(body, output_buffer_limit=raw_length + 1)
+    if not reader.is_finished():
+        raise RunError("a stream that does not end where it says")
+    return raw
+
+
+# -- CODEC=rans: our own entropy coder -------------------------------------------------------------------
+# Interleaved rANS (Duda, arXiv 1311.2540; Giesen, arXiv 1402.3392): a symbol of frequency f / 2^14 in its
+# context's table costs log2(2^14 / f) bits, and NumPy codes one symbol of each lane at a time. A matrix of
+# integers has a scale for each row and each column, found by the writer and sent as a class of a quarter of
+# an octave; the classes' sum and the group of the tensor are a number's context. Float bytes have theirs by
+# type and place. The body: RANS_HEAD, then packed by zlib (the raw file's header, two sets of tables), then
+# two streams: float bytes with the classes, and the integers. A stream: a uint32 state for each lane, then
+# uint16 words.
+RANS_VERSION = 1
+RANS_HEAD = struct.Struct("<BBII")  # version, contexts of integers, bytes of the packed part and stream one
+RANS_BITS = 14  # the frequencies of a context add up to 2^14
+RANS_LEAST = 1 << 16  # states lie in [2^16, 2^32): 16 bits come in or go out at a time
+SYMBOLS_PER_LANE = 8192
+SCALE_CLASSES = 48  # of a group: 12 octaves of the mean size of the integers, from 2^-6 on
+CODED_GROUPS = ("attention", "control", "embed", "mlp")
+SIDE_CONTEXTS = 12  # bytes of step, column, fp16 and fp32 by place; classes of rows; of columns
+
+
+def frequency_tables(symbols: np.ndarray, contexts: np.ndarray, count: int) -> np.ndarray:
+    """uint32 [count, 256]: how frequent each symbol is in each context, of 2^14; at least 1 if it occurs."""
+    counts = np.zeros((count, 256), np.int64)
+    for begin in range(0, len(symbols), 1 << 22):  # in parts, since the keys take eight bytes each
+        part = slice(begin, begin + (1 << 22))
+        keys = contexts[part].astype(np.int64) << 8 | symbols[part]
+        counts += np.bincount(keys, minlength=count << 8).reshape(count, 256)
+    totals = counts.sum(axis=1, keepdims=True)
+    occurs = counts > 0
+    free = (1 << RANS_BITS) - occurs.sum(axis=1, keepdims=True)
+    tables = occurs + counts * free // totals.clip(1)
+    missing = np.where(totals[:, 0] > 0, (1 << RANS_BITS) - tables.sum(axis=1), 0)
+    tables[np.arange(count), tables.argmax(axis=1)] += missing
+    return tables.astype(np.uint32)
+
+
+def first_slots(tables: np.ndarray) -> np.ndarray:
+    """Where each symbol's slots begin among the 2^14 of its context; flat, uint32."""
+    return (tables.cumsum(axis=1) - tables).astype(np.uint32).ravel()
+
+
+def rans_encode(symbols: np.ndarray, contexts: np.ndarray, tables: np.ndarray) -> bytes:
+    """A stream of uint8 symbols [n] in uint8 contexts [n]; the last is coded first, as rANS is a stack."""
+    lanes = len(symbols) // SYMBOLS_PER_LANE + 1
+    states = np.full(lanes, RANS_LEAST, np.uint32)
+    frequencies = tables.ravel()
+    starts = first_slots(tables)
+    words = []
+    for begin in reversed(range(0, len(symbols), lanes)):
+        row = slice(begin, begin + lanes)
+        keys = contexts[row].astype(np.uint16) << 8 | symbols[row]
+        share = frequencies[keys]
+        x = states[: len(keys)]  # a view
+        is_full = x >> (32 - RANS_BITS) >= share
+        full = x[is_full]
+        words.append(full.astype("<u2"))
+        x[is_full] = full >> 16
+        times = x // share
+        x += times * ((1 << RANS_BITS) - share) + starts[keys]
+    return states.astype("<u4").tobytes() + b"".join(part.tobytes() for part in reversed(words))
+
+
+def rans_decode(stream: bytes, contexts: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """The uint8 symbols [n] of a stream whose contexts [n] are known; RunError on a forged one."""
+    count = len(contexts)
+    lanes = lanes_of(count, len(stream))
+    if not np.isin(tables.sum(axis=1), (0, 1 << RANS_BITS)).all():
+        raise RunError("a table of frequencies that is none")
+    states = np.frombuffer(stream, "<u4", lanes).astype(np.uint32)
+    words = np.frombuffer(stream, "<u2", offset=4 * lanes).astype(np.uint32)
+    symbol_of_slot = np.zeros((len(tables), 1 << RANS_BITS), np.uint8)
+    for context in np.flatnonzero(tables.any(axis=1)):
+        symbol_of_slot[context] = np.repeat(np.arange(256), tables[context])
+    symbol_of_slot = symbol_of_slot.ravel()
+    frequencies = tables.ravel()
+    starts = first_slots(tables)
+    symbols = np.empty(count, np.uint8)
+    read = 0
+    for begin in range(0, count, lanes):
+        row = slice(begin, begin + lanes)
+        context = contexts[row].astype(np.uint32)
+        x = states[: len(context)]
+        slots = x & ((1 << RANS_BITS) - 1)
+        found = symbol_of_slot[context << RANS_BITS | slots]
+        symbols[row] = found
+        keys = context << 8 | found
+        x = frequencies[keys] * (x >> RANS_BITS) + slots - starts[keys]
+        is_low = x < RANS_LEAST
+        low = x[is_low]
+        if read + len(low) > len(words):
+            raise RunError("a stream that ends too early")
+        x[is_low] = low << 16 | words[read : read + len(low)]
+        read += len(low)
+        states[: len(x)] = x
+    if read != len(words) or (states != RANS_LEAST).any():
+        raise RunError("a stream that does not end where its symbols do")
+    return symbols
+
+
+def lanes_of(count: int, length: int) -> int:
+    """Lanes of a stream of `length` bytes that is to hold so many symbols; RunError if it cannot.
+
+    As every lane has a state, a short stream cannot claim to hold more than 2,048 symbols a byte.
+    """
+    lanes = count // SYMBOLS_PER_LANE + 1
+    if 4 * lanes > length or (length - 4 * lanes) % 2:
+        raise RunError("a stream that is too short for its symbols")
+    return lanes
+
+
+def integer_shapes(table: list) -> list[tuple[int, int, int]]:
+    """(group, rows, columns) of each tensor that is stored as integers; RunError if one is no matrix."""
+    found = []
+    for name, shape, planes in table:
+        if "int8" in planes:
+            rows, columns = shape
+            found.append((CODED_GROUPS.index(weight_group(name)), rows, columns))
+    return found
+
+
+def scale_classes(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The classes of rows and columns of integers [r, c], uint8 around 128, in quarters of an octave.
+
+    |integers| is about rows x columns; three rounds of means find both.
+    """
+    if not integers.size:
+        return np.zeros(len(integers), np.uint8), np.zeros(integers.shape[1], np.uint8)
+    sizes = np.abs(integers.astype(np.float32))
+    columns = np.ones(sizes.shape[1], np.float32)
+    for _ in range(3):
+        rows = (sizes / columns).mean(axis=1).clip(2.0**-8)
+        columns = (sizes / rows[:, None]).mean(axis=0).clip(2.0**-8)
+    classes = [np.rint(4 * np.log2(scales)) for scales in (rows, columns)]
+    return tuple((128 + part.clip(-64, 64)).astype(np.uint8) for part in classes)
+
+
+def integer_contexts(shapes: list[tuple[int, int, int]], classes: np.ndarray) -> np.ndarray:
+    """The context of every integer, uint8, in the file's order; classes: of rows and columns, by tensor."""
+    contexts = []
+    for group, rows, columns in shapes:
+        own, classes = classes[: rows + columns].astype(np.int16), classes[rows + columns :]
+        sums = own[:rows, None] + own[None, rows:] - 256 + SCALE_CLASSES // 2
+        contexts.append((sums.clip(0, SCALE_CLASSES - 1) + group * SCALE_CLASSES).astype(np.uint8).ravel())
+    return np.concatenate(contexts) if contexts else np.empty(0, np.uint8)
+
+
+def side_contexts(table: list, shapes: list[tuple[int, int, int]]) -> np.ndarray:
+    """The contexts of the float bytes, in the file's order, and of the classes of rows and columns after."""
+    contexts = []
+    first = 0
+    for plane, number_type in PLANES.items():
+        if plane == "int8":
+            continue
+        width = np.dtype(number_type).itemsize
+        values = 0
+        for _, shape, planes in table:
+            if plane in planes:
+                values += math.prod(plane_shape(plane, shape))
+        contexts.append(np.tile(np.arange(first, first + width, dtype=np.uint8), values))
+        first += width
+    for _, rows, columns in shapes:
+        contexts.append(np.repeat(np.array([first, first + 1], np.uint8), (rows, columns)))
+    return np.concatenate(contexts)
+
+
+def compress_rans(raw: bytes, cfg: Config) -> bytes:
+    """RANS_HEAD, what zlib packs, and two streams, as the banner of this part says."""
+    if not raw:
+        return b""
+    header, start = decode_header(raw)
+    shapes = integer_shapes(header["tensors"])
+    integers = []
+    classes = []
+    stop = start
+    for _, rows, columns in shapes:
+        values = np.frombuffer(raw, np.int8, rows * columns, stop).reshape(rows, columns)
+        classes += scale_classes(values)
+        integers.append(values.ravel().view(np.uint8))
+        stop += values.size
+    side = np.concatenate([np.frombuffer(raw, np.uint8, offset=stop), *classes])
+    side_places = side_contexts(header["tensors"], shapes)
+    symbols = np.concatenate([np.empty(0, np.uint8), *integers])
+    places = integer_contexts(shapes, np.concatenate([np.empty(0, np.uint8), *classes]))
+    side_tables = frequency_tables(side, side_places, SIDE_CONTEXTS)
+    used = len(CODED_GROUPS) * SCALE_CLASSES
+    tables = frequency_tables(symbols, places, used)
+    text = raw[:start] + pack_tables(np.concatenate([side_tables, tables]))
+    packed_text = zlib.compress(text, 9)
+    first = rans_encode(side, side_places, side_tables)
+    head = RANS_HEAD.pack(RANS_VERSION, used, len(packed_text), len(first))
+    return head + packed_text + first + rans_encode(symbols, places, tables)
+
+
+def pack_tables(tables: np.ndarray) -> bytes:
+    """Frequencies [contexts, 256] as uint16: all low bytes, then all high ones."""
+    return tables.astype("<u2").view(np.uint8).reshape(-1, 2).T.tobytes()
+
+
+def unpack_tables(packed: bytes) -> np.ndarray:
+    """The reverse of `pack_tables`: uint32 [contexts, 256]."""
+    low, high = np.frombuffer(packed, np.uint8).reshape(2, -1).astype(np.uint32)
+    return (high << 8 | low).reshape(-1, 256)
+
+
+def decompress_rans(body: bytes, raw_length: int) -> bytes:
+    """The reverse of `compress_rans`; RunError, or another error, on a forged body."""
+    version, used, text_length, first_length = RANS_HEAD.unpack_from(body)
+    if version != RANS_VERSION:
+        raise RunError(f"version {version} of the coder; this reads {RANS_VERSION}")
+    begin = RANS_HEAD.size + text_length
+    table_bytes = 512 * (SIDE_CONTEXTS + used)
+    longest = min(raw_length, HEADER_LIMIT) + table_bytes + 1
+    text = zlib.decompressobj().decompress(body[RANS_HEAD.size : begin], longest)
+    header, start = decode_header(text)
+    if len(text) != start + table_bytes:
+        raise RunError("tables that do not fill their part")
+    side_tables, tables = np.split(unpack_tables(text[start:]), [SIDE_CONTEXTS])
+    table = header["tensors"]
+    shapes = integer_shapes(table)
+    # The last stream's length bounds the integers, before anything of their size is made.
+    lengths = [(rows * columns, rows + columns) for _, rows, columns in shapes]
+    integers, classes = map(sum, zip(*lengths, strict=True)) if lengths else (0, 0)
+    floats = raw_length - start - integers
+    lanes_of(integers, len(body) - begin - first_length)
+    lanes_of(max(floats, 0) + classes, first_length)
+    side_places = side_contexts(table, shapes)
+    if len(side_places) != floats + classes:
+        raise RunError("streams of other lengths than its tensors")
+    side = rans_decode(body[begin : begin + first_length], side_places, side_tables)
+    places = integer_contexts(shapes, side[floats:])
+    if len(places) and places.max() >= used:
+        raise RunError("a context without a table")
+    symbols = rans_decode(body[begin + first_length :], places, tables)
+    return text[:start] + symbols.tobytes() + side[:floats].tobytes()
+
+
 CODECS = {
     "zstd": Codec(b"zstd", compress_zstd, decompress_zstd),
     "zlib": Codec(b"zlib", compress_zlib, decompress_zlib),
+    "brotli": Codec(b"brot", compress_brotli, decompress_brotli),
+    "rans": Codec(b"rans", compress_rans, decompress_rans),
 }
 
 
@@ -4427,15 +4701,95 @@ class QuantiseKnobs:
     quant_clip: str = knob(
         "official",
         "Where weights of a row are clipped before rounding: official = at one percentile, max = nowhere, "
-        "gptq_lite = at the best of five percentiles, grid = at the best of 36 shares of the row's maximum.",
-        choices=tuple(CLIPS),
+        "gptq_lite = at the best of five percentiles, grid = at the best of 36 shares of the row's maximum, "
+        "sdclip = at QUANT_CLIP_SIGMAS standard deviations of the row.",
+        choices=(*CLIPS, SDCLIP),
         role="pack",
         source="PR #895",
         effect="max, gptq_lite and grid within 0.001 bpb at int8 and int7/int5; one young model",
     )
+    quant_clip_sigmas: float = knob(
+        12.85,
+        "Standard deviations of a row that its largest integer stands for; more is coarser and smaller.",
+        low=0.01,
+        needs="QUANT_CLIP=sdclip",
+        role="pack",
+        source="#1394",
+    )
+    mlp_quant_clip_sigmas: float = knob(
+        0.0,
+        "The same for the matrices of the MLPs; 0 = as QUANT_CLIP_SIGMAS.",
+        low=0,
+        needs="QUANT_CLIP=sdclip",
+        role="pack",
+        source="#1855",
+    )
+    embed_quant_clip_sigmas: float = knob(
+        0.0,
+        "The same for the embedding tables and the output head; 0 = as QUANT_CLIP_SIGMAS.",
+        low=0,
+        needs="QUANT_CLIP=sdclip",
+        role="pack",
+        source="#1394",
+    )
+    row_step_power: float = knob(
+        1.0,
+        "Power of a row's standard deviation in its step: 1 is SDClip, 0 gives a matrix one step for all, "
+        "which spends more bits on large rows.",
+        low=0,
+        high=1,
+        needs="QUANT_CLIP=sdclip",
+        role="pack",
+        source="ours",
+    )
+    gptq_calibration_batches: int = knob(
+        0,
+        "Training batches whose activations say which rounding errors matter (GPTQ, arXiv 2210.17323), read "
+        "within the training clock, for which GPTQ_RESERVE_SECONDS keeps time; 0 rounds to the nearest.",
+        low=0,
+        needs="ITERATIONS!=0",
+        role="pack",
+        source="#535",
+    )
+    column_step_power: float = knob(
+        0.0,
+        "How far the step of a column follows what GPTQ cannot repair of its error: 1 makes all columns cost "
+        "the same (water-filling), 0 gives all the same step.",
+        low=0,
+        high=1,
+        needs="GPTQ_CALIBRATION_BATCHES!=0",
+        role="pack",
+        source="ours",
+    )
+    step_balance_rounds: int = knob(
+        0,
+        "Rounds that weigh the matrices' steps against each other: where rounding one alone moves the "
+        "model's output more (KL divergence, on training text) its steps shrink, elsewhere they grow.",
+        low=0,
+        needs="GPTQ_CALIBRATION_BATCHES!=0,QUANT_CLIP=sdclip",
+        role="pack",
+        source="ours",
+    )
+    steps_per_octave: int = knob(
+        0,
+        "Round steps to so many values an octave, so that they take fewer bytes; 0 = as float16 holds them.",
+        low=0,
+        high=1024,
+        role="pack",
+        source="ours",
+    )
+    size_target: str = knob(
+        "",
+        "Bytes of code and packed model to fill, by scaling all QUANT_CLIP_SIGMAS; auto = the limit of "
+        "16,000,000 less a margin; empty = take the knobs as they are.",
+        needs="QUANT_CLIP=sdclip",
+        role="pack",
+        source="ours",
+    )
     codec: str = knob(
         "zstd",
-        "Compressor of the packed model; zstd needs the package zstandard.",
+        "Compressor of the packed model: rans is our own entropy coder, which knows rows and columns; zstd "
+        "needs the package zstandard, brotli the package brotli.",
         choices=tuple(CODECS),
         role="pack",
         source="PR #1434",
@@ -4463,12 +4817,40 @@ class QuantiseKnobs:
         role="pack",
         source="official",
     )
+    control_float16: bool = knob(
+        False,
+        "Pack the control tensors (gains, scales, gates) as float16, half of their bytes.",
+        role="pack",
+        source="#1394",
+    )
     eval_only: str = knob(
         "",
         "Path of a packed model to score instead of training one; empty = train.",
         role="place",
         source="ours",
     )
+
+    @property
+    def size_target_bytes(self) -> int:
+        """SIZE_TARGET in bytes; 0 = none, RunError if it is no such number."""
+        if self.size_target == "auto":
+            return SIZE_LIMIT - SIZE_MARGIN
+        try:
+            return int(self.size_target or 0)
+        except ValueError:
+            raise RunError(
+                f"SIZE_TARGET={self.size_target!r} is neither auto nor a number of bytes"
+            ) from None
+
+    def check(self) -> None:
+        """RunError if GPTQ reads training data in time that nobody kept for it, or SIZE_TARGET is no size."""
+        if not 0 <= self.size_target_bytes <= SIZE_LIMIT:
+            raise RunError(f"SIZE_TARGET={self.size_target} is not within the limit of {SIZE_LIMIT} bytes")
+        if self.gptq_calibration_batches and self.max_wallclock_seconds and not self.gptq_reserve_seconds:
+            raise RunError(
+                f"GPTQ_CALIBRATION_BATCHES={self.gptq_calibration_batches} are read after the last step, but "
+                "within MAX_WALLCLOCK_SECONDS: set GPTQ_RESERVE_SECONDS, e.g. to the seconds of so many steps"
+            )
 
 
 # -- How each tensor is stored ---------------------------------------------------------------------------
@@ -4490,21 +4872,31 @@ class TensorPlan:
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of its arrays before compression; there is one step a row."""
+        """Bytes of its arrays before compression."""
         total = 0
         for plane in self.planes:
-            length = self.shape[0] if plane == "step" else self.count
-            total += np.dtype(PLANES[plane]).itemsize * length
+            total += np.dtype(PLANES[plane]).itemsize * math.prod(plane_shape(plane, self.shape))
         return total
 
 
+def plane_shape(plane: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of one array of a tensor: steps stand beside its rows, column factors above its columns."""
+    if plane == "step":
+        return (shape[0], 1)
+    if plane == "column":
+        return (1, shape[1])
+    return tuple(shape)
+
+
 def plan_tensor(cfg: Config, name: str, shape: tuple[int, ...]) -> TensorPlan:
-    """Control tensors stay float32, matrices of over 65,536 values (official) become rows, others float16."""
+    """Matrices of over 65,536 values (official) become rows of integers, control tensors stay float32 unless
+    CONTROL_FLOAT16, all others are float16."""
     shape = tuple(shape)
     if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns + GATE_NAMES):
-        return TensorPlan(name, shape, ("fp32",), 0)
+        return TensorPlan(name, shape, ("fp16" if cfg.control_float16 else "fp32",), 0)
     if len(shape) == 2 and math.prod(shape) > LARGEST_FLOAT_MATRIX:
-        return TensorPlan(name, shape, ("int8", "step"), levels_of(cfg, name))
+        planes = ("int8", "step", "column") if cfg.column_step_power else ("int8", "step")
+        return TensorPlan(name, shape, planes, levels_of(cfg, name))
     return TensorPlan(name, shape, ("fp16",), 0)
 
 
@@ -4523,12 +4915,13 @@ def weight_group(name: str) -> str:
 
 def levels_of(cfg: Config, name: str) -> int:
     """The largest integer of a tensor that is stored as integers."""
-    group = weight_group(name)
-    if group == "mlp" and cfg.mlp_quant_levels:
-        return cfg.mlp_quant_levels
-    if group == "embed" and cfg.embed_quant_levels:
-        return cfg.embed_quant_levels
-    return cfg.quant_levels
+    return of_group(cfg, "quant_levels", name)
+
+
+def of_group(cfg: Config, knob_name: str, name: str):
+    """The value for a tensor of a knob that MLP_... and EMBED_... may override."""
+    own = f"{weight_group(name)}_{knob_name}"
+    return getattr(cfg, own, 0) or getattr(cfg, knob_name)
 
 
 def quant_name(cfg: Config) -> str:
@@ -4542,9 +4935,29 @@ def quant_name(cfg: Config) -> str:
 # -- Weights to integers ---------------------------------------------------------------------------------
 
 
-def pick_quantiser(cfg: Config) -> Callable[..., tuple[Tensor, Tensor]]:
-    """quantise(weight [r, c], levels, hessian=None) -> (integers [r, c], steps [r]), as the knobs ask."""
-    return partial(quantise_rows, clip=cfg.quant_clip, floor=cfg.quant_scale_floor)
+@dataclass
+class Calibration:
+    """What training text says about the tensors of these names, after training."""
+
+    hessians: dict[str, Tensor] = field(default_factory=dict)  # X^T X [c, c] of the inputs of some
+    scales: dict[str, float] = field(default_factory=dict)  # factors of SDClip's steps, 1 if not named
+
+
+def pick_quantiser(cfg: Config, name: str, scale: float = 1.0) -> Callable[..., tuple[Tensor, ...]]:
+    """quantise(weight [r, c], levels, hessian=None) -> (integers [r, c], steps [r]), as the knobs ask.
+
+    With COLUMN_STEP_POWER there are also column factors [c]; without a Hessian they are all 1. scale: of
+    SDClip's steps.
+    """
+    return partial(
+        quantise_rows,
+        clip=cfg.quant_clip,
+        floor=cfg.quant_scale_floor,
+        sigmas=scale * of_group(cfg, "quant_clip_sigmas", name),
+        row_power=cfg.row_step_power,
+        column_power=cfg.column_step_power,
+        per_octave=cfg.steps_per_octave,
+    )
 
 
 def quantise_rows(
@@ -4554,66 +4967,225 @@ def quantise_rows(
     *,
     clip: str = "official",
     floor: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Round each row to the nearest multiples of a step of its own: weight ~ integers * steps[:, None].
+    sigmas: float = 0.0,
+    row_power: float = 1.0,
+    column_power: float = 0.0,
+    per_octave: int = 0,
+) -> tuple[Tensor, ...]:
+    """Round each row to multiples of a step of its own: weight ~ integers * steps[:, None] (* columns).
 
-    Returns int8 [r, c] in -levels..levels and float16 steps [r] >= floor. Of the clip's candidates a row
-    keeps the one of least squared error, with its step as float16 stores it. hessian [c, c]: of the inputs
-    that the weight meets, for quantisers that weigh errors by them; rounding to the nearest ignores it.
+    Returns int8 [r, c] in -levels..levels and float16 steps [r] >= floor, with column_power also float16
+    columns [c]. hessian [c, c]: X^T X of the inputs X that the weight meets, for `Gptq`. Without one all
+    weights go to the nearest integer.
     """
+    if clip == SDCLIP:
+        steps = sdclip_steps(weight, levels, sigmas, row_power)
+    else:
+        steps = best_steps(weight, levels, clip, floor)
+    steps = round_octaves(steps, per_octave).clamp_min(max(floor, LEAST_STEP)).half()
+    if hessian is None:
+        integers = round_to_steps(weight, steps.float()[:, None], levels)
+        columns = torch.ones(weight.size(1))
+    else:
+        weight = weight.to(hessian.device)
+        solver = Gptq(hessian, column_power, per_octave)
+        integers = solver.best(weight, steps.float().to(hessian.device), levels).cpu()
+        columns = solver.columns.cpu()
+    arrays = (integers.to(torch.int8), steps, columns.half())
+    return arrays if column_power else arrays[:2]
+
+
+def sdclip_steps(weight: Tensor, levels: int, sigmas: float, row_power: float) -> Tensor:
+    """SDClip (#1394): `levels` steps are so many standard deviations of the row; [r].
+
+    row_power < 1 moves each row's deviation towards the geometric mean of all.
+    """
+    deviations = weight.std(dim=1).clamp_min(1e-10)
+    if row_power < 1:
+        logs = deviations.clamp_min(1e-4 * deviations.max()).log()
+        deviations = (logs.mean() + row_power * (logs - logs.mean())).exp()
+    return sigmas * deviations / levels
+
+
+def best_steps(weight: Tensor, levels: int, clip: str, floor: float) -> Tensor:
+    """Of the clip's candidates each row's of least squared error, as float16 stores them; [r]."""
     clips = torch.from_numpy(CLIPS[clip](weight.abs().numpy()))
-    candidates = (clips / levels).clamp_min(max(floor, LEAST_STEP)).half()  # [n, r]
+    candidates = (clips / levels).clamp_min(max(floor, LEAST_STEP)).half().float()  # [n, r]
     errors = []
-    for steps in candidates.float():
-        restored = round_to_steps(weight, steps, levels) * steps[:, None]
+    for steps in candidates:
+        restored = round_to_steps(weight, steps[:, None], levels) * steps[:, None]
         errors.append((restored - weight).square().sum(dim=1))
     # A step beyond float16 is inf, and its error nan.
     best = torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True)
-    steps = candidates.gather(0, best)[0]
-    integers = round_to_steps(weight, steps.float(), levels)
-    return integers.to(torch.int8), steps
+    return candidates.gather(0, best)[0]
+
+
+def round_octaves(steps: Tensor, per_octave: int) -> Tensor:
+    """The nearest of so many values an octave; 0 leaves the steps as they are."""
+    return ((steps.log2() * per_octave).round() / per_octave).exp2() if per_octave else steps
+
+
+class Gptq:
+    """GPTQ (Frantar et al., arXiv 2210.17323) for one matrix, given the Hessian [c, c] of its inputs.
+
+    Columns go by descending diagonal. U is the upper Cholesky factor of the damped inverse, so that an error
+    e of column j, once later columns made up for it as well as they can, costs (e / U_jj)^2. With
+    column_power, steps go by U_jj^power, of geometric mean 1: at 1 each column costs the same. No factor is
+    so small that the levels would clip a weight of its column.
+    """
+
+    def __init__(self, hessian: Tensor, column_power: float = 0.0, per_octave: int = 0):
+        damped = hessian.double()
+        self.is_dead = damped.diagonal() == 0
+        damped = damped + torch.diag(self.is_dead.double())
+        damped.diagonal().add_(GPTQ_DAMPING * damped.diagonal().mean())
+        self.hessian = damped
+        self.order = damped.diagonal().argsort(descending=True, stable=True)
+        ordered = damped[self.order][:, self.order]
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
+        factor = torch.linalg.cholesky(inverse, upper=True)
+        logs = torch.empty_like(factor.diagonal())
+        logs[self.order] = factor.diagonal().log()
+        logs -= logs[~self.is_dead].mean()
+        logs[self.is_dead] = 0
+        self.columns = (column_power * logs).clamp(-4, 4).exp().float()
+        self.column_power = column_power
+        self.per_octave = per_octave
+        self.factor = factor.float()
+
+    def best(self, weight: Tensor, steps: Tensor, levels: int) -> Tensor:
+        """Integers [r, c] as floats: each row as `solve` gives it, or the nearest where these are better."""
+        weight = weight.masked_fill(self.is_dead, 0.0)
+        if self.column_power:
+            least = CLIP_MARGIN * (weight.abs() / (levels * steps[:, None])).amax(dim=0)
+            self.columns = round_octaves(self.columns.maximum(least), self.per_octave).half().float()
+        grid = steps[:, None] * self.columns
+        nearest = round_to_steps(weight, grid, levels)
+        solved = self.solve(weight, grid, levels)
+        is_better = self.errors(weight, solved * grid) <= self.errors(weight, nearest * grid)
+        return torch.where(is_better[:, None], solved, nearest)
+
+    def errors(self, weight: Tensor, restored: Tensor) -> Tensor:
+        """What each row's output loses, squared and summed over the inputs; float64 [r]."""
+        error = (weight - restored).double()
+        return (error @ self.hessian * error).sum(dim=1)
+
+    def solve(self, weight: Tensor, grid: Tensor, levels: int) -> Tensor:
+        """Round column by column, the error of each made up for by those after it; integers as floats."""
+        weight = weight[:, self.order]
+        grid = grid[:, self.order]
+        integers = torch.empty_like(weight)
+        for begin in range(0, weight.size(1), GPTQ_BLOCK):
+            stop = min(begin + GPTQ_BLOCK, weight.size(1))
+            errors = torch.empty_like(weight[:, begin:stop])
+            for column in range(begin, stop):
+                own = weight[:, column]
+                integers[:, column] = round_to_steps(own, grid[:, column], levels)
+                error = (own - integers[:, column] * grid[:, column]) / self.factor[column, column]
+                errors[:, column - begin] = error
+                weight[:, column + 1 : stop].addr_(error, self.factor[column, column + 1 : stop], alpha=-1)
+            weight[:, stop:] -= errors @ self.factor[begin:stop, stop:]
+        unordered = torch.empty_like(integers)
+        unordered[:, self.order] = integers
+        return unordered
+
+
+@contextmanager
+def watched_inputs(model: GPT, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """Sums of X^T X [c, c], float32, of all inputs X that the matrices of these names meet meanwhile.
+
+    A matrix that several layers or repeats run meets the inputs of all. Embedding tables meet none, but for
+    a tied one, which is the head.
+    """
+    modules = {f"{name}.weight": part for name, part in model.named_modules() if isinstance(part, Linear)}
+    modules["tok_emb.weight" if model.lm_head is None else "lm_head.weight"] = model.head
+    sums = {}
+    hooks = []
+    for name in names:
+        if name in modules:
+            width = model.get_parameter(name).size(1)
+            sums[name] = torch.zeros(width, width, device=model.tok_emb.weight.device)
+            hooks.append(modules[name].register_forward_pre_hook(partial(add_products, sums[name])))
+    yield sums
+    for hook_handle in hooks:
+        hook_handle.remove()
+
+
+def add_products(total: Tensor, module: nn.Module, inputs: tuple) -> None:
+    """A forward pre-hook that adds X^T X of the module's inputs X to a sum."""
+    x = inputs[0].flatten(0, -2).float()
+    total.addmm_(x.T, x)
+
+
+def decode_matrix(arrays: tuple[Tensor, ...]) -> Tensor:
+    """The float32 matrix [r, c] of integers, steps and, where they are, column factors."""
+    integers, steps, *columns = arrays
+    weight = integers.float() * steps.float()[:, None]
+    return weight * columns[0].float() if columns else weight
 
 
 def round_to_steps(weight: Tensor, steps: Tensor, levels: int) -> Tensor:
-    """The nearest integers within the levels, as floats: weight [r, c], steps [r] -> [r, c]."""
-    return (weight / steps[:, None]).round().clamp(-levels, levels)
+    """The nearest integers within the levels, as floats; steps of the weight's shape, or one that fits."""
+    return (weight / steps).round().clamp(-levels, levels)
 
 
 # -- The file --------------------------------------------------------------------------------------------
 
 
-def pack(cfg: Config, state: Mapping[str, Tensor], about: Mapping[str, object]) -> bytes:
+def pack(
+    cfg: Config,
+    state: Mapping[str, Tensor],
+    about: Mapping[str, object],
+    calibration: Calibration | None = None,
+) -> bytes:
     """The artifact: a checked prefix and a body. The same input gives the same bytes, in any order of names.
 
     about: what its header says beside codec, shape of the model and table of tensors. RunError (5) if a
     weight is not finite, or too large for its type.
     """
-    plans = plan_tensors(cfg, dict(sorted(state.items())))
-    quantise = pick_quantiser(cfg)
-    planes: dict[str, list[bytes]] = {plane: [] for plane in PLANES}
-    for plan in plans:
+    return pack_arrays(cfg, encode_tensors(cfg, state, calibration or Calibration()), about)
+
+
+def encode_tensors(
+    cfg: Config, state: Mapping[str, Tensor], calibration: Calibration
+) -> dict[TensorPlan, tuple[Tensor, ...]]:
+    """The arrays of each tensor, one for each plane of its plan, by name; RunError (5) as `pack`."""
+    encoded = {}
+    for plan in plan_tensors(cfg, dict(sorted(state.items()))):
         weight = state[plan.name].detach().float().cpu().contiguous()
-        arrays = encode_tensor(weight, plan, quantise)
+        if plan.levels:
+            arrays = encode_matrix(cfg, plan, weight, calibration)
+        else:
+            arrays = (weight.half(),) if plan.planes == ("fp16",) else (weight,)
         if not all(torch.isfinite(array).all() for array in (weight, *arrays)):
             raise RunError(f"diverged: {plan.name} is not finite, or too large for the artifact", DIVERGED)
+        encoded[plan] = arrays
+    return encoded
+
+
+def encode_matrix(
+    cfg: Config, plan: TensorPlan, weight: Tensor, calibration: Calibration
+) -> tuple[Tensor, ...]:
+    """The arrays of a float32 matrix that is stored as integers."""
+    quantise = pick_quantiser(cfg, plan.name, calibration.scales.get(plan.name, 1.0))
+    return quantise(weight, plan.levels, calibration.hessians.get(plan.name))
+
+
+def pack_arrays(
+    cfg: Config, encoded: Mapping[TensorPlan, tuple[Tensor, ...]], about: Mapping[str, object]
+) -> bytes:
+    """The artifact of tensors as `encode_tensors` gives them."""
+    planes: dict[str, list[bytes]] = {plane: [] for plane in PLANES}
+    for plan, arrays in encoded.items():
         for plane, array in zip(plan.planes, arrays, strict=True):
             planes[plane].append(array.numpy().astype(PLANES[plane]).tobytes())
-    table = [[plan.name, plan.shape, plan.planes] for plan in plans]
+    table = [[plan.name, plan.shape, plan.planes] for plan in encoded]
     header = dict(about, codec=cfg.codec, model=cfg.shape(), tensors=table)
     header_text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     arrays_bytes = b"".join(itertools.chain(*planes.values()))
     raw = struct.pack("<I", len(header_text)) + header_text + arrays_bytes
     codec = CODECS[cfg.codec]
     return seal(codec.tag, len(raw), codec.compress(raw, cfg))
-
-
-def encode_tensor(weight: Tensor, plan: TensorPlan, quantise: Callable) -> tuple[Tensor, ...]:
-    """The arrays of a float32 weight, one for each plane of its plan."""
-    if plan.levels:
-        return quantise(weight, plan.levels)
-    if plan.planes == ("fp16",):
-        return (weight.half(),)
-    return (weight,)
 
 
 def seal(tag: bytes, raw_length: int, body: bytes) -> bytes:
@@ -4678,10 +5250,10 @@ def decode_tensors(raw: bytes, start: int, table: list) -> dict[str, Tensor]:
         for name, shape, planes in table:
             if plane not in planes:
                 continue
-            plane_shape = [shape[0], 1] if plane == "step" else shape
-            values = np.frombuffer(raw, number_type, math.prod(plane_shape), start)
-            array = torch.from_numpy(values.astype(np.float32).reshape(plane_shape))
-            if plane == "step":
+            own_shape = plane_shape(plane, shape)
+            values = np.frombuffer(raw, number_type, math.prod(own_shape), start)
+            array = torch.from_numpy(values.astype(np.float32).reshape(own_shape))
+            if plane in ("step", "column"):
                 state[name].mul_(array)
             else:
                 state[name] = array
@@ -4699,12 +5271,39 @@ def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
     return sum(plan.payload_bytes for plan in plan_tensors(cfg, state))
 
 
+# Bytes of integers over a Gaussian's entropy, and of float16 numbers over two each, in trained models.
+CODED_RATIO = {"rans": (0.992, 0.83), "brotli": (1.014, 0.9), "zstd": (1.018, 0.9), "zlib": (1.16, 0.93)}
+
+
 def predict_size(cfg: Config, model: GPT) -> int:
-    """Expected bytes of the trained, packed model; 127 / levels saves its log_256 bytes a weight."""
+    """Expected bytes of the trained, packed model, from shapes alone.
+
+    SDClip's steps are shares of a row's deviation, so that the entropy of a Gaussian says the rest. Of other
+    clips 127 / levels saves its log_256 bytes a weight.
+    """
     state = model.state_dict()
-    quantised = [plan for plan in plan_tensors(cfg, state) if plan.levels]
-    saved_bytes = sum(plan.count * math.log(127 / plan.levels, 256) for plan in quantised)
-    return int(TRAINED_RATIO * payload_bytes(cfg, state) - saved_bytes)
+    plans = plan_tensors(cfg, state)
+    quantised = [plan for plan in plans if plan.levels]
+    if cfg.quant_clip != SDCLIP:
+        saved_bytes = sum(plan.count * math.log(127 / plan.levels, 256) for plan in quantised)
+        return int(TRAINED_RATIO * payload_bytes(cfg, state) - saved_bytes)
+    others = payload_bytes(cfg, state)
+    coded = 0.0
+    for plan in quantised:
+        others -= plan.count
+        coded += plan.count / 8 * rounded_entropy(of_group(cfg, "quant_clip_sigmas", plan.name), plan.levels)
+    integer_ratio, float_ratio = CODED_RATIO[cfg.codec]
+    predicted = int(float_ratio * others + integer_ratio * coded)
+    return min(predicted, cfg.size_target_bytes or predicted)
+
+
+def rounded_entropy(sigmas: float, levels: int) -> float:
+    """Bits of a Gaussian number whose deviation is levels / sigmas, rounded to integers within the levels."""
+    edges = (np.arange(-levels, levels) + 0.5) * sigmas / levels
+    below = [0.0, *(0.5 * math.erfc(-edge / 2**0.5) for edge in edges), 1.0]
+    shares = np.diff(below)
+    shares = shares[shares > 0]
+    return float(-(shares * np.log2(shares)).sum())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6437,6 +7036,7 @@ class Trained:
     mean_lr_scale: float = 0.0
     late_graphs: int = 0  # compiled inside the clock, in spite of the warm-up
     phase: int = -1  # of the last step
+    max_sequences: int = 1  # of a pass
 
     @property
     def is_truncated(self) -> bool:
@@ -6633,6 +7233,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         mean_lr_scale=training.lr_scale_sum / max(step, 1),
         late_graphs=max(runtime.gather(compiled_graphs() - graphs_before)),
         phase=plan_before.phase if plan_before else -1,
+        max_sequences=max_sequences,
     )
     report_end_of_training(run, trained)
     if runtime.dtype == torch.float16:
@@ -6680,6 +7281,75 @@ def use_average(run: Run, average: Average, trained: Trained) -> Score:
         val_bpb=score.bpb,
     )
     return score
+
+
+def calibrate(run: Run, stream: TokenStream | None, trained: Trained) -> Calibration:
+    """GPTQ_CALIBRATION_BATCHES: what the first training batches say of the model as it will be packed.
+
+    All ranks call it and get the same. Its seconds count as training: they are added to the trained ones.
+    """
+    cfg = run.cfg
+    runtime = run.runtime
+    if not stream or not cfg.gptq_calibration_batches:
+        return Calibration()
+    began = time.perf_counter()
+    plans = [plan for plan in plan_tensors(cfg, run.model.state_dict()) if plan.levels]
+    names = [plan.name for plan in plans]
+    source = batches(cfg, stream, runtime)
+    with watched_inputs(run.model, names) as sums, torch.no_grad():
+        for ids, target_ids in itertools.islice(source, cfg.gptq_calibration_batches):
+            for part, _ in micro_batches((ids, target_ids), trained.max_sequences):
+                run.model(part.to(runtime.device))
+    for name, total in sums.items():
+        if not runtime.sum(total).isfinite().all():
+            raise RunError(f"diverged: the inputs of {name} are not finite", DIVERGED)
+    calibration = Calibration(sums)
+    if cfg.step_balance_rounds:
+        windows = window_order(cfg, stream.count_windows(cfg.train_seq_len), 0)
+        windows = windows[: max(1, BALANCE_TOKENS // cfg.train_seq_len)] * cfg.train_seq_len
+        rows = [stream.read(start, cfg.train_seq_len) for start in windows.tolist()]
+        balance_steps(run, plans, calibration, torch.from_numpy(np.array(rows, np.int64)))
+    runtime.synchronize()
+    seconds = runtime.main_number(time.perf_counter() - began)
+    trained.seconds += seconds
+    tokens = cfg.gptq_calibration_batches * cfg.train_batch_tokens
+    run.log.line(f"gptq: hessians:{len(sums)} tokens:{tokens} time:{1000 * seconds:.0f}ms")
+    run.log.event("gptq", hessians=len(sums), tokens=tokens, seconds=seconds, scales=calibration.scales)
+    for name in names:
+        if name not in sums:
+            run.log.line(f"gptq: {name} is read by rows, it has no inputs: rounded to the nearest")
+    return calibration
+
+
+@torch.no_grad()
+def balance_steps(run: Run, plans: list[TensorPlan], calibration: Calibration, ids: Tensor) -> None:
+    """STEP_BALANCE_ROUNDS: set the calibration's scales by what rounding each matrix alone costs.
+
+    A cost is the KL divergence of the model's output on ids [B, T], mean nats a token. As costs go by the
+    square of the steps and bytes by their logarithm, the least cost at the same bytes has the same cost for
+    each weight of all matrices. A round goes half of the way there: farther off, steps are too coarse for the
+    square. Each rank measures its share of the matrices.
+    """
+    cfg = run.cfg
+    runtime = run.runtime
+    ids = ids.to(runtime.device)
+    reference = run.model(ids).log_softmax(dim=-1)
+    counts = torch.tensor([plan.count for plan in plans], dtype=torch.float64)
+    logs = torch.zeros(len(plans), dtype=torch.float64)  # of the scales
+    for _ in range(cfg.step_balance_rounds):
+        costs = torch.zeros(len(plans), dtype=torch.float64)
+        for index in range(runtime.rank, len(plans), runtime.world_size):
+            weight = run.model.get_parameter(plans[index].name)
+            before = weight.detach().clone()
+            weight.copy_(decode_matrix(encode_matrix(cfg, plans[index], before.cpu(), calibration)))
+            output = run.model(ids).log_softmax(dim=-1)
+            costs[index] = F.kl_div(output, reference, log_target=True, reduction="sum") / ids.numel()
+            weight.copy_(before)
+        gaps = 0.5 * (runtime.sum(costs).clamp_min(1e-9) / counts).log2()
+        gaps -= (gaps * counts).sum() / counts.sum()
+        logs -= 0.5 * gaps.clamp(-4, 4)
+        for plan, log in zip(plans, logs.tolist(), strict=True):
+            calibration.scales[plan.name] = 2**log
 
 
 # -- What the loop says ----------------------------------------------------------------------------------
@@ -6946,6 +7616,8 @@ def log_start_warnings(run: Run) -> None:
 
 
 # -- The artifact ----------------------------------------------------------------------------------------
+SIZE_ROUNDS = 8  # of SIZE_TARGET's search, which usually takes 3
+LEAST_SIGMAS = 4.0  # deviations that the levels must span
 
 
 @dataclass(frozen=True)
@@ -6968,7 +7640,7 @@ class Artifact:
         return asdict(self) | dict(total_bytes=self.total_bytes)
 
 
-def save_model(run: Run, path: Path) -> int:
+def save_model(run: Run, path: Path, calibration: Calibration) -> int:
     """Write both model files, or neither, on rank 0; returns the packed bytes.
 
     RunError (5) if a weight is not finite.
@@ -6984,7 +7656,7 @@ def save_model(run: Run, path: Path) -> int:
     if weights > SLOW_TO_PACK:
         seconds = weights / PACKED_PER_SECOND
         log.say(f"packing {weights / 1e6:.0f} M weights: usually {seconds:.0f} s, with some clips longer")
-    blob = pack(cfg, state, header)
+    encoded, blob = pack_to_size(run, state, calibration, header)
     weights_path = path.with_name(WEIGHTS_FILE)
     write_atomic(weights_path, partial(torch.save, state))
     write_atomic(path, blob)
@@ -7000,11 +7672,49 @@ def save_model(run: Run, path: Path) -> int:
         f"(payload:{payload} payload_ratio:{float32_bytes / payload:.2f}x)"
     )
     log.line(f"Total submission size {label}: {len(blob) + code_bytes} bytes")
-    report_packing(run, state, blob)
+    report_packing(run, state, encoded, blob)
     return len(blob)
 
 
-def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
+def pack_to_size(
+    run: Run, state: Mapping[str, Tensor], calibration: Calibration, header: Mapping[str, object]
+) -> tuple[dict[TensorPlan, tuple[Tensor, ...]], bytes]:
+    """(arrays, artifact) of the model: with SIZE_TARGET the largest found that fits.
+
+    One factor scales every step; twice the step saves up to a bit a weight. It stays where the levels reach
+    LEAST_SIGMAS, beyond which finer steps would clip. RunError (3) if nothing fits.
+    """
+    cfg = run.cfg
+    room = cfg.size_target_bytes - len(own_source())
+    knob_names = ("quant_clip_sigmas", "mlp_quant_clip_sigmas", "embed_quant_clip_sigmas")
+    least_scale = LEAST_SIGMAS / min(getattr(cfg, name) or math.inf for name in knob_names)
+    scale = 1.0
+    best = None
+    for _ in range(SIZE_ROUNDS if cfg.size_target else 1):
+        scaled = replace(cfg, **{name: scale * getattr(cfg, name) for name in knob_names})
+        encoded = encode_tensors(scaled, state, calibration)
+        blob = pack_arrays(cfg, encoded, header)
+        if not cfg.size_target:
+            return encoded, blob
+        run.log.line(f"size_target: sigmas x {scale:.4f}, packed {len(blob)} of {room} bytes")
+        fits = len(blob) <= room
+        if fits and (best is None or len(blob) > len(best[1])):
+            best = encoded, blob
+        if fits and (len(blob) > 0.999 * room or scale == least_scale):
+            break
+        weights = sum(plan.count for plan in encoded if plan.levels)
+        scale = max(scale * 2 ** (8 * (len(blob) - 0.9995 * room) / max(weights, 1)), least_scale)
+    if best is None:
+        raise RunError(
+            f"SIZE_TARGET={cfg.size_target}: no steps were found that fit; lower the model's size", OVER_SIZE
+        )
+    run.log.line(f"size_target: {room - len(best[1])} bytes unused")
+    return best
+
+
+def report_packing(
+    run: Run, state: Mapping[str, Tensor], encoded: Mapping[TensorPlan, tuple[Tensor, ...]], blob: bytes
+) -> None:
     """Log what packing cost: each tensor's error, relative to its norm, and each group's bytes and error.
 
     The errors are those of the tensors as read back; a group's bytes are those that it takes packed alone.
@@ -7019,7 +7729,8 @@ def report_packing(run: Run, state: Mapping[str, Tensor], blob: bytes) -> None:
         group_error = math.hypot(*(error_norms[name] for name in tensors))
         group_norm = math.hypot(*(norms[name] for name in tensors))
         error = group_error / max(group_norm, 1e-30)
-        packed_bytes = len(pack(cfg, tensors, {}))
+        own = {plan: arrays for plan, arrays in encoded.items() if plan.name in tensors}
+        packed_bytes = len(pack_arrays(cfg, own, {}))
         groups[group] = dict(tensors=len(tensors), bytes=packed_bytes, error=error)
         run.log.line(f"packed {group}: tensors:{len(tensors)} bytes:{packed_bytes} error:{error:.5f}")
     errors = {name: error_norms[name] / max(norms[name], 1e-30) for name in state}
@@ -7121,9 +7832,15 @@ def broken_limits(
     if artifact.total_bytes > SIZE_LIMIT:
         message = f"code and model take {artifact.total_bytes} bytes, the limit is {SIZE_LIMIT}"
         broken.append(Verdict("over_size", OVER_SIZE, message))
-    if round(trained.seconds, 3) > cfg.cap:  # as RESULT has them
-        message = f"training took {trained.seconds:.3f} s, the limit is {cfg.cap:g}: its last step was slower"
-        broken.append(Verdict("over_train_time", OVER_TRAIN_TIME, f"{message} than those before it"))
+    calibrates = cfg.gptq_calibration_batches > 0
+    limit = cfg.max_wallclock_seconds or math.inf if calibrates else cfg.cap
+    if round(trained.seconds, 3) > limit:  # as RESULT has them
+        message = f"training took {trained.seconds:.3f} s, the limit is {limit:g}: "
+        if calibrates:
+            message += "raise GPTQ_RESERVE_SECONDS or lower GPTQ_CALIBRATION_BATCHES"
+        else:
+            message += "its last step was slower than those before it"
+        broken.append(Verdict("over_train_time", OVER_TRAIN_TIME, message))
     seconds = evaluation_seconds(scores)
     partial_scores = ""
     for name, score in scores.items():
@@ -8228,7 +8945,8 @@ def complete(run: Run, stream: TokenStream | None, header: Mapping | None, run_i
     else:
         run.settle(partial(warm_evaluation, run))
         trained = Trained() if header else Trained(score=validate(run, 0, 0.0))
-    artifact = packed_before(run.cfg, header) if header else pack_artifact(run)
+    calibration = calibrate(run, stream, trained)
+    artifact = packed_before(run.cfg, header) if header else pack_artifact(run, calibration)
     scores = score_artifact(run, artifact)
     return finish(run, trained, artifact, scores, run_id)
 
@@ -8239,12 +8957,12 @@ def packed_before(cfg: Config, header: Mapping) -> Artifact:
     return Artifact(str(path), header["quant"], header["codec"], path.stat().st_size, len(own_source()))
 
 
-def pack_artifact(run: Run) -> Artifact:
+def pack_artifact(run: Run, calibration: Calibration) -> Artifact:
     """Pack the model into OUT_DIR, on rank 0, and log what came of it."""
     cfg = run.cfg
     code_bytes = len(own_source())
     path = Path(cfg.out_dir, MODEL_FILE)
-    model_bytes = run.runtime.main_decides(partial(save_model, run, path))
+    model_bytes = run.runtime.main_decides(partial(save_model, run, path, calibration))
     artifact = Artifact(str(path), quant_name(cfg), cfg.codec, model_bytes, code_bytes)
     run.log.event("artifact", **artifact.facts())
     return artifact

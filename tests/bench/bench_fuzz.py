@@ -24,7 +24,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -184,6 +184,43 @@ def artifacts() -> st.SearchStrategy[bytes]:
     )
 
 
+def streams() -> st.SearchStrategy[bytes]:
+    """Artifacts of CODEC=rans under a valid seal: damaged streams, forged heads, tables and counts."""
+    torch.manual_seed(0)
+    cfg = replace(CFG, codec="rans")
+    state = GPT(CFG).state_dict() | {"wide": torch.randn(300, 240)}
+    whole = pack(cfg, state, ABOUT)
+    body = whole[PREFIX.size :]
+    *_, raw_length, _ = PREFIX.unpack_from(whole)
+    head = train_gpt.RANS_HEAD
+    version, used, text_length, first_length = head.unpack_from(body)
+    text = zlib.decompress(body[head.size : head.size + text_length])
+    streams_bytes = body[head.size + text_length :]
+
+    def seal(body: bytes, size: int = raw_length) -> bytes:
+        return train_gpt.seal(b"rans", size % 2**64, body)
+
+    def forge(text: bytes, changes: tuple[int, int, int], size: int = raw_length) -> bytes:
+        packed = zlib.compress(text, 1)
+        more_contexts, more_text, more_stream = changes
+        told = (used + more_contexts) % 256, (len(packed) + more_text) % 2**32, first_length + more_stream
+        return seal(head.pack(version, *told[:2], told[2] % 2**32) + packed + streams_bytes, size)
+
+    def tell(shape: list, size: int) -> bytes:
+        header = json.dumps(dict(tensors=[["blocks.0.attn.c_q.weight", shape, ["int8", "step"]]])).encode()
+        tables = text[-512 * (used + train_gpt.SIDE_CONTEXTS) :]
+        return forge(struct.pack("<I", len(header)) + header + tables, (0, 0, 0), size)
+
+    near = st.tuples(st.integers(-3, 3), st.integers(-3, 3), st.integers(-3, 3))
+    return (
+        damage.map(lambda changes: seal(damaged(body, changes)))
+        | st.builds(lambda changes, size: seal(damaged(body, changes), size), damage, sizes)
+        | st.builds(lambda changes, told: forge(damaged(text, changes), told), damage, near)
+        | st.builds(lambda told, size: forge(text, told, size), st.tuples(sizes, sizes, sizes), sizes)
+        | st.builds(tell, st.lists(st.integers(0, 70_000) | sizes, max_size=3), sizes)
+    )
+
+
 def read_artifact(blob: bytes, folder: Path) -> None:
     state, header = unpack(blob, "x")
     assert all(tensor.dtype == torch.float32 for tensor in state.values()) and isinstance(header, dict)
@@ -261,7 +298,10 @@ def read_state(blob: bytes, folder: Path) -> None:
 # --- the benchmark ---
 
 READERS = dict(
-    unpack=(artifacts, read_artifact), shards=(shards, read_shard), read_checkpoint=(checkpoints, read_state)
+    unpack_rans=(streams, read_artifact),
+    unpack=(artifacts, read_artifact),
+    shards=(shards, read_shard),
+    read_checkpoint=(checkpoints, read_state),
 )
 
 

@@ -1,63 +1,238 @@
-"""Bytes and bpb of one trained model at several levels and clips.
+"""The curve: bytes of a trained model against the bits per byte that packing it costs, by five recipes.
 
     DATA_PATH=... TOKENIZER_PATH=... python tests/bench/bench_quant.py PRESET MODEL.pt [KNOB=VALUE ...] \\
-        [--out FILE]
+        [--batches N] [--windows N] [--recipes NAME ...] [--plot FILE.png] [--out FILE.json]
 
-MODEL.pt is a run's final_model.pt; the knobs must give its shape. Each row is packed, unpacked and scored by
-the official windows. Not a test: pytest does not collect this file.
+MODEL.pt is a run's final_model.pt; the knobs must give its shape. Each recipe packs the model at several
+rates; each artifact is unpacked and scored on the same windows, evenly spread over the validation text. The
+Hessians are those of `--batches` training batches of TRAIN_BATCH_TOKENS. Not a test: pytest does not collect
+this file.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import io
 import json
+import math
 import os
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.missing_packages import explain_missing_packages  # noqa: E402
 
 explain_missing_packages()
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
 import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import Sizes, commit, preset_env  # noqa: E402
 
-# Of attention, MLP and embeddings (0: as attention). The published "int5" has 16 levels up and down.
-LEVELS = {
-    "int8": (127, 0, 0),
-    "int8, int7 tables": (127, 0, 63),
-    "int7/int5": (63, 16, 0),
-    "int6/int5": (31, 16, 0),
+OURS = dict(quant_clip="sdclip", quant_levels=127, row_step_power=0.5, column_step_power=1.0)
+OURS |= dict(steps_per_octave=4, codec="rans", control_float16=True, step_balance_rounds=2)
+RATES = (0.7, 0.85, 1.0, 1.2, 1.45, 1.8)  # factors of a recipe's steps
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One point of the curve before it is scored."""
+
+    label: str
+    size: int
+    predicted: int  # by predict_size; 0 where the recipe is not the script's own
+    state: dict  # what comes back
+
+
+def by_script(cfg, model, state: dict, calibration, label: str, **knobs) -> Packed:
+    """A point that the script packs itself."""
+    own = replace(cfg, **knobs)
+    blob = train_gpt.pack(own, state, {}, calibration if own.gptq_calibration_batches else None)
+    restored = train_gpt.unpack(blob, "packed")[0]
+    return Packed(label, len(blob), train_gpt.predict_size(own, model), restored)
+
+
+def official(cfg, model, state: dict, calibration) -> Iterator[Packed]:
+    """The official script's int8 and zlib; below int8 with as many levels less."""
+    for levels in (127, 63, 31, 15):
+        yield by_script(cfg, model, state, None, f"levels {levels}", codec="zlib", quant_levels=levels)
+
+
+def zstandard(cfg, model, state: dict, calibration) -> Iterator[Packed]:
+    """The same by zstd, level 22."""
+    for levels in (127, 63, 31, 15):
+        yield by_script(cfg, model, state, None, f"levels {levels}", codec="zstd", quant_levels=levels)
+
+
+def gptq_lite(cfg, model, state: dict, calibration) -> Iterator[Packed]:
+    """PR #895's five clips a row, and zstd, level 22."""
+    knobs = dict(codec="zstd", quant_clip="gptq_lite")
+    for levels in (127, 63, 31, 15):
+        yield by_script(cfg, model, state, None, f"levels {levels}", quant_levels=levels, **knobs)
+
+
+def published(cfg, model, state: dict, calibration) -> Iterator[Packed]:
+    """#1394: GPTQ, SDClip, int6 and an int8 table, byte shuffle, brotli 11; the rates scale its sigmas."""
+    for rate in RATES:
+        knobs = dict(quant_clip="sdclip", quant_levels=31, embed_quant_levels=127, gptq_calibration_batches=1)
+        knobs |= dict(quant_clip_sigmas=12.85 * rate, embed_quant_clip_sigmas=20 * rate)
+        own = replace(cfg, **knobs)
+        stored = {}
+        for plan, arrays in train_gpt.encode_tensors(
+            own, state, train_gpt.Calibration(calibration.hessians)
+        ).items():
+            if plan.levels:
+                stored[f"{plan.name}.q"] = arrays[0]
+                stored[f"{plan.name}.scale"] = arrays[1]
+            else:
+                stored[plan.name] = arrays[0].half()
+        file = io.BytesIO()
+        torch.save(stored, file)
+        raw = file.getvalue()
+        size = len(train_gpt.brotli_module().compress(raw[::2] + raw[1::2], quality=11))
+        restored = train_gpt.unpack(
+            train_gpt.pack(own, state, {}, train_gpt.Calibration(calibration.hessians)), "packed"
+        )[0]
+        yield Packed(f"sigmas x {rate}", size, 0, restored)
+
+
+def coded(cfg, model, state: dict, calibration) -> Iterator[Packed]:
+    """The same integers by our coder: what CODEC=rans alone is worth."""
+    knobs = dict(quant_clip="sdclip", quant_levels=31, embed_quant_levels=127, gptq_calibration_batches=1)
+    knobs |= dict(codec="rans", control_float16=True)
+    for rate in RATES:
+        knobs |= dict(quant_clip_sigmas=12.85 * rate, embed_quant_clip_sigmas=20 * rate)
+        bare = train_gpt.Calibration(calibration.hessians)
+        yield by_script(cfg, model, state, bare, f"sigmas x {rate}", **knobs)
+
+
+def ours(cfg, model, state: dict, calibration) -> Iterator[Packed]:
+    """GPTQ with steps by column and half by row, and our coder."""
+    for rate in RATES:
+        knobs = OURS | dict(quant_clip_sigmas=50 * rate, gptq_calibration_batches=1)
+        yield by_script(cfg, model, state, calibration, f"sigmas x {rate}", **knobs)
+
+
+RECIPES: dict[str, Callable] = {
+    "int8+zlib": official,
+    "int8+zstd": zstandard,
+    "gptq_lite+zstd": gptq_lite,
+    "#1394": published,
+    "#1394+rans": coded,
+    "ours": ours,
 }
-CLIPS = "max", "gptq_lite", "grid"
 
 
-def measure(knobs: dict[str, str], path: str) -> dict:
+def spread_windows(cfg, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, targets) [count, T] of windows evenly spread over the validation shards."""
+    stream = train_gpt.TokenStream(cfg.data_path, "val", cfg.vocab_size)
+    length = cfg.train_seq_len
+    windows = stream.count_windows(length)
+    starts = np.unique(np.linspace(0, windows - 1, min(count, windows)).astype(int)) * length
+    block = torch.from_numpy(
+        np.array([stream.read(start, length + 1) for start in starts.tolist()], np.int64)
+    )
+    return block[:, :-1], block[:, 1:]
+
+
+def mean_nats(run, windows: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Nats a token of the live weights, on the same windows each time."""
+    total = 0.0
+    most = train_gpt.micro_batch_limit(run.cfg, run.runtime.device)
+    with torch.no_grad():
+        for ids, target_ids in train_gpt.micro_batches(windows, most):
+            nats = run.nats(ids.to(run.runtime.device), target_ids.to(run.runtime.device))
+            total += nats.double().sum().item()
+    return total / windows[1].numel()
+
+
+def measure(knobs: dict[str, str], path: str, batches: int, windows: int, recipes: list[str]) -> dict:
     """The JSON report."""
     cfg = train_gpt.Config.from_env(knobs)
     data = train_gpt.load_validation(cfg, train_gpt.load_tokenizer(cfg))
+    tokens_per_byte = data.targets / int(data.target_bytes.sum())
     with train_gpt.Runtime.launch(cfg, {}) as runtime:
         model = train_gpt.GPT(cfg, runtime.dtype).to(runtime.device)
         state = train_gpt.load_initial_weights(path)
         train_gpt.load_weights(model, state, path)
         run = train_gpt.Run(cfg, runtime, train_gpt.RunLog(None, ""), model, data)
-        run.settle(lambda: train_gpt.warm_evaluation(run))
-        rows, before = [], run.score().bpb
-        for (label, levels), clip in itertools.product(LEVELS.items(), CLIPS):
-            names = "quant_levels", "mlp_quant_levels", "embed_quant_levels"
-            this = replace(cfg, quant_clip=clip, **dict(zip(names, levels, strict=True)))
-            blob = train_gpt.pack(this, state, {})
-            train_gpt.load_weights(model, train_gpt.unpack(blob, "packed")[0], "packed")
-            bpb, predicted = run.score().bpb, train_gpt.predict_size(this, model)
-            rows.append(dict(levels=label, clip=clip, bytes=len(blob), predicted=predicted, bpb=bpb))
-            print(f"{label:18} {clip:10} {len(blob):>10,} bytes  {bpb:.4f}", flush=True)
+        texts = spread_windows(cfg, windows)
+        live = mean_nats(run, texts)
+        stream = train_gpt.TokenStream(cfg.data_path, "train", cfg.vocab_size)
+        cfg = replace(cfg, max_wallclock_seconds=0.0)
+        run.cfg = replace(cfg, **OURS, quant_clip_sigmas=50.0, gptq_calibration_batches=batches)
+        most = train_gpt.micro_batch_limit(cfg, runtime.device)
+        began = time.perf_counter()
+        calibration = train_gpt.calibrate(run, stream, train_gpt.Trained(max_sequences=most))
+        hessian_seconds = time.perf_counter() - began
+        weights = sum(tensor.numel() for tensor in state.values())
+        rows = []
+        for name in recipes:
+            began = time.perf_counter()
+            for point in RECIPES[name](cfg, model, state, calibration):
+                seconds = time.perf_counter() - began
+                train_gpt.load_weights(model, point.state, "packed")
+                lost = (mean_nats(run, texts) - live) / math.log(2) * tokens_per_byte
+                row = dict(recipe=name, label=point.label, bytes=point.size, predicted=point.predicted)
+                row |= dict(bits=8 * point.size / weights, bpb_lost=lost, seconds=seconds)
+                rows.append(row)
+                off = f"{point.predicted / point.size - 1:+.2%}" if point.predicted else ""
+                print(
+                    f"{name:15} {point.label:14} {point.size:>10,} bytes {row['bits']:.3f} bits  "
+                    f"{lost:+.5f} bpb  {off}",
+                    flush=True,
+                )
+                began = time.perf_counter()
         machine = train_gpt.describe_machine(runtime)
     return dict(
-        benchmark="quant", commit=commit(), knobs=knobs, model=Path(path).name, live_bpb=before,
-        val_sha256=data.sha256, **machine, rows=rows,
+        benchmark="quant", commit=commit(), knobs=knobs, model=Path(path).name, weights=weights,
+        live_bpb=live / math.log(2) * tokens_per_byte, windows=len(texts[0]), calibration_batches=batches,
+        hessian_seconds=hessian_seconds, val_sha256=data.sha256, **machine, rows=rows,
+        saved=savings(rows),
     )  # fmt: skip
+
+
+def savings(rows: list[dict], base: str = "#1394") -> dict[str, float]:
+    """Share of bytes that each recipe saves at the base's losses: the mean over its points that can be told.
+
+    log(bytes) is taken as linear in log(bpb lost) between a recipe's points; none is told beyond them.
+    """
+    curves = {}
+    for row in rows:
+        if row["bpb_lost"] > 0:
+            curves.setdefault(row["recipe"], []).append((math.log(row["bpb_lost"]), math.log(row["bytes"])))
+    found = {}
+    for recipe, points in curves.items():
+        points.sort()
+        losses, sizes = zip(*points, strict=True)
+        logs = []
+        for loss, size in curves.get(base, []):
+            if losses[0] <= loss <= losses[-1]:
+                logs.append(size - float(np.interp(loss, losses, sizes)))
+        if logs:
+            found[recipe] = 1 - math.exp(-sum(logs) / len(logs))
+    return found
+
+
+def plot(report: dict, path: Path) -> None:
+    """bits a weight against bpb lost, a line for each recipe."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name in dict.fromkeys(row["recipe"] for row in report["rows"]):
+        points = [(row["bits"], row["bpb_lost"]) for row in report["rows"] if row["recipe"] == name]
+        points = sorted((bits, lost) for bits, lost in points if lost > 0)
+        axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xlabel="bits per weight, all of the artifact", ylabel="bpb lost", yscale="log")
+    axes.set_title(f"{report['weights'] / 1e6:.1f} M weights, live {report['live_bpb']:.4f} bpb")
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def main() -> None:
@@ -67,14 +242,22 @@ def main() -> None:
     parser.add_argument("preset")
     parser.add_argument("model", help="final_model.pt of a run")
     parser.add_argument("knobs", nargs="*", metavar="KNOB=VALUE")
+    parser.add_argument("--batches", type=int, default=16, help="training batches for the Hessians")
+    parser.add_argument("--windows", type=int, default=400, help="validation windows to score")
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--plot", type=Path, help="draw the curve here")
     parser.add_argument("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
     places = {name: os.environ[name] for name in ("DATA_PATH", "TOKENIZER_PATH") if name in os.environ}
     knobs = preset_env(options.preset, Sizes()) | places | dict(pair.split("=", 1) for pair in options.knobs)
     try:
-        report = measure(knobs, options.model)
+        report = measure(knobs, options.model, options.batches, options.windows, options.recipes)
     except train_gpt.RunError as error:
         raise SystemExit(f"error: {error}") from None
+    for recipe, share in report["saved"].items():
+        print(f"{recipe:15} {share:+.1%} bytes saved at the losses of #1394")
+    if options.plot:
+        plot(report, options.plot)
     if options.out:
         train_gpt.write_atomic(options.out, json.dumps(report, indent=1).encode() + b"\n")
 
