@@ -7544,14 +7544,11 @@ def log_source(log: RunLog, source: bytes, runtime: Runtime) -> None:
     if runtime.is_cuda and shutil.which("nvidia-smi"):
         cards = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
     rule = "=" * 100
-    encoding = "latin-1" if readable_sha256() else "utf-8"  # a packed script is in latin-1
+    text = source.decode("latin-1" if readable_sha256() else "utf-8")  # a packed script is in latin-1
+    if readable_sha256():  # a terminal would obey its control codes
+        text = text.translate({code: 256 + code for code in (*range(10), *range(11, 32), *range(127, 160))})
     log.line(
-        f"{source.decode(encoding)}\n"
-        f"{rule}\n"
-        f"Running Python {sys.version}\n"
-        f"Running PyTorch {torch.__version__}\n"
-        f"{cards}\n"
-        f"{rule}",
+        f"{text}\n{rule}\nRunning Python {sys.version}\nRunning PyTorch {torch.__version__}\n{cards}\n{rule}",
         echo=False,
     )
 

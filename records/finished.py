@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.user_error import UserError, tell, tell_os_error, use_any_console  # noqa: E402
-from records.unpack_script import script_encoding  # noqa: E402
+from records.unpack_script import script_of_shown  # noqa: E402
 from sweeps.lab.run_summary import last, read_events, scores  # noqa: E402
 
 RULE = b"=" * 100  # the official log's line after the source
@@ -109,9 +109,8 @@ def embedded_source(path: Path, data: bytes) -> bytes:
     head, rule, _ = data.partition(b"\n" + RULE + b"\n")
     require(rule, f"{path} does not begin with the source of the run; only logs of train_gpt.py will do")
     head = head.partition(b"\n")[2] if head.startswith(b"resumed: ") else head
-    encoding = script_encoding(head)
     try:
-        return head if encoding == "utf-8-sig" else head.decode().encode(encoding)
+        return script_of_shown(head.decode())
     except UnicodeError:
         return head  # its sha256 will say that it is not what ran
 

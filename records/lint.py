@@ -62,7 +62,7 @@ from records.lint_statements import (  # noqa: E402
     check_official_keys,
 )
 from records.pack_script import is_same_program, strip  # noqa: E402
-from records.unpack_script import Unpacked, Unreadable, script_encoding, unpack  # noqa: E402
+from records.unpack_script import Unpacked, Unreadable, script_of_shown, shown_in_log, unpack  # noqa: E402
 from sweeps.lab.size_limit import SIZE_LIMIT  # noqa: E402
 
 CLOCK = 600.0  # seconds of training, and of evaluation again, on the 10-minute track
@@ -216,14 +216,19 @@ def find_scripts(folder: Folder) -> dict[str, str]:
 
 
 def script_text(script: bytes) -> str:
-    """The text of a script, in the encoding that it names; lines end in a newline alone."""
-    encoding = script_encoding(script)
-    return decode(script if encoding.startswith("utf-8") else script.decode(encoding, "replace").encode())
+    """The text of a script, as a log would show it; lines end in a newline alone."""
+    try:
+        return decode(shown_in_log(script).encode())
+    except UnicodeError:
+        return decode(script)
 
 
 def bytes_on_disk(source: str) -> int:
-    """How many bytes the script takes that has this text, in the encoding that it names."""
-    return len(source.encode(script_encoding(source.encode()), "replace"))
+    """How many bytes the script takes that a log shows as this text."""
+    try:
+        return len(script_of_shown(source))
+    except UnicodeError:
+        return len(source.encode())
 
 
 def readable_of(name: str) -> str:

@@ -6,7 +6,7 @@
 
 Comments, bare strings (docstrings), the texts of knobs and the annotations of functions become empty, four
 spaces of indentation one, variables of functions get short names, every line keeps its number, and the rest
-is compressed (bz2, then 189 signs of latin-1). --help then names the readable file for what each knob does.
+is compressed (bz2, then 251 signs of latin-1). --help then names the readable file for what each knob does.
 What runs is the packed file; its tracebacks name the functions and lines of the readable one.
 The stripped source and the packed bytes are the same for any Python from 3.10 on.
 Exit code 2, one line and nothing written where the input or the output will not do.
@@ -32,7 +32,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from records.finished import Parser, Refused, guarded, require  # noqa: E402
-from records.unpack_script import Unreadable, base189_decode, base189_encode, unpack  # noqa: E402
+from records.unpack_script import Unreadable, base251_decode, base251_encode, unpack  # noqa: E402
 
 QUOTES = '"' * 3
 SCRIPT = Path(__file__).resolve().parent.parent / "train_gpt.py"
@@ -43,8 +43,8 @@ LOADER = """\
 # coding: latin-1; packed by records/pack_script.py, which can --unpack it; {readable} is the same script.
 import bz2, hashlib, linecache, pathlib
 READABLE_SHA256 = "{sha256}"
-{base189_decode}
-packed_text = bz2.decompress(base189_decode("{blob}")).decode()  # it has a check sum
+{base251_decode}
+packed_text = bz2.decompress(base251_decode("{blob}")).decode()  # it has a check sum
 packed_path = pathlib.Path(__file__).resolve().with_name("{readable}")
 try:
     packed_shown = packed_path.read_bytes()
@@ -56,7 +56,7 @@ if hashlib.sha256(packed_shown).hexdigest() != READABLE_SHA256:
 packed_shown = packed_shown.decode("utf-8-sig").replace("\\r\\n", "\\n").replace("\\r", "\\n").split("\\n")
 linecache.cache[str(packed_path)] = 0, None, [line + "\\n" for line in packed_shown], str(packed_path)
 packed_code = compile(packed_text, str(packed_path), "exec", dont_inherit=True)
-del base189_decode, bz2, hashlib, linecache, pathlib, packed_text, packed_path, packed_shown
+del base251_decode, bz2, hashlib, linecache, pathlib, packed_text, packed_path, packed_shown
 exec(packed_code)
 """
 
@@ -388,8 +388,8 @@ def pack(data: bytes, name: str = "train_gpt.py") -> bytes:
         readable=f"{stem}_readable.py",
         unpacked=f"{stem}_unpacked.py",
         sha256=hashlib.sha256(data).hexdigest(),
-        base189_decode=inspect.getsource(base189_decode).strip(),
-        blob=base189_encode(blob),
+        base251_decode=inspect.getsource(base251_decode).strip(),
+        blob=base251_encode(blob),
     ).encode("latin-1")
     larger = f"{name} would be larger packed: {len(packed)} bytes, and {len(data)} as it is"
     require(len(packed) < len(data), f"{larger}; run it as it is")

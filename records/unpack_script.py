@@ -105,8 +105,8 @@ class Reader:
             elif isinstance(statement, ast.ImportFrom):
                 for name in statement.names:
                     self.modules[name.asname or name.name] = f"{statement.module}.{name.name}"
-            elif isinstance(statement, ast.FunctionDef) and ast.dump(statement) == BASE189:
-                self.modules["base189_decode"] = "pack_script.base189_decode"
+            elif isinstance(statement, ast.FunctionDef) and ast.dump(statement) == BASE251:
+                self.modules["base251_decode"] = "pack_script.base251_decode"
             elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
                 self.assign(statement.targets[0].id, statement.value)
             elif isinstance(statement, ast.Expr) and is_runner(statement.value):
@@ -225,34 +225,50 @@ class Reader:
 
 
 # The loader of records/pack_script.py holds this function as it stands here: no docstring, no annotations.
-# It undoes `base189_encode`: str -> bytes, 17 bytes for each 18 signs.
-def base189_decode(text):
-    signs = [code for code in (*range(32, 127), *range(160, 256)) if code not in b'"\\']
-    value = {chr(code): index for index, code in enumerate(signs)}
+# It undoes `base251_encode`: str -> bytes, 250 bytes for each 251 signs.
+def base251_decode(text):
+    value = {chr(code): index for index, code in enumerate(sorted({*range(256)} - {*b'\0\n\r"\\'}))}
     data = b""
-    for start in range(0, len(text), 18):
+    for start in range(0, len(text), 251):
         number = 0
-        for sign in text[start : start + 18]:
-            number = number * 189 + value[sign]
-        data += number.to_bytes(17, "big")
+        for sign in text[start : start + 251]:
+            number = number * 251 + value[sign]
+        data += number.to_bytes(250, "big")
     return data
 
 
-def base189_encode(data: bytes) -> str:
-    """18 signs of latin-1 for each 17 bytes, filled up with zeros; 12 % shorter than base85.
+def base251_encode(data: bytes) -> str:
+    """251 signs of latin-1 for each 250 bytes, filled up with zeros; a fifth shorter than base85.
 
-    189 of the 256 signs are used: no control codes, so that a log may show them, no quote, no backslash.
+    All signs but five: NUL, which Python refuses, ends of lines, the quote and the backslash.
     """
-    signs = [code for code in (*range(32, 127), *range(160, 256)) if code not in b'"\\']
+    signs = sorted({*range(256)} - {*b'\0\n\r"\\'})
     text = ""
-    for start in range(0, len(data), 17):
-        number = int.from_bytes(data[start : start + 17].ljust(17, b"\0"), "big")
+    for start in range(0, len(data), 250):
+        number = int.from_bytes(data[start : start + 250].ljust(250, b"\0"), "big")
         block = ""
-        for _ in range(18):
-            number, digit = divmod(number, 189)
+        for _ in range(251):
+            number, digit = divmod(number, 251)
             block = chr(signs[digit]) + block
         text += block
     return text
+
+
+def shown_in_log(script: bytes) -> str:
+    """A script as the head of a log shows it, where a packed one has signs in place of control codes.
+
+    Raises UnicodeError where the script is not in the encoding that it names.
+    """
+    text = script.decode(script_encoding(script))
+    return text.translate(SHOWN_CONTROLS) if script_encoding(script) == "iso-8859-1" else text
+
+
+def script_of_shown(text: str) -> bytes:
+    """The script that `shown_in_log` shows as this text; UnicodeError where there is none."""
+    encoding = script_encoding(text.encode())
+    if encoding == "iso-8859-1":
+        text = text.translate({shown: code for code, shown in SHOWN_CONTROLS.items()})
+    return text.encode(encoding)
 
 
 def script_encoding(script: bytes) -> str:
@@ -359,7 +375,9 @@ def joined(glue: str | bytes, parts: list) -> str | bytes:
     return glue.join(parts)
 
 
-BASE189 = ast.dump(ast.parse(inspect.getsource(base189_decode)).body[0])
+# As train_gpt.py logs itself: a terminal would obey the codes.
+SHOWN_CONTROLS = {code: 256 + code for code in (*range(10), *range(11, 32), *range(127, 160))}
+BASE251 = ast.dump(ast.parse(inspect.getsource(base251_decode)).body[0])
 ENCODINGS = {"utf-8", "utf8", "utf-8-sig", "ascii", "latin-1", "latin1", "iso-8859-1"}
 CODECS: dict[str, Callable] = {
     "base64.b85decode": base64.b85decode,
@@ -370,7 +388,7 @@ CODECS: dict[str, Callable] = {
     "base64.b32decode": base64.b32decode,
     "base64.b16decode": base64.b16decode,
     "base64.decodebytes": base64.decodebytes,
-    "pack_script.base189_decode": base189_decode,
+    "pack_script.base251_decode": base251_decode,
     "binascii.a2b_base64": binascii.a2b_base64,
     "binascii.unhexlify": binascii.unhexlify,
     "bytes.fromhex": bytes.fromhex,

@@ -12,6 +12,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import unicodedata
 import zlib
 from pathlib import Path
 from signal import SIGKILL
@@ -23,7 +24,15 @@ from hypothesis import strategies as st
 import train_gpt
 from records import finished, lint, make, pack_script, rescore
 from records.pack_script import is_same_program, outline, pack, source_text, strip
-from records.unpack_script import LIMIT, Unreadable, base189_decode, base189_encode, unpack
+from records.unpack_script import (
+    LIMIT,
+    Unreadable,
+    base251_decode,
+    base251_encode,
+    script_of_shown,
+    shown_in_log,
+    unpack,
+)
 from tests.conftest import ROOT, launch
 from tests.support.forkserver import ForkServer
 from tests.support.stops import Folder, dies, in_step
@@ -82,16 +91,19 @@ def test_the_bytes_do_not_depend_on_the_python_that_packs(packed, tmp_path):
     assert unpacked == {strip(SCRIPT.read_text())}  # whatever their liblzma
 
 
-@given(st.binary(max_size=200))
-def test_base189_gives_the_bytes_back_in_signs_that_a_log_can_show(data):
-    text = base189_encode(data)
-    assert base189_decode(text)[: len(data)] == data and not any(base189_decode(text)[len(data) :])
-    assert len(text) == 18 * -(-len(data) // 17)
-    assert text.isprintable() or set(text) & {
-        "\xa0",
-        "\xad",
-    }  # a space and a hyphen that Python calls unprintable
-    assert not set(text) & {'"', "\\"} and text.encode("latin-1").decode("latin-1") == text
+@given(st.binary(max_size=600))
+def test_base251_gives_the_bytes_back(data):
+    text = base251_encode(data)
+    assert base251_decode(text)[: len(data)] == data and not any(base251_decode(text)[len(data) :])
+    assert len(text) == 251 * -(-len(data) // 250) and not set(text) & set('"\\\n\r\0')
+
+
+@given(st.text(st.characters(max_codepoint=255, exclude_characters="\r")))
+def test_a_log_shows_any_packed_script_without_control_codes_and_gives_it_back(text):
+    script = f"# coding: latin-1\n{text}".encode("latin-1")
+    shown = shown_in_log(script)
+    assert script_of_shown(shown) == script
+    assert not [sign for sign in shown if sign != "\n" and unicodedata.category(sign) == "Cc"]
 
 
 # -- what is taken out --
@@ -204,7 +216,7 @@ def test_a_packed_run_gives_the_result_of_the_readable_one(packed, tmp_path, sho
     assert own.result["code_bytes"] == size and f"Code size: {size} bytes" in own.log
     assert own.result["total_bytes"] == size + own.result["model_bytes"]
     assert forecast_bytes(plain.log) - forecast_bytes(own.log) == SCRIPT.stat().st_size - size
-    assert own.log.startswith(source.decode("latin-1") + "\n" + "=" * 100)
+    assert own.log.startswith(shown_in_log(source) + "\n" + "=" * 100)
     assert f"\ncode_sha256:{sha} code_bytes:{size} readable_sha256:{readable}\n" in own.log
     (config,) = own.of("config")
     assert (config["code_sha256"], config["readable_sha256"]) == (sha, readable)
@@ -459,8 +471,8 @@ def test_what_cannot_be_read_is_said_in_one_line(script):
 
 
 def test_a_decoder_of_the_same_name_is_not_taken_for_ours(packed):
-    script = (packed / "train_gpt.py").read_bytes().replace(b"number * 189", b"number * 188")
-    with pytest.raises(Unreadable, match="base189_decode"):
+    script = (packed / "train_gpt.py").read_bytes().replace(b"number * 251", b"number * 250")
+    with pytest.raises(Unreadable, match="base251_decode"):
         unpack(script)
 
 
