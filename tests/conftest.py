@@ -130,11 +130,14 @@ def show(page: str) -> str:
     return printed.getvalue().strip()
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Mark what is fast, and begin with the long files, so that no worker is left with one at the end."""
+def pytest_collection_modifyitems(config, items) -> None:
+    """Mark what is fast, skip what is slow unless it is asked for, and begin with the long files, so that no
+    worker is left with one at the end."""
     for item in items:
         if item.path.name in FAST_FILES:
             item.add_marker("fast")
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="slow; `bash tests/run.sh slow` runs it"))
     long_first = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: long_first.get(item.path.name, len(long_first)))
 

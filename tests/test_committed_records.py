@@ -40,11 +40,20 @@ def test_it_says_that_it_is_of_a_cpu(folder):
     assert "No leaderboard claim is made" in (folder / "README.md").read_text()
 
 
-# Not cpu_progressive_depth: its twelve layers take 80 s, and nothing of the way there differs from cpu_best.
-SCORED_AGAIN = [path for path in RECORDS if not path.name.endswith("_cpu_progressive_depth")]
+# cpu_progressive_depth takes 80 s for its twelve layers. Nothing of the way there differs from cpu_best; nor
+# does anything of cpu_lower_lr differ from cpu_baseline, whose sizes it has.
+SLOW = ("cpu_progressive_depth", "cpu_lower_lr")
 
 
-@pytest.mark.parametrize("folder", SCORED_AGAIN, ids=lambda path: path.name.partition("_")[2])
+def scored_again() -> list:
+    """Each record; marked `slow` if it is of a kind that another one shows."""
+    cases = []
+    for folder, name in zip(RECORDS, NAMES, strict=True):
+        cases.append(pytest.param(folder, id=name, marks=[pytest.mark.slow] if name in SLOW else []))
+    return cases
+
+
+@pytest.mark.parametrize("folder", scored_again())
 def test_a_seed_scores_again(folder, corpus, capsys):
     claim = json.loads((folder / "submission.json").read_text())
     shard = corpus / "datasets/pydocs_sp1024"

@@ -244,11 +244,11 @@ def artifact(small, tmp_path_factory):
 
 @pytest.fixture
 def rerun(small, artifact, tmp_path, capsys, monkeypatch):
-    """rerun(knob=value, ...): score the artifact in this process; SCORE_CHECK takes 12 seconds, not 60."""
-    tool = dict(check_own_scores=partial(check_own_scores, seconds=12))
-    monkeypatch.setattr(train_gpt, "load_tool", lambda path: tool)
+    """rerun(knob=value, ...): score the artifact in this process. Its SCORE_CHECK takes 12 s, or as given."""
 
-    def run(**knobs):
+    def run(check_seconds=12, **knobs):
+        tool = dict(check_own_scores=partial(check_own_scores, seconds=check_seconds))
+        monkeypatch.setattr(train_gpt, "load_tool", lambda path: tool)
         place = dict(device="cpu", eval_only=str(artifact), out_dir=str(tmp_path))
         return play(capsys, tmp_path, env_of(small[0], **dict.fromkeys(TINY) | place | knobs))
 
@@ -274,7 +274,7 @@ LEARNERS = {
 @pytest.mark.parametrize("name", LEARNERS)
 def test_our_scores_pass_and_the_check_changes_none(rerun, name):
     knobs = LEARNERS[name]
-    plain, checked = rerun(**knobs), rerun(**knobs, score_check=True)
+    plain, checked = rerun(**knobs), rerun(check_seconds=6, **knobs, score_check=True)
     assert (plain.code, checked.code) == (0, 0), checked.error
     on = ["roundtrip"] + ["sliding"] * ("eval_stride" in knobs) + ["ttt"] * ("ttt_steps" in knobs)
     on += ["hedge"] * ("use_hedge" in knobs)
@@ -511,7 +511,7 @@ def test_lora_gradients_are_those_of_w_plus_b_a():
 def test_neither_the_score_nor_the_check_changes_the_model(name):
     run = learner(**KINDS[name], eval_stride=8)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
-    for use in (each, partial(check_own_scores, seconds=4)):
+    for use in (each, partial(check_own_scores, seconds=1)):
         use(run)
         torch.testing.assert_close(run.model.state_dict(), before, rtol=0, atol=0)
     again, first = each(run), each(learner(**KINDS[name], eval_stride=8))
@@ -752,8 +752,8 @@ def test_a_part_is_never_dumped_as_a_score(rerun, tmp_path, one_second_a_pass):
 
 def test_the_check_does_not_run_on_the_evaluation_clock(small, rerun, one_second_a_pass):
     limit = -(-targets_of(small[0]) // 128) + 0.5
-    assert rerun(val_batch_size=1024, max_eval_seconds=limit, score_check=True).code == 0
-    run = rerun(val_batch_size=1024, max_eval_seconds=0.5, score_check=True)
+    assert rerun(1, val_batch_size=1024, max_eval_seconds=limit, score_check=True).code == 0
+    run = rerun(1, val_batch_size=1024, max_eval_seconds=0.5, score_check=True)
     assert run.code == 4 and any(line.startswith("score_check: roundtrip breaks none") for line in run.lines)
 
 

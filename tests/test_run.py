@@ -415,7 +415,7 @@ def traced(monkeypatch):
 
 GRAPHS = {
     "uneven_micro_batches": dict(train_batch_tokens=160, micro_batch_tokens=64, num_layers=1),
-    "best_1434": dict(parallel_block=1, mlp_act="silu2", head_diversity=1e-4, encoder_layers=0),
+    "best_1434": dict(parallel_block=1, mlp_act="silu2", head_diversity=1e-4, encoder_layers=0, num_layers=1),
 }
 
 
@@ -440,7 +440,7 @@ def test_graphs_made_inside_the_clock_are_told(run_main, traced):
 
 def test_a_graph_made_inside_the_clock_in_spite_of_the_warm_up_is_exit_6(run_main, traced, monkeypatch):
     monkeypatch.setattr(train_gpt, "warm_up", lambda run, *_: (4, [0.0]))
-    code, out, err = run_main(iterations=2, compile=1, warmup_steps=1)
+    code, out, err = run_main(iterations=2, compile=1, warmup_steps=1, num_layers=1)
     assert code == 6 and result_of(out)["status"] == "recompiled"
     assert "inside the clock" in out and "graphs compiled in the training clock" in error_line(err)
 
