@@ -305,10 +305,34 @@ def launch(
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     if expect is not None:
         assert run.returncode == expect, f"{run.returncode}\n{run.stdout[-1500:]}\n{run.stderr[-3000:]}"
-    outcome = Outcome(run.returncode, run.stdout, run.stderr)
-    if found := re.search(r"^RESULT (.*)$", run.stdout, re.M):
+    return outcome_of(run.returncode, run.stdout, run.stderr, set(logs.glob("*")) - earlier)
+
+
+@pytest.fixture
+def launch_forks(fork_server):
+    """launch_forks(folder, dataset, ranks, knob=value, ...) -> Outcome, any, as of `launch`.
+
+    Its ranks are forks of a process that has the imports: two of them are there six seconds earlier than
+    torchrun's.
+    """
+
+    def run(folder: Path, dataset: Path, ranks: int = 1, **knobs) -> Outcome:
+        env = env_of(dataset, **knobs)
+        logs = folder / env.get("OUT_DIR", ".") / "logs"
+        earlier = set(logs.glob("*"))
+        code, *_ = fork_server.run(folder, env, ranks)
+        stdout, stderr = ((folder / name).read_text() for name in ("0.out", "0.err"))
+        return outcome_of(code, stdout, stderr, set(logs.glob("*")) - earlier)
+
+    return run
+
+
+def outcome_of(code: int, stdout: str, stderr: str, logs: Iterable[Path]) -> Outcome:
+    """The outcome of a run that wrote these logs."""
+    outcome = Outcome(code, stdout, stderr)
+    if found := re.search(r"^RESULT (.*)$", stdout, re.M):
         outcome.result = json.loads(found[1])
-    for path in set(logs.glob("*")) - earlier:
+    for path in logs:
         if path.suffix == ".jsonl":
             outcome.events = [json.loads(line) for line in path.read_text().splitlines()]
         elif path.suffix == ".txt":

@@ -1,4 +1,4 @@
-"""The records in records/: made by real runs on a CPU, linted here, a seed of most scored again."""
+"""The records in records/: made by real runs on a CPU, linted here; one scored again, on demand all."""
 
 import json
 import subprocess
@@ -40,16 +40,11 @@ def test_it_says_that_it_is_of_a_cpu(folder):
     assert "No leaderboard claim is made" in (folder / "README.md").read_text()
 
 
-# cpu_progressive_depth takes 80 s for its twelve layers. Nothing of the way there differs from cpu_best; nor
-# does anything of cpu_lower_lr differ from cpu_baseline, whose sizes it has.
-SLOW = ("cpu_progressive_depth", "cpu_lower_lr")
-
-
 def scored_again() -> list:
-    """Each record; marked `slow` if it is of a kind that another one shows."""
+    """Each record; all but one are marked `slow`, since nothing of the way to their scores differs."""
     cases = []
     for folder, name in zip(RECORDS, NAMES, strict=True):
-        cases.append(pytest.param(folder, id=name, marks=[pytest.mark.slow] if name in SLOW else []))
+        cases.append(pytest.param(folder, id=name, marks=[] if name == "cpu_best" else [pytest.mark.slow]))
     return cases
 
 

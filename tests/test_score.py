@@ -531,9 +531,10 @@ def test_the_result_has_the_sliding_score_beside_the_official_one(slid):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_artifact_slides_to_the_same_score_in_a_fresh_process(slid, dataset, tmp_path, ranks):
+def test_the_artifact_slides_to_the_same_score_again(slid, dataset, launch_forks, tmp_path, ranks):
+    """In a fresh process, which a fork is: of one that has made no score."""
     how = dict(device="cpu", eval_only=str(slid[0] / "final_model.int8.ptz"), eval_stride=8)
-    again = launch(tmp_path, dataset, ranks=ranks, expect=None, **dict.fromkeys(TINY) | how)
+    again = launch_forks(tmp_path, dataset, ranks=ranks, **dict.fromkeys(TINY) | how)
     assert again.result and again.result["world_size"] == ranks, again.stderr[-3000:]
     keys = ("val_loss", "val_bpb", "tokens", "bytes")
     first, second = ([o.of("score")[1][key] for key in keys] for o in (slid[1], again))
