@@ -308,7 +308,7 @@ def launch(
     return outcome_of(run.returncode, run.stdout, run.stderr, set(logs.glob("*")) - earlier)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def launch_forks(fork_server):
     """launch_forks(folder, dataset, ranks, knob=value, ...) -> Outcome, any, as of `launch`.
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from tests.conftest import TINY, launch
+from tests.conftest import TINY
 from train_gpt import (
     DISCOUNT,
     EXPERT_SHARES,
@@ -537,11 +537,13 @@ def test_the_gate_sees_the_odds_of_the_ngram_against_the_neural_model(monkeypatc
 
 
 @pytest.fixture(scope="module")
-def hedged(tmp_path_factory, dataset):
+def hedged(tmp_path_factory, launch_forks, dataset):
     """(folder, outcome) of a short run that mixes its sliding score, with its dump."""
     folder = tmp_path_factory.mktemp("hedged")
     knobs = dict(eval_stride=8, use_hedge=True, score_dump=str(folder / "scores.npz"))
-    return folder, launch(folder, dataset, iterations=15, **knobs)
+    outcome = launch_forks(folder, dataset, iterations=15, **knobs)
+    assert outcome.code == 0, outcome.stderr
+    return folder, outcome
 
 
 def scores_of(outcome) -> dict[str, dict]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train_gpt
-from tests.conftest import Traced, env_of, launch, show
+from tests.conftest import Traced, env_of, show
 from tests.support import reference
 from train_gpt import (
     FATES,
@@ -798,9 +798,9 @@ def test_every_table_entry_is_an_idea():
     assert entries - {"muon_wd"} <= {f.name for f in fields(Config) if f.metadata["fate"]}
 
 
-def test_the_list_is_printed(tmp_path, dataset):
-    outcome = launch(tmp_path, dataset, args=("--list-ideas",))
-    assert "MYCORRHIZAL" in outcome.stdout and "PR #1434" in outcome.stdout
+def test_the_list_is_printed(run_main):
+    code, out, err = run_main("--list-ideas")
+    assert (code, err) == (0, "") and "MYCORRHIZAL" in out and "PR #1434" in out
 
 
 EVERYTHING = TOGETHER | dict(

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import TINY, launch, random_model
+from tests.conftest import TINY, random_model
 from tests.support import reference
 from train_gpt import (
     GPT,
@@ -505,10 +505,12 @@ def test_a_window_without_a_stride_is_refused(name):
 
 
 @pytest.fixture(scope="module")
-def slid(tmp_path_factory, dataset):
+def slid(tmp_path_factory, launch_forks, dataset):
     """(folder, outcome) of a short run that also scores by sliding windows."""
     folder = tmp_path_factory.mktemp("slid")
-    return folder, launch(folder, dataset, iterations=15, eval_stride=8)
+    outcome = launch_forks(folder, dataset, iterations=15, eval_stride=8)
+    assert outcome.code == 0, outcome.stderr
+    return folder, outcome
 
 
 def test_a_run_prints_the_sliding_score(slid):
