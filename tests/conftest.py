@@ -52,20 +52,20 @@ FAST_FILES = {
 
 # Files of about a minute and more on one core, the longest first; tests/run.sh gives files out in this order.
 LONG_FILES = (
-    "test_run.py",
+    "test_legality.py",
+    "test_resume.py",
     "test_ideas.py",
     "test_run_best.py",
-    "test_requirements.py",  # 70, and waits for a package index
-    "test_committed_records.py",
-    "test_hedge.py",
+    "test_frontier.py",
     "test_pack_script.py",
-    "test_as_users_run.py",
-    "test_records.py",
-    "test_resume.py",
+    "test_run.py",
     "test_ranks.py",
-    "test_deterministic.py",
-    "test_legality.py",
+    "test_records.py",
     "test_bad_input.py",
+    "test_requirements.py",  # and waits for a package index
+    "test_committed_records.py",
+    "test_as_users_run.py",
+    "test_hedge.py",
 )
 
 PAD, BOS, EOS, UNK = range(4)
