@@ -23,7 +23,7 @@ import train_gpt
 from records import finished, lint, make, pack_script, rescore
 from records.pack_script import is_same_program, outline, pack, source_text, strip
 from records.unpack_script import LIMIT, Unreadable, unpack
-from tests.conftest import ROOT, launch
+from tests.conftest import ROOT
 from tests.support.forkserver import ForkServer
 from tests.support.stops import Folder, dies, in_step
 
@@ -40,6 +40,13 @@ def packed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("packed")
     assert pack_script.main(["-o", str(folder / "train_gpt.py")]) == 0
     return folder
+
+
+@pytest.fixture(scope="module")
+def packed_server(packed):
+    server = ForkServer(packed)
+    yield server
+    server.close()
 
 
 @cache
@@ -175,14 +182,17 @@ def forecast_bytes(log: str) -> int:
     return int(re.search(r"^forecast: .* bytes:(\d+)$", log, re.M)[1])
 
 
-def test_a_packed_run_gives_the_result_of_the_readable_one(packed, tmp_path, short_dataset):
-    """Under torchrun; one process of it alone is below, and in test_a_record_of_a_packed_run_scores_again."""
+def test_a_packed_run_gives_the_result_of_the_readable_one(
+    packed, packed_server, fork_server, launch_forks, tmp_path, short_dataset
+):
+    """As two forks; it is a process in test_a_record_of_a_packed_run_scores_again."""
     found = {}
-    for name, script in dict(plain=SCRIPT, packed=packed / "train_gpt.py").items():
+    for name, server in dict(plain=fork_server, packed=packed_server).items():
         (tmp_path / name).mkdir()
         about = dict(iterations=4, eval_stride=16, use_hedge=True, swa_enabled=True, swa_every=1)
-        found[name] = launch(tmp_path / name, short_dataset, ranks=2, script=script, **about)
+        found[name] = launch_forks(tmp_path / name, short_dataset, 2, server, **about)
     plain, own = found["plain"], found["packed"]
+    assert plain.result and own.result, plain.stderr + own.stderr
     assert compared(plain.result) == compared(own.result) and own.result["steps"] == 4
     model = "final_model.int8.ptz"
     assert (tmp_path / "plain" / model).read_bytes() == (tmp_path / "packed" / model).read_bytes()
@@ -199,13 +209,6 @@ def test_a_packed_run_gives_the_result_of_the_readable_one(packed, tmp_path, sho
     (config,) = own.of("config")
     assert (config["code_sha256"], config["readable_sha256"]) == (sha, readable)
     assert "readable_sha256" not in plain.of("config")[0] and "\ncode_sha256:" not in plain.log
-
-
-@pytest.fixture(scope="module")
-def packed_server(packed):
-    server = ForkServer(packed)
-    yield server
-    server.close()
 
 
 @pytest.mark.parametrize(
