@@ -61,8 +61,17 @@ def test_a_legal_scorer_passes(name, count):
     assert found.longest >= 4000
 
 
-@pytest.mark.parametrize("count", [97, 4001])
-@pytest.mark.parametrize("name", ILLEGAL)
+def illegal_cases() -> list:
+    """Each scorer on a short and a long text. Long ones of the caches are slow; the check makes its own."""
+    cases = []
+    for name in ILLEGAL:
+        is_slow = name in ("cache_not_normalised", "off_on_repeated_contexts", "off_on_long_contexts")
+        cases.append(pytest.param(name, 97))
+        cases.append(pytest.param(name, 4001, marks=[pytest.mark.slow] if is_slow else []))
+    return cases
+
+
+@pytest.mark.parametrize("name, count", illegal_cases())
 def test_an_illegal_scorer_is_rejected(name, count):
     assert check_score(ILLEGAL[name], text(count), V, seconds=60) != {}
 
