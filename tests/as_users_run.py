@@ -60,6 +60,7 @@ FAMILIES = {
     "drop_sam_shuffle": "LAYER_DROP=0.3 SAM_RHO=0.05 DATA_SHUFFLE=1",
 }
 TWO_RANKS = ("depth", "sliding_hedge")  # run with one rank and with two
+WAYS = ("first", "again", "SIGTERM", "SIGKILL")  # of running a family: twice undisturbed, and stopped so
 
 VALIDATION_TOKENS = 16_384  # of the corpus's 362,211: the scores take a second, not ten
 STOP_AFTER = 12  # steps; a checkpoint is there by then, and the first change of depth is over
@@ -138,6 +139,7 @@ class Family:
     env: dict[str, str]  # the knobs, the data and what a process needs
     folder: Path  # each of its runs gets one below
     ranks: int = 1
+    ways: tuple[str, ...] = WAYS
 
     def start(self, out: Path, **more: str) -> subprocess.Popen:
         """A run of the script in processes of its own; its output goes beside its logs."""
@@ -197,15 +199,18 @@ class Family:
         os.kill(int(found.stdout.split()[-1]), signal.SIGKILL)
         return 1
 
-    def traces(self) -> dict[str, Trace]:
-        """What each way of running it leaves, the undisturbed one first."""
-        return {
-            "first": self.uninterrupted("first"),
-            "again": self.uninterrupted("again"),
-            "SIGTERM": self.stopped("term", self.terminate),
+    def trace(self, way: str) -> Trace:
+        """What one way of running it leaves."""
+        if way == "SIGTERM":
+            return self.stopped(way, self.terminate)
+        if way == "SIGKILL":
             # A checkpoint after each step: all steps of a small family may take less than 0.2 s.
-            "SIGKILL": self.stopped("kill", self.kill, CHECKPOINT_SECONDS="0.001"),
-        }
+            return self.stopped(way, self.kill, CHECKPOINT_SECONDS="0.001")
+        return self.uninterrupted(way)
+
+    def traces(self) -> dict[str, Trace]:
+        """What each way of running it leaves."""
+        return {way: self.trace(way) for way in self.ways}
 
 
 def environment(words: str, data: dict[str, str]) -> dict[str, str]:

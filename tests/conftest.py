@@ -52,20 +52,20 @@ FAST_FILES = {
 
 # Files of about a minute and more on one core, the longest first; tests/run.sh gives files out in this order.
 LONG_FILES = (
-    "test_run.py",
+    "test_legality.py",
+    "test_resume.py",
     "test_ideas.py",
     "test_run_best.py",
-    "test_requirements.py",  # 70, and waits for a package index
-    "test_committed_records.py",
-    "test_hedge.py",
+    "test_frontier.py",
     "test_pack_script.py",
-    "test_as_users_run.py",
-    "test_records.py",
-    "test_resume.py",
+    "test_run.py",
     "test_ranks.py",
-    "test_deterministic.py",
-    "test_legality.py",
+    "test_records.py",
     "test_bad_input.py",
+    "test_requirements.py",  # and waits for a package index
+    "test_committed_records.py",
+    "test_as_users_run.py",
+    "test_hedge.py",
 )
 
 PAD, BOS, EOS, UNK = range(4)
@@ -130,11 +130,14 @@ def show(page: str) -> str:
     return printed.getvalue().strip()
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Mark what is fast, and begin with the long files, so that no worker is left with one at the end."""
+def pytest_collection_modifyitems(config, items) -> None:
+    """Mark what is fast, skip what is slow unless it is asked for, and begin with the long files, so that no
+    worker is left with one at the end."""
     for item in items:
         if item.path.name in FAST_FILES:
             item.add_marker("fast")
+        if item.get_closest_marker("slow") and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="slow; `bash tests/run.sh slow` runs it"))
     long_first = {name: place for place, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: long_first.get(item.path.name, len(long_first)))
 
@@ -302,10 +305,34 @@ def launch(
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     if expect is not None:
         assert run.returncode == expect, f"{run.returncode}\n{run.stdout[-1500:]}\n{run.stderr[-3000:]}"
-    outcome = Outcome(run.returncode, run.stdout, run.stderr)
-    if found := re.search(r"^RESULT (.*)$", run.stdout, re.M):
+    return outcome_of(run.returncode, run.stdout, run.stderr, set(logs.glob("*")) - earlier)
+
+
+@pytest.fixture(scope="session")
+def launch_forks(fork_server):
+    """launch_forks(folder, dataset, ranks, knob=value, ...) -> Outcome, any, as of `launch`.
+
+    Its ranks are forks of a process that has the imports: two of them are there six seconds earlier than
+    torchrun's. server: another ForkServer.
+    """
+
+    def run(folder: Path, dataset: Path, ranks: int = 1, server=fork_server, **knobs) -> Outcome:
+        env = env_of(dataset, **knobs)
+        logs = folder / env.get("OUT_DIR", ".") / "logs"
+        earlier = set(logs.glob("*"))
+        code, *_ = server.run(folder, env, ranks)
+        stdout, stderr = ((folder / name).read_text() for name in ("0.out", "0.err"))
+        return outcome_of(code, stdout, stderr, set(logs.glob("*")) - earlier)
+
+    return run
+
+
+def outcome_of(code: int, stdout: str, stderr: str, logs: Iterable[Path]) -> Outcome:
+    """The outcome of a run that wrote these logs."""
+    outcome = Outcome(code, stdout, stderr)
+    if found := re.search(r"^RESULT (.*)$", stdout, re.M):
         outcome.result = json.loads(found[1])
-    for path in set(logs.glob("*")) - earlier:
+    for path in logs:
         if path.suffix == ".jsonl":
             outcome.events = [json.loads(line) for line in path.read_text().splitlines()]
         elif path.suffix == ".txt":

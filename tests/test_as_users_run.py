@@ -13,10 +13,14 @@ DATA_KNOBS = f"VOCAB_SIZE={VOCAB} ITERATIONS=16 WARMDOWN_ITERS=4 NUM_LAYERS=1"
 
 @pytest.fixture
 def family(tmp_path, dataset):
-    """The plain family, compiled and on two threads whatever the machine has."""
+    """The plain family, compiled and on two threads whatever the machine has: run twice, once with a stop.
+
+    What as_users_run.sh does beside it, another run without a stop and one that is killed, has the same two
+    parts: steps from the start in a new process, and steps from a checkpoint.
+    """
     data = dict(DATA_PATH=str(dataset), TOKENIZER_PATH=str(dataset / "tokenizer.model"))
     env = environment(DATA_KNOBS, data) | dict(OMP_NUM_THREADS="2")
-    return Family(ROOT / "train_gpt.py", env, tmp_path)
+    return Family(ROOT / "train_gpt.py", env, tmp_path, ways=("first", "SIGTERM"))
 
 
 def test_compiled_runs_on_two_threads_are_equal_fresh_and_resumed(family, monkeypatch, capfd):

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from tests.conftest import env_of, launch
+from tests.conftest import env_of
 from tests.support import reference
 from train_gpt import GPT, Average, Config, RunError, StepPlan, plan_step
 
@@ -262,11 +262,11 @@ def test_a_run_packs_the_average(traced, tmp_path, name):
     assert result["val_bpb"] == pytest.approx(average["val_bpb"], abs=0.01)
 
 
-def test_two_ranks_deepen_and_average_as_one(traced, tmp_path, dataset):
+def test_two_ranks_deepen_and_average_as_one(traced, launch_forks, tmp_path, dataset):
     deep = dict(num_repeats=2, prog_depth="0.5:1,1:2", xsa_last_n=2, num_value_embeds=1, muon_wd=0.1)
     knobs = SCHEDULE | RUNS["swa_and_the_last"][0] | deep
     (tmp_path / "two").mkdir()
-    two = launch(tmp_path / "two", dataset, ranks=2, expect=None, **knobs)
+    two = launch_forks(tmp_path / "two", dataset, ranks=2, **knobs)
     traced(**knobs)
     assert two.result and two.result["world_size"] == 2, two.stderr[-3000:]
     close(saved(tmp_path / "two"), saved(tmp_path / "one"), rtol=1e-3, atol=1e-4)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from tests.conftest import TINY, launch
+from tests.conftest import TINY
 from train_gpt import (
     DISCOUNT,
     EXPERT_SHARES,
@@ -537,11 +537,13 @@ def test_the_gate_sees_the_odds_of_the_ngram_against_the_neural_model(monkeypatc
 
 
 @pytest.fixture(scope="module")
-def hedged(tmp_path_factory, dataset):
+def hedged(tmp_path_factory, launch_forks, dataset):
     """(folder, outcome) of a short run that mixes its sliding score, with its dump."""
     folder = tmp_path_factory.mktemp("hedged")
     knobs = dict(eval_stride=8, use_hedge=True, score_dump=str(folder / "scores.npz"))
-    return folder, launch(folder, dataset, iterations=15, **knobs)
+    outcome = launch_forks(folder, dataset, iterations=15, **knobs)
+    assert outcome.code == 0, outcome.stderr
+    return folder, outcome
 
 
 def scores_of(outcome) -> dict[str, dict]:
@@ -621,24 +623,30 @@ def test_the_dump_mixes_to_the_hedge_score(hedged, dataset):
     assert mixed.tolist() == pytest.approx(dump["hedge_logprob"].tolist(), abs=1e-9)
 
 
-def mix_again(hedged, dataset, folder, **knobs):
-    artifact = str(hedged[0] / "final_model.int8.ptz")
-    how = dict(device="cpu", eval_only=artifact, use_hedge=True) | knobs
-    again = launch(folder, dataset, expect=None, **dict.fromkeys(TINY) | how)
-    assert again.result, again.stderr[-3000:]
-    return again
+@pytest.fixture
+def mix_again(launch_forks, hedged, dataset, tmp_path):
+    """mix_again(knob=value, ..., ranks=1) -> the outcome of scoring the hedged run's model again."""
+
+    def run(**knobs):
+        artifact = str(hedged[0] / "final_model.int8.ptz")
+        how = dict(device="cpu", eval_only=artifact, use_hedge=True) | knobs
+        again = launch_forks(tmp_path, dataset, **dict.fromkeys(TINY) | how)
+        assert again.result, again.stderr[-3000:]
+        return again
+
+    return run
 
 
-def test_two_ranks_mix_to_the_same_score(hedged, dataset, tmp_path):
-    again = mix_again(hedged, dataset, tmp_path, eval_stride=8, ranks=2)
+def test_two_ranks_mix_to_the_same_score(hedged, mix_again):
+    again = mix_again(eval_stride=8, ranks=2)
     assert again.result["world_size"] == 2
     keys = ("val_loss", "val_bpb", "tokens", "bytes")
     one, two = ([scores_of(outcome)["hedge"][key] for key in keys] for outcome in (hedged[1], again))
     assert two == pytest.approx(one, rel=1e-6)
 
 
-def test_contexts_of_no_token_mix_the_official_score(hedged, dataset, tmp_path):
-    again = mix_again(hedged, dataset, tmp_path, hedge_order=0)
+def test_contexts_of_no_token_mix_the_official_score(hedged, mix_again):
+    again = mix_again(hedge_order=0)
     scores = scores_of(again)
     assert again.result["hedge_val_bpb"] == round(scores["hedge"]["val_bpb"], 8)
     assert list(scores) == ["roundtrip", "hedge"]

@@ -1,6 +1,7 @@
 """A record may cut the museum: without section 17 the baseline trains to the same bits."""
 
 import hashlib
+import json
 import re
 
 import torch
@@ -26,16 +27,14 @@ def weights_of(folder) -> str:
     return hashlib.sha256(values).hexdigest()
 
 
-def test_the_baseline_trains_to_the_same_bits_without_the_museum(tmp_path, dataset):
-    weights, scores = [], []
-    for name, source in dict(with_it=SOURCE, without=without_the_museum()).items():
-        folder = tmp_path / name
-        folder.mkdir()
-        script = folder / "train_gpt.py"
-        script.write_text(source, encoding="utf-8")
-        outcome = launch(folder, dataset, script=script)
-        assert outcome.code == 0
-        weights.append(weights_of(folder))
-        scores.append(outcome.result["val_bpb"])
-    assert weights[0] == weights[1]
-    assert scores[0] == scores[1]
+def test_the_baseline_trains_to_the_same_bits_without_the_museum(tmp_path, dataset, run_main):
+    code, out, err = run_main(out_dir="with_it")
+    assert code == 0, err
+    score = json.loads(out.splitlines()[-1].removeprefix("RESULT "))["val_bpb"]
+    folder = tmp_path / "without"
+    folder.mkdir()
+    script = folder / "train_gpt.py"
+    script.write_text(without_the_museum(), encoding="utf-8")
+    outcome = launch(folder, dataset, script=script)
+    assert weights_of(folder) == weights_of(tmp_path / "with_it")
+    assert outcome.result["val_bpb"] == score

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from records import pr895_mixer
-from tests.conftest import launch
 
 VOCAB = 12
 
@@ -122,9 +121,11 @@ def test_it_improves_a_calibrated_predictor_that_nothing_can_improve(monkeypatch
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, dataset):
+def trained(tmp_path_factory, launch_forks, dataset):
     folder = tmp_path_factory.mktemp("pr895")
-    return folder / "final_model.int8.ptz", launch(folder, dataset, iterations=5, eval_stride=8)
+    outcome = launch_forks(folder, dataset, iterations=5, eval_stride=8)
+    assert outcome.code == 0, outcome.stderr
+    return folder / "final_model.int8.ptz", outcome
 
 
 def command(monkeypatch, capsys, *args) -> tuple[int, str, str]:

@@ -45,7 +45,11 @@ def resolve(tmp_path, version: str, wanted: list[str], constraints: list[str]) -
     return done
 
 
-@pytest.mark.parametrize("version", named_pythons())
+OLDEST, *BETWEEN, NEWEST = named_pythons()
+CASES = [OLDEST, *(pytest.param(version, marks=pytest.mark.slow) for version in BETWEEN), NEWEST]
+
+
+@pytest.mark.parametrize("version", CASES)
 def test_pip_resolves_the_pinned_packages_for_each_python_of_the_readme(tmp_path, version):
     wanted = [pin for name in REQUIREMENTS for pin in pins(name, version)]
     done = resolve(tmp_path, version, wanted, pins("constraints.txt", version))

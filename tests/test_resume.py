@@ -20,7 +20,7 @@ import torch
 import train_gpt
 from tests.conftest import ROOT
 from tests.support.forkserver import left_behind
-from tests.support.stops import COUNTS, STEPS, Folder, dies, in_step
+from tests.support.stops import COUNTS, STEPS, Folder, dies, in_step, steady
 from train_gpt import Config, Run, RunLog, Runtime
 
 EACH_STEP = dict(checkpoint_seconds=1e-9)
@@ -183,10 +183,10 @@ def test_random_stops(new, whole):
 def test_the_training_clock_goes_on_from_where_it_was(new):
     knobs = dict(iterations=1_000_000, max_wallclock_seconds=1.2, warmdown_iters=None, warmdown_frac=0.5)
     folder = new(knobs)
-    assert folder.start(in_step(12, SIGTERM)) == [STOPPED]
+    assert folder.start(steady() + in_step(12, SIGTERM)) == [STOPPED]
     before = folder.events("step")[-1]
     assert before["step"] == 13 and 0 < before["train_ms"] < 1100
-    assert folder.resume() == [0]
+    assert folder.resume(steady(start=100_000)) == [0]
     events, result = folder.events("step"), folder.result()
     times, shares = ([event[name] for event in events] for name in ("train_ms", "progress"))
     assert times == sorted(times) and shares == sorted(shares)

@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -410,12 +409,12 @@ def test_a_published_command_trains(run_main, steady, name, tmp_path):
 def traced(monkeypatch):
     """torch.compile captures graphs as ever but runs them as they are: no C++ compiler, some seconds."""
     torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(train_gpt.Runtime, "backend", "aot_eager")
 
 
 GRAPHS = {
     "uneven_micro_batches": dict(train_batch_tokens=160, micro_batch_tokens=64, num_layers=1),
-    "best_1434": dict(parallel_block=1, mlp_act="silu2", head_diversity=1e-4, encoder_layers=0),
+    "best_1434": dict(parallel_block=1, mlp_act="silu2", head_diversity=1e-4, encoder_layers=0, num_layers=1),
 }
 
 
@@ -440,7 +439,7 @@ def test_graphs_made_inside_the_clock_are_told(run_main, traced):
 
 def test_a_graph_made_inside_the_clock_in_spite_of_the_warm_up_is_exit_6(run_main, traced, monkeypatch):
     monkeypatch.setattr(train_gpt, "warm_up", lambda run, *_: (4, [0.0]))
-    code, out, err = run_main(iterations=2, compile=1, warmup_steps=1)
+    code, out, err = run_main(iterations=2, compile=1, warmup_steps=1, num_layers=1)
     assert code == 6 and result_of(out)["status"] == "recompiled"
     assert "inside the clock" in out and "graphs compiled in the training clock" in error_line(err)
 

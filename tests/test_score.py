@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import TINY, launch, random_model
+from tests.conftest import TINY, random_model
 from tests.support import reference
 from train_gpt import (
     GPT,
@@ -505,10 +505,12 @@ def test_a_window_without_a_stride_is_refused(name):
 
 
 @pytest.fixture(scope="module")
-def slid(tmp_path_factory, dataset):
+def slid(tmp_path_factory, launch_forks, dataset):
     """(folder, outcome) of a short run that also scores by sliding windows."""
     folder = tmp_path_factory.mktemp("slid")
-    return folder, launch(folder, dataset, iterations=15, eval_stride=8)
+    outcome = launch_forks(folder, dataset, iterations=15, eval_stride=8)
+    assert outcome.code == 0, outcome.stderr
+    return folder, outcome
 
 
 def test_a_run_prints_the_sliding_score(slid):
@@ -531,9 +533,10 @@ def test_the_result_has_the_sliding_score_beside_the_official_one(slid):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_artifact_slides_to_the_same_score_in_a_fresh_process(slid, dataset, tmp_path, ranks):
+def test_the_artifact_slides_to_the_same_score_again(slid, dataset, launch_forks, tmp_path, ranks):
+    """In a fresh process, which a fork is: of one that has made no score."""
     how = dict(device="cpu", eval_only=str(slid[0] / "final_model.int8.ptz"), eval_stride=8)
-    again = launch(tmp_path, dataset, ranks=ranks, expect=None, **dict.fromkeys(TINY) | how)
+    again = launch_forks(tmp_path, dataset, ranks=ranks, **dict.fromkeys(TINY) | how)
     assert again.result and again.result["world_size"] == ranks, again.stderr[-3000:]
     keys = ("val_loss", "val_bpb", "tokens", "bytes")
     first, second = ([o.of("score")[1][key] for key in keys] for o in (slid[1], again))

@@ -164,11 +164,10 @@ def test_without_a_folder_to_compile_in_a_run_is_eager(tmp_path, dataset, no_cac
     assert outcome.result["compile"] is False and (told in outcome.stdout) == (wanted == "auto")
 
 
-def test_compile_1_names_the_folder_that_it_lacks(tmp_path, dataset, no_cache):
-    outcome = launch(tmp_path, dataset, compile="1", expect=2)
-    assert re.match(
-        r"error: COMPILE=1 but TORCHINDUCTOR_CACHE_DIR=\S+ cannot be written \(.*set another", outcome.stderr
-    )
+def test_compile_1_names_the_folder_that_it_lacks(run_main, no_cache):
+    code, _, err = run_main(compile="1")
+    line = r"error: COMPILE=1 but TORCHINDUCTOR_CACHE_DIR=\S+ cannot be written \(.*set another"
+    assert code == 2 and re.match(line, err)
 
 
 def test_the_folder_for_what_is_compiled_is_tried_as_torch_would_use_it(tmp_path, monkeypatch):

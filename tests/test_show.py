@@ -91,25 +91,23 @@ def project(tmp_path, dataset, monkeypatch) -> Path:
     return root
 
 
-def test_the_doctor_finds_the_embedded_corpus_as_run_best_does(project, dataset, tmp_path):
-    script = project / "train_gpt.py"
-    unnamed = dict(data_path=None, tokenizer_path=None)
-    outcome = launch(tmp_path, dataset, script=script, args=("--doctor",), **unnamed)
-    verdict, text = rows(outcome.stdout)["data"]
+def test_the_doctor_finds_the_embedded_corpus_as_run_best_does(project, dataset, run_main, monkeypatch):
+    monkeypatch.setattr(train_gpt, "__file__", str(project / "train_gpt.py"))
+
+    def data_row() -> tuple[str, str]:
+        return rows(run_main("--doctor", data_path=None, tokenizer_path=None)[1])["data"]
+
+    verdict, text = data_row()
     assert verdict == "ok" and "run_best.sh" in text
     assert f"DATA_PATH={project}/data/datasets/pydocs_sp1024" in text
     fineweb = project / "data/datasets/fineweb10B_sp1024"
     shutil.copytree(dataset, fineweb)
     shutil.copy(dataset / "tokenizer.model", project / "data/tokenizers/fineweb_1024_bpe.model")
-    outcome = launch(tmp_path, dataset, script=script, args=("--doctor",), **unnamed)
-    verdict, text = rows(outcome.stdout)["data"]
+    verdict, text = data_row()
     assert verdict == "ok" and "embedded" not in text
     for shard in fineweb.glob("*_val_*"):
         shard.unlink()
-    outcome = launch(tmp_path, dataset, script=script, args=("--doctor",), **unnamed)
-    assert "embedded" in rows(outcome.stdout)["data"][1], (
-        "half of FineWeb is no FineWeb for run_best.sh either"
-    )
+    assert "embedded" in data_row()[1], "half of FineWeb is no FineWeb for run_best.sh either"
 
 
 def test_the_list_of_ideas_fits_a_terminal_and_loses_no_word():

@@ -47,6 +47,13 @@ def arm(step, number, only):
 arm({step}, {number}, {only})
 """
 
+# Each look at the clock takes 10 ms more, however busy the machine is; a process starts at {start} of them.
+STEADY = """
+import itertools, time, types
+looks = itertools.count({start})
+train_gpt.time = types.SimpleNamespace(**vars(time) | dict(perf_counter=lambda: next(looks) * 0.01))
+"""
+
 # Appends a line to the file `calls` for each call of a function by rank 0.
 COUNTS = """
 def count(name):
@@ -68,6 +75,10 @@ def dies(path: str, number: int = SIGKILL, call: int = 1, after: bool = False, o
 
 def in_step(step: int, number: int, only=None) -> str:
     return DIES_IN_STEP.format(step=step, number=int(number), only=only)
+
+
+def steady(start: int = 0) -> str:
+    return STEADY.format(start=start)
 
 
 class Folder:
