@@ -897,6 +897,11 @@ class Runtime:
         if self.is_cuda:
             torch.cuda.synchronize()
 
+    def free_memory(self) -> None:
+        """Give the GPU back what torch has freed and keeps."""
+        if self.is_cuda:
+            torch.cuda.empty_cache()
+
     def sum(self, tensor: Tensor) -> Tensor:
         """In-place sum over ranks."""
         if self.world_size > 1:
@@ -6185,7 +6190,7 @@ def mix_where_memory_lasts(
             return overwrite_with_mixture(run, run.runtime.device, target_nats, limit, announce, began)
         except torch.OutOfMemoryError:
             run.log.warn("hedge: out of memory on the GPU; mixing on the CPU, which takes longer")
-        torch.cuda.empty_cache()  # here, where the error no longer holds the mixer's tensors
+        run.runtime.free_memory()  # here, where the error no longer holds the mixer's tensors
     return overwrite_with_mixture(run, torch.device("cpu"), target_nats, limit, announce, began)
 
 
@@ -6907,7 +6912,7 @@ def fit_micro_batch(run: Run, batch: tuple[Tensor, Tensor]) -> int:
 
     while not fits():
         max_sequences //= 2
-        torch.cuda.empty_cache()  # here, where the error no longer holds the failed pass's tensors
+        run.runtime.free_memory()  # here, where the error no longer holds the failed pass's tensors
         print(f"warning: out of memory, micro-batch is now {max_sequences} sequences", file=sys.stderr)
     return max_sequences
 

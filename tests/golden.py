@@ -558,11 +558,14 @@ def log_lines(text: str) -> list[str]:
 
 
 def without_excluded(value):
-    """The same JSON value without the keys of EXCLUDED_KEYS, at any depth."""
+    """The same JSON value without the keys of EXCLUDED_KEYS and the paths of a command, at any depth."""
     if isinstance(value, dict):
         return {key: without_excluded(part) for key, part in value.items() if key not in EXCLUDED_KEYS}
     if isinstance(value, list):
         return [without_excluded(part) for part in value]
+    if isinstance(value, str):
+        # The command that goes on: its folder is temporary, its script the version's own.
+        return re.sub(r"^cd \S+ && (.*) \S+ \S+\.py$", r"\1", value)
     return value
 
 

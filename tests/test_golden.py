@@ -129,3 +129,13 @@ def test_times_and_sizes_of_code_are_left_out_and_nothing_else():
         "forecast: steps:20 step_ms:* micro_batch_tokens:512 epochs:0.77 bytes:*",
         "packed mlp: tensors:6 bytes:* error:0.00021",
     ]
+
+
+def test_a_command_is_compared_without_its_folder_and_script():
+    old, new, other = (
+        golden.without_excluded(
+            dict(command=f"cd /tmp/golden-{name} && SEED={seed} /{name}/python {name}.py")
+        )
+        for name, seed in (("a", 1), ("b", 1), ("b", 2))
+    )
+    assert old == new != other

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_gpt
 from tests import gpu_checks
+from tests.conftest import ROOT
 from tests.gpu_checks import CHECKS, Lab, make_check
+from tests.pretend_gpu import run as pretend_gpu
 from tests.test_settle import CompilerFailed, Unlucky
 from train_gpt import GPT, Run, RunError, RunLog, StepPlan, attend, pick_device_type, serves_capability
 
@@ -527,3 +529,101 @@ def test_the_exit_code_says_whether_a_check_failed_passed_or_was_made_at_all(gpu
     assert found["about"]["device"] == "cpu" and not found["about"]["calibrated"]
     monkeypatch.setattr(train_gpt, "attend", attend_wrongly_in_bfloat16)
     assert gpu_sh("--device", "cpu", "attention", "no_waits")[0] == 1
+
+
+# --- pretend_gpu.sh's bookkeeping ---
+
+
+@pytest.mark.parametrize("megabytes, told", [
+    ([1000.0, 2000.0], 0),
+    ([1019.0, 1961.0], 0),
+    ([1021.0, 2000.0], 1),
+    ([979.0, 2041.0], 2),  # fewer are told too: the table is to be renewed
+])  # fmt: skip
+def test_bytes_are_compared_within_two_percent(megabytes, told):
+    kept = dict(megabytes=[1000.0, 2000.0])
+    assert len(pretend_gpu.compare_bytes(dict(megabytes=megabytes), kept)) == told
+
+
+def test_bytes_of_which_none_are_kept_are_no_pass():
+    assert pretend_gpu.compare_bytes(dict(megabytes=[1.0, 2.0]), None)
+
+
+def test_presets_that_differ_in_rates_and_lengths_alone_share_their_graphs():
+    names = pretend_gpu.preset_names()
+    assert {name: pretend_gpu.counted_for(name, names) for name in names} == dict(
+        baseline="baseline",
+        best="best",
+        lower_lr="baseline",
+        progressive_depth="progressive_depth",
+        progressive_depth_4h="progressive_depth_4h",
+        tidal_1434="best",
+    )
+
+
+def counted(megabytes: float = 1000.0, wrong: tuple[str, ...] = ()) -> dict:
+    """What is found of a preset, but for its graphs and kernels."""
+    return dict(
+        wrong=list(wrong), megabytes=[megabytes, 2 * megabytes], graphs=dict(train=1, eval=2), kernels=50,
+        attention=["_scaled_dot_product_flash_attention.default"], dtype="torch.bfloat16", waits={},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    """pretend(found, *words) -> exit code of run.py where each check finds this, with a table of its own."""
+    table = tmp_path / "records/benchmarks/table.json"
+    table.parent.mkdir(parents=True)
+    monkeypatch.setattr(pretend_gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(pretend_gpu, "KEPT", table)
+    monkeypatch.setattr(pretend_gpu, "describe_versions", lambda: dict(commit="abc"))
+
+    def call(found: dict, *words: str) -> int:
+        checked = []
+
+        def check(card: str, preset: str) -> dict:
+            checked.append(f"{card} {preset}")
+            return found
+
+        monkeypatch.setattr(pretend_gpu, "check", check)
+        monkeypatch.setattr(sys, "argv", ["run.py", *words])
+        code = pretend_gpu.main()
+        call.checked = checked
+        return code
+
+    call.table = table
+    return call
+
+
+def test_a_table_is_kept_compared_and_kept_from_what_is_broken(pretend):
+    words = ("9.0", "7.5", "--presets", "baseline,lower_lr")
+    assert pretend(counted(), *words) == 1, "nothing is kept yet"
+    assert pretend(counted(), *words, "--write") == 0
+    assert pretend.checked == ["9.0 baseline", "7.5 baseline"], "the same graphs are counted once"
+    kept = json.loads(pretend.table.read_text())
+    assert sorted(kept) == ["7.5 baseline", "7.5 lower_lr", "9.0 baseline", "9.0 lower_lr"]
+    assert {row["counted_for"] for row in kept.values()} == {"baseline"}
+    assert {row["versions"]["commit"] for row in kept.values()} == {"abc"}
+    assert pretend(counted(1015.0), *words) == 0
+    assert pretend(counted(1030.0), *words) == 1
+    assert pretend(counted(1000.0, wrong=("a graph was compiled again",)), *words) == 1
+    assert pretend(counted(9000.0, wrong=("a graph was compiled again",)), *words, "--write") == 1
+    assert pretend(dict(wrong=["exit code 1: nothing said"]), *words, "--write") == 1
+    assert json.loads(pretend.table.read_text()) == kept, "what fails a check is not kept"
+
+
+def test_the_table_that_is_kept_is_sound():
+    """Of each card and preset: no promise broken, fused attention alone, and no wait in a plain step but the
+    one of float16, which must know whether a gradient has overflown."""
+    kept = json.loads((ROOT / "records/benchmarks/pretend_gpu.json").read_text())
+    assert {place.split()[0] for place in kept} == set(pretend_gpu.CARDS)
+    for place, row in kept.items():
+        card, preset = place.split()
+        assert preset in pretend_gpu.preset_names() and row["wrong"] == [], place
+        assert all(megabytes > 1000 for megabytes in row["megabytes"]), place
+        assert sum(row["waits"].values()) == (card == "7.5"), place
+        assert row["dtype"] == ("torch.float16" if card == "7.5" else "torch.bfloat16"), place
+        assert not any("math" in name for name in row["attention"]), place
+        assert row["versions"]["torch"] == "2.13.0" and len(row["versions"]["commit"]) == 10, place
+        twin = f"{card} {row.get('counted_for', preset)}"
+        assert kept[twin]["megabytes"] == row["megabytes"], place

@@ -21,7 +21,6 @@ RUNTIME, MAIN, MUSEUM = "3", "18", "17"
 # Uses of devices and ranks outside section RUNTIME, each for a reason.
 EXCEPTIONS = {
     "tick: torch.cuda.Event",  # how far the device is, without waiting for it
-    "fit_micro_batch: torch.cuda.empty_cache",  # frees what the failed attempt held
     "describe_machine: torch.cuda.get_device_name",  # a name for the log
 }
 
