@@ -489,3 +489,12 @@ def test_a_read_only_dataset_only_costs_the_count_again(split, oracle, monkeypat
     monkeypatch.setattr(train_gpt, "write_atomic", refuse)
     assert load(split.cfg).documents == load(split.cfg).documents == 40
     assert len(oracle) == 2 and not list(split.folder.glob(".bytes-*"))
+
+
+def test_the_targets_that_open_a_document_are_those_read_off_its_boundary(split):
+    """Target i is token i + 1, read off token i: one off, and a window would see the document before."""
+    a, b = load_tokenizer(split.cfg).encode("a")[-1], load_tokenizer(split.cfg).encode("b")[-1]
+    write_shard(split.shard, [BOS, a, b, BOS, a, EOS, BOS, b, b, BOS])
+    data = load(split.cfg)
+    assert data.starts.tolist() == [3, 5, 6], "the first opens the text anyhow, after the last nothing comes"
+    assert data.tokens[data.starts].tolist() == [BOS, EOS, BOS]
