@@ -9,6 +9,10 @@ It counts as caught if a test fails that passes without the break, or hangs for 
 longer than --longest seconds by the file --times are left out; it grows as they run. `pytest --durations=200`
 of an earlier run can be given as --durations. Opt-in: about 20 seconds each on one core. Results are written
 as they come: the same command goes on where it was cut off.
+
+Each break is tried twice. First hot: a fork of this process, which has imported all tests, gets the broken
+function, and runs the quick tests that name it. What these let pass is tried cold: the tests of its place, in
+a process that reads the broken file afresh.
 Prints one line a break, the survivors again at the end.
 Exit codes: 0 all were caught, 1 some survived, 2 wrong usage.
 """
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import inspect
 import json
 import os
@@ -28,11 +33,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import CodeType, FunctionType
 
 import pytest
 
@@ -40,6 +47,8 @@ ROOT = Path(__file__).resolve().parent.parent
 HANG = 600  # seconds in one test; if it then takes a third of that without the break, the machine is busy
 PATIENCE = 3600  # seconds for all tests of one break; who needs longer is neither caught nor a survivor
 QUICK = 0.3  # seconds; such tests go first
+HOT_LONGEST = 1.0  # seconds of the longest test of the first, quick try
+NO_TESTS = 5  # pytest's exit code where it ran none
 
 # The tests that look at a section of train_gpt.py, by its number.
 SECTION_TESTS = {
@@ -273,15 +282,19 @@ class Watch:
         self.names = re.compile("|".join(rf"\b{name}\b" for name in inside) or "$.")
         self.times = times
         self.longest = longest
+        self.only_near = False
         self.seconds: dict[str, float] = {}
+
+    def is_near(self, item: pytest.Item) -> bool:
+        return bool(self.names.search(inspect.getsource(item.function)))
 
     def is_wanted(self, item: pytest.Item) -> bool:
         is_short = self.times.seconds.get(item.nodeid, 0.0) <= self.longest
-        return is_short and item.nodeid not in self.times.failed
+        is_sound = item.nodeid not in self.times.failed
+        return is_short and is_sound and (not self.only_near or self.is_near(item))
 
     def turn(self, item: pytest.Item) -> tuple[bool, bool]:
-        is_near = bool(self.names.search(inspect.getsource(item.function)))
-        return not is_near, self.times.seconds.get(item.nodeid, 0.0) > QUICK
+        return not self.is_near(item), self.times.seconds.get(item.nodeid, 0.0) > QUICK
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -296,6 +309,38 @@ class Watch:
             lines.write(json.dumps(told) + "\n")
 
 
+class Collect:
+    """A pytest plugin: the text of every test function, by file."""
+
+    def __init__(self):
+        self.sources: dict[str, str] = {}
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        for item in session.items:
+            file = item.nodeid.partition("::")[0]
+            self.sources[file] = self.sources.get(file, "") + inspect.getsource(item.function)
+
+
+def code_objects(code: CodeType) -> Iterator[CodeType]:
+    """A compiled file and all functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from code_objects(constant)
+
+
+def break_functions(functions: list[FunctionType], path: Path, source: str) -> None:
+    """Give the functions of a file that was imported the code of another source of the same lines."""
+    codes = {}
+    for code in code_objects(compile(source, str(path), "exec", dont_inherit=True)):
+        codes[code.co_name, code.co_firstlineno] = code
+    for function in functions:
+        old = function.__code__
+        new = codes.get((old.co_name, old.co_firstlineno), old)
+        if new != old and new.co_freevars == old.co_freevars:
+            function.__code__ = new
+
+
 @dataclass
 class Tree:
     """A copy of the tree in which lines are broken, and what its tests do while none is."""
@@ -304,16 +349,41 @@ class Tree:
     times: Times
     longest: float
     writes: int = 0
+    sources: dict[str, str] = field(default_factory=dict)  # of the tests in each file
+    functions: dict[str, list[FunctionType]] = field(default_factory=dict)  # of each of our files
 
-    def run_tests(self, tests: list[str], inside: tuple[str, ...] = ()) -> tuple[int | None, list[dict]]:
+    def import_tests(self, files: list[str]) -> None:
+        """Import tests and all they need into this process, and note the functions of our files."""
+        collect = Collect()
+        os.chdir(self.folder)
+        sys.path[0] = str(self.folder)
+        with open(self.folder.parent / "output.txt", "w") as output, redirect_stdout(output):
+            pytest.main(["--collect-only", "-qq", "-n0", "-p", "no:cacheprovider", *files], plugins=[collect])
+        self.sources = collect.sources
+        for function in gc.get_objects():
+            if type(function) is FunctionType:  # isinstance asks the object, and some warn
+                path = Path(function.__code__.co_filename)
+                if path.is_relative_to(self.folder):
+                    name = path.relative_to(self.folder).as_posix()
+                    self.functions.setdefault(name, []).append(function)
+        gc.freeze()
+
+    def run_tests(
+        self,
+        tests: list[str],
+        inside: tuple[str, ...] = (),
+        hot: tuple[str, str] | None = None,
+        is_cold=False,
+    ) -> tuple[int | None, list[dict]]:
         """Run them up to the first failure: pytest's exit code, None after PATIENCE seconds; what they told.
 
-        The process is a fork of this one, which has imported HEAVY_PACKAGES.
+        They run in a fork of this process; with is_cold it imports the tree afresh. hot: a file and its
+        broken source for that fork, where only the tests near the break run.
         """
         report = self.folder.parent / "report.jsonl"
         report.write_text("")
-        scratch = self.folder.parent / "scratch"
-        words = ["-q", "-x", "-n0", "-p", "no:cacheprovider", f"--timeout={HANG}", f"--basetemp={scratch}"]
+        words = ["-q", "-x", "-n0", "-p", "no:cacheprovider", f"--timeout={HANG}"]
+        words.append(f"--basetemp={self.folder.parent / 'scratch'}")
         child = os.fork()
         if child == 0:
             # A group of its own, so that what hangs can be ended with all that it started.
@@ -321,9 +391,13 @@ class Tree:
             output = os.open(self.folder.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            os.chdir(self.folder)
-            sys.path[0] = str(self.folder)
             watch = Watch(report, inside, self.times, self.longest)
+            if hot:
+                watch.only_near = True
+                watch.longest = min(self.longest, HOT_LONGEST)
+                break_functions(self.functions.get(hot[0], []), self.folder / hot[0], hot[1])
+            if is_cold:
+                self.forget_modules()
             code = 3
             try:
                 code = int(pytest.main([*words, *tests], plugins=[watch]))
@@ -331,6 +405,12 @@ class Tree:
                 os._exit(code)
         code = wait(child, PATIENCE)
         return code, [json.loads(line) for line in report.read_text().splitlines()]
+
+    def forget_modules(self) -> None:
+        """Let every module of the tree be imported again."""
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None) or "").startswith(str(self.folder)):
+                del sys.modules[name]
 
     def passes_without_break(self, test: str) -> bool:
         """Whether one test passes in the sound tree; asked once."""
@@ -342,25 +422,24 @@ class Tree:
 
     def try_break(self, broken: Break) -> Break:
         """The break with its verdict. A test that fails without it too is left out from then on."""
-        path = self.folder / broken.file
-        sound = path.read_text()
-        lines = sound.split("\n")
+        lines = (self.folder / broken.file).read_text().split("\n")
         number = find_line(lines, broken)
         if number is None:
             return replace(broken, verdict="gone")
         lines[number - 1] = lines[number - 1].replace(broken.before, broken.after)
+        source = "\n".join(lines)
         present = [name for name in broken.tests if (self.folder / name).is_file()]
+        names = re.compile("|".join(rf"\b{name}\b" for name in broken.inside))
+        near = [name for name in present if names.search(self.sources.get(name, ""))]
         began = time.monotonic()
-        caught_by = None
-        while caught_by is None:
-            self.write(path, "\n".join(lines))
-            try:
-                code, told = self.run_tests(present, broken.inside)
-            finally:
-                self.write(path, sound)
-            failed = [test for test in told if test["failed"]]
-            if code == 0 or not failed or self.passes_without_break(failed[0]["test"]):
-                caught_by = failed[0]["test"] if failed else ""
+        code = 0
+        told = []
+        if near:
+            code, told = self.run_broken(broken, source, near, is_hot=True)
+        if code in (0, NO_TESTS):
+            code, told = self.run_broken(broken, source, present, is_hot=False)
+        failed = [test for test in told if test["failed"]]
+        caught_by = failed[0]["test"] if failed else ""
         verdict = "caught"
         if code is None:
             verdict = "unfinished"
@@ -372,6 +451,23 @@ class Tree:
             verdict = "hangs" if sum(test["seconds"] for test in told) < HANG / 3 else "unfinished"
         seconds = round(time.monotonic() - began, 1)
         return replace(broken, line=number, verdict=verdict, caught_by=caught_by, seconds=seconds)
+
+    def run_broken(
+        self, broken: Break, source: str, tests: list[str], is_hot: bool
+    ) -> tuple[int | None, list[dict]]:
+        """Run tests with the break until none is the first to fail that fails without it too."""
+        path = self.folder / broken.file
+        sound = path.read_text()
+        hot = (broken.file, source) if is_hot else None
+        while True:
+            self.write(path, source)
+            try:
+                code, told = self.run_tests(tests, broken.inside, hot, is_cold=not is_hot)
+            finally:
+                self.write(path, sound)
+            failed = [test for test in told if test["failed"]]
+            if not failed or self.passes_without_break(failed[0]["test"]):
+                return code, told
 
     def write(self, path: Path, source: str) -> None:
         """Write a source file with a time of its own: Python takes compiled code of equal size and second."""
@@ -468,6 +564,8 @@ def main() -> int:
     if unknown:
         parser.error(f"no tests are named for {unknown[0]}")
     breaks = breaks_to_run(wanted)
+    wanted.out = wanted.out.resolve()
+    wanted.times = wanted.times and wanted.times.resolve()
     # Before the packages are imported, which read it.
     os.environ |= dict(OMP_NUM_THREADS="1")
     for package in HEAVY_PACKAGES:
@@ -483,6 +581,9 @@ def main() -> int:
         folder.mkdir()
         copy_tree(folder)
         tree = Tree(folder, times, wanted.longest)
+        tests = {test: None for broken in breaks if broken.verdict == "not run" for test in broken.tests}
+        if tests:
+            tree.import_tests([test for test in tests if (folder / test).is_file()])
         for index, broken in enumerate(breaks):
             if broken.verdict != "not run":
                 continue
@@ -490,12 +591,8 @@ def main() -> int:
             write_breaks(wanted.out, wanted.seed, breaks)
             if wanted.times:
                 wanted.times.write_text(json.dumps(asdict(times), indent=1) + "\n")
-            place = f"{done.file}:{done.line}"
-            print(
-                f"{done.verdict:10} {place}  {done.before}  ->  {done.after} ({done.seconds:.0f} s)",
-                flush=True,
-            )
-    survivors = [broken for broken in breaks if broken.verdict not in ("caught", "hangs")]
+            print(f"{done.verdict:10} {done.seconds:4.0f} s  {describe(done)}  {done.caught_by}", flush=True)
+    survivors = [broken for broken in breaks if not is_caught(broken)]
     print(f"{len(breaks) - len(survivors)} of {len(breaks)} caught")
     for broken in survivors:
         print(f"{broken.verdict}: {describe(broken)}")

@@ -1,6 +1,7 @@
 """What a run does about GPUs, as far as a machine without one can show it; the rest is in pretend_gpu.sh."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,17 @@ import torch.nn.functional as F
 
 import train_gpt
 from tests.test_settle import CompilerFailed, Unlucky
-from train_gpt import GPT, Run, RunError, RunLog, StepPlan, attend, pick_device_type, serves_capability
+from train_gpt import (
+    GPT,
+    Run,
+    RunError,
+    RunLog,
+    Runtime,
+    StepPlan,
+    attend,
+    pick_device_type,
+    serves_capability,
+)
 
 
 @pytest.fixture
@@ -232,3 +243,13 @@ def test_a_float16_run_says_what_became_of_its_scale(run_main):
     code, out, err = run_main(dtype="fp16", iterations=6)
     assert code == 0, err
     assert "loss_scale:32768 steps_left_out:0" in out
+
+
+def test_peak_memory_is_told_in_mib(monkeypatch):
+    """Linux counts the resident set in KiB, CUDA counts bytes."""
+    usage = SimpleNamespace(ru_maxrss=3 * 1024**2 + 1)
+    monkeypatch.setattr(train_gpt.resource, "getrusage", lambda who: usage)
+    assert Runtime().peak_memory_mib() == (3072, 3072)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**33 + 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**34 - 1)
+    assert Runtime(device=torch.device("cuda")).peak_memory_mib() == (8192, 16383)
