@@ -491,10 +491,13 @@ def test_a_read_only_dataset_only_costs_the_count_again(split, oracle, monkeypat
     assert len(oracle) == 2 and not list(split.folder.glob(".bytes-*"))
 
 
-def test_the_targets_that_open_a_document_are_those_read_off_its_boundary(split):
+@pytest.mark.parametrize("stream, starts", [
+    ([BOS, "a", "b", BOS, "a", EOS, BOS, "b", "b", BOS], [3, 5, 6]),  # after the last one nothing comes
+    ([BOS, "a", EOS, "b"], [2]), (["a", BOS, "b"], [1]), ([BOS, "a", "b"], []), ([BOS, "a"], []),
+])  # fmt: skip
+def test_the_targets_that_open_a_document_are_those_read_off_its_boundary(split, stream, starts):
     """Target i is token i + 1, read off token i: one off, and a window would see the document before."""
-    a, b = load_tokenizer(split.cfg).encode("a")[-1], load_tokenizer(split.cfg).encode("b")[-1]
-    write_shard(split.shard, [BOS, a, b, BOS, a, EOS, BOS, b, b, BOS])
-    data = load(split.cfg)
-    assert data.starts.tolist() == [3, 5, 6], "the first opens the text anyhow, after the last nothing comes"
-    assert data.tokens[data.starts].tolist() == [BOS, EOS, BOS]
+    tokenizer = load_tokenizer(split.cfg)
+    tokens = [token if isinstance(token, int) else tokenizer.encode(token)[-1] for token in stream]
+    write_shard(split.shard, tokens)
+    assert load(split.cfg).starts.tolist() == starts
