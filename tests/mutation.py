@@ -10,8 +10,8 @@ longer than --longest seconds by the file --times are left out; it grows as they
 of an earlier run can be given as --durations. Opt-in: about 20 seconds each on one core. Results are written
 as they come: the same command goes on where it was cut off.
 
-Each break is tried twice. First hot: a fork of this process, which has imported all tests, gets the broken
-function, and runs the quick tests that name it. What these let pass is tried cold: the tests of its place, in
+There are two rounds. First hot: a fork of this process, which has imported all tests, gets the broken function,
+and runs the quick tests that name it. What these let pass is then tried cold: by all tests of its place, in
 a process that reads the broken file afresh.
 Prints one line a break, the survivors again at the end.
 Exit codes: 0 all were caught, 1 some survived, 2 wrong usage.
@@ -138,7 +138,7 @@ HEAVY_PACKAGES = ("numpy", "torch", "torch._dynamo", "sentencepiece", "scipy.sta
 
 @dataclass(frozen=True)
 class Break:
-    """One broken line, and what became of it: not run, caught, hangs, survived or unfinished."""
+    """One broken line, and what became of it: not run, not seen near, caught, hangs, survived, unfinished."""
 
     file: str
     line: int
@@ -420,36 +420,34 @@ class Tree:
             (self.times.passed if is_sound else self.times.failed).append(test)
         return test in self.times.passed
 
-    def try_break(self, broken: Break) -> Break:
-        """The break with its verdict. A test that fails without it too is left out from then on."""
+    def try_break(self, broken: Break, is_hot: bool) -> Break:
+        """The break with its verdict; hot, one that no test near it sees is "not seen near"."""
         lines = (self.folder / broken.file).read_text().split("\n")
         number = find_line(lines, broken)
         if number is None:
             return replace(broken, verdict="gone")
         lines[number - 1] = lines[number - 1].replace(broken.before, broken.after)
-        source = "\n".join(lines)
-        present = [name for name in broken.tests if (self.folder / name).is_file()]
-        names = re.compile("|".join(rf"\b{name}\b" for name in broken.inside))
-        near = [name for name in present if names.search(self.sources.get(name, ""))]
+        tests = [name for name in broken.tests if (self.folder / name).is_file()]
+        if is_hot:
+            names = re.compile("|".join(rf"\b{name}\b" for name in broken.inside))
+            tests = [name for name in tests if names.search(self.sources.get(name, ""))]
         began = time.monotonic()
-        code = 0
+        code = NO_TESTS
         told = []
-        if near:
-            code, told = self.run_broken(broken, source, near, is_hot=True)
-        if code in (0, NO_TESTS):
-            code, told = self.run_broken(broken, source, present, is_hot=False)
+        if tests:
+            code, told = self.run_broken(broken, "\n".join(lines), tests, is_hot)
         failed = [test for test in told if test["failed"]]
         caught_by = failed[0]["test"] if failed else ""
         verdict = "caught"
         if code is None:
             verdict = "unfinished"
-        elif code == 0:
-            verdict = "survived"
+        elif code in (0, NO_TESTS):
+            verdict = "not seen near" if is_hot else "survived"
             self.times.seconds |= {test["test"]: test["seconds"] for test in told}
         elif failed and failed[0]["hangs"]:
             _, told = self.run_tests([caught_by])
             verdict = "hangs" if sum(test["seconds"] for test in told) < HANG / 3 else "unfinished"
-        seconds = round(time.monotonic() - began, 1)
+        seconds = round(broken.seconds + time.monotonic() - began, 1)
         return replace(broken, line=number, verdict=verdict, caught_by=caught_by, seconds=seconds)
 
     def run_broken(
@@ -581,17 +579,23 @@ def main() -> int:
         folder.mkdir()
         copy_tree(folder)
         tree = Tree(folder, times, wanted.longest)
-        tests = {test: None for broken in breaks if broken.verdict == "not run" for test in broken.tests}
+        tests: dict[str, None] = {}
+        for broken in breaks:
+            if broken.verdict in ("not run", "not seen near"):
+                tests |= dict.fromkeys(broken.tests)
         if tests:
             tree.import_tests([test for test in tests if (folder / test).is_file()])
-        for index, broken in enumerate(breaks):
-            if broken.verdict != "not run":
-                continue
-            breaks[index] = done = tree.try_break(broken)
-            write_breaks(wanted.out, wanted.seed, breaks)
-            if wanted.times:
-                wanted.times.write_text(json.dumps(asdict(times), indent=1) + "\n")
-            print(f"{done.verdict:10} {done.seconds:4.0f} s  {describe(done)}  {done.caught_by}", flush=True)
+        for verdict, is_hot in (("not run", True), ("not seen near", False)):
+            for index, broken in enumerate(breaks):
+                if broken.verdict != verdict:
+                    continue
+                breaks[index] = done = tree.try_break(broken, is_hot)
+                write_breaks(wanted.out, wanted.seed, breaks)
+                if wanted.times:
+                    wanted.times.write_text(json.dumps(asdict(times), indent=1) + "\n")
+                print(
+                    f"{done.verdict:13} {done.seconds:4.0f} s  {describe(done)}  {done.caught_by}", flush=True
+                )
     survivors = [broken for broken in breaks if not is_caught(broken)]
     print(f"{len(breaks) - len(survivors)} of {len(breaks)} caught")
     for broken in survivors:

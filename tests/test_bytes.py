@@ -501,3 +501,12 @@ def test_the_targets_that_open_a_document_are_those_read_off_its_boundary(split,
     tokens = [token if isinstance(token, int) else tokenizer.encode(token)[-1] for token in stream]
     write_shard(split.shard, tokens)
     assert load(split.cfg).starts.tolist() == starts
+
+
+def test_a_control_piece_within_a_document_is_refused_where_bos_is_the_token_zero_too(split):
+    model = train_tokenizer(TEXTS, control_symbols=["<ctl>"], bos_id=0, pad_id=1)
+    tokenizer = SentencePieceProcessor(model_proto=model)
+    text = tokenizer.encode(TEXTS[0])
+    write_split(split, model, [0, *text, tokenizer.piece_to_id("<ctl>"), *text])
+    with pytest.raises(RunError, match="^1 of .* are '<ctl>'"):
+        load(split.cfg)

@@ -585,3 +585,26 @@ def test_the_times_of_steps_are_those_between_logged_steps_after_the_tenth():
         dict(event="step", step=10 + n, train_ms=n * (n - 1) / 2) for n in range(1, 42)
     ]  # 1, 2, ... 40 ms
     assert rows.step_times(many) == dict(median=20.5, p95=38.0)
+
+
+def test_the_data_of_the_command_line_win_over_those_of_the_environment(tmp_path, monkeypatch):
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "val"):
+            write_shard(tmp_path / name / f"x_{split}_000000.bin", [1, 2, 3])
+        (tmp_path / name / "t.model").write_bytes(b"")
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    given = argparse.Namespace(data=mine, tokenizer=mine / "t.model")
+    nothing = argparse.Namespace(data=None, tokenizer=None)
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(engine, "default_data", lambda: (other, other / "t.model"))
+    assert engine.find_data(given) == (mine, mine / "t.model")
+    assert engine.find_data(nothing) == (other, other / "t.model")
+    monkeypatch.setenv("DATA_PATH", str(other))
+    with pytest.raises(engine.UserError, match="go together"):
+        engine.find_data(nothing)
+    monkeypatch.setenv("TOKENIZER_PATH", str(other / "t.model"))
+    assert engine.find_data(given) == (mine, mine / "t.model")
+    monkeypatch.setattr(engine, "default_data", None)
+    assert engine.find_data(nothing) == (other, other / "t.model")

@@ -669,3 +669,15 @@ def test_the_text_behind_bpb_is_the_middle_score_of_those_with_many_digits():
     assert ratio(*full, ("9.0", "1.0"), ("9.0", "1.0"), ("9.0", "1.0")) == 2.0
     assert ratio(*full[:2], ("9.0", "1.0"), ("9.0", "1.0"), ("9.0", "1.0")) == 9.0
     assert ratio() == 1.0
+
+
+def test_before_packing_is_the_average_where_a_log_has_one():
+    def pre_quant(*labels: str) -> Decimal:
+        others = [lint_log.Score(label, Decimal(2), Decimal(1), 0.0) for label in labels]
+        log = lint_log.Log("x.log", "", others=others)
+        log.say("live val_bpb", Decimal("1.25"), "RESULT", 8)
+        log.say("averaged val_bpb", Decimal("1.75"), "RESULT", 8)
+        return lint_statements.truth_of(log, "pre_quant_val_bpb", "roundtrip").value
+
+    assert pre_quant("live", "averaged") == Decimal("1.75")
+    assert pre_quant("live") == pre_quant() == Decimal("1.25")
