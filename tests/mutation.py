@@ -10,9 +10,9 @@ longer than --longest seconds by the file --times are left out; it grows as they
 of an earlier run can be given as --durations. Opt-in: about 20 seconds each on one core. Results are written
 as they come: the same command goes on where it was cut off.
 
-There are two rounds. First hot: a fork of this process, which has imported all tests, gets the broken function,
-and runs the quick tests that name it. What these let pass is then tried cold: by all tests of its place, in
-a process that reads the broken file afresh.
+There are two rounds. First hot: a fork of this process, which has imported all tests, gets the broken
+function, and runs the quick tests that name it. What these let pass is then tried cold: by all tests of its
+place, in a process that reads the broken file afresh.
 Prints one line a break, the survivors again at the end.
 Exit codes: 0 all were caught, 1 some survived, 2 wrong usage.
 """
@@ -388,6 +388,7 @@ class Tree:
         if child == 0:
             # A group of its own, so that what hangs can be ended with all that it started.
             os.setsid()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             output = os.open(self.folder.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(output, 1)
             os.dup2(output, 2)
@@ -484,14 +485,16 @@ def wait(child: int, seconds: float) -> int | None:
     """The exit code of a child; None if it had to be ended. What it started is ended in any case."""
     deadline = time.monotonic() + seconds
     code = None
-    while code is None and time.monotonic() < deadline:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            code = os.waitstatus_to_exitcode(status)
-        else:
-            time.sleep(0.1)
-    with suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)
+    try:
+        while code is None and time.monotonic() < deadline:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                code = os.waitstatus_to_exitcode(status)
+            else:
+                time.sleep(0.1)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)
     if code is None:
         os.waitpid(child, 0)
     return code
@@ -562,6 +565,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no tests are named for {unknown[0]}")
     breaks = breaks_to_run(wanted)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing that runs is left behind
     wanted.out = wanted.out.resolve()
     wanted.times = wanted.times and wanted.times.resolve()
     # Before the packages are imported, which read it.
