@@ -10,9 +10,9 @@ longer than --longest seconds by the file --times are left out; it grows as they
 of an earlier run can be given as --durations. Opt-in: about 20 seconds each on one core. Results are written
 as they come: the same command goes on where it was cut off.
 
-There are two rounds. First hot: a fork of this process, which has imported all tests, gets the broken
-function, and runs the quick tests that name it. What these let pass is then tried cold: by all tests of its
-place, in a process that reads the broken file afresh.
+There are three rounds. A fork of this process, which has imported all tests, gets the broken function and
+runs the quick tests that name it. What these let pass is tried by all tests of its place; and what they let
+pass once more in a process that reads the broken file afresh, for functions that run on import.
 Prints one line a break, the survivors again at the end.
 Exit codes: 0 all were caught, 1 some survived, 2 wrong usage.
 """
@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HANG = 600  # seconds in one test; if it then takes a third of that without the break, the machine is busy
 PATIENCE = 3600  # seconds for all tests of one break; who needs longer is neither caught nor a survivor
 QUICK = 0.3  # seconds; such tests go first
-HOT_LONGEST = 1.0  # seconds of the longest test of the first, quick try
+NEAR_LONGEST = 1.0  # seconds of the longest test of the first, quick round
 NO_TESTS = 5  # pytest's exit code where it ran none
 
 # The tests that look at a section of train_gpt.py, by its number.
@@ -137,8 +137,26 @@ HEAVY_PACKAGES = ("numpy", "torch", "torch._dynamo", "sentencepiece", "scipy.sta
 
 
 @dataclass(frozen=True)
+class Round:
+    """A way to try the breaks that an earlier one let pass: by the quick tests that name the broken
+    function or by all of its place, in a fork with that function broken or that reads the file afresh."""
+
+    tries: str  # the verdict of the breaks that it takes
+    passes: str  # the verdict of those that it lets pass
+    only_near: bool
+    is_hot: bool
+
+
+ROUNDS = (
+    Round("not run", "not seen near", only_near=True, is_hot=True),
+    Round("not seen near", "not seen hot", only_near=False, is_hot=True),
+    Round("not seen hot", "survived", only_near=False, is_hot=False),
+)
+
+
+@dataclass(frozen=True)
 class Break:
-    """One broken line, and what became of it: not run, not seen near, caught, hangs, survived, unfinished."""
+    """One broken line, and what became of it: caught, hangs, unfinished, gone, or a verdict of ROUNDS."""
 
     file: str
     line: int
@@ -372,13 +390,12 @@ class Tree:
         self,
         tests: list[str],
         inside: tuple[str, ...] = (),
-        hot: tuple[str, str] | None = None,
-        is_cold=False,
+        of_round: Round | None = None,
+        broken: tuple[str, str] | None = None,
     ) -> tuple[int | None, list[dict]]:
         """Run them up to the first failure: pytest's exit code, None after PATIENCE seconds; what they told.
 
-        They run in a fork of this process; with is_cold it imports the tree afresh. hot: a file and its
-        broken source for that fork, where only the tests near the break run.
+        broken: a file and its broken source, which is on the disk already.
         """
         report = self.folder.parent / "report.jsonl"
         report.write_text("")
@@ -393,11 +410,12 @@ class Tree:
             os.dup2(output, 1)
             os.dup2(output, 2)
             watch = Watch(report, inside, self.times, self.longest)
-            if hot:
+            if of_round and of_round.only_near:
                 watch.only_near = True
-                watch.longest = min(self.longest, HOT_LONGEST)
-                break_functions(self.functions.get(hot[0], []), self.folder / hot[0], hot[1])
-            if is_cold:
+                watch.longest = min(self.longest, NEAR_LONGEST)
+            if of_round and of_round.is_hot:
+                break_functions(self.functions.get(broken[0], []), self.folder / broken[0], broken[1])
+            elif of_round:
                 self.forget_modules()
             code = 3
             try:
@@ -421,29 +439,29 @@ class Tree:
             (self.times.passed if is_sound else self.times.failed).append(test)
         return test in self.times.passed
 
-    def try_break(self, broken: Break, is_hot: bool) -> Break:
-        """The break with its verdict; hot, one that no test near it sees is "not seen near"."""
+    def try_break(self, broken: Break, of_round: Round) -> Break:
+        """The break with its verdict in a round."""
         lines = (self.folder / broken.file).read_text().split("\n")
         number = find_line(lines, broken)
         if number is None:
             return replace(broken, verdict="gone")
         lines[number - 1] = lines[number - 1].replace(broken.before, broken.after)
         tests = [name for name in broken.tests if (self.folder / name).is_file()]
-        if is_hot:
+        if of_round.only_near:
             names = re.compile("|".join(rf"\b{name}\b" for name in broken.inside))
             tests = [name for name in tests if names.search(self.sources.get(name, ""))]
         began = time.monotonic()
         code = NO_TESTS
         told = []
         if tests:
-            code, told = self.run_broken(broken, "\n".join(lines), tests, is_hot)
+            code, told = self.run_broken(broken, "\n".join(lines), tests, of_round)
         failed = [test for test in told if test["failed"]]
         caught_by = failed[0]["test"] if failed else ""
         verdict = "caught"
         if code is None:
             verdict = "unfinished"
         elif code in (0, NO_TESTS):
-            verdict = "not seen near" if is_hot else "survived"
+            verdict = of_round.passes
             self.times.seconds |= {test["test"]: test["seconds"] for test in told}
         elif failed and failed[0]["hangs"]:
             _, told = self.run_tests([caught_by])
@@ -452,16 +470,15 @@ class Tree:
         return replace(broken, line=number, verdict=verdict, caught_by=caught_by, seconds=seconds)
 
     def run_broken(
-        self, broken: Break, source: str, tests: list[str], is_hot: bool
+        self, broken: Break, source: str, tests: list[str], of_round: Round
     ) -> tuple[int | None, list[dict]]:
         """Run tests with the break until none is the first to fail that fails without it too."""
         path = self.folder / broken.file
         sound = path.read_text()
-        hot = (broken.file, source) if is_hot else None
         while True:
             self.write(path, source)
             try:
-                code, told = self.run_tests(tests, broken.inside, hot, is_cold=not is_hot)
+                code, told = self.run_tests(tests, broken.inside, of_round, (broken.file, source))
             finally:
                 self.write(path, sound)
             failed = [test for test in told if test["failed"]]
@@ -585,15 +602,15 @@ def main() -> int:
         tree = Tree(folder, times, wanted.longest)
         tests: dict[str, None] = {}
         for broken in breaks:
-            if broken.verdict in ("not run", "not seen near"):
+            if broken.verdict in [of_round.tries for of_round in ROUNDS]:
                 tests |= dict.fromkeys(broken.tests)
         if tests:
             tree.import_tests([test for test in tests if (folder / test).is_file()])
-        for verdict, is_hot in (("not run", True), ("not seen near", False)):
+        for of_round in ROUNDS:
             for index, broken in enumerate(breaks):
-                if broken.verdict != verdict:
+                if broken.verdict != of_round.tries:
                     continue
-                breaks[index] = done = tree.try_break(broken, is_hot)
+                breaks[index] = done = tree.try_break(broken, of_round)
                 write_breaks(wanted.out, wanted.seed, breaks)
                 if wanted.times:
                     wanted.times.write_text(json.dumps(asdict(times), indent=1) + "\n")
