@@ -297,6 +297,7 @@ class Watch:
 
     def __init__(self, report: Path, inside: tuple[str, ...], times: Times, longest: float):
         self.report = report
+        self.inside = inside
         self.names = re.compile("|".join(rf"\b{name}\b" for name in inside) or "$.")
         self.times = times
         self.longest = longest
@@ -304,15 +305,18 @@ class Watch:
         self.seconds: dict[str, float] = {}
 
     def is_near(self, item: pytest.Item) -> bool:
-        return bool(self.names.search(inspect.getsource(item.function)))
+        is_named = any(name in item.nodeid for name in self.inside)
+        return is_named or bool(self.names.search(inspect.getsource(item.function)))
 
     def is_wanted(self, item: pytest.Item) -> bool:
         is_short = self.times.seconds.get(item.nodeid, 0.0) <= self.longest
         is_sound = item.nodeid not in self.times.failed
         return is_short and is_sound and (not self.only_near or self.is_near(item))
 
-    def turn(self, item: pytest.Item) -> tuple[bool, bool]:
-        return not self.is_near(item), self.times.seconds.get(item.nodeid, 0.0) > QUICK
+    def turn(self, item: pytest.Item) -> tuple[bool, bool, bool]:
+        is_in_near_file = bool(self.names.search(inspect.getsource(item.module)))
+        is_slow = self.times.seconds.get(item.nodeid, 0.0) > QUICK
+        return not self.is_near(item), not is_in_near_file, is_slow
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
