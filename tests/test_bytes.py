@@ -489,3 +489,24 @@ def test_a_read_only_dataset_only_costs_the_count_again(split, oracle, monkeypat
     monkeypatch.setattr(train_gpt, "write_atomic", refuse)
     assert load(split.cfg).documents == load(split.cfg).documents == 40
     assert len(oracle) == 2 and not list(split.folder.glob(".bytes-*"))
+
+
+@pytest.mark.parametrize("stream, starts", [
+    ([BOS, "a", "b", BOS, "a", EOS, BOS, "b", "b", BOS], [3, 5, 6]),  # after the last one nothing comes
+    ([BOS, "a", EOS, "b"], [2]), (["a", BOS, "b"], [1]), ([BOS, "a", "b"], []), ([BOS, "a"], []),
+])  # fmt: skip
+def test_the_targets_that_open_a_document_are_those_read_off_its_boundary(split, stream, starts):
+    """Target i is token i + 1, read off token i: one off, and a window would see the document before."""
+    tokenizer = load_tokenizer(split.cfg)
+    tokens = [token if isinstance(token, int) else tokenizer.encode(token)[-1] for token in stream]
+    write_shard(split.shard, tokens)
+    assert load(split.cfg).starts.tolist() == starts
+
+
+def test_a_control_piece_within_a_document_is_refused_where_bos_is_the_token_zero_too(split):
+    model = train_tokenizer(TEXTS, control_symbols=["<ctl>"], bos_id=0, pad_id=1)
+    tokenizer = SentencePieceProcessor(model_proto=model)
+    text = tokenizer.encode(TEXTS[0])
+    write_split(split, model, [0, *text, tokenizer.piece_to_id("<ctl>"), *text])
+    with pytest.raises(RunError, match="^1 of .* are '<ctl>'"):
+        load(split.cfg)

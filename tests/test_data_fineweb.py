@@ -461,3 +461,13 @@ shards.command(fineweb.main)"""
     assert result.stderr.strip().splitlines() == [
         "error: huggingface_hub is not installed; run: pip install -r requirements-lab.txt"
     ]
+
+
+def test_all_shards_may_be_asked_for_and_no_more():
+    catalogue = json.loads(hub_files()["datasets/manifest.json"])
+    name, paths, tokenizers = fineweb.choose(catalogue, "sp1024", 3)
+    assert (name, tokenizers) == (NAME, ["tokenizers/x.model"])
+    train = [f"datasets/{NAME}/fineweb_train_{index:06d}.bin" for index in range(3)]
+    assert paths == [f"datasets/{NAME}/fineweb_val_000000.bin", *train]
+    with pytest.raises(UserError, match="has 3 training shards, not 4"):
+        fineweb.choose(catalogue, "sp1024", 4)

@@ -534,3 +534,9 @@ def test_the_best_of_many_regresses_on_a_held_out_half():
     ]
     best = effects.held_out(rows)[0]
     assert best.selection.mean < -0.008 and best.shrink.mean > 0.004
+
+
+def test_one_sign_needs_every_length_clear_of_zero():
+    (found,) = effects.ladders(ladder_rows({250: -0.02, 1000: -0.00001}))
+    assert [rung.effect.mean < 0 for rung in found.rungs] == [True, True]
+    assert [rung.effect.clear for rung in found.rungs] == [True, False] and found.says == "unclear"

@@ -3,6 +3,7 @@
 An engine that is to be killed runs in a fork of this process, which has the imports already.
 """
 
+import argparse
 import dataclasses
 import errno
 import fcntl
@@ -545,3 +546,65 @@ def test_a_scratch_wave_and_its_report_leave_git_status_clean(tmp_path, dataset)
     assert list((project / "runs/results").glob(".*.lock")), "a lock was there to be seen"
     (project / ".final_model.pt.lock").touch()  # beside the models of a run in the project's folder
     assert git(project, "status", "--porcelain", "--untracked-files=all") == ""
+
+
+def test_an_early_kill_waits_for_three_tenths_of_the_run_unless_said():
+    assert engine.parse_early_kill("0.05") == engine.EarlyKill(0.05, 0.3)
+    assert engine.parse_early_kill("0.05@0.4") == engine.EarlyKill(0.05, 0.4)
+
+
+@pytest.mark.parametrize(
+    "jobs, threads, is_proxy, gpus, widths",
+    [
+        (None, None, True, 0, (4, 1)), (None, None, False, 0, (1, 4)), (None, None, False, 2, (2, 2)),
+        (None, 3, True, 0, (1, 3)), (3, None, False, 0, (3, 1)), (None, 8, False, 0, (1, 8)),
+    ],
+)  # fmt: skip
+def test_runs_at_once_share_the_cores(monkeypatch, jobs, threads, is_proxy, gpus, widths):
+    """On four cores."""
+    monkeypatch.setattr(engine, "core_count", lambda: 4)
+    options = argparse.Namespace(jobs=jobs, threads=threads, proxy=is_proxy)
+    assert engine.choose_widths(options, [str(gpu) for gpu in range(gpus)]) == widths
+
+
+def test_the_times_of_steps_are_those_between_logged_steps_after_the_tenth():
+    logged = [
+        (0, 0.0),
+        (5, 5_000.0),
+        (10, 6_000.0),
+        (12, 6_200.0),
+        (13, 6_290.0),
+        (13, 6_290.0),
+        (15, 6_530.0),
+    ]
+    events = [dict(event="step", step=step, train_ms=ms) for step, ms in logged]
+    assert rows.step_times(events) == dict(median=100.0, p95=120.0)
+    assert rows.step_times(events[:3]) == dict(median=600.0, p95=1000.0), "none is after the tenth"
+    assert rows.step_times(events[:1]) is None
+    many = [
+        dict(event="step", step=10 + n, train_ms=n * (n - 1) / 2) for n in range(1, 42)
+    ]  # 1, 2, ... 40 ms
+    assert rows.step_times(many) == dict(median=20.5, p95=38.0)
+
+
+def test_the_data_of_the_command_line_win_over_those_of_the_environment(tmp_path, monkeypatch):
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        for split in ("train", "val"):
+            write_shard(tmp_path / name / f"x_{split}_000000.bin", [1, 2, 3])
+        (tmp_path / name / "t.model").write_bytes(b"")
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    given = argparse.Namespace(data=mine, tokenizer=mine / "t.model")
+    nothing = argparse.Namespace(data=None, tokenizer=None)
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(engine, "default_data", lambda: (other, other / "t.model"))
+    assert engine.find_data(given) == (mine, mine / "t.model")
+    assert engine.find_data(nothing) == (other, other / "t.model")
+    monkeypatch.setenv("DATA_PATH", str(other))
+    with pytest.raises(engine.UserError, match="go together"):
+        engine.find_data(nothing)
+    monkeypatch.setenv("TOKENIZER_PATH", str(other / "t.model"))
+    assert engine.find_data(given) == (mine, mine / "t.model")
+    monkeypatch.setattr(engine, "default_data", None)
+    assert engine.find_data(nothing) == (other, other / "t.model")

@@ -17,7 +17,17 @@ from tests.conftest import ROOT
 from tests.gpu_checks import CHECKS, Lab, make_check
 from tests.pretend_gpu import run as pretend_gpu
 from tests.test_settle import CompilerFailed, Unlucky
-from train_gpt import GPT, Run, RunError, RunLog, StepPlan, attend, pick_device_type, serves_capability
+from train_gpt import (
+    GPT,
+    Run,
+    RunError,
+    RunLog,
+    Runtime,
+    StepPlan,
+    attend,
+    pick_device_type,
+    serves_capability,
+)
 
 
 @pytest.fixture
@@ -627,3 +637,13 @@ def test_the_table_that_is_kept_is_sound():
         assert row["versions"]["torch"] == "2.13.0" and len(row["versions"]["commit"]) == 10, place
         twin = f"{card} {row.get('counted_for', preset)}"
         assert kept[twin]["megabytes"] == row["megabytes"], place
+
+
+def test_peak_memory_is_told_in_mib(monkeypatch):
+    """Linux counts the resident set in KiB, CUDA counts bytes."""
+    usage = SimpleNamespace(ru_maxrss=3 * 1024**2 + 1)
+    monkeypatch.setattr(train_gpt.resource, "getrusage", lambda who: usage)
+    assert Runtime().peak_memory_mib() == (3072, 3072)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**33 + 5)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**34 - 1)
+    assert Runtime(device=torch.device("cuda")).peak_memory_mib() == (8192, 16383)

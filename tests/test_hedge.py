@@ -18,6 +18,7 @@ from train_gpt import (
     Config,
     Expert,
     Mixture,
+    context_bins,
     context_counts,
     fixed_experts,
     gate_shares,
@@ -652,3 +653,35 @@ def test_contexts_of_no_token_mix_the_official_score(hedged, mix_again):
     assert list(scores) == ["roundtrip", "hedge"]
     assert scores["hedge"]["val_bpb"] < scores["roundtrip"]["val_bpb"] + 0.01
     assert scores["hedge"]["val_bpb"] > hedged[1].result["hedge_val_bpb"]
+
+
+# --- the bins ---
+
+
+def codes_of(uses: list[int], followers: list[int]) -> torch.Tensor:
+    """Codes [2, orders, 1] of a token, whose contexts of 0, 1, ... tokens were seen and followed so often."""
+    counts = np.array([uses, followers])[:, :, None]
+    return torch.from_numpy(np.round(11.5 * np.log(1 + counts)).astype(np.uint8))
+
+
+def test_kinds_of_context_have_bins_of_their_own():
+    """None seen; then the longest one seen of 0 to 12 tokens, its uses and its followers by factors of 2."""
+    kinds = {context_bins(codes_of([0] * 13, [0] * 13)).item()}
+    number = 1
+    for longest in range(13):
+        for doublings in range(1, 11):
+            for fewer in range(1, min(doublings, 6) + 1):
+                shorter = [2**doublings] * longest
+                missing = [0] * (12 - longest)
+                codes = codes_of([*shorter, 2**doublings - 1, *missing], [*shorter, 2**fewer - 1, *missing])
+                kinds.add(context_bins(codes).item())
+                number += 1
+    assert len(kinds) == number
+
+
+@pytest.mark.parametrize("uses, followers", [(1023, 63), (5000, 63), (1023, 700), (5000, 4000)])
+def test_beyond_1023_uses_and_63_followers_all_are_one_kind(uses, followers):
+    last = context_bins(codes_of([5000, 1023, 0], [9, 63, 0]))
+    assert torch.equal(context_bins(codes_of([5000, uses, 0], [9, followers, 0])), last)
+    assert not torch.equal(context_bins(codes_of([5000, 500, 0], [9, followers, 0])), last)
+    assert not torch.equal(context_bins(codes_of([5000, uses, 0], [9, 30, 0])), last)

@@ -915,3 +915,12 @@ def test_the_check_is_not_held_up_by_a_split_shorter_than_its_sample():
     short = replace(run.data, tokens=run.data.tokens[:31], target_bytes=run.data.target_bytes[:30])
     check_own_scores(Run(run.cfg, run.runtime, run.log, run.model, short), seconds=1)
     assert short.targets == 30
+
+
+@pytest.mark.parametrize("count, expected", [
+    (1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (4, {1, 2, 3, 4}), (10, {1, 2, 4, 5, 6, 8, 9, 10}),
+    (100, {1, 2, 4, 5, 6, 8, 9, 10, 16, 17, 18, 32, 33, 34, 51, 64, 65, 66, 99, 100}),
+])  # fmt: skip
+def test_the_ends_the_middle_and_what_lies_beside_powers_of_two_is_tried(count, expected):
+    found = legality.edges(count)
+    assert len(found) == len(set(found)) and set(found) == expected and found[0] == count

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -908,3 +909,37 @@ def test_the_command_line(folder, capsys, monkeypatch):
 
 def spread_text(folder: Path) -> str:
     return next(found.text for found in lint.check_folder(folder) if found.code == "spread")
+
+
+@pytest.mark.parametrize("size, is_cut", [(99, False), (100, False), (101, True), (500, True)])
+def test_of_a_long_file_the_start_is_read_and_that_is_said(tmp_path, monkeypatch, size, is_cut):
+    monkeypatch.setattr(lint_folder, "READ_LIMIT", 100)
+    (tmp_path / "x.txt").write_bytes(bytes(range(250)) * 2)
+    os.truncate(tmp_path / "x.txt", size)
+    folder = lint_folder.Folder(tmp_path)
+    before = folder.left
+    assert folder.read("x.txt") == (bytes(range(250)) * 2)[: min(size, 100)]
+    assert [finding.code for finding in folder.findings] == ["too_long"] * is_cut
+    assert folder.left == before - min(size, 100)
+
+
+@pytest.mark.parametrize("line_end", [0, 3])
+@pytest.mark.parametrize("more, is_counted", [(-1, False), (0, True), (8, True), (9, False)])
+def test_code_bytes_are_those_of_the_source_up_to_eight(line_end, more, is_counted):
+    """With either kind of line ends; what a log's head adds to the source is a few bytes."""
+    source = "é = 1\n" + "b = 2\n" * 20
+    size = 7 + 20 * 6 + (21 if line_end else 0)
+    assert lint.is_counted(source, size + more) is is_counted
+
+
+@pytest.mark.parametrize(
+    "one, other, agree",
+    [
+        (("1.25", 2), ("1.3", 1), True), (("1.25", 2), ("1.2", 1), True), (("1.245", 3), ("1.3", 1), False),
+        (("1.36", 2), ("1.3", 1), False), (("1.355", 3), ("1.3", 1), False), (("1.3", 1), ("1.4", 1), False),
+        (("12", 0), ("12.5", 1), True), (("12", 0), ("12.6", 1), False),
+    ],
+)  # fmt: skip
+def test_two_numbers_agree_if_both_can_be_roundings_of_one(one, other, agree):
+    first, second = (lint_log.Statement(Decimal(value), digits, "here") for value, digits in (one, other))
+    assert first.agrees_with(second) is second.agrees_with(first) is agree

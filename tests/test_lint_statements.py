@@ -9,11 +9,12 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
-from records import lint
+from records import lint, lint_log, lint_statements
 from tests.conftest import ROOT
 
 RECORD = ROOT / "records" / "2026-11-25_cpu_best"
@@ -654,3 +655,29 @@ def test_a_run_that_went_on_elsewhere_is_not_accused(folder):
 
     edit_claim(folder, change)
     assert found_in(folder) == []
+
+
+def test_the_text_behind_bpb_is_the_middle_score_of_those_with_many_digits():
+    """One wrong score of three does not move it; short ones count where there are not three others."""
+
+    def ratio(*scores: tuple[str, str]) -> float:
+        log = lint_log.Log("x.log", "")
+        listed = [lint_log.Score("final", Decimal(loss), Decimal(bpb), 0.0) for loss, bpb in scores]
+        return lint_statements.text_ratio(log, listed)[0]
+
+    full = [("2.000000", "1.000000"), ("3.000000", "1.000000"), ("2.200000", "1.100000")]
+    assert ratio(*full, ("9.0", "1.0"), ("9.0", "1.0"), ("9.0", "1.0")) == 2.0
+    assert ratio(*full[:2], ("9.0", "1.0"), ("9.0", "1.0"), ("9.0", "1.0")) == 9.0
+    assert ratio() == 1.0
+
+
+def test_before_packing_is_the_average_where_a_log_has_one():
+    def pre_quant(*labels: str) -> Decimal:
+        others = [lint_log.Score(label, Decimal(2), Decimal(1), 0.0) for label in labels]
+        log = lint_log.Log("x.log", "", others=others)
+        log.say("live val_bpb", Decimal("1.25"), "RESULT", 8)
+        log.say("averaged val_bpb", Decimal("1.75"), "RESULT", 8)
+        return lint_statements.truth_of(log, "pre_quant_val_bpb", "roundtrip").value
+
+    assert pre_quant("live", "averaged") == Decimal("1.75")
+    assert pre_quant("live") == pre_quant() == Decimal("1.25")

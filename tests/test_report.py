@@ -470,3 +470,27 @@ def test_a_browser_draws_it_and_fetches_nothing(lab, tmp_path):
     assert "&lt;img src=x" in table
     for number in ("trace scatter", "trace bars"):
         assert number in body
+
+
+def test_regimes_are_numbered_from_one(lab):
+    waves = lab(one=[row("control", 1, 2.0, "one")], two=[row("control", 1, 2.0, "two", device="other")])
+    assert sorted(step.regime for step in tables.progression(waves)) == [1, 2]
+
+
+def test_a_figure_has_the_control_and_the_nine_arms_that_moved_most(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(report_figures, "save", lambda figure, path: drawn.append(figure) or path)
+    rows = []
+    for number in range(12):
+        for seed in SEEDS:
+            arm = f"arm{number}" if number else "control"
+            one = row(
+                arm, seed, 2.0 + number / 100 + seed / 1e6, change=dict(KNOB_A=number) if number else {}
+            )
+            rows.append(one | dict(curve=[[5, 10.0, 3.0], [10, 20.0, 2.5]]))
+    report_figures.curves(rows, "demo", tmp_path / "x.png")
+    (axes,) = drawn[0].axes
+    names = [line.get_label() for line in axes.get_lines()]
+    assert names == ["control", *(f"arm{number}" for number in range(11, 2, -1))]
+    assert axes.get_title(loc="left") == "demo (2 arms that moved less are left out)"
+    plt.close(drawn[0])

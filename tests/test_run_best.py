@@ -867,3 +867,12 @@ def test_summary_exit_code_option(tmp_path: Path, capsys):
     table(log, EVENTS[:-1])
     assert summary.main(["--exit-code", str(log)]) == 1 and capsys.readouterr().out == ""
     assert summary.main([str(tmp_path / "none.jsonl")]) == 2
+
+
+def test_the_values_of_the_summary_stand_under_each_other(tmp_path: Path, capsys):
+    log = tmp_path / "x.jsonl"
+    table(log, EVENTS)
+    assert summary.main([str(log)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    labels = [re.match(r"(\S+(?: \S+)*) {2,}", line) for line in lines]
+    assert all(labels) and {label.end() for label in labels} == {max(len(label[1]) for label in labels) + 2}

@@ -206,3 +206,26 @@ def test_its_name_hides_no_module_of_python():
     """records/ is on the path of its scripts, where train_gpt.py looks for `statistics` too."""
     names = {path.stem for path in (ROOT / "records").glob("*.py")}
     assert not names & set(sys.stdlib_module_names) and math.isclose(ours.mean([1, 2]), 1.5)
+
+
+@pytest.mark.parametrize("how, sides", [("", 2), ("--paired", 1), ("--bar", 1)])
+def test_the_power_is_that_of_the_test_that_was_asked_for(capsys, how, sides):
+    """Two sets of runs have the noise of both; pairs that of their differences, a bar that of ours alone."""
+    ones, others = [2.0649, 2.0662, 2.0643], [2.0727, 2.0751, 2.0719]
+    noise = {
+        "": math.sqrt((np.var(ones, ddof=1) + np.var(others, ddof=1)) / 2),
+        "--paired": np.std(np.subtract(ones, others), ddof=1),
+        "--bar": np.std(ones, ddof=1),
+    }[how]
+    words = ["--ours", ",".join(map(str, ones)), "--gain", "0.0008"]
+    words += ["--bar", "2.07"] if how == "--bar" else ["--baseline", ",".join(map(str, others))]
+    words += [how] if how == "--paired" else []
+    needed = {kind: ours.seeds_needed(0.0008, noise, 0.01, 0.8, kind) for kind in (1, 2)}
+    assert needed[1] != needed[2], "else the test could not tell"
+    assert f" {needed[sides]} seeds a side show a true 0.0008" in run(capsys, *words)
+
+
+def test_differences_are_of_pairs():
+    assert ours.differences([3.0, 5.0], [1.0, 1.0]) == [2.0, 4.0]
+    with pytest.raises(ValueError):
+        ours.differences([3.0, 5.0], [1.0])

@@ -238,3 +238,9 @@ def test_a_run_on_a_terminal_shows_how_far_it_is(tmp_path, dataset):
 def test_a_run_elsewhere_prints_lines_alone(run_main):
     code, out, _ = run_main(iterations=3)
     assert code == 0 and "step:3/3" in out and "\r" not in out and "\033" not in out
+
+
+def test_the_limit_may_be_below_a_second(tiny, monkeypatch):
+    slow(monkeypatch, 1.0)
+    with pytest.raises(train_gpt.RunError, match="MAX_WARMUP_SECONDS"):
+        foretell_warm_up(tiny(warmup_steps=20, max_warmup_seconds=0.5), None, Runtime())

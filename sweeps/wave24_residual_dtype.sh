@@ -2,7 +2,7 @@
 # The residual stream of a bf16 model is bf16 here; under autocast the official one is float32 where torch counts
 # rms_norm among the float32 functions. What does the rounding cost?
 #
-# bash sweeps/wave23_residual_dtype.sh --threads 1
+# bash sweeps/wave24_residual_dtype.sh --threads 1
 source "$(dirname "$0")/lib.sh"
 
 question "Does a float32 residual stream make a bf16 model better after 1,000 steps?"
