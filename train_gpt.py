@@ -6936,7 +6936,8 @@ def warm_up(run: Run, optimisers: Optimisers, stream: TokenStream) -> tuple[int,
     max_sequences = run.settle(partial(fit_micro_batch, run, next(batches(cfg, stream, runtime))))
     seconds_of_phase = []
     for phase in range(-len(cfg.phases), 0):
-        source = batches(cfg, stream, runtime, length=cfg.phases[phase].length)
+        first_batch = 1 + 2 * (len(cfg.phases) + phase)
+        source = batches(cfg, stream, runtime, first_batch, cfg.phases[phase].length)
         plan = replace(plan_step(cfg, 0, 0.0, 0.0), phase=phase)
         is_last = phase == -1
         steps = cfg.warmup_steps if is_last else 2  # of an earlier phase the second is timed

@@ -381,7 +381,7 @@ def test_all_of_it_trains_the_same_when_really_compiled(tiny):
     if not wanted or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
         pytest.skip(f"no torch.compile here: {why_not or 'no C++ compiler'}")
     torch._dynamo.reset()
-    cfg = tiny(**SMALLEST)
+    cfg = tiny(**SMALLEST, pack_documents=True)
     model, ids = random_model(cfg), documents(cfg)
     loss = training_loss(cfg, model)
     compiled = Runtime(compiles=True).compile(loss)
