@@ -4123,6 +4123,7 @@ PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all
 RAW_LIMIT = 1 << 29  # no artifact within the limit unpacks to more; a prefix that says so is forged
 HEADER_LIMIT = 1 << 22  # a tensor takes about 100 bytes of it
 LARGEST_FLOAT_MATRIX = 65_536  # values; a larger matrix is stored as integers: the official script's rule
+NATS_PER_BIT = math.log(2)
 SDCLIP = "sdclip"
 BALANCE_TOKENS = 8192  # of training text, on which STEP_BALANCE_ROUNDS measures
 CLIP_MARGIN = 1.2  # of the levels, since GPTQ moves weights and factors are rounded
@@ -4242,12 +4243,12 @@ def decompress_brotli(body: bytes, raw_length: int) -> bytes:
 
 # -- CODEC=rans: our own entropy coder -------------------------------------------------------------------
 # Interleaved rANS (Duda, arXiv 1311.2540; Giesen, arXiv 1402.3392): a symbol of frequency f / 2^14 in its
-# context's table costs log2(2^14 / f) bits, and NumPy codes one symbol of each lane at a time. A matrix of
-# integers has a scale for each row and each column, found by the writer and sent as a class of a quarter of
-# an octave; the classes' sum and the group of the tensor are a number's context. Float bytes have theirs by
-# type and place. The body: RANS_HEAD, then packed by zlib (the raw file's header, two sets of tables), then
-# two streams: float bytes with the classes, and the integers. A stream: a uint32 state for each lane, then
-# uint16 words.
+# context's table costs as many bits as 2^14 / f has doublings, and NumPy codes one symbol of each lane at a
+# time. A matrix of integers has a scale for each row and each column, found by the writer and sent as a class
+# of a quarter of an octave; the classes' sum and the group of the tensor are a number's context. Float bytes
+# have theirs by type and place. The body: RANS_HEAD, then packed by zlib (the raw file's header, the tables),
+# then two streams: float bytes with the classes, and the integers. A stream: a uint32 state for each lane,
+# then uint16 words.
 RANS_VERSION = 1
 RANS_HEAD = struct.Struct("<BBII")  # version, contexts of integers, bytes of the packed part and stream one
 RANS_BITS = 14  # the frequencies of a context add up to 2^14
@@ -4370,7 +4371,7 @@ def scale_classes(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for _ in range(3):
         rows = (sizes / columns).mean(axis=1).clip(2.0**-8)
         columns = (sizes / rows[:, None]).mean(axis=0).clip(2.0**-8)
-    classes = [np.rint(4 * np.log2(scales)) for scales in (rows, columns)]
+    classes = [np.rint(4 / NATS_PER_BIT * np.log(scales)) for scales in (rows, columns)]
     return tuple((128 + part.clip(-64, 64)).astype(np.uint8) for part in classes)
 
 
@@ -4734,13 +4735,17 @@ def weight_group(name: str) -> str:
 
 def levels_of(cfg: Config, name: str) -> int:
     """The largest integer of a tensor that is stored as integers."""
-    return of_group(cfg, "quant_levels", name)
+    return of_group(name, cfg.quant_levels, cfg.mlp_quant_levels, cfg.embed_quant_levels)
 
 
-def of_group(cfg: Config, knob_name: str, name: str):
-    """The value for a tensor of a knob that MLP_... and EMBED_... may override."""
-    own = f"{weight_group(name)}_{knob_name}"
-    return getattr(cfg, own, 0) or getattr(cfg, knob_name)
+def sigmas_of(cfg: Config, name: str) -> float:
+    """The standard deviations that the largest integer of a tensor stands for with QUANT_CLIP=sdclip."""
+    return of_group(name, cfg.quant_clip_sigmas, cfg.mlp_quant_clip_sigmas, cfg.embed_quant_clip_sigmas)
+
+
+def of_group(name: str, default: float, mlp: float, embed: float) -> float:
+    """The value for a tensor of this name: the default, unless its group has one of its own."""
+    return dict(mlp=mlp, embed=embed).get(weight_group(name)) or default
 
 
 def quant_name(cfg: Config) -> str:
@@ -4772,7 +4777,7 @@ def pick_quantiser(cfg: Config, name: str, scale: float = 1.0) -> Callable[..., 
         quantise_rows,
         clip=cfg.quant_clip,
         floor=cfg.quant_scale_floor,
-        sigmas=scale * of_group(cfg, "quant_clip_sigmas", name),
+        sigmas=scale * sigmas_of(cfg, name),
         row_power=cfg.row_step_power,
         column_power=cfg.column_step_power,
         per_octave=cfg.steps_per_octave,
@@ -4841,7 +4846,10 @@ def best_steps(weight: Tensor, levels: int, clip: str, floor: float) -> Tensor:
 
 def round_octaves(steps: Tensor, per_octave: int) -> Tensor:
     """The nearest of so many values an octave; 0 leaves the steps as they are."""
-    return ((steps.log2() * per_octave).round() / per_octave).exp2() if per_octave else steps
+    if not per_octave:
+        return steps
+    gap = NATS_PER_BIT / per_octave
+    return ((steps.log() / gap).round() * gap).exp()
 
 
 class Gptq:
@@ -5110,7 +5118,7 @@ def predict_size(cfg: Config, model: GPT) -> int:
     coded = 0.0
     for plan in quantised:
         others -= plan.count
-        coded += plan.count / 8 * rounded_entropy(of_group(cfg, "quant_clip_sigmas", plan.name), plan.levels)
+        coded += plan.count / 8 * rounded_entropy(sigmas_of(cfg, plan.name), plan.levels)
     integer_ratio, float_ratio = CODED_RATIO[cfg.codec]
     predicted = int(float_ratio * others + integer_ratio * coded)
     return min(predicted, cfg.size_target_bytes or predicted)
@@ -5122,7 +5130,7 @@ def rounded_entropy(sigmas: float, levels: int) -> float:
     below = [0.0, *(0.5 * math.erfc(-edge / 2**0.5) for edge in edges), 1.0]
     shares = np.diff(below)
     shares = shares[shares > 0]
-    return float(-(shares * np.log2(shares)).sum())
+    return float(-(shares * np.log(shares)).sum() / NATS_PER_BIT)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5289,7 +5297,7 @@ class Score:
     @property
     def bpb(self) -> float:
         """Bits per byte of the text. This is the only place where nats become bits."""
-        return self.nats / math.log(2) / self.bytes
+        return self.nats / NATS_PER_BIT / self.bytes
 
     @property
     def text(self) -> str:
@@ -7094,11 +7102,11 @@ def balance_steps(run: Run, plans: list[TensorPlan], calibration: Calibration, i
             output = run.model(ids).log_softmax(dim=-1)
             costs[index] = F.kl_div(output, reference, log_target=True, reduction="sum") / ids.numel()
             weight.copy_(before)
-        gaps = 0.5 * (runtime.sum(costs).clamp_min(1e-9) / counts).log2()
+        gaps = 0.5 * (runtime.sum(costs).clamp_min(1e-9) / counts).log()
         gaps -= (gaps * counts).sum() / counts.sum()
-        logs -= 0.5 * gaps.clamp(-4, 4)
-        for plan, log in zip(plans, logs.tolist(), strict=True):
-            calibration.scales[plan.name] = 2**log
+        logs -= 0.5 * gaps.clamp(-3, 3)
+        for plan, scale in zip(plans, logs.exp().tolist(), strict=True):
+            calibration.scales[plan.name] = scale
 
 
 # -- What the loop says ----------------------------------------------------------------------------------

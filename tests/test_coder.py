@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from tests.test_artifact import ABOUT, LARGE, refused, trained_like
+from tests import test_artifact
+from tests.test_artifact import ABOUT, LARGE, trained_like
 from train_gpt import (
     CODECS,
     RANS_HEAD,
@@ -50,6 +51,11 @@ def raw_file(integers: np.ndarray, name: str = "blocks.0.attn.c_q.weight") -> by
     text = json.dumps(header).encode()
     steps = np.full(len(integers), 0.01, "<f2")
     return struct.pack("<I", len(text)) + text + integers.tobytes() + steps.tobytes()
+
+
+def refused(blob: bytes) -> None:
+    """Check that a bad artifact is refused by one line, quickly and with little memory."""
+    assert "cannot be unpacked" in test_artifact.refused(blob)
 
 
 def coded(integers: np.ndarray) -> bytes:
