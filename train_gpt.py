@@ -4458,7 +4458,9 @@ def decompress_rans(body: bytes, raw_length: int) -> bytes:
     side_tables, tables = np.split(unpack_tables(text[start:]), [SIDE_CONTEXTS])
     table = header["tensors"]
     shapes = integer_shapes(table)
-    # The last stream's length bounds the integers, before anything of their size is made.
+    if sum(TensorPlan(*row, 0).payload_bytes for row in table) != raw_length - start:
+        raise RunError("tensors of another size than it says")
+    # The streams' lengths bound what they hold, before anything of that size is made.
     lengths = [(rows * columns, rows + columns) for _, rows, columns in shapes]
     integers, classes = map(sum, zip(*lengths, strict=True)) if lengths else (0, 0)
     floats = raw_length - start - integers

@@ -183,6 +183,16 @@ def test_counts_beyond_what_a_stream_can_hold_are_refused(shape):
         refused(forge(text, 2 * EMPTY_STATE, raw_length))
 
 
+@pytest.mark.parametrize("planes", [["fp32"], ["fp16"], ["step"], ["column"], ["fp32", "fp16", "step"]])
+@pytest.mark.parametrize(
+    "shape", [[1 << 26, 1 << 10], [1 << 28, 1], [1, 1 << 28], [1 << 40, 0], [1 << 60, 1 << 60]]
+)
+def test_floats_beyond_what_a_stream_can_hold_are_refused(shape, planes):
+    text = text_of([[NAME, shape, planes]])
+    for raw_length in (100, len(text), 1 << 28, 1 << 29, len(text) - 512 * 204 + (1 << 29)):
+        refused(forge(text, 2 * EMPTY_STATE, min(raw_length, 1 << 29)))
+
+
 @pytest.mark.parametrize("changes", [
     dict(version=0), dict(version=2), dict(used=0), dict(used=7), dict(used=255), dict(text=0),
     dict(text=1 << 31), dict(first=0), dict(first=3), dict(first=1 << 31),
