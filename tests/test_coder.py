@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from records.artifact_head import read_head
 from tests import test_artifact
-from tests.test_artifact import ABOUT, LARGE, trained_like
+from tests.test_artifact import ABOUT, BY_CODEC, LARGE, trained_like
 from train_gpt import (
     CODECS,
     RANS_HEAD,
@@ -235,6 +236,13 @@ def test_a_changed_byte_of_a_body_never_breaks_the_reader():
 def test_a_body_that_is_cut_is_refused(length):
     integers = gaussian((30, 70), 0.3)
     refused(train_gpt.seal(CODECS["rans"].tag, len(raw_file(integers)), coded(integers)[:length]))
+
+
+@pytest.mark.parametrize("codec", BY_CODEC)
+def test_the_linter_reads_the_head_of_every_codec(tiny, codec):
+    cfg = tiny(**LARGE, codec=codec)
+    blob = pack(cfg, trained_like(cfg), ABOUT)
+    assert read_head(blob) == unpack(blob, "x")[1]
 
 
 # --- brotli is optional, and control tensors may be float16 ---
