@@ -4131,6 +4131,7 @@ GPTQ_BLOCK = 128  # columns whose errors are passed on one by one; the rest get 
 GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 LEAST_STEP = 2.0**-24  # the least positive float16
 TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in the LowerLR record
+LEAST_SIGMAS = 4.0  # deviations that the levels span at SIZE_TARGET's finest steps
 SIZE_MARGIN = 2_000  # bytes that SIZE_TARGET=auto leaves free
 SIZE_SLACK = 1.03  # a prediction this far over the limit stops the run before training
 
@@ -4563,6 +4564,7 @@ class QuantiseKnobs:
         needs="QUANT_CLIP=sdclip",
         role="pack",
         source="ours",
+        effect="0.5: 0.178 -> 0.140 nats lost at 3.3 bits; one young model",
     )
     gptq_calibration_batches: int = knob(
         0,
@@ -4572,6 +4574,7 @@ class QuantiseKnobs:
         needs="ITERATIONS!=0",
         role="pack",
         source="#535",
+        effect="200 windows of 256: 0.300 -> 0.178 nats lost at 3.3 bits; one young model",
     )
     column_step_power: float = knob(
         0.0,
@@ -4582,6 +4585,7 @@ class QuantiseKnobs:
         needs="GPTQ_CALIBRATION_BATCHES!=0",
         role="pack",
         source="ours",
+        effect="1: 0.178 -> 0.009 nats lost at 3.4 bits; one young model",
     )
     step_balance_rounds: int = knob(
         0,
@@ -4591,6 +4595,7 @@ class QuantiseKnobs:
         needs="GPTQ_CALIBRATION_BATCHES!=0,QUANT_CLIP=sdclip",
         role="pack",
         source="ours",
+        effect="1: 0.0092 -> 0.0035 nats lost at 3.0 bits; one young model",
     )
     steps_per_octave: int = knob(
         0,
@@ -4615,6 +4620,7 @@ class QuantiseKnobs:
         choices=tuple(CODECS),
         role="pack",
         source="PR #1434",
+        effect="rans: -1.4 % bytes against brotli, the same integers; one young model",
     )
     zstd_level: int = knob(
         22,
@@ -5108,7 +5114,7 @@ def predict_size(cfg: Config, model: GPT) -> int:
     """Expected bytes of the trained, packed model, from shapes alone.
 
     SDClip's steps are shares of a row's deviation, so that the entropy of a Gaussian says the rest. Of other
-    clips 127 / levels saves its log_256 bytes a weight.
+    clips 127 / levels saves its log_256 bytes a weight. SIZE_TARGET takes what the finest steps can fill.
     """
     state = model.state_dict()
     plans = plan_tensors(cfg, state)
@@ -5118,12 +5124,19 @@ def predict_size(cfg: Config, model: GPT) -> int:
         return int(TRAINED_RATIO * payload_bytes(cfg, state) - saved_bytes)
     others = payload_bytes(cfg, state)
     coded = 0.0
+    scale = finest_scale(cfg) if cfg.size_target else 1.0
     for plan in quantised:
         others -= plan.count
-        coded += plan.count / 8 * rounded_entropy(sigmas_of(cfg, plan.name), plan.levels)
+        coded += plan.count / 8 * rounded_entropy(scale * sigmas_of(cfg, plan.name), plan.levels)
     integer_ratio, float_ratio = CODED_RATIO[cfg.codec]
     predicted = int(float_ratio * others + integer_ratio * coded)
-    return min(predicted, cfg.size_target_bytes or predicted)
+    return min(predicted, cfg.size_target_bytes - len(own_source())) if cfg.size_target else predicted
+
+
+def finest_scale(cfg: Config) -> float:
+    """The least factor of SDClip's steps that SIZE_TARGET tries: finer ones would clip."""
+    sigmas = (cfg.quant_clip_sigmas, cfg.mlp_quant_clip_sigmas, cfg.embed_quant_clip_sigmas)
+    return LEAST_SIGMAS / min(filter(None, sigmas))
 
 
 def rounded_entropy(sigmas: float, levels: int) -> float:
@@ -7364,7 +7377,6 @@ def log_start_warnings(run: Run) -> None:
 
 # -- The artifact ----------------------------------------------------------------------------------------
 SIZE_ROUNDS = 8  # of SIZE_TARGET's search, which usually takes 3
-LEAST_SIGMAS = 4.0  # deviations that the levels must span
 
 
 @dataclass(frozen=True)
@@ -7434,7 +7446,7 @@ def pack_to_size(
     cfg = run.cfg
     room = cfg.size_target_bytes - len(own_source())
     knob_names = ("quant_clip_sigmas", "mlp_quant_clip_sigmas", "embed_quant_clip_sigmas")
-    least_scale = LEAST_SIGMAS / min(getattr(cfg, name) or math.inf for name in knob_names)
+    least_scale = finest_scale(cfg)
     scale = 1.0
     best = None
     for _ in range(SIZE_ROUNDS if cfg.size_target else 1):
