@@ -13,6 +13,7 @@ import zlib
 MAGIC = b"PGOLFQ"
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
 VERSION = 1
+RANS_HEAD = struct.Struct("<BBII")  # of the body of CODEC=rans: see records/README.md
 HEADER_LIMIT = 1 << 22  # bytes; a tensor takes about 100 of it
 WINDOW_LIMIT = 1 << 27  # bytes of memory that a compressed body may ask for
 
@@ -61,6 +62,10 @@ def decompress_start(codec: bytes, body: bytes) -> bytes:
     """The first bytes of an unpacked body, at most HEADER_LIMIT of them."""
     if codec == b"zlib":
         return zlib.decompressobj().decompress(body, HEADER_LIMIT)
+    if codec == b"rans":  # its text begins as the bodies of the others do, and zlib packs it
+        return zlib.decompressobj().decompress(body[RANS_HEAD.size :], HEADER_LIMIT)
+    if codec == b"brot":
+        return decompress_brotli_start(body)
     if codec != b"zstd":
         raise BadArtifact(f"its codec is {codec!r}")
     try:
@@ -69,3 +74,15 @@ def decompress_start(codec: bytes, body: bytes) -> bytes:
         raise NoCodec("zstandard is not installed here") from None
     decompressor = zstandard.ZstdDecompressor(max_window_size=WINDOW_LIMIT)
     return decompressor.stream_reader(io.BytesIO(body)).read(HEADER_LIMIT)
+
+
+def decompress_brotli_start(body: bytes) -> bytes:
+    """The same of a body that brotli packed; NoCodec without a brotli that can stop at a length."""
+    try:
+        import brotli
+    except ImportError:
+        raise NoCodec("brotli is not installed here") from None
+    reader = brotli.Decompressor()
+    if not hasattr(reader, "can_accept_more_data"):
+        raise NoCodec("brotli is older than 1.2 here")
+    return reader.process(body, output_buffer_limit=HEADER_LIMIT)

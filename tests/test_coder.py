@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from tests.test_artifact import ABOUT, LARGE, refused, trained_like
+from records.artifact_head import read_head
+from tests import test_artifact
+from tests.test_artifact import ABOUT, BY_CODEC, LARGE, trained_like
 from train_gpt import (
     CODECS,
     RANS_HEAD,
@@ -50,6 +52,11 @@ def raw_file(integers: np.ndarray, name: str = "blocks.0.attn.c_q.weight") -> by
     text = json.dumps(header).encode()
     steps = np.full(len(integers), 0.01, "<f2")
     return struct.pack("<I", len(text)) + text + integers.tobytes() + steps.tobytes()
+
+
+def refused(blob: bytes) -> None:
+    """Check that a bad artifact is refused by one line, quickly and with little memory."""
+    assert "cannot be unpacked" in test_artifact.refused(blob)
 
 
 def coded(integers: np.ndarray) -> bytes:
@@ -177,6 +184,16 @@ def test_counts_beyond_what_a_stream_can_hold_are_refused(shape):
         refused(forge(text, 2 * EMPTY_STATE, raw_length))
 
 
+@pytest.mark.parametrize("planes", [["fp32"], ["fp16"], ["step"], ["column"], ["fp32", "fp16", "step"]])
+@pytest.mark.parametrize(
+    "shape", [[1 << 26, 1 << 10], [1 << 28, 1], [1, 1 << 28], [1 << 40, 0], [1 << 60, 1 << 60]]
+)
+def test_floats_beyond_what_a_stream_can_hold_are_refused(shape, planes):
+    text = text_of([[NAME, shape, planes]])
+    for raw_length in (100, len(text), 1 << 28, 1 << 29, len(text) - 512 * 204 + (1 << 29)):
+        refused(forge(text, 2 * EMPTY_STATE, min(raw_length, 1 << 29)))
+
+
 @pytest.mark.parametrize("changes", [
     dict(version=0), dict(version=2), dict(used=0), dict(used=7), dict(used=255), dict(text=0),
     dict(text=1 << 31), dict(first=0), dict(first=3), dict(first=1 << 31),
@@ -219,6 +236,13 @@ def test_a_changed_byte_of_a_body_never_breaks_the_reader():
 def test_a_body_that_is_cut_is_refused(length):
     integers = gaussian((30, 70), 0.3)
     refused(train_gpt.seal(CODECS["rans"].tag, len(raw_file(integers)), coded(integers)[:length]))
+
+
+@pytest.mark.parametrize("codec", BY_CODEC)
+def test_the_linter_reads_the_head_of_every_codec(tiny, codec):
+    cfg = tiny(**LARGE, codec=codec)
+    blob = pack(cfg, trained_like(cfg), ABOUT)
+    assert read_head(blob) == unpack(blob, "x")[1]
 
 
 # --- brotli is optional, and control tensors may be float16 ---

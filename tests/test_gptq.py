@@ -379,6 +379,17 @@ def test_a_target_that_nothing_fits_is_one_line(packed_to):
     assert refusal.value.code == train_gpt.OVER_SIZE
 
 
+@pytest.mark.parametrize("target", ["600000", "auto"])
+def test_the_predicted_size_is_the_targets_or_the_finest_steps(packed_to, tiny, target):
+    cfg = tiny(**WIDE, **SDCLIP, size_target=target)
+    predicted = train_gpt.predict_size(cfg, reference.randomise(GPT(cfg)))
+    code = len(train_gpt.own_source())
+    if target == "600000":
+        assert predicted == 600_000 - code
+    else:
+        assert predicted == pytest.approx(len(packed_to(target)[0]), rel=0.02)
+
+
 @pytest.mark.parametrize("value, message", [
     ("much", "is neither auto nor a number of bytes"), ("16000001", "is not within the limit"),
     ("-5", "is not within the limit"),

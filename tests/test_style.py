@@ -104,7 +104,7 @@ def test_nothing_runs_on_import():
     assert rest[1:] == ["if __name__ == '__main__':\n    main()"]
 
 
-def test_it_imports_only_the_standard_library_and_the_four_packages():
+def test_it_imports_only_the_standard_library_and_the_five_packages():
     modules = set()
     for node in ast.walk(TREE):
         if isinstance(node, ast.Import):
@@ -112,7 +112,13 @@ def test_it_imports_only_the_standard_library_and_the_four_packages():
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0
             modules.add(node.module.split(".")[0])
-    assert modules - set(sys.stdlib_module_names) == {"torch", "numpy", "sentencepiece", "zstandard"}
+    assert modules - set(sys.stdlib_module_names) == {
+        "torch",
+        "numpy",
+        "sentencepiece",
+        "zstandard",
+        "brotli",
+    }
 
 
 def test_it_is_python_3_10():

@@ -1,7 +1,8 @@
 """The curve: bytes of a trained model against the bits per byte that packing it costs, by five recipes.
 
     DATA_PATH=... TOKENIZER_PATH=... python tests/bench/bench_quant.py PRESET MODEL.pt [KNOB=VALUE ...] \\
-        [--batches N] [--windows N] [--recipes NAME ...] [--plot FILE.png] [--out FILE.json]
+        [--batches N] [--windows N] [--recipes NAME ...] [--join FILE.json ...] [--plot FILE.png]
+        [--out FILE.json]
 
 MODEL.pt is a run's final_model.pt; the knobs must give its shape. Each recipe packs the model at several
 rates; each artifact is unpacked and scored on the same windows, evenly spread over the validation text. The
@@ -32,9 +33,9 @@ import torch  # noqa: E402
 import train_gpt  # noqa: E402
 from tests.bench.bench_throughput import Sizes, commit, preset_env  # noqa: E402
 
-OURS = dict(quant_clip="sdclip", quant_levels=127, row_step_power=0.5, column_step_power=1.0)
+OURS = dict(quant_clip="sdclip", quant_levels=127, row_step_power=0.5, column_step_power=0.75)
 OURS |= dict(steps_per_octave=4, codec="rans", control_float16=True, step_balance_rounds=2)
-RATES = (0.7, 0.85, 1.0, 1.2, 1.45, 1.8)  # factors of a recipe's steps
+RATES = (0.7, 1.0, 1.4, 2.0)  # factors of a recipe's steps
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ def coded(cfg, model, state: dict, calibration) -> Iterator[Packed]:
 
 
 def ours(cfg, model, state: dict, calibration) -> Iterator[Packed]:
-    """GPTQ with steps by column and half by row, and our coder."""
-    for rate in RATES:
+    """GPTQ with steps by column and half by row, weighed against each other, and our coder."""
+    for rate in (*RATES, 2.8, 4.0):
         knobs = OURS | dict(quant_clip_sigmas=50 * rate, gptq_calibration_batches=1)
         yield by_script(cfg, model, state, calibration, f"sigmas x {rate}", **knobs)
 
@@ -164,6 +165,8 @@ def measure(knobs: dict[str, str], path: str, batches: int, windows: int, recipe
         stream = train_gpt.TokenStream(cfg.data_path, "train", cfg.vocab_size)
         cfg = replace(cfg, max_wallclock_seconds=0.0)
         run.cfg = replace(cfg, **OURS, quant_clip_sigmas=50.0, gptq_calibration_batches=batches)
+        if "ours" not in recipes:
+            run.cfg = replace(run.cfg, step_balance_rounds=0)
         most = train_gpt.micro_batch_limit(cfg, runtime.device)
         began = time.perf_counter()
         calibration = train_gpt.calibrate(run, stream, train_gpt.Trained(max_sequences=most))
@@ -191,7 +194,6 @@ def measure(knobs: dict[str, str], path: str, batches: int, windows: int, recipe
         benchmark="quant", commit=commit(), knobs=knobs, model=Path(path).name, weights=weights,
         live_bpb=live / math.log(2) * tokens_per_byte, windows=len(texts[0]), calibration_batches=batches,
         hessian_seconds=hessian_seconds, val_sha256=data.sha256, **machine, rows=rows,
-        saved=savings(rows),
     )  # fmt: skip
 
 
@@ -245,6 +247,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=16, help="training batches for the Hessians")
     parser.add_argument("--windows", type=int, default=400, help="validation windows to score")
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--join", nargs="*", type=Path, default=[], help="earlier reports of the same model")
     parser.add_argument("--plot", type=Path, help="draw the curve here")
     parser.add_argument("--out", type=Path, help="write JSON here")
     options = parser.parse_args()
@@ -254,6 +257,13 @@ def main() -> None:
         report = measure(knobs, options.model, options.batches, options.windows, options.recipes)
     except train_gpt.RunError as error:
         raise SystemExit(f"error: {error}") from None
+    for path in options.join:
+        earlier = json.loads(path.read_text())
+        for fact in ("knobs", "weights", "live_bpb", "windows", "calibration_batches", "val_sha256"):
+            if earlier[fact] != report[fact]:
+                raise SystemExit(f"error: {path} has another {fact}: {earlier[fact]}")
+        report["rows"] += earlier["rows"]
+    report["saved"] = savings(report["rows"])
     for recipe, share in report["saved"].items():
         print(f"{recipe:15} {share:+.1%} bytes saved at the losses of #1394")
     if options.plot:
