@@ -2043,6 +2043,15 @@ class Validation:
         """Bytes of the text of all targets."""
         return int(self.target_bytes.sum(dtype=np.int64))
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(first target, end) of each document, in the order of the text. A document's last target is the
+        boundary that opens the next one."""
+        return list(itertools.pairwise([0, *self.starts.tolist(), self.targets]))
+
+
+DOCUMENT_KNOBS = ("EVAL_DOC_ISOLATED", "TTT_RESET")  # that treat each document by itself
+
 
 def load_validation(
     cfg: Config, tokenizer: sentencepiece.SentencePieceProcessor, prove: bool = True
@@ -2058,6 +2067,12 @@ def load_validation(
     if len(tokens) < 2:
         raise RunError(f"the validation shards in {cfg.data_path} hold fewer than two tokens")
     refuse_lost_text(tokenizer, table, tokens)
+    needing = [name for name in DOCUMENT_KNOBS if getattr(cfg, name.lower())]
+    if needing and not table.is_boundary[tokens].any():
+        raise RunError(
+            f"{needing[0]} needs documents, but no BOS or EOS opens one among the {len(tokens)} validation "
+            f"tokens in {cfg.data_path}; unset it, or make the shards with one before each document"
+        )
     token_bytes = sidecar_bytes(cfg, len(tokens))
     has_sidecar = token_bytes is not None
     if token_bytes is None:
@@ -4545,6 +4560,9 @@ TTT_OPTIMISERS = {"sgd": sgd_with_momentum, "adam": torch.optim.Adam}
 # Most tokens a pass through the model: what fits a CPU's cache, and what fills a GPU.
 CPU_PASS_TOKENS = 16_384
 GPU_PASS_TOKENS = 65_536
+# Lengths of passes as shares of the longest, and the shortest one in tokens: each is a graph to compile.
+PASS_SHARES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
+SHORTEST_PASS = 64
 
 
 @dataclass(frozen=True)
@@ -4583,6 +4601,13 @@ class ScoreKnobs:
         role="pack",
         low=0,
         needs="EVAL_STRIDE!=0",
+    )
+    eval_doc_isolated: bool = knob(
+        False,
+        "Add a score by windows that read one document each: the first scores all that it holds, later ones "
+        "EVAL_STRIDE targets, or as many as they hold without a stride; 0 = no such score.",
+        source="parameter-golf #77",
+        role="pack",
     )
     eval_batch_seqs: int = knob(
         32,
@@ -4716,20 +4741,27 @@ class Chunk(NamedTuple):
     ends_text: bool  # the document, or all text, ends with it, so that nothing can profit from it
 
 
-@dataclass(frozen=True)
-class ScoreTurn:
-    """What a rank does in one turn: score these windows, then learn with all ranks from the chunk, if any."""
-
-    windows: list[Window]
-    chunk: Chunk | None = None
-
-
 class PassShape(NamedTuple):
-    """The shape of every pass of one score; with one shape, one graph is compiled."""
+    """The shape of a pass through the model; for each shape a graph is compiled."""
 
     batch: int  # windows
     length: int  # tokens that each window reads
     width: int  # targets that each window scores, the last ones of what it reads
+    slides: bool = False  # whether the model is told which positions these are; else it scores all it reads
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a pass reads, padding included: about what it costs."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class ScoreTurn:
+    """What a rank does in one turn: score these windows, then learn with all ranks from the chunk, if any."""
+
+    shape: PassShape
+    windows: list[Window]
+    chunk: Chunk | None = None
 
 
 def pass_shape(cfg: Config, device: torch.device, stride: int, learns: bool = False) -> PassShape:
@@ -4740,13 +4772,36 @@ def pass_shape(cfg: Config, device: torch.device, stride: int, learns: bool = Fa
         length = cfg.eval_length
         width = stride
     else:
-        device_tokens = CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
-        batch = min(cfg.val_batch_size // 8, device_tokens) // cfg.train_seq_len
+        batch = pass_tokens(cfg, device) // cfg.train_seq_len
         length = cfg.train_seq_len
         width = cfg.train_seq_len
     if learns:
         batch = min(batch, cfg.ttt_chunk_tokens // width)
-    return PassShape(max(1, batch), length, width)
+    return PassShape(max(1, batch), length, width, stride > 0)
+
+
+def pass_tokens(cfg: Config, device: torch.device) -> int:
+    """Most tokens of a pass of official or whole-document windows."""
+    return min(cfg.val_batch_size // 8, CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS)
+
+
+def pass_lengths(longest: int) -> list[int]:
+    """The lengths that windows of up to `longest` tokens are padded to, the shortest first.
+
+    Each is a graph to compile. A pass is longer than its window by an eighth on average, at most a half.
+    """
+    lengths = [int(share * longest) for share in PASS_SHARES]
+    return [length for length in lengths if length >= SHORTEST_PASS] or [longest]
+
+
+def isolated_shapes(cfg: Config, device: torch.device) -> list[PassShape]:
+    """The shapes of EVAL_DOC_ISOLATED: whole windows from a document's beginning, and the one that slides."""
+    shapes = []
+    for length in pass_lengths(cfg.eval_length):
+        shapes.append(PassShape(max(1, pass_tokens(cfg, device) // length), length, length))
+    if 0 < cfg.eval_stride < cfg.eval_length:
+        shapes.append(pass_shape(cfg, device, cfg.eval_stride))
+    return shapes
 
 
 def plan_windows(targets: int, length: int, stride: int, begin: int = 0) -> list[Window]:
@@ -4765,12 +4820,43 @@ def plan_windows(targets: int, length: int, stride: int, begin: int = 0) -> list
     return planned
 
 
-def share_windows(windows: list[Window], runtime: Runtime, batch: int) -> list[ScoreTurn]:
-    """Give this rank its contiguous share of the windows, at most `batch` a turn. Every rank has as many
-    turns as the busiest one, so that all meet at the end of each; its last ones may have no window."""
+def isolated_windows(begin: int, end: int, length: int, stride: int) -> list[Window]:
+    """Cut the targets begin .. end-1, a document, into windows that score each of them once.
+
+    The first scores all of its up to `length` targets, each later one `stride`, the last ones of `length`
+    tokens. As in `plan_windows`, no target's context hangs on where the document ends.
+    """
+    planned = [Window(begin, begin, min(begin + length, end))]
+    for first in range(begin + length, end, stride):
+        planned.append(Window(first + stride - length, first, min(first + stride, end)))
+    return planned
+
+
+def share_windows(windows: list[Window], runtime: Runtime, shape: PassShape) -> list[ScoreTurn]:
+    """Give this rank its contiguous share of the windows, one pass a turn. Every rank has as many turns as
+    the busiest one, so that all meet at the end of each; its last ones may have no window."""
     rank_windows = [windows[i] for i in runtime.share(len(windows))]
     busiest = -(-len(windows) // runtime.world_size)
-    return [ScoreTurn(rank_windows[at : at + batch]) for at in range(0, busiest, batch)]
+    starts = range(0, busiest, shape.batch)
+    return [ScoreTurn(shape, rank_windows[at : at + shape.batch]) for at in starts]
+
+
+def plan_isolated_turns(cfg: Config, data: Validation, runtime: Runtime) -> list[ScoreTurn]:
+    """Plan the turns of EVAL_DOC_ISOLATED on this rank; every rank has as many, of the same shapes.
+
+    Windows of like length share a pass, so that little of it is padding; no score hangs on the order.
+    """
+    shapes = isolated_shapes(cfg, runtime.device)
+    windows_of = {shape: [] for shape in shapes}
+    for begin, end in data.spans:
+        for window in isolated_windows(begin, end, cfg.eval_length, cfg.eval_stride or cfg.eval_length):
+            slides = window.start < window.first
+            fitting = [s for s in shapes if s.slides == slides and window.stop - window.start <= s.length]
+            windows_of[fitting[0]].append(window)
+    planned = []
+    for shape, windows in windows_of.items():
+        planned += share_windows(windows, runtime, shape)
+    return planned
 
 
 def plan_turns(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[ScoreTurn]:
@@ -4780,14 +4866,13 @@ def plan_turns(cfg: Config, data: Validation, runtime: Runtime, stride: int, lea
     TTT_RESET no chunk and no window crosses the border between two documents.
     """
     shape = pass_shape(cfg, runtime.device, stride, learns)
-    borders = data.starts.tolist() if learns and cfg.ttt_reset else []
     planned = []
-    for begin, end in itertools.pairwise([0, *borders, data.targets]):
+    for begin, end in data.spans if learns and cfg.ttt_reset else [(0, data.targets)]:
         windows = plan_windows(end, shape.length, shape.width, begin)
         chunk_size = max(1, cfg.ttt_chunk_tokens // shape.width) if learns else len(windows)
         for at in range(0, len(windows), chunk_size):
             chunk_windows = windows[at : at + chunk_size]
-            turns = share_windows(chunk_windows, runtime, shape.batch)
+            turns = share_windows(chunk_windows, runtime, shape)
             if learns:
                 stop = chunk_windows[-1].stop
                 chunk = Chunk(chunk_windows[0].first, stop, ends_text=stop == end)
@@ -4828,12 +4913,15 @@ def pad_windows(
 
 
 @torch.no_grad()
-def score_windows(nats_of: Callable[..., Tensor], padded: PaddedWindows, slides: bool) -> Tensor:
-    """Nats of the windows' targets, float64 [scored], on the CPU, in the order of the text."""
-    if slides:
+def score_windows(
+    nats_of: Callable[..., Tensor], data: Validation, turn: ScoreTurn, device: torch.device
+) -> Tensor:
+    """Nats of the targets of a turn's windows, float64 [scored], on the CPU, window by window."""
+    padded = pad_windows(data, turn.windows, turn.shape, device)
+    if turn.shape.slides:
         nats = nats_of(padded.ids, padded.targets, padded.positions)
     else:
-        # The official windows score all that they read: the model needs no positions.
+        # Windows that score all that they read: the model needs no positions.
         nats = nats_of(padded.ids, padded.targets)
     return nats[padded.is_scored].cpu().double()
 
@@ -4848,11 +4936,36 @@ def evaluate(
     announce: Callable[[float], None] | None = None,
     learn: Callable[[Chunk], None] | None = None,
     watch: Callable[[float, float], None] | None = None,
+    isolated: bool = False,
 ) -> Score:
     """Score the validation text, its windows shared out over the ranks; all ranks call it together.
 
     nats_of: gives the nats of targets, as token_nats does.
     stride: 0 for the official windows, else sliding ones move on by so many targets.
+    isolated: score each document by itself instead.
+    The rest is as in `take_turns`.
+    """
+    if isolated:
+        turns = plan_isolated_turns(cfg, data, runtime)
+    else:
+        turns = plan_turns(cfg, data, runtime, stride, learn is not None)
+    score_turn = partial(score_windows, nats_of, data, device=runtime.device)
+    return take_turns(turns, score_turn, data, runtime, limit, announce, learn, watch)
+
+
+def take_turns(
+    turns: list[ScoreTurn],
+    score_turn: Callable[[ScoreTurn], Tensor],
+    data: Validation,
+    runtime: Runtime,
+    limit: float = math.inf,
+    announce: Callable[[float], None] | None = None,
+    learn: Callable[[Chunk], None] | None = None,
+    watch: Callable[[float, float], None] | None = None,
+) -> Score:
+    """Score this rank's turns and add up what all ranks have scored.
+
+    score_turn: gives the nats of the turn's targets, float64 [scored], on the CPU, window by window.
     limit: seconds by rank 0's clock. No turn starts that would pass them: then the score is a partial one.
     announce(seconds): is told early how long all turns will take, if there is a limit.
     learn(chunk): is called when all targets of a chunk have their scores.
@@ -4860,32 +4973,33 @@ def evaluate(
     Raises RunError (5) if the nats are not finite.
     """
     began = time.perf_counter()
-    learns = learn is not None
-    shape = pass_shape(cfg, runtime.device, stride, learns)
-    turns = plan_turns(cfg, data, runtime, stride, learns)
     totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens and bytes that this rank has scored
     target_nats = torch.zeros(data.targets)
+    all_cost = sum(turn.shape.tokens for turn in turns)
+    done_cost = 0
     is_cut = False
     for done, turn in enumerate(turns):
-        if limit < math.inf:
-            spent = runtime.main_number(time.perf_counter() - began)
+        cost = done_cost + turn.shape.tokens
+        # The first turn always runs: of nothing there is no partial score.
+        if limit < math.inf and done:
+            spent = time.perf_counter() - began
+            seconds = runtime.main_number(spent * cost / done_cost)  # when this turn will be over
             if announce and done == max(3, len(turns) // 8):
-                announce(spent / done * len(turns))
-            # The first turn always runs: of nothing there is no partial score.
-            is_cut = done > 0 and spent * (done + 1) / done > limit
+                announce(seconds * all_cost / cost)
+            is_cut = seconds > limit
             if is_cut:
                 break
+        done_cost = cost
         if turn.windows:
-            padded = pad_windows(data, turn.windows, shape, runtime.device)
-            nats = score_windows(nats_of, padded, stride > 0)
-            scored = slice(turn.windows[0].first, turn.windows[-1].stop)
+            nats = score_turn(turn)
+            scored = np.concatenate([np.arange(window.first, window.stop) for window in turn.windows])
             scored_bytes = int(data.target_bytes[scored].sum(dtype=np.int64))
             target_nats[scored] = nats.float()
             totals += torch.tensor((nats.sum().item(), len(nats), scored_bytes), dtype=torch.float64)
         if turn.chunk:
             learn(turn.chunk)
         if watch:
-            watch((done + 1) / len(turns), time.perf_counter() - began)
+            watch(done_cost / all_cost, time.perf_counter() - began)
     nats, tokens, size = runtime.sum(totals).tolist()
     if tokens != data.targets and not is_cut:
         raise RunError(f"a bug: {tokens:.0f} of {data.targets} targets have a score")
@@ -5378,6 +5492,13 @@ def score_sliding(run: Run, previous: Score | None, limit: float, announce: Call
     return run.score(run.cfg.eval_stride, limit, announce)
 
 
+def score_isolated(
+    run: Run, previous: Score | None, limit: float, announce: Callable[[float], None]
+) -> Score:
+    """Score each document by itself, the long ones by windows that slide by EVAL_STRIDE."""
+    return run.score(run.cfg.eval_stride, limit, announce, isolated=True)
+
+
 def score_ttt(run: Run, previous: Score | None, limit: float, announce: Callable[[float], None]) -> Score:
     """Score by the same windows, or the official ones without a stride, and learn from each chunk after it is
     scored. The weights are the packed ones again in the end."""
@@ -5455,6 +5576,8 @@ def scorers(cfg: Config) -> Iterator[tuple[str, Scorer]]:
     yield "roundtrip", score_roundtrip
     if cfg.eval_stride:
         yield "sliding", score_sliding
+    if cfg.eval_doc_isolated:
+        yield "isolated", score_isolated
     if cfg.ttt_steps:
         yield "ttt", score_ttt
     if cfg.use_hedge:
@@ -5929,6 +6052,7 @@ class Run:
         announce: Callable[[float], None] | None = None,
         learn: Callable[[Chunk], None] | None = None,
         phase: int = -1,
+        isolated: bool = False,
     ) -> Score:
         """Score the validation text by official windows, or ones that slide by `stride`; as `evaluate`.
 
@@ -5938,10 +6062,14 @@ class Run:
         wait = "scoring the validation text"
         if stride:
             wait += f" by windows that slide by {stride}"
+        if isolated:
+            wait += ", each document by itself"
         if learn:
             wait += ", learning from it"
         watch = partial(report_wait, self.log, wait)
-        return evaluate(self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn, watch)
+        return evaluate(
+            self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn, watch, isolated
+        )
 
 
 def report_wait(log: RunLog, phase: str, share: float, seconds: float) -> None:
@@ -6134,30 +6262,29 @@ def warm_evaluation(run: Run) -> None:
     """Compile the evaluation graphs on blank tokens: each shape, and each phase that will be validated."""
     cfg = run.cfg
     device = run.runtime.device
-    graphs = evaluation_graphs(cfg)
+    graphs = evaluation_graphs(cfg, device)
     if run.runtime.compiles:
         run.log.say(f"compiling the model for scoring: usually 10 to 40 s a graph, graphs: {len(graphs)}")
-    for stride, phase, learns in graphs:
-        batch, length, width = pass_shape(cfg, device, stride, learns)
-        ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
-        target_ids = torch.zeros(batch, width, dtype=torch.int64, device=device)
-        positions = torch.zeros(batch, width, dtype=torch.int64, device=device)
+    for shape, phase, learns in graphs:
+        ids = torch.zeros(shape.batch, shape.length, dtype=torch.int64, device=device)
+        target_ids = torch.zeros(shape.batch, shape.width, dtype=torch.int64, device=device)
+        positions = (torch.zeros_like(target_ids),) if shape.slides else ()
         with torch.no_grad():
-            if stride:
-                run.nats(ids, target_ids, positions, phase=phase)
-            else:
-                run.nats(ids, target_ids, phase=phase)
-        if learns and not stride:
+            run.nats(ids, target_ids, *positions, phase=phase)
+        if learns and not shape.slides:
             run.nats(ids, target_ids, phase=phase).sum().backward()
 
 
-def evaluation_graphs(cfg: Config) -> list[tuple[int, int, bool]]:
-    """(stride, phase, learns) of every graph that evaluation runs; stride 0: official windows."""
-    graphs = [(0, -1, False), (cfg.eval_stride, -1, False)]
+def evaluation_graphs(cfg: Config, device: torch.device) -> list[tuple[PassShape, int, bool]]:
+    """(shape, phase, learns) of every graph that evaluation runs."""
+    official = pass_shape(cfg, device, 0)
+    graphs = [(official, -1, False), (pass_shape(cfg, device, cfg.eval_stride), -1, False)]
+    if cfg.eval_doc_isolated:
+        graphs += [(shape, -1, False) for shape in isolated_shapes(cfg, device)]
     if cfg.ttt_steps > 0:
-        graphs += [(0, -1, True), (cfg.eval_stride, -1, True)]
+        graphs += [(pass_shape(cfg, device, stride, True), -1, True) for stride in (0, cfg.eval_stride)]
     if cfg.val_loss_every and not cfg.eval_only:
-        graphs += [(0, phase, False) for phase in range(-len(cfg.phases), -1)]
+        graphs += [(official, phase, False) for phase in range(-len(cfg.phases), -1)]
     return list(dict.fromkeys(graphs))
 
 

@@ -267,6 +267,7 @@ LEARNERS = {
     "adam": dict(ADAM, eval_stride=16),
     "lora": dict(TTT, ttt_lora_rank=2, ttt_lr=0.5, eval_stride=16, use_hedge=True),
     "reset": dict(ADAM, ttt_reset=True, ttt_chunk_tokens=16, eval_stride=8, eval_batch_seqs=2),
+    "isolated": dict(eval_doc_isolated=True, eval_stride=8, use_hedge=True),
     "none": dict(eval_stride=16, use_hedge=True, hedge_order=2, hedge_window=20),
 }
 
@@ -276,8 +277,8 @@ def test_our_scores_pass_and_the_check_changes_none(rerun, name):
     knobs = LEARNERS[name]
     plain, checked = rerun(**knobs), rerun(**knobs, score_check=True)
     assert (plain.code, checked.code) == (0, 0), checked.error
-    on = ["roundtrip"] + ["sliding"] * ("eval_stride" in knobs) + ["ttt"] * ("ttt_steps" in knobs)
-    on += ["hedge"] * ("use_hedge" in knobs)
+    switches = dict(sliding="eval_stride", isolated="eval_doc_isolated", ttt="ttt_steps", hedge="use_hedge")
+    on = ["roundtrip"] + [score for score, knob in switches.items() if knob in knobs]
     said = [line for line in checked.lines if line.startswith("score_check: ")]
     tried = (
         r"breaks none of the four conditions where it was tried: \d+ changes .*; this is evidence, no proof"
