@@ -2136,6 +2136,15 @@ class Validation:
         """Bytes of the text of all targets."""
         return int(self.target_bytes.sum(dtype=np.int64))
 
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(first target, end) of each document, in the order of the text. A document's last target is the
+        boundary that opens the next one."""
+        return list(itertools.pairwise([0, *self.starts.tolist(), self.targets]))
+
+
+DOCUMENT_KNOBS = ("EVAL_DOC_ISOLATED", "TTT_RESET", "TTT_BATCH_SIZE")  # that treat each document by itself
+
 
 def load_validation(
     cfg: Config, tokenizer: sentencepiece.SentencePieceProcessor, prove: bool = True
@@ -2151,6 +2160,12 @@ def load_validation(
     if len(tokens) < 2:
         raise RunError(f"the validation shards in {cfg.data_path} hold fewer than two tokens")
     refuse_lost_text(tokenizer, table, tokens)
+    needing = [name for name in DOCUMENT_KNOBS if getattr(cfg, name.lower())]
+    if needing and not table.is_boundary[tokens].any():
+        raise RunError(
+            f"{needing[0]} needs documents, but no BOS or EOS opens one among the {len(tokens)} validation "
+            f"tokens in {cfg.data_path}; unset it, or make the shards with one before each document"
+        )
     token_bytes = sidecar_bytes(cfg, len(tokens))
     has_sidecar = token_bytes is not None
     if token_bytes is None:
@@ -2982,6 +2997,20 @@ def window_gate(x: Tensor, weight: Tensor, scale: float = 1.0) -> Tensor:
     return torch.sigmoid(scale * F.linear(x[..., : weight.size(1)], weight.to(x.dtype)))
 
 
+# What test-time training adds to one layer: the factors (A [B, r, in], B [B, out, r]) of each text in the
+# batch, by place: "q", "k", "v", "o", "mlp", "head".
+Adapters = dict[str, tuple[Tensor, Tensor]]
+NO_ADAPTERS: Adapters = {}
+
+
+def adapted(y: Tensor, x: Tensor, adapters: Adapters, place: str) -> Tensor:
+    """y [B, T, out] plus B A x of the place's factors, x [B, T, in]; y itself where there are none."""
+    if place not in adapters:
+        return y
+    a, b = adapters[place]
+    return y + x @ a.mT.to(x.dtype) @ b.mT.to(x.dtype)
+
+
 class Attention(nn.Module):
     """Causal self-attention: QK RMS norm, rotary positions, a learned gain per query head."""
 
@@ -3010,6 +3039,7 @@ class Attention(nn.Module):
         value_mix: Tensor | None = None,
         first_values: Tensor | None = None,
         documents: Documents | None = None,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, d], rotary cos, sin [T, R/2] -> (output [B, T, d], the layer's values [B, Hkv, T, D]).
 
@@ -3017,9 +3047,9 @@ class Attention(nn.Module):
         the first, and its own serve as both. documents: as in `attend`.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = self.c_q(x).view(heads).transpose(1, 2)  # [B, H, T, D]
-        k = self.c_k(x).view(heads).transpose(1, 2)
-        own_values = self.c_v(x).view(heads).transpose(1, 2)
+        q = adapted(self.c_q(x), x, adapters, "q").view(heads).transpose(1, 2)  # [B, H, T, D]
+        k = adapted(self.c_k(x), x, adapters, "k").view(heads).transpose(1, 2)
+        own_values = adapted(self.c_v(x), x, adapters, "v").view(heads).transpose(1, 2)
         v = own_values
         if value_mix is not None:
             first_values = own_values if first_values is None else first_values
@@ -3031,7 +3061,8 @@ class Attention(nn.Module):
             y = omit_own_value(y, v)
         if self.attn_gate_w is not None:
             y = y * window_gate(x, self.attn_gate_w, self.gate_scale).mT[..., None]
-        return self.proj(y.transpose(1, 2).flatten(2), repeat), own_values
+        output = self.proj(y.transpose(1, 2).flatten(2), repeat)
+        return adapted(output, x, adapters, "o"), own_values
 
 
 class MLP(nn.Module):
@@ -3239,6 +3270,7 @@ class Block(nn.Module):
         value_mix: Tensor | None = None,
         first_values: Tensor | None = None,
         documents: Documents | None = None,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[Tensor, Tensor]:
         """x, x0 [B, T, d] -> (x after the block, the values of the first layer, which may be this one).
 
@@ -3247,9 +3279,11 @@ class Block(nn.Module):
         x = self.remix(x, x0)
         block_input = x
         for _ in range(self.attentions):
-            attended, first_values = self.attention(x, layer, cos, sin, value_mix, first_values, documents)
+            attended, first_values = self.attention(
+                x, layer, cos, sin, value_mix, first_values, documents, adapters
+            )
             x = x + attended
-        return x + self.feed(block_input if layer.is_parallel else x, layer), first_values
+        return x + self.feed(block_input if layer.is_parallel else x, layer, adapters), first_values
 
     def run_lanes(
         self,
@@ -3262,11 +3296,14 @@ class Block(nn.Module):
         value_mix: Tensor | None = None,
         first_values: Tensor | None = None,
         documents: Documents | None = None,
+        adapters: Adapters = NO_ADAPTERS,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Two lanes [B, T, d] -> (what attention gives of the one, the MLP of the other, first values)."""
         mixed = self.remix(attention_lane, x0)
-        attended, first_values = self.attention(mixed, layer, cos, sin, value_mix, first_values, documents)
-        return attended, self.feed(mlp_lane, layer), first_values
+        attended, first_values = self.attention(
+            mixed, layer, cos, sin, value_mix, first_values, documents, adapters
+        )
+        return attended, self.feed(mlp_lane, layer, adapters), first_values
 
     def remix(self, x: Tensor, x0: Tensor) -> Tensor:
         """m0*x + m1*x0."""
@@ -3282,6 +3319,7 @@ class Block(nn.Module):
         value_mix: Tensor | None,
         first_values: Tensor | None,
         documents: Documents | None,
+        adapters: Adapters,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, d] -> (what the attention adds to it, the values of the first layer)."""
         attended, own_values = self.attn(
@@ -3293,15 +3331,17 @@ class Block(nn.Module):
             value_mix=value_mix,
             first_values=first_values,
             documents=documents,
+            adapters=adapters,
         )
         if self.norms_attention and not layer.is_parallel:
             attended = norm(attended)
         first_values = own_values if first_values is None else first_values
         return self.attn_scale.to(x.dtype) * attended, first_values
 
-    def feed(self, x: Tensor, layer: Layer) -> Tensor:
+    def feed(self, x: Tensor, layer: Layer, adapters: Adapters) -> Tensor:
         """x [B, T, d] -> what the MLP adds to it."""
-        return self.mlp_scale.to(x.dtype) * self.mlp(scaled_norm(x, layer).to(self.dtype), layer.repeat)
+        read = scaled_norm(x, layer).to(self.dtype)
+        return self.mlp_scale.to(x.dtype) * adapted(self.mlp(read, layer.repeat), read, adapters, "mlp")
 
 
 def scaled_norm(x: Tensor, layer: Layer) -> Tensor:
@@ -3382,7 +3422,8 @@ class GPT(nn.Module):
         """Buffers of the rotary positions, cos and sin [T, R/2], for the longest context used."""
         dims = cfg.rope_dims or cfg.head_dim  # R
         frequency = cfg.rope_base ** (-torch.arange(0.0, dims, 2) / dims)
-        positions = torch.arange(float(max(cfg.train_seq_len, cfg.eval_length)))
+        longest = max(cfg.train_seq_len, cfg.eval_length, cfg.ttt_eval_seq_len)
+        positions = torch.arange(float(longest))
         angle = torch.outer(positions, frequency)
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
@@ -3396,12 +3437,19 @@ class GPT(nn.Module):
             x = self.smear_gate(x, ids, self.smear_lambda)
         return x
 
-    def forward(self, ids: Tensor, phase: int = -1, positions: Tensor | None = None) -> Tensor:
-        """ids [B, T] -> logits [B, T, V]; what `phase` and `positions` do, `logits` says.
+    def forward(
+        self,
+        ids: Tensor,
+        phase: int = -1,
+        positions: Tensor | None = None,
+        adapters: list[Adapters] | None = None,
+    ) -> Tensor:
+        """ids [B, T] -> logits [B, T, V]; what `phase`, `positions` and `adapters` do, `logits` says.
 
         The path of evaluation. Training takes `training_loss`, which has hooks before and after the norm.
         """
-        return self.logits(norm(self.embed(ids)), ids, phase=phase, positions=positions)
+        x0 = norm(self.embed(ids))
+        return self.logits(x0, ids, phase=phase, positions=positions, adapters=adapters)
 
     def logits(
         self,
@@ -3411,12 +3459,14 @@ class GPT(nn.Module):
         phase: int = -1,
         positions: Tensor | None = None,
         documents: Documents | None = None,
+        adapters: list[Adapters] | None = None,
     ) -> Tensor:
         """From normed embeddings x0 [B, T, d] of ids [B, T] to logits [B, T, V], float32.
 
         keep [layers]: 0 for the layers that LAYER_DROP skips this step. phase: the one whose plan runs,
         by its number from the end. positions [B, S]: give the logits of these alone, [B, S, V].
         documents: as in `attend`.
+        adapters: what is added to each layer of the plan, and at last to the head; None: nothing.
         """
         x0 = x0.to(self.residual_dtype)
         x = x0
@@ -3426,7 +3476,8 @@ class GPT(nn.Module):
         first_values = None
         mlp_lane = None  # beside x, which is then the attention's lane
         outputs = []
-        for layer in self.plans[phase]:
+        adapters = adapters or [NO_ADAPTERS] * (len(self.plans[phase]) + 1)
+        for layer, layer_adapters in zip(self.plans[phase], adapters[:-1], strict=True):
             if layer.has_lanes and mlp_lane is None:
                 mlp_lane = x
             if layer.skip is not None:
@@ -3437,21 +3488,24 @@ class GPT(nn.Module):
                 block = self.blocks[layer.block]
                 if layer.has_lanes:
                     attended, fed, first_values = block.run_lanes(
-                        y, mlp_lane, x0, layer, cos, sin, value_mix, first_values, documents
+                        y, mlp_lane, x0, layer, cos, sin, value_mix, first_values, documents, layer_adapters
                     )
                     y, new_lane = self.mix_lanes(y, mlp_lane, attended, fed, layer.position)
                     mlp_lane = (
                         new_lane if keep is None else torch.where(keep[layer.number] > 0, new_lane, mlp_lane)
                     )
                 else:
-                    y, first_values = block(y, x0, layer, cos, sin, value_mix, first_values, documents)
+                    y, first_values = block(
+                        y, x0, layer, cos, sin, value_mix, first_values, documents, layer_adapters
+                    )
                 x = y if keep is None else torch.where(keep[layer.number] > 0, y, x)
             outputs.append(x)
         x = self.join_lanes(x, mlp_lane)
         if positions is not None:
             x = x.take_along_dim(positions[..., None], dim=1)
         table = self.tok_emb if self.lm_head is None else self.lm_head
-        z = self.head(norm(x).to(self.dtype), table.weight).float()
+        x = norm(x).to(self.dtype)
+        z = adapted(self.head(x, table.weight), x, adapters[-1], "head").float()
         return self.softcap * torch.tanh(z / self.softcap)
 
     def join_skip(self, x: Tensor, row: int, output: Tensor) -> Tensor:
@@ -3501,10 +3555,15 @@ def cross_entropy(logits: Tensor, target_ids: Tensor) -> Tensor:
 
 
 def token_nats(
-    model: GPT, ids: Tensor, target_ids: Tensor, positions: Tensor | None = None, phase: int = -1
+    model: GPT,
+    ids: Tensor,
+    target_ids: Tensor,
+    positions: Tensor | None = None,
+    phase: int = -1,
+    adapters: list[Adapters] | None = None,
 ) -> Tensor:
     """-log p(target) at all positions [B, T], or at those given [B, S]. All that evaluation uses."""
-    return cross_entropy(model(ids, phase, positions), target_ids)
+    return cross_entropy(model(ids, phase, positions, adapters), target_ids)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -5353,6 +5412,10 @@ TTT_OPTIMISERS = {"sgd": sgd_with_momentum, "adam": torch.optim.Adam}
 # Most tokens a pass through the model: what fits a CPU's cache, and what fills a GPU.
 CPU_PASS_TOKENS = 16_384
 GPU_PASS_TOKENS = 65_536
+# Lengths of passes as shares of the longest, and the shortest one in tokens: each is a graph to compile.
+PASS_SHARES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
+SHORTEST_PASS = 64
+LORA_PLACES = ("q", "k", "v", "o", "mlp", "head")
 
 
 @dataclass(frozen=True)
@@ -5392,6 +5455,13 @@ class ScoreKnobs:
         low=0,
         needs="EVAL_STRIDE!=0",
     )
+    eval_doc_isolated: bool = knob(
+        False,
+        "Add a score by windows that read one document each: the first scores all that it holds, later ones "
+        "EVAL_STRIDE targets, or as many as they hold without a stride; 0 = no such score.",
+        source="parameter-golf #77",
+        role="pack",
+    )
     eval_batch_seqs: int = knob(
         32,
         "Sliding windows that each rank puts through the model in one pass.",
@@ -5423,7 +5493,7 @@ class ScoreKnobs:
         source="ours",
         role="pack",
         low=1,
-        needs="TTT_STEPS!=0",
+        needs="TTT_STEPS!=0,TTT_BATCH_SIZE=0",
     )
     ttt_optimizer: str = knob(
         "sgd",
@@ -5431,7 +5501,7 @@ class ScoreKnobs:
         source="ours",
         role="pack",
         choices=tuple(TTT_OPTIMISERS),
-        needs="TTT_STEPS!=0",
+        needs="TTT_STEPS!=0,TTT_BATCH_SIZE=0",
     )
     ttt_lora_rank: int = knob(
         0,
@@ -5440,6 +5510,7 @@ class ScoreKnobs:
         source="arXiv 2106.09685",
         role="pack",
         low=0,
+        most=2**16,
         needs="TTT_STEPS!=0",
     )
     ttt_reset: bool = knob(
@@ -5448,7 +5519,117 @@ class ScoreKnobs:
         "reads the text before it; 0 = go on learning through the whole text.",
         source="ours",
         role="pack",
-        needs="TTT_STEPS!=0",
+        needs="TTT_STEPS!=0,TTT_BATCH_SIZE=0",
+    )
+    ttt_batch_size: int = knob(
+        0,
+        "Documents that are scored by themselves and learnt from at once, each with a LoRA of its own, after "
+        "every TTT_CHUNK_SIZE targets, by AdamW; 0 = the whole text, one chunk after another.",
+        source="parameter-golf #77, #1530, #1855",
+        role="pack",
+        low=0,
+        most=2**16,
+        needs="TTT_STEPS!=0,TTT_LORA_RANK!=0",
+    )
+    ttt_chunk_size: int = knob(
+        48,
+        "Targets of a document's chunk: scored together, then learnt from.",
+        source="parameter-golf #1855",
+        role="pack",
+        low=1,
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_eval_seq_len: int = knob(
+        0,
+        "Most tokens of the window that a document's chunk ends; 0 = as a sliding window.",
+        source="parameter-golf #1855",
+        role="pack",
+        low=0,
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_lora_alpha: float = knob(
+        144.0,
+        "A document's LoRA adds TTT_LORA_ALPHA / TTT_LORA_RANK times B A.",
+        source="parameter-golf #1767",
+        role="pack",
+        low=0,
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_beta1: float = knob(
+        0.0,
+        "Momentum of AdamW in a document's LoRA.",
+        source="parameter-golf #1855",
+        role="pack",
+        low=0,
+        high=0.9999,
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_beta2: float = knob(
+        0.99,
+        "Momentum of AdamW's squared gradients there.",
+        source="parameter-golf #1855",
+        role="pack",
+        low=0,
+        high=0.9999,
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_weight_decay: float = knob(
+        0.5,
+        "Weight decay of AdamW there, times the learning rate.",
+        source="parameter-golf #1855",
+        role="pack",
+        low=0,
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_warm_start_a: bool = knob(
+        True,
+        "Let A begin later documents at the mean of those before: it moves after the first TTT_BATCH_SIZE "
+        "documents, after twice as many, four times ...; 0 = it begins each as random as the first.",
+        source="parameter-golf #1767",
+        role="pack",
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_q_lora: bool = knob(
+        True,
+        "A LoRA beside the queries' matrix.",
+        source="parameter-golf #2014",
+        role="pack",
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_k_lora: bool = knob(
+        True,
+        "A LoRA beside the keys' matrix.",
+        source="parameter-golf #2135",
+        role="pack",
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_v_lora: bool = knob(
+        True,
+        "A LoRA beside the values' matrix.",
+        source="parameter-golf #2014",
+        role="pack",
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_o_lora: bool = knob(
+        True,
+        "A LoRA from the input of the attention to its output.",
+        source="parameter-golf #1855",
+        role="pack",
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_mlp_lora: bool = knob(
+        True,
+        "A LoRA from the input of the MLP to its output.",
+        source="parameter-golf #1855",
+        role="pack",
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    ttt_head_lora: bool = knob(
+        True,
+        "A LoRA beside the head.",
+        source="parameter-golf #1855",
+        role="pack",
+        needs="TTT_BATCH_SIZE!=0",
     )
     score_dump: str = knob(
         "",
@@ -5470,13 +5651,33 @@ class ScoreKnobs:
         """Tokens that a sliding window reads."""
         return self.eval_seq_len or self.train_seq_len
 
+    @property
+    def ttt_length(self) -> int:
+        """Most tokens that the window of a document's chunk reads."""
+        return self.ttt_eval_seq_len or self.eval_length
+
     def check(self) -> None:
-        """RunError if sliding windows would leave gaps between them."""
+        """RunError if windows would leave gaps between them, or a document's LoRA has no place."""
         if self.eval_stride > self.eval_length:
             raise RunError(
                 f"EVAL_STRIDE={self.eval_stride} is longer than its window of {self.eval_length} tokens; "
                 "set EVAL_SEQ_LEN"
             )
+        if self.ttt_batch_size and self.ttt_chunk_size > self.ttt_length:
+            raise RunError(
+                f"TTT_CHUNK_SIZE={self.ttt_chunk_size} is longer than its window of {self.ttt_length} "
+                "tokens; set TTT_EVAL_SEQ_LEN"
+            )
+        if self.ttt_batch_size and not lora_places(self):
+            raise RunError(
+                "TTT_BATCH_SIZE needs a place for its LoRA: set one of "
+                + " ".join(f"TTT_{place.upper()}_LORA=1" for place in LORA_PLACES)
+            )
+
+
+def lora_places(cfg: ScoreKnobs) -> list[str]:
+    """Where each document has a LoRA of its own: the names of `Adapters`."""
+    return [place for place in LORA_PLACES if getattr(cfg, f"ttt_{place}_lora")]
 
 
 @dataclass(frozen=True)
@@ -5524,20 +5725,27 @@ class Chunk(NamedTuple):
     ends_text: bool  # the document, or all text, ends with it, so that nothing can profit from it
 
 
-@dataclass(frozen=True)
-class ScoreTurn:
-    """What a rank does in one turn: score these windows, then learn with all ranks from the chunk, if any."""
-
-    windows: list[Window]
-    chunk: Chunk | None = None
-
-
 class PassShape(NamedTuple):
-    """The shape of every pass of one score; with one shape, one graph is compiled."""
+    """The shape of a pass through the model; for each shape a graph is compiled."""
 
     batch: int  # windows
     length: int  # tokens that each window reads
     width: int  # targets that each window scores, the last ones of what it reads
+    slides: bool = False  # whether the model is told which positions these are; else it scores all it reads
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that a pass reads, padding included: about what it costs."""
+        return self.batch * self.length
+
+
+@dataclass(frozen=True)
+class ScoreTurn:
+    """What a rank does in one turn: score these windows, then learn with all ranks from the chunk, if any."""
+
+    shape: PassShape
+    windows: list[Window]
+    chunk: Chunk | None = None
 
 
 def pass_shape(cfg: Config, device: torch.device, stride: int, learns: bool = False) -> PassShape:
@@ -5548,13 +5756,36 @@ def pass_shape(cfg: Config, device: torch.device, stride: int, learns: bool = Fa
         length = cfg.eval_length
         width = stride
     else:
-        device_tokens = CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS
-        batch = min(cfg.val_batch_size // 8, device_tokens) // cfg.train_seq_len
+        batch = pass_tokens(cfg, device) // cfg.train_seq_len
         length = cfg.train_seq_len
         width = cfg.train_seq_len
     if learns:
         batch = min(batch, cfg.ttt_chunk_tokens // width)
-    return PassShape(max(1, batch), length, width)
+    return PassShape(max(1, batch), length, width, stride > 0)
+
+
+def pass_tokens(cfg: Config, device: torch.device) -> int:
+    """Most tokens of a pass of official or whole-document windows."""
+    return min(cfg.val_batch_size // 8, CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS)
+
+
+def pass_lengths(longest: int) -> list[int]:
+    """The lengths that windows of up to `longest` tokens are padded to, the shortest first.
+
+    Each is a graph to compile. A pass is longer than its window by an eighth on average, at most a half.
+    """
+    lengths = [int(share * longest) for share in PASS_SHARES]
+    return [length for length in lengths if length >= SHORTEST_PASS] or [longest]
+
+
+def isolated_shapes(cfg: Config, device: torch.device) -> list[PassShape]:
+    """The shapes of EVAL_DOC_ISOLATED: whole windows from a document's beginning, and the one that slides."""
+    shapes = []
+    for length in pass_lengths(cfg.eval_length):
+        shapes.append(PassShape(max(1, pass_tokens(cfg, device) // length), length, length))
+    if 0 < cfg.eval_stride < cfg.eval_length:
+        shapes.append(pass_shape(cfg, device, cfg.eval_stride))
+    return shapes
 
 
 def plan_windows(targets: int, length: int, stride: int, begin: int = 0) -> list[Window]:
@@ -5573,12 +5804,43 @@ def plan_windows(targets: int, length: int, stride: int, begin: int = 0) -> list
     return planned
 
 
-def share_windows(windows: list[Window], runtime: Runtime, batch: int) -> list[ScoreTurn]:
-    """Give this rank its contiguous share of the windows, at most `batch` a turn. Every rank has as many
-    turns as the busiest one, so that all meet at the end of each; its last ones may have no window."""
+def isolated_windows(begin: int, end: int, length: int, stride: int) -> list[Window]:
+    """Cut the targets begin .. end-1, a document, into windows that score each of them once.
+
+    The first scores all of its up to `length` targets, each later one `stride`, the last ones of `length`
+    tokens. As in `plan_windows`, no target's context hangs on where the document ends.
+    """
+    planned = [Window(begin, begin, min(begin + length, end))]
+    for first in range(begin + length, end, stride):
+        planned.append(Window(first + stride - length, first, min(first + stride, end)))
+    return planned
+
+
+def share_windows(windows: list[Window], runtime: Runtime, shape: PassShape) -> list[ScoreTurn]:
+    """Give this rank its contiguous share of the windows, one pass a turn. Every rank has as many turns as
+    the busiest one, so that all meet at the end of each; its last ones may have no window."""
     rank_windows = [windows[i] for i in runtime.share(len(windows))]
     busiest = -(-len(windows) // runtime.world_size)
-    return [ScoreTurn(rank_windows[at : at + batch]) for at in range(0, busiest, batch)]
+    starts = range(0, busiest, shape.batch)
+    return [ScoreTurn(shape, rank_windows[at : at + shape.batch]) for at in starts]
+
+
+def plan_isolated_turns(cfg: Config, data: Validation, runtime: Runtime) -> list[ScoreTurn]:
+    """Plan the turns of EVAL_DOC_ISOLATED on this rank; every rank has as many, of the same shapes.
+
+    Windows of like length share a pass, so that little of it is padding; no score hangs on the order.
+    """
+    shapes = isolated_shapes(cfg, runtime.device)
+    windows_of = {shape: [] for shape in shapes}
+    for begin, end in data.spans:
+        for window in isolated_windows(begin, end, cfg.eval_length, cfg.eval_stride or cfg.eval_length):
+            slides = window.start < window.first
+            fitting = [s for s in shapes if s.slides == slides and window.stop - window.start <= s.length]
+            windows_of[fitting[0]].append(window)
+    planned = []
+    for shape, windows in windows_of.items():
+        planned += share_windows(windows, runtime, shape)
+    return planned
 
 
 def plan_turns(cfg: Config, data: Validation, runtime: Runtime, stride: int, learns: bool) -> list[ScoreTurn]:
@@ -5588,20 +5850,105 @@ def plan_turns(cfg: Config, data: Validation, runtime: Runtime, stride: int, lea
     TTT_RESET no chunk and no window crosses the border between two documents.
     """
     shape = pass_shape(cfg, runtime.device, stride, learns)
-    borders = data.starts.tolist() if learns and cfg.ttt_reset else []
     planned = []
-    for begin, end in itertools.pairwise([0, *borders, data.targets]):
+    for begin, end in data.spans if learns and cfg.ttt_reset else [(0, data.targets)]:
         windows = plan_windows(end, shape.length, shape.width, begin)
         chunk_size = max(1, cfg.ttt_chunk_tokens // shape.width) if learns else len(windows)
         for at in range(0, len(windows), chunk_size):
             chunk_windows = windows[at : at + chunk_size]
-            turns = share_windows(chunk_windows, runtime, shape.batch)
+            turns = share_windows(chunk_windows, runtime, shape)
             if learns:
                 stop = chunk_windows[-1].stop
                 chunk = Chunk(chunk_windows[0].first, stop, ends_text=stop == end)
                 turns[-1] = replace(turns[-1], chunk=chunk)
             planned += turns
     return planned
+
+
+@dataclass(frozen=True)
+class DocumentTurn(ScoreTurn):
+    """A turn of TTT_BATCH_SIZE: the next chunk of each document of a group, the longest documents first."""
+
+    begins: bool = False  # the group
+    learning: int = 0  # the first so many documents go on after this chunk, and learn from it before
+
+
+def document_shapes(cfg: Config) -> list[PassShape]:
+    """The shapes of TTT_BATCH_SIZE, the shortest first."""
+    width = cfg.ttt_chunk_size
+    lengths = [length for length in pass_lengths(cfg.ttt_length) if length >= width]
+    return [PassShape(cfg.ttt_batch_size, length, width, slides=True) for length in lengths]
+
+
+def document_turns(cfg: Config, group: list[tuple[int, int]]) -> list[DocumentTurn]:
+    """The turns of one group of documents, (first target, end) each, the longest first.
+
+    A chunk has TTT_CHUNK_SIZE targets and stands where it would if its document went on. A window reads up
+    to TTT_EVAL_SEQ_LEN tokens and ends with its chunk.
+    """
+    width = cfg.ttt_chunk_size
+    longest = group[0][1] - group[0][0]
+    planned = []
+    for offset in range(0, longest, width):
+        reach = min(offset + width, cfg.ttt_length)
+        shape = next(shape for shape in document_shapes(cfg) if shape.length >= reach)
+        windows = []
+        learning = 0
+        for begin, end in group:
+            stop = begin + offset + width
+            if begin + offset < end:
+                windows.append(Window(stop - reach, begin + offset, min(stop, end)))
+            if stop < end:
+                learning += 1
+        planned.append(DocumentTurn(shape, windows, begins=offset == 0, learning=learning))
+    return planned
+
+
+def share_groups(turns_of_groups: list[list[DocumentTurn]], ranks: int) -> list[list[DocumentTurn]]:
+    """All turns of each rank: the longest group goes to the rank that has the least so far, and so on. It
+    depends on the lengths alone, and no score depends on it."""
+    shares = [[] for _ in range(ranks)]
+    costs = [0] * ranks
+    for turns in sorted(turns_of_groups, key=len, reverse=True):
+        chosen = costs.index(min(costs))
+        shares[chosen] += turns
+        costs[chosen] += sum(turn.shape.tokens for turn in turns)
+    return shares
+
+
+def plan_document_turns(cfg: Config, data: Validation, runtime: Runtime) -> list[DocumentTurn]:
+    """Plan all turns of TTT_BATCH_SIZE on this rank; every rank has as many.
+
+    With a warm A the documents come in blocks of the file's order: the first TTT_BATCH_SIZE, as many again,
+    then each time as many as all before. A block's last turn names it as a chunk: what it taught
+    begins the next one, and so tells of earlier documents alone. Within a block documents of like length
+    share a group; none learns from another, so their order there changes no score.
+    """
+    spans = data.spans
+    edges = [0]
+    if cfg.ttt_warm_start_a:
+        edge = cfg.ttt_batch_size
+        while edge < len(spans):
+            edges.append(edge)
+            edge *= 2
+    edges.append(len(spans))
+    planned = []
+    for low, high in itertools.pairwise(edges):
+        documents = sorted(spans[low:high], key=document_length, reverse=True)
+        groups = [documents[at : at + cfg.ttt_batch_size] for at in range(0, high - low, cfg.ttt_batch_size)]
+        shares = share_groups([document_turns(cfg, group) for group in groups], runtime.world_size)
+        turns = shares[runtime.rank]
+        for _ in range(max(map(len, shares)) - len(turns)):
+            turns.append(DocumentTurn(turns[-1].shape if turns else shares[0][0].shape, []))
+        block = Chunk(spans[low][0], spans[high - 1][1], ends_text=high == len(spans))
+        turns[-1] = replace(turns[-1], chunk=block)
+        planned += turns
+    return planned
+
+
+def document_length(span: tuple[int, int]) -> int:
+    """Targets of a document, (first target, end)."""
+    return span[1] - span[0]
 
 
 # -- The pass: windows -> nats ---------------------------------------------------------------------------
@@ -5636,12 +5983,15 @@ def pad_windows(
 
 
 @torch.no_grad()
-def score_windows(nats_of: Callable[..., Tensor], padded: PaddedWindows, slides: bool) -> Tensor:
-    """Nats of the windows' targets, float64 [scored], on the CPU, in the order of the text."""
-    if slides:
+def score_windows(
+    nats_of: Callable[..., Tensor], data: Validation, turn: ScoreTurn, device: torch.device
+) -> Tensor:
+    """Nats of the targets of a turn's windows, float64 [scored], on the CPU, window by window."""
+    padded = pad_windows(data, turn.windows, turn.shape, device)
+    if turn.shape.slides:
         nats = nats_of(padded.ids, padded.targets, padded.positions)
     else:
-        # The official windows score all that they read: the model needs no positions.
+        # Windows that score all that they read: the model needs no positions.
         nats = nats_of(padded.ids, padded.targets)
     return nats[padded.is_scored].cpu().double()
 
@@ -5656,11 +6006,36 @@ def evaluate(
     announce: Callable[[float], None] | None = None,
     learn: Callable[[Chunk], None] | None = None,
     watch: Callable[[float, float], None] | None = None,
+    isolated: bool = False,
 ) -> Score:
     """Score the validation text, its windows shared out over the ranks; all ranks call it together.
 
     nats_of: gives the nats of targets, as token_nats does.
     stride: 0 for the official windows, else sliding ones move on by so many targets.
+    isolated: score each document by itself instead.
+    The rest is as in `take_turns`.
+    """
+    if isolated:
+        turns = plan_isolated_turns(cfg, data, runtime)
+    else:
+        turns = plan_turns(cfg, data, runtime, stride, learn is not None)
+    score_turn = partial(score_windows, nats_of, data, device=runtime.device)
+    return take_turns(turns, score_turn, data, runtime, limit, announce, learn, watch)
+
+
+def take_turns(
+    turns: list[ScoreTurn],
+    score_turn: Callable[[ScoreTurn], Tensor],
+    data: Validation,
+    runtime: Runtime,
+    limit: float = math.inf,
+    announce: Callable[[float], None] | None = None,
+    learn: Callable[[Chunk], None] | None = None,
+    watch: Callable[[float, float], None] | None = None,
+) -> Score:
+    """Score this rank's turns and add up what all ranks have scored.
+
+    score_turn: gives the nats of the turn's targets, float64 [scored], on the CPU, window by window.
     limit: seconds by rank 0's clock. No turn starts that would pass them: then the score is a partial one.
     announce(seconds): is told early how long all turns will take, if there is a limit.
     learn(chunk): is called when all targets of a chunk have their scores.
@@ -5668,32 +6043,33 @@ def evaluate(
     Raises RunError (5) if the nats are not finite.
     """
     began = time.perf_counter()
-    learns = learn is not None
-    shape = pass_shape(cfg, runtime.device, stride, learns)
-    turns = plan_turns(cfg, data, runtime, stride, learns)
     totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens and bytes that this rank has scored
     target_nats = torch.zeros(data.targets)
+    all_cost = sum(turn.shape.tokens for turn in turns)
+    done_cost = 0
     is_cut = False
     for done, turn in enumerate(turns):
-        if limit < math.inf:
-            spent = runtime.main_number(time.perf_counter() - began)
+        cost = done_cost + turn.shape.tokens
+        # The first turn always runs: of nothing there is no partial score.
+        if limit < math.inf and done:
+            spent = time.perf_counter() - began
+            seconds = runtime.main_number(spent * cost / done_cost)  # when this turn will be over
             if announce and done == max(3, len(turns) // 8):
-                announce(spent / done * len(turns))
-            # The first turn always runs: of nothing there is no partial score.
-            is_cut = done > 0 and spent * (done + 1) / done > limit
+                announce(seconds * all_cost / cost)
+            is_cut = seconds > limit
             if is_cut:
                 break
+        done_cost = cost
         if turn.windows:
-            padded = pad_windows(data, turn.windows, shape, runtime.device)
-            nats = score_windows(nats_of, padded, stride > 0)
-            scored = slice(turn.windows[0].first, turn.windows[-1].stop)
+            nats = score_turn(turn)
+            scored = np.concatenate([np.arange(window.first, window.stop) for window in turn.windows])
             scored_bytes = int(data.target_bytes[scored].sum(dtype=np.int64))
             target_nats[scored] = nats.float()
             totals += torch.tensor((nats.sum().item(), len(nats), scored_bytes), dtype=torch.float64)
         if turn.chunk:
             learn(turn.chunk)
         if watch:
-            watch((done + 1) / len(turns), time.perf_counter() - began)
+            watch(done_cost / all_cost, time.perf_counter() - began)
     nats, tokens, size = runtime.sum(totals).tolist()
     if tokens != data.targets and not is_cut:
         raise RunError(f"a bug: {tokens:.0f} of {data.targets} targets have a score")
@@ -5782,6 +6158,131 @@ class TestTimeTraining:
         """Put W + B A into the model."""
         for param, packed, (a, b) in zip(self.params, self.packed_weights, self.factors, strict=True):
             param.data.copy_(packed + b @ a)
+
+
+class DocumentLora:
+    """A LoRA for each document of a group, trained by AdamW on the chunks that have their scores (#1855).
+
+    Place p of layer l adds alpha/r B A x to what the layer makes of x. Each document begins with the same A
+    and with B = 0, and learns from itself alone. A begins random by SEED; with TTT_WARM_START_A it moves
+    after each block by the mean of what the block's documents made of it, weighed by the steps they took.
+    Published code keeps A from one group to the next on each GPU, so that a score depends on which GPU was
+    free first, and takes the longest documents first, an order that nobody can read the text in.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        rng = torch.Generator().manual_seed(run.cfg.seed)
+        rank = run.cfg.ttt_lora_rank
+        self.sizes = adapter_sizes(run.cfg, run.model)
+        self.first_a = {}  # (layer, place): A [r, in] that documents begin with
+        for key, (inputs, _) in self.sizes.items():
+            bound = inputs**-0.5
+            a = torch.rand(rank, inputs, generator=rng) * (2 * bound) - bound
+            self.first_a[key] = a.to(run.runtime.device)
+        self.forget_block()
+
+    def forget_block(self) -> None:
+        """Begin a block: no document has taken a step."""
+        self.moves = {key: torch.zeros_like(a) for key, a in self.first_a.items()}
+        self.steps = torch.zeros(1)
+
+    def begin_group(self) -> None:
+        """Give each document of the next group its A and B, and a new optimiser."""
+        cfg = self.run.cfg
+        self.factors = {}
+        for key, a in self.first_a.items():
+            outputs = self.sizes[key][1]
+            many_a = a.expand(cfg.ttt_batch_size, -1, -1).clone()
+            many_b = a.new_zeros(cfg.ttt_batch_size, outputs, cfg.ttt_lora_rank)
+            self.factors[key] = (many_a.requires_grad_(), many_b.requires_grad_())
+        self.optimiser = torch.optim.AdamW(
+            itertools.chain.from_iterable(self.factors.values()),
+            lr=cfg.ttt_lr,
+            betas=(cfg.ttt_beta1, cfg.ttt_beta2),
+            eps=1e-10,
+            weight_decay=cfg.ttt_weight_decay,
+        )
+        self.group_steps = 0
+
+    def adapters(self) -> list[Adapters]:
+        """What the model adds to each layer of its plan and to the head."""
+        cfg = self.run.cfg
+        layers = [{} for _ in range(len(self.run.model.plans[-1]) + 1)]
+        for (layer, place), (a, b) in self.factors.items():
+            layers[layer][place] = (a, cfg.ttt_lora_alpha / cfg.ttt_lora_rank * b)
+        return layers
+
+    def score(self, turn: DocumentTurn) -> Tensor:
+        """Nats of the turn's targets, float64 [scored], on the CPU; then the documents that go on learn from
+        their chunks, TTT_STEPS steps on the mean nats of each.
+
+        The first step takes the gradient of the very pass that made the score.
+        """
+        if turn.begins:
+            self.begin_group()
+        run = self.run
+        padded = pad_windows(run.data, turn.windows, turn.shape, run.runtime.device)
+        for step in range(run.cfg.ttt_steps):
+            nats = run.nats(padded.ids, padded.targets, padded.positions, adapters=self.adapters())
+            if step == 0:
+                scored = nats.detach()[padded.is_scored].cpu().double()
+                self.note_finished(turn.learning, len(turn.windows))
+            if not turn.learning:
+                break
+            self.optimiser.zero_grad()
+            trained = self.optimiser.param_groups[0]["params"]
+            nats[: turn.learning].mean(1).sum().backward(inputs=trained)
+            self.optimiser.step()
+            self.group_steps += 1
+        return scored
+
+    @torch.no_grad()
+    def note_finished(self, first: int, stop: int) -> None:
+        """Keep what documents first .. stop-1 of the group made of A: they have their last scores. What the
+        optimiser does to their factors from now on is seen by nobody."""
+        for key, (a, _) in self.factors.items():
+            self.moves[key] += self.group_steps * (a[first:stop] - self.first_a[key]).sum(0)
+        self.steps += self.group_steps * (stop - first)
+
+    @torch.no_grad()
+    def learn(self, block: Chunk) -> None:
+        """Move the A that the next block's documents begin with. All ranks call it together."""
+        if not block.ends_text:
+            steps = self.run.runtime.sum(self.steps.double()).item()
+            for key, move in self.moves.items():
+                self.first_a[key] += self.run.runtime.sum(move) / max(1.0, steps)
+        self.forget_block()
+
+
+@contextmanager
+def frozen_weights(model: GPT) -> Iterator[None]:
+    """Meanwhile no weight of the model has a gradient: compiled code would take them all."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    for param in trained:
+        param.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for param in trained:
+            param.requires_grad_(True)
+
+
+def adapter_sizes(cfg: Config, model: GPT) -> dict[tuple[int, str], tuple[int, int]]:
+    """{(layer of the plan, place): (inputs, outputs)} of each LoRA of a document; the head is the last."""
+    width = cfg.model_dim
+    key_width = cfg.num_kv_heads * cfg.head_dim
+    outputs = dict(q=width, k=key_width, v=key_width, o=width, mlp=width)
+    plan = model.plans[-1]
+    sizes = {}
+    for place in lora_places(cfg):
+        if place == "head":
+            sizes[len(plan), place] = (width, cfg.vocab_size)
+            continue
+        for number, layer in enumerate(plan):
+            if layer.runs:
+                sizes[number, place] = (width, outputs[place])
+    return sizes
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -6188,9 +6689,22 @@ def score_sliding(run: Run, previous: Score | None, limit: float, announce: Call
     return run.score(run.cfg.eval_stride, limit, announce)
 
 
+def score_isolated(
+    run: Run, previous: Score | None, limit: float, announce: Callable[[float], None]
+) -> Score:
+    """Score each document by itself, the long ones by windows that slide by EVAL_STRIDE."""
+    return run.score(run.cfg.eval_stride, limit, announce, isolated=True)
+
+
 def score_ttt(run: Run, previous: Score | None, limit: float, announce: Callable[[float], None]) -> Score:
     """Score by the same windows, or the official ones without a stride, and learn from each chunk after it is
     scored. The weights are the packed ones again in the end."""
+    if run.cfg.ttt_batch_size:
+        lora = DocumentLora(run)
+        turns = plan_document_turns(run.cfg, run.data, run.runtime)
+        watch = partial(report_wait, run.log, "scoring the validation text, learning from each document")
+        with frozen_weights(run.model):
+            return take_turns(turns, lora.score, run.data, run.runtime, limit, announce, lora.learn, watch)
     return run.score(run.cfg.eval_stride, limit, announce, TestTimeTraining(run).learn)
 
 
@@ -6301,6 +6815,8 @@ def scorers(cfg: Config) -> Iterator[tuple[str, Scorer]]:
     yield "roundtrip", score_roundtrip
     if cfg.eval_stride:
         yield "sliding", score_sliding
+    if cfg.eval_doc_isolated:
+        yield "isolated", score_isolated
     if cfg.ttt_steps:
         yield "ttt", score_ttt
     if cfg.use_hedge:
@@ -6741,8 +7257,10 @@ class Run:
         self.loss = self.runtime.compile(training_loss(self.cfg, self.model))
         model = self.model
 
-        def nats(ids, target_ids, positions=None, phase=-1):
-            return token_nats(model, ids, target_ids, positions, phase=phase)
+        def nats(ids, target_ids, positions=None, phase=-1, adapters=None):
+            if adapters is None:
+                return token_nats(model, ids, target_ids, positions, phase=phase)
+            return token_nats(model, ids, target_ids, positions, phase=phase, adapters=adapters)
 
         self.nats = self.runtime.compile(nats)
 
@@ -6783,6 +7301,7 @@ class Run:
         announce: Callable[[float], None] | None = None,
         learn: Callable[[Chunk], None] | None = None,
         phase: int = -1,
+        isolated: bool = False,
     ) -> Score:
         """Score the validation text by official windows, or ones that slide by `stride`; as `evaluate`.
 
@@ -6792,10 +7311,14 @@ class Run:
         wait = "scoring the validation text"
         if stride:
             wait += f" by windows that slide by {stride}"
+        if isolated:
+            wait += ", each document by itself"
         if learn:
             wait += ", learning from it"
         watch = partial(report_wait, self.log, wait)
-        return evaluate(self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn, watch)
+        return evaluate(
+            self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn, watch, isolated
+        )
 
 
 def report_wait(log: RunLog, phase: str, share: float, seconds: float) -> None:
@@ -6990,30 +7513,40 @@ def warm_evaluation(run: Run) -> None:
     """Compile the evaluation graphs on blank tokens: each shape, and each phase that will be validated."""
     cfg = run.cfg
     device = run.runtime.device
-    graphs = evaluation_graphs(cfg)
+    graphs = evaluation_graphs(cfg, device)
+    count = len(graphs) + (len(document_shapes(cfg)) if cfg.ttt_batch_size else 0)
     if run.runtime.compiles:
-        run.log.say(f"compiling the model for scoring: usually 10 to 40 s a graph, graphs: {len(graphs)}")
-    for stride, phase, learns in graphs:
-        batch, length, width = pass_shape(cfg, device, stride, learns)
-        ids = torch.zeros(batch, length, dtype=torch.int64, device=device)
-        target_ids = torch.zeros(batch, width, dtype=torch.int64, device=device)
-        positions = torch.zeros(batch, width, dtype=torch.int64, device=device)
+        run.log.say(f"compiling the model for scoring: usually 10 to 40 s a graph, graphs: {count}")
+    for shape, phase, learns in graphs:
+        ids = torch.zeros(shape.batch, shape.length, dtype=torch.int64, device=device)
+        target_ids = torch.zeros(shape.batch, shape.width, dtype=torch.int64, device=device)
+        positions = (torch.zeros_like(target_ids),) if shape.slides else ()
         with torch.no_grad():
-            if stride:
-                run.nats(ids, target_ids, positions, phase=phase)
-            else:
-                run.nats(ids, target_ids, phase=phase)
-        if learns and not stride:
+            run.nats(ids, target_ids, *positions, phase=phase)
+        if learns and not shape.slides:
             run.nats(ids, target_ids, phase=phase).sum().backward()
+    if cfg.ttt_batch_size:
+        warm_document_lora(run)
 
 
-def evaluation_graphs(cfg: Config) -> list[tuple[int, int, bool]]:
-    """(stride, phase, learns) of every graph that evaluation runs; stride 0: official windows."""
-    graphs = [(0, -1, False), (cfg.eval_stride, -1, False)]
-    if cfg.ttt_steps > 0:
-        graphs += [(0, -1, True), (cfg.eval_stride, -1, True)]
+def warm_document_lora(run: Run) -> None:
+    """Compile the passes of TTT_BATCH_SIZE on blank tokens, forward and backward."""
+    lora = DocumentLora(run)
+    with frozen_weights(run.model):
+        for shape in document_shapes(run.cfg):
+            lora.score(DocumentTurn(shape, [], begins=True, learning=1))
+
+
+def evaluation_graphs(cfg: Config, device: torch.device) -> list[tuple[PassShape, int, bool]]:
+    """(shape, phase, learns) of every graph that evaluation runs."""
+    official = pass_shape(cfg, device, 0)
+    graphs = [(official, -1, False), (pass_shape(cfg, device, cfg.eval_stride), -1, False)]
+    if cfg.eval_doc_isolated:
+        graphs += [(shape, -1, False) for shape in isolated_shapes(cfg, device)]
+    if cfg.ttt_steps > 0 and not cfg.ttt_batch_size:
+        graphs += [(pass_shape(cfg, device, stride, True), -1, True) for stride in (0, cfg.eval_stride)]
     if cfg.val_loss_every and not cfg.eval_only:
-        graphs += [(0, cfg.last_alike(phase), False) for phase in range(-len(cfg.phases), -1)]
+        graphs += [(official, cfg.last_alike(phase), False) for phase in range(-len(cfg.phases), -1)]
     return list(dict.fromkeys(graphs))
 
 

@@ -20,6 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt import (  # noqa: E402
+    BOS_ID,
     ILLEGAL_SCORE,
     Run,
     RunError,
@@ -71,13 +72,16 @@ class Breaches(dict[str, str]):
 # -- The texts that are tried ----------------------------------------------------------------------------
 
 
-def texts_to_try(tokens: np.ndarray, vocab: int, longest: int, rng: np.random.Generator) -> dict:
-    """{name: ids}: the beginning of the given text, a long one, and three that are made to wake what sleeps
-    in a scorer: caches, counts, special ids. The names are for messages."""
+def texts_to_try(
+    tokens: np.ndarray, vocab: int, longest: int, boundary: int, rng: np.random.Generator
+) -> dict:
+    """{name: ids}: the beginning of the given text, a long one, and four that are made to wake what sleeps
+    in a scorer: caches, counts, special ids, documents. The names are for messages."""
     return {
         "": tokens[:SHORT],
         "in a text of repeated pieces, ": repeating_text(tokens, vocab, rng),
         "in a text of loops, ": looping_text(tokens, rng),
+        "in a text of many documents, ": many_documents(tokens, min(boundary, vocab - 1), rng),
         "in a random text, ": rng.integers(0, vocab, SHORT).astype(tokens.dtype),
         "in a long text, ": long_text(tokens, vocab, longest, rng),
     }
@@ -115,6 +119,14 @@ def looping_text(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     for size, times in ((1, 60), (2, 20), (3, 12), (5, 12)):
         begin = int(rng.integers(0, max(1, len(tokens) - size)))
         text += times * [int(token) for token in tokens[begin : begin + size]]
+    return np.array(text, tokens.dtype)
+
+
+def many_documents(tokens: np.ndarray, boundary: int, rng: np.random.Generator) -> np.ndarray:
+    """Pieces of the text, of 1 to 40 tokens and not in the order of their lengths, each after a boundary."""
+    text = []
+    while len(text) < 3 * SHORT:
+        text += [boundary, *piece(tokens, 1, int(rng.choice([4, 12, 41])), rng)]
     return np.array(text, tokens.dtype)
 
 
@@ -421,6 +433,7 @@ def check_score(
     tolerance: float = TOLERANCE,
     values: Callable | None = None,
     watch: Callable[[float], None] | None = None,
+    boundary: int = BOS_ID,
 ) -> Breaches:
     """Try the four conditions of a score (parameter-golf issue #1017) from outside: {condition: breach}.
 
@@ -428,6 +441,7 @@ def check_score(
     It must take any ids below vocab and any N from 1 on. values(tokens, position) -> log-probs [vocab] of all
     values of that token, for a scorer that can give them faster than by as many calls; it is compared.
     watch(seconds), if given, is told again and again how long it has taken so far.
+    boundary: the id that opens a document.
     C1 causal: later tokens change no earlier score, and neither does where the text ends. C2 normalised: the
     probabilities of all values of a token add up to 1. C3 score before update: not both fail. C4 single pass:
     each token has one score, the same when asked again, and none knows the end.
@@ -447,7 +461,7 @@ def check_score(
     """
     trial = Trial(score, vocab, seconds, tolerance, values, watch)
     tokens = np.asarray(tokens)
-    named = texts_to_try(tokens, vocab, longest, trial.rng)
+    named = texts_to_try(tokens, vocab, longest, boundary, trial.rng)
     texts = [TriedText(trial, name, text, longest) for name, text in named.items()]
     # Half of the time for the cuts, and what they leave of it for the sums.
     take_tasks(trial, [cut_tasks(text) for text in texts], seconds / 2, is_enough=all)
@@ -504,6 +518,7 @@ def check_own_scores(run: Run, seconds: float = OWN_SECONDS) -> None:
     since each has at least one change on each text and one sum."""
     names = [name for name, _ in scorers(run.cfg)]
     run.log.say(f"SCORE_CHECK: trying {', '.join(names)}: usually {seconds:.0f} s, more on a slow machine")
+    boundaries = run.data.tokens[run.data.starts]
     for done, name in enumerate(names):
         found = check_score(
             partial(own_logs, run, name),
@@ -514,6 +529,7 @@ def check_own_scores(run: Run, seconds: float = OWN_SECONDS) -> None:
             OWN_TOLERANCE,
             partial(own_values, run, name),
             partial(report_trial, run.log, name, done / len(names), seconds),
+            int(boundaries[0]) if len(boundaries) else BOS_ID,
         )
         if found:
             raise RunError(f"SCORE_CHECK: {name} {found}", ILLEGAL_SCORE)
@@ -538,6 +554,9 @@ def small_run(run: Run, tokens: np.ndarray) -> Run:
         eval_seq_len=length,
         val_batch_size=8 * 4 * length,
         ttt_chunk_tokens=length,
+        ttt_chunk_size=max(1, min(cfg.ttt_chunk_size, length // 4)),
+        ttt_batch_size=min(cfg.ttt_batch_size, 2),
+        ttt_eval_seq_len=0,
         eval_batch_seqs=4,
         eval_stride=min(cfg.eval_stride, length // 2),
         max_eval_seconds=0.0,
@@ -599,10 +618,11 @@ class NatsOfAllValues:
         self.mark = mark
         self.found = np.full(mark, math.nan)
 
-    def __call__(self, ids, targets, positions=None, phase=-1):
+    def __call__(self, ids, targets, positions=None, phase=-1, adapters=None):
         at = (targets == self.mark).nonzero().tolist()
-        # Test-time training has a graph; it learns from the token after it is scored, so from any value.
-        if at and not torch.is_grad_enabled():
+        # The first pass that has the mark as a target is the one that scores it. Others learn from it, and as
+        # that is after its score, from any value.
+        if at and np.isnan(self.found).all():
             ((row, column),) = at
             rows = slice(row, row + 1)
             of_row = None if positions is None else positions[rows]
@@ -611,11 +631,24 @@ class NatsOfAllValues:
                 many_ids = self.filled(ids[rows].expand(size), values)
                 many_targets = self.filled(targets[rows].expand(size), values)
                 many_positions = None if of_row is None else of_row.expand(size)
-                nats = self.nats(many_ids, many_targets, many_positions, phase=phase)
+                more = {} if adapters is None else dict(adapters=adapters_of_row(adapters, rows, len(values)))
+                with torch.no_grad():
+                    nats = self.nats(many_ids, many_targets, many_positions, phase=phase, **more)
                 self.found[values.cpu().numpy()] = nats[:, column].double().cpu().numpy()
         zero = torch.zeros(1, dtype=torch.int64, device=ids.device)
-        return self.nats(self.filled(ids, zero), self.filled(targets, zero), positions, phase=phase)
+        more = {} if adapters is None else dict(adapters=adapters)
+        return self.nats(self.filled(ids, zero), self.filled(targets, zero), positions, phase=phase, **more)
 
     def filled(self, ids, values):
         """The ids with values [rows] or [1] in the stead of the mark."""
         return torch.where(ids == self.mark, values[:, None], ids)
+
+
+def adapters_of_row(adapters: list[dict], rows: slice, count: int) -> list[dict]:
+    """One text's adapters for `count` texts."""
+    many = []
+    for layer in adapters:
+        many.append(
+            {place: tuple(f[rows].expand(count, -1, -1) for f in pair) for place, pair in layer.items()}
+        )
+    return many

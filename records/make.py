@@ -40,7 +40,7 @@ from records.page import Bar, Page, knobs_of  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 ARTIFACT = "final_model.int8.ptz"
 READABLE = "train_gpt_readable.py"
-SCORES = "roundtrip", "sliding", "ttt", "hedge"
+SCORES = "roundtrip", "sliding", "isolated", "ttt", "hedge"
 
 
 def import_script(source: bytes, path: Path) -> ModuleType:

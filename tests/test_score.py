@@ -1,8 +1,11 @@
 """The score: every target once on any number of ranks, nats over bytes of a true distribution."""
 
+import itertools
 import math
 import re
+import shutil
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -11,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import TINY, random_model
+from tests.conftest import TINY, random_model, write_shard
 from tests.support import reference
 from train_gpt import (
     GPT,
@@ -24,7 +27,12 @@ from train_gpt import (
     Validation,
     Window,
     evaluate,
+    load_tokenizer,
+    load_validation,
+    plan_isolated_turns,
+    plan_turns,
     plan_windows,
+    score_windows,
     token_nats,
 )
 
@@ -499,6 +507,96 @@ def test_a_stride_longer_than_its_window_is_refused(case):
 def test_a_window_without_a_stride_is_refused(name):
     with pytest.raises(RunError, match=f"{name} has no effect without EVAL_STRIDE"):
         Config.from_env({name: "512"})
+
+
+# --- each document by itself ---
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    edges=st.lists(st.integers(1, 400), max_size=12, unique=True),
+    length=st.integers(1, 90),
+    stride=st.integers(1, 90),
+    ranks=st.integers(1, 4),
+    val_batch_size=st.sampled_from([8, 900, 524_288]),
+)
+def test_isolated_windows_score_every_target_once_and_cross_no_border(
+    edges, length, stride, ranks, val_batch_size
+):
+    targets = 1 + max(edges, default=9)
+    data = replace(validation(targets), starts=np.sort(np.array(edges, np.int64)))
+    cfg = config(eval_seq_len=length, eval_stride=min(stride, length), val_batch_size=val_batch_size)
+    document_of = np.searchsorted(data.starts, np.arange(targets), side="right")
+    scored = np.zeros(targets, int)
+    plans = [plan_isolated_turns(cfg, data, Runtime(rank=r, world_size=ranks)) for r in range(ranks)]
+    assert len({tuple(turn.shape for turn in plan) for plan in plans}) == 1, "ranks meet after each turn"
+    for turn in itertools.chain(*plans):
+        assert len(turn.windows) <= turn.shape.batch
+        for window in turn.windows:
+            assert document_of[window.start] == document_of[window.stop - 1]
+            assert window.stop - window.start <= turn.shape.length
+            assert window.stop - window.first <= turn.shape.width
+            assert turn.shape.slides or window.start == window.first
+            scored[window.first : window.stop] += 1
+    assert (scored == 1).all()
+
+
+def isolated_reference(model: GPT, data: Validation, cfg: Config) -> np.ndarray:
+    """Nats [targets] by float64, one target after another, each from what its document's window holds."""
+    state, length = reference.as_float64(model.state_dict()), cfg.eval_length
+    stride, tokens = cfg.eval_stride or length, data.tokens.astype(int)
+    nats = []
+    for begin, end in itertools.pairwise([0, *data.starts.tolist(), data.targets]):
+        for target in range(begin, end):
+            strides = max(0, -(-(target + 1 - begin - length) // stride))
+            start = begin + strides * stride
+            piece = tokens[start : target + 2]
+            nats.append(reference.nats(state, piece[:-1], piece[1:], cfg)[-1].item())
+    return np.array(nats)
+
+
+ISOLATED = {"slides": dict(eval_stride=8, eval_seq_len=24), "no_stride": {}, "short": dict(eval_stride=3)}
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("name", ISOLATED)
+def test_isolated_each_document_is_scored_as_if_alone(name, ranks):
+    cfg = config(**ISOLATED[name], val_batch_size=600)
+    data = replace(validation(140), starts=np.array([1, 3, 40, 41, 55, 105]))
+    model = random_model(cfg)
+    expected = isolated_reference(model, data, cfg)
+    found = np.zeros(140)
+    for rank in range(ranks):
+        for turn in plan_isolated_turns(cfg, data, Runtime(rank=rank, world_size=ranks)):
+            if turn.windows:
+                nats = score_windows(nats_of(model), data, turn, torch.device("cpu"))
+                found[np.concatenate([np.arange(w.first, w.stop) for w in turn.windows])] += nats.numpy()
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
+    whole = evaluate(cfg, nats_of(model), data, Runtime(), isolated=True)
+    np.testing.assert_allclose(whole.target_nats.numpy(), expected, rtol=2e-5, atol=1e-6)
+    assert whole.nats == pytest.approx(expected.sum(), rel=1e-6) and whole.bytes == data.bytes
+
+
+def test_isolated_documents_cost_less_than_sliding_over_all():
+    """Tokens that the passes read, padding included, for documents as long as those of web text."""
+    lengths = np.random.default_rng(3).lognormal(6.3, 0.9, 2000).astype(int) + 2
+    data = replace(validation(int(lengths.sum())), starts=np.cumsum(lengths)[:-1])
+    cfg = config(eval_seq_len=1024, eval_stride=256)
+    isolated = sum(turn.shape.tokens for turn in plan_isolated_turns(cfg, data, Runtime()))
+    slid = sum(turn.shape.tokens for turn in plan_turns(cfg, data, Runtime(), 256, learns=False))
+    assert isolated < 0.6 * slid
+
+
+@pytest.mark.parametrize("knob", ["eval_doc_isolated", "ttt_reset"])
+def test_a_text_without_documents_is_refused(knob, tmp_path, dataset):
+    bare = tmp_path / "bare"
+    shutil.copytree(dataset, bare)
+    for path in bare.glob("*_val_*.bin"):
+        write_shard(path, np.full(400, 300, np.uint16))
+    knobs = dict({knob: True}, data_path=str(bare), tokenizer_path=str(bare / "tokenizer.model"))
+    cfg = Config(ttt_steps=int(knob == "ttt_reset"), vocab_size=TINY["vocab_size"], **knobs)
+    with pytest.raises(RunError, match=f"{knob.upper()} needs documents, but no BOS or EOS"):
+        load_validation(cfg, load_tokenizer(cfg))
 
 
 # --- whole runs that slide ---

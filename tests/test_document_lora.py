@@ -1,0 +1,369 @@
+"""Test-time training by document: a batch of LoRAs is each document's own, in an order that can be read."""
+
+import itertools
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import train_gpt
+from records.legality import (
+    Trial,
+    TriedText,
+    check_own_scores,
+    check_score,
+    cuts_to_try,
+    many_documents,
+    own_logs,
+)
+from tests.conftest import random_model
+from tests.support.ranks import on_ranks
+from train_gpt import (
+    Config,
+    DocumentLora,
+    Run,
+    RunError,
+    RunLog,
+    Runtime,
+    Validation,
+    plan_document_turns,
+    score_all,
+)
+
+VOCAB = 24
+BOS = 1
+SIZES = dict(
+    vocab_size=VOCAB, num_layers=2, model_dim=32, num_heads=4, num_kv_heads=2, train_seq_len=16,
+    train_batch_tokens=64, val_batch_size=256, tie_embeddings=False,
+)  # fmt: skip
+LORA = dict(
+    ttt_steps=1, ttt_lr=0.02, ttt_lora_rank=3, ttt_lora_alpha=6.0, ttt_batch_size=3, ttt_chunk_size=4,
+    ttt_eval_seq_len=12,
+)  # fmt: skip
+LENGTHS = [3, 30, 4, 17, 1, 8, 9, 25, 12, 5, 2, 40]  # of documents, with the BOS that opens each
+
+
+def text_of(lengths, seed=0) -> np.ndarray:
+    """Documents of random tokens, each behind a BOS, and a last token to be scored."""
+    rng = np.random.default_rng(seed)
+    pieces = [np.append(BOS, rng.integers(2, VOCAB, length - 1)) for length in lengths]
+    return np.append(np.concatenate(pieces), 5).astype(np.uint16)
+
+
+def scoring(tokens, **knobs) -> Run:
+    """A Run of a random model on a text whose documents begin with a BOS."""
+    cfg = Config(**SIZES | LORA | knobs)
+    starts = 1 + np.flatnonzero(tokens[1:-1] == BOS)
+    data = Validation(tokens, np.ones(len(tokens) - 1, np.int16), 1, "", starts)
+    return Run(cfg, Runtime(), RunLog(None, ""), random_model(cfg), data)
+
+
+def nats_of_all(run: Run) -> dict[str, torch.Tensor]:
+    return {name: score.target_nats for name, score in score_all(run)}
+
+
+# --- the reference: one document after another, without padding, by hooks on the model's modules ---
+
+
+class OneByOne:
+    """The score of the documents, each alone; its LoRAs hang on the modules as forward hooks."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.first = {key: a.clone() for key, a in DocumentLora(run).first_a.items()}
+        self.scale = run.cfg.ttt_lora_alpha / run.cfg.ttt_lora_rank
+        self.calls = {}
+        for number, block in enumerate(run.model.blocks):
+            places = dict(q=block.attn.c_q, k=block.attn.c_k, v=block.attn.c_v, o=block.attn, mlp=block.mlp)
+            for place, module in places.items():
+                module.register_forward_hook(partial(self.add, number, place))
+
+    def add(self, block, place, module, inputs, output):
+        """Add what the LoRA of this call of the block makes of the input."""
+        layers = [at for at, layer in enumerate(self.run.model.plans[-1]) if layer.block == block]
+        call = self.calls.get((block, place), 0)
+        self.calls[block, place] = call + 1
+        pair = self.factors.get((layers[call % len(layers)], place))
+        if pair is None:
+            return output
+        extra = self.scale * inputs[0] @ pair[0].mT.to(inputs[0].dtype) @ pair[1].mT.to(inputs[0].dtype)
+        return (output[0] + extra, *output[1:]) if place == "o" else output + extra
+
+    def nats(self, start: int, first: int, stop: int) -> torch.Tensor:
+        tokens = torch.from_numpy(self.run.data.tokens.astype(np.int64))
+        head = self.run.model.lm_head.weight
+        pair = self.factors.get((len(self.run.model.plans[-1]), "head"))
+        if pair is not None:
+            head = head + (self.scale * pair[1] @ pair[0]).to(head.dtype)
+        logits = torch.func.functional_call(
+            self.run.model, {"lm_head.weight": head}, (tokens[None, start:stop],)
+        )[0, first - start :]
+        return -logits.log_softmax(-1).gather(1, tokens[first + 1 : stop + 1, None])[:, 0]
+
+    def document(self, begin: int, end: int) -> tuple[torch.Tensor, int]:
+        """(nats of the document, steps taken); `factors` is left as learnt."""
+        cfg = self.run.cfg
+        outputs = train_gpt.adapter_sizes(cfg, self.run.model)
+        self.factors = {
+            key: (a.clone().requires_grad_(), torch.zeros(outputs[key][1], len(a), requires_grad=True))
+            for key, a in self.first.items()
+        }
+        optimiser = torch.optim.AdamW(
+            itertools.chain(*self.factors.values()), lr=cfg.ttt_lr, betas=(cfg.ttt_beta1, cfg.ttt_beta2),
+            eps=1e-10, weight_decay=cfg.ttt_weight_decay,
+        )  # fmt: skip
+        found, steps = [], 0
+        for first in range(begin, end, cfg.ttt_chunk_size):
+            stop = first + cfg.ttt_chunk_size
+            window = (max(begin, stop - cfg.ttt_eval_seq_len), first, min(stop, end))
+            found.append(self.nats(*window).detach())
+            if stop >= end:
+                break
+            for _ in range(cfg.ttt_steps):
+                optimiser.zero_grad()
+                self.nats(*window).mean().backward()
+                optimiser.step()
+                steps += 1
+        return torch.cat(found), steps
+
+    def score(self) -> torch.Tensor:
+        cfg, spans = self.run.cfg, self.run.data.spans
+        moves, total, found, edge = {}, 0, [], cfg.ttt_batch_size
+        for number, span in enumerate(spans):
+            if number == edge and cfg.ttt_warm_start_a:
+                for key, move in moves.items():
+                    self.first[key] = self.first[key] + move / max(1, total)
+                moves, total, edge = {}, 0, 2 * edge
+            nats, steps = self.document(*span)
+            found.append(nats)
+            total += steps
+            for key, (a, _) in self.factors.items():
+                moves[key] = moves.get(key, 0) + steps * (a.detach() - self.first[key])
+        return torch.cat(found)
+
+
+KINDS = {
+    "warm": {},
+    "fresh": dict(ttt_warm_start_a=False, ttt_beta1=0.9),
+    "two_steps": dict(ttt_steps=2, ttt_batch_size=5),
+    "some_places": dict(ttt_q_lora=False, ttt_v_lora=False, ttt_head_lora=False, ttt_batch_size=1),
+    "loop": dict(num_layers=3, num_loops=2, loop_start=1, loop_end=1, enable_looping_at=0.0),
+    "lanes": dict(num_layers=3, encoder_layers=1, parallel_start_layer=2),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_batch_of_documents_is_each_document_by_itself(name):
+    run = scoring(text_of(LENGTHS), **KINDS[name])
+    run.model = run.model.double()
+    run.model.dtype = torch.float64
+    run.make_graphs()
+    found = nats_of_all(run)["ttt"]
+    expected = OneByOne(run).score()
+    torch.testing.assert_close(found.double(), expected.double(), rtol=2e-5, atol=2e-5)
+    plain = nats_of_all(scoring(text_of(LENGTHS), **KINDS[name], ttt_lr=0.0))["ttt"]
+    assert (found - plain).abs().max() > 0.01, "it has learnt nothing"
+
+
+def test_the_factors_are_those_of_each_document_alone():
+    """After five chunks, A and B of each row are what its document alone makes of them."""
+    run = scoring(text_of([19, 19, 18]))
+    lora, alone = DocumentLora(run), OneByOne(run)
+    alone.factors = {}
+    for turn in plan_document_turns(run.cfg, run.data, run.runtime):
+        lora.score(turn)
+    for row, span in enumerate(run.data.spans):
+        assert alone.document(*span)[1] == lora.group_steps == 4
+        for key, (a, b) in alone.factors.items():
+            many_a, many_b = lora.factors[key]
+            assert b.abs().max() > 1e-3 and (a - alone.first[key]).abs().max() > 1e-3
+            torch.testing.assert_close(many_a[row], a, rtol=1e-3, atol=2e-4)
+            torch.testing.assert_close(many_b[row], b, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("knobs", [dict(ttt_lr=0.0), dict(ttt_lora_alpha=0.0)])
+def test_without_learning_it_is_the_isolated_score(knobs):
+    run = scoring(
+        text_of(LENGTHS),
+        **knobs,
+        eval_doc_isolated=True,
+        eval_stride=4,
+        eval_seq_len=12,
+        ttt_weight_decay=0.0,
+    )
+    scores = nats_of_all(run)
+    torch.testing.assert_close(scores["ttt"], scores["isolated"], rtol=1e-5, atol=1e-5)
+
+
+# --- the order ---
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=25),
+    ranks=st.integers(1, 5),
+    batch=st.integers(1, 6),
+    width=st.integers(1, 12),
+    is_warm=st.booleans(),
+)
+def test_every_target_is_scored_once_and_all_ranks_meet(lengths, ranks, batch, width, is_warm):
+    run = scoring(text_of(lengths), ttt_batch_size=batch, ttt_chunk_size=width, ttt_warm_start_a=is_warm)
+    document_of = np.searchsorted(run.data.starts, np.arange(run.data.targets), side="right")
+    scored = np.zeros(run.data.targets, int)
+    plans = []
+    for rank in range(ranks):
+        plans.append(plan_document_turns(run.cfg, run.data, Runtime(rank=rank, world_size=ranks)))
+        for turn in plans[-1]:
+            assert len(turn.windows) <= batch and turn.learning <= len(turn.windows)
+            for start, first, stop in turn.windows:
+                assert document_of[start] == document_of[stop - 1]
+                assert start == max(first + width - 12, first - (first - start)) and stop - start <= 12
+                scored[first:stop] += 1
+    assert (scored == 1).all()
+    blocks = [[(at, turn.chunk) for at, turn in enumerate(plan) if turn.chunk] for plan in plans]
+    assert all(found == blocks[0] for found in blocks) and len({len(plan) for plan in plans}) == 1
+    edges = [document_of[chunk.first] for _, chunk in blocks[0]]
+    doubling = [0, *(batch * 2**k for k in range(9))] if is_warm else [0]
+    assert edges == [edge for edge in doubling if edge < len(lengths)]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", ["warm", "fresh"])
+def test_the_score_is_the_same_on_any_number_of_ranks(name, ranks):
+    run = scoring(text_of(LENGTHS), **KINDS[name], use_hedge=True, hedge_order=2)
+    one = nats_of_all(run)
+    for scores in on_ranks(ranks, run, nats_of_all)[:1]:
+        for score in ("ttt", "hedge"):
+            torch.testing.assert_close(scores[score], one[score], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["warm", "two_steps"])
+def test_a_chunk_is_scored_before_it_is_learnt(name):
+    """Other targets from any place on leave all scores before it, to the bit."""
+    text = text_of(LENGTHS)
+    whole = nats_of_all(scoring(text, **KINDS[name]))["ttt"]
+    for edge in (1, 4, 5, 33, 40, 60, 90, 120, len(text) - 2):
+        other = text.copy()
+        other[edge + 1 :] = np.random.default_rng(edge).integers(0, VOCAB, len(text) - edge - 1)
+        changed = nats_of_all(scoring(other, **KINDS[name]))["ttt"]
+        assert torch.equal(changed[:edge], whole[:edge])
+        assert not torch.equal(changed[edge:], whole[edge:])
+
+
+# --- the check from outside, on texts of many documents and several ranks ---
+
+
+def log_probs(score: str, ranks: int, knobs: dict, tokens: np.ndarray) -> np.ndarray:
+    """The log-probabilities of tokens[1:] by one of the scores, made on several ranks."""
+    run = scoring(tokens.astype(np.uint16), **knobs, score_dump="kept")  # so that it keeps all nats
+    return -on_ranks(ranks, run, nats_of_all)[0][score].double().numpy()
+
+
+OUTSIDE = {
+    "isolated": ("isolated", dict(ttt_steps=0, eval_doc_isolated=True, eval_stride=4)),
+    "documents": ("ttt", {}),
+    "hedge": ("hedge", dict(use_hedge=True, hedge_order=3)),
+    "hedge_isolated": (
+        "hedge",
+        dict(ttt_steps=0, eval_doc_isolated=True, eval_stride=4, use_hedge=True, hedge_order=3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_on_two_ranks_the_scores_are_legal_from_outside(name):
+    score, knobs = OUTSIDE[name]
+    found = check_score(
+        partial(log_probs, score, 2, knobs), text_of(LENGTHS), VOCAB, seconds=10, longest=300, boundary=BOS
+    )
+    assert not found, str(found)
+    assert found.cuts >= 6 and found.sums >= 1
+
+
+def longest_first(cfg, data, runtime):
+    """The published order: the longest documents of the whole text teach the others."""
+    spans = sorted(data.spans, key=train_gpt.document_length, reverse=True)
+    turns = []
+    for at in range(0, len(spans), cfg.ttt_batch_size):
+        turns += train_gpt.document_turns(cfg, spans[at : at + cfg.ttt_batch_size])
+        chunk = train_gpt.Chunk(0, 1, ends_text=False)
+        turns[-1] = replace(turns[-1], chunk=chunk)
+    return turns
+
+
+def learnt_first(self, turn):
+    """The score of a chunk by the weights that have learnt from it."""
+    self.begin_group() if turn.begins else None
+    padded = train_gpt.pad_windows(self.run.data, turn.windows, turn.shape, torch.device("cpu"))
+    for _ in range(2):
+        nats = self.run.nats(padded.ids, padded.targets, padded.positions, adapters=self.adapters())
+        self.optimiser.zero_grad()
+        nats.mean(1).sum().backward(inputs=self.optimiser.param_groups[0]["params"])
+        self.optimiser.step()
+    return nats.detach()[padded.is_scored].cpu().double()
+
+
+SABOTAGE = {
+    "longest_first": (train_gpt, "plan_document_turns", longest_first),
+    "learnt_first": (DocumentLora, "score", learnt_first),
+}
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_the_published_order_and_a_peek_are_illegal(name, monkeypatch):
+    """Within forty changes of later tokens, by the check's own trials."""
+    holder, what, replacement = SABOTAGE[name]
+    monkeypatch.setattr(holder, what, replacement)
+    run = scoring(text_of(LENGTHS), ttt_lr=0.1)
+    trial = Trial(partial(own_logs, run, "ttt"), VOCAB, 60.0, 1e-5, None)
+    text = TriedText(trial, "", many_documents(text_of(LENGTHS), BOS, trial.rng), 300)
+    for cut in cuts_to_try(text.tokens, text.base, text.rng)[:40]:
+        text.trial.try_cut(text, cut)
+        if trial.found:
+            break
+    assert "C1" in trial.found
+
+
+def test_neither_the_score_nor_the_check_changes_the_model():
+    run = scoring(text_of(LENGTHS))
+    before = {key: value.clone() for key, value in run.model.state_dict().items()}
+    first = nats_of_all(run)
+    check_own_scores(run, seconds=3)
+    torch.testing.assert_close(run.model.state_dict(), before, rtol=0, atol=0)
+    assert all(param.requires_grad and param.grad is None for param in run.model.parameters())
+    assert all(torch.equal(nats, first[name]) for name, nats in nats_of_all(run).items())
+
+
+# --- bad input ---
+
+REFUSED = {
+    "chunk_beyond_its_window": (dict(ttt_chunk_size=13), "TTT_CHUNK_SIZE=13 is longer than its window of 12"),
+    "no_place": (
+        {f"ttt_{place}_lora": False for place in train_gpt.LORA_PLACES},
+        "TTT_BATCH_SIZE needs a place for its LoRA: set one of TTT_Q_LORA=1 ",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_knobs_are_refused(name):
+    knobs, message = REFUSED[name]
+    with pytest.raises(RunError, match=message):
+        Config(**SIZES | LORA | knobs)
+
+
+@pytest.mark.parametrize("missing", ["TTT_LORA_RANK", "TTT_STEPS", "TTT_BATCH_SIZE"])
+def test_knobs_without_what_they_need_are_refused(missing):
+    env = dict(TTT_STEPS="1", TTT_LORA_RANK="4", TTT_BATCH_SIZE="8", TTT_CHUNK_SIZE="16")
+    del env[missing]
+    with pytest.raises(RunError, match=f"has no effect without {missing}!=0"):
+        Config.from_env(env)
+
+
+def test_a_rank_beyond_any_use_is_refused():
+    with pytest.raises(RunError, match="TTT_LORA_RANK=100000 is beyond any use"):
+        Config.from_env(dict(TTT_STEPS="1", TTT_LORA_RANK="100000"))
