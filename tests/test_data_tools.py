@@ -545,3 +545,14 @@ def test_a_folder_that_cannot_be_locked_is_built_in_after_one_warning(name, tmp_
     assert (tmp_path / "b/built").exists()
     said = capsys.readouterr().err
     assert said.startswith("warning: this file system has no locks") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("more, is_audited", [(-1, True), (0, False), (5, False)])
+def test_tokens_beyond_the_tokenizer_are_not_audited(tokenizer, tmp_path, capsys, more, is_audited):
+    """They were reported when the shard was read; no piece says what they weigh."""
+    path = tmp_path / "x_val_000000.bin"
+    text = tokenizer.encode("Seven lamps at dawn.")
+    tokens = [shards.BOS, *text, shards.BOS, *text, tokenizer.vocab_size() + more]
+    shards.write_shard(path, np.array(tokens, np.uint16))
+    verify.audit(tokenizer, [path], "val")
+    assert ("by decoding" in capsys.readouterr().out) is is_audited

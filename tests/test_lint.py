@@ -943,3 +943,26 @@ def test_code_bytes_are_those_of_the_source_up_to_eight(line_end, more, is_count
 def test_two_numbers_agree_if_both_can_be_roundings_of_one(one, other, agree):
     first, second = (lint_log.Statement(Decimal(value), digits, "here") for value, digits in (one, other))
     assert first.agrees_with(second) is second.agrees_with(first) is agree
+
+
+@pytest.mark.parametrize("off, code", [("0.000002", "mean_rounded"), ("0.0000002", "score_differs")])
+def test_a_mean_may_be_rounded_twice_but_not_in_its_seventh_digit(folder, off, code):
+    """1.220553 is what six digits of rounded seeds may give; with seven digits it is another number."""
+    rounded = round(Decimal(str(MEAN["val_bpb"])), -Decimal(off).as_tuple().exponent)
+    rewrite(folder, val_bpb=float(rounded + Decimal(off)))
+    found = [name for severity, name in codes(folder) if name in ("mean_rounded", "score_differs")]
+    assert found == [code]
+
+
+def test_a_setting_of_the_command_may_hold_an_equals_sign():
+    told = []
+
+    def differs(*words: str) -> None:
+        told.append(words)
+
+    log = lint_log.Log("x.log", "", overrides={"INIT_FROM": "b=c.pt"})
+    page = "## Command\n\n```bash\nINIT_FROM=b=c.pt python train_gpt.py\n```\n"
+    lint_readme.check_command(page, log, differs)
+    assert told == []
+    lint_readme.check_command(page.replace("b=c", "b=d"), log, differs)
+    assert told == [("INIT_FROM of the command", "b=d.pt", "b=c.pt")]
