@@ -556,3 +556,12 @@ def test_tokens_beyond_the_tokenizer_are_not_audited(tokenizer, tmp_path, capsys
     shards.write_shard(path, np.array(tokens, np.uint16))
     verify.audit(tokenizer, [path], "val")
     assert ("by decoding" in capsys.readouterr().out) is is_audited
+
+
+def test_batches_are_closed_when_they_are_large_enough_each_split_for_itself(monkeypatch):
+    """The workers get so much at once; a text of many gigabytes is never held whole."""
+    monkeypatch.setattr(tools, "BATCH_BYTES", 10)
+    documents = [("train", "aaaa"), ("val", "b"), ("train", "cccccc"), ("train", "ddd"), ("val", "e" * 20)]
+    assert list(tools.batches(documents)) == [
+        ("train", ["aaaa", "cccccc"]), ("val", ["b", "e" * 20]), ("train", ["ddd"]),
+    ]  # fmt: skip

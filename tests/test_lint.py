@@ -966,3 +966,11 @@ def test_a_setting_of_the_command_may_hold_an_equals_sign():
     assert told == []
     lint_readme.check_command(page.replace("b=c", "b=d"), log, differs)
     assert told == [("INIT_FROM of the command", "b=d.pt", "b=c.pt")]
+
+
+@pytest.mark.parametrize("said, is_said", [("1.22058", True), ("1.2206", True), ("1.2205", True),
+                                           ("1.2204", False), ("1.2207", False), ("1.22057", True),
+                                           ("1.22060", False)])  # fmt: skip
+def test_a_page_may_round_a_score_or_cut_it(said, is_said):
+    log = lint_log.Log("x.log", "", finals=[lint_log.Score("final", Decimal(2), Decimal("1.22058"), 0.0)])
+    assert lint_readme.says_score(log, Decimal(said)) is is_said
