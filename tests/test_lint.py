@@ -974,3 +974,15 @@ def test_a_setting_of_the_command_may_hold_an_equals_sign():
 def test_a_page_may_round_a_score_or_cut_it(said, is_said):
     log = lint_log.Log("x.log", "", finals=[lint_log.Score("final", Decimal(2), Decimal("1.22058"), 0.0)])
     assert lint_readme.says_score(log, Decimal(said)) is is_said
+
+
+@pytest.mark.parametrize("seconds, agree", [("1.234", True), ("1.280", True), ("1.284", True),
+                                            ("1.300", False), ("1.180", False)])  # fmt: skip
+def test_the_seconds_of_result_may_be_a_twentieth_off_the_last_step_line(seconds, agree):
+    """What a run does between its last step's line and RESULT is counted too."""
+    log = lint_log.Log("x.log", "")
+    log.steps.append(lint_log.StepLine(5, 5, "train_loss:3.1 ", 1234, Decimal("246.8")))
+    lint_log.state_last_step(log)
+    log.say("train_seconds", Decimal(seconds), "RESULT", 3)
+    line, result = log.said["train_seconds"]
+    assert line.agrees_with(result) is agree
