@@ -25,6 +25,7 @@ import gc
 import inspect
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -167,6 +168,7 @@ class Break:
     verdict: str = "not run"
     caught_by: str = ""
     seconds: float = 0.0
+    note: str = ""  # by a reader of the table: why it does not matter, or what was done
 
 
 @dataclass
@@ -536,7 +538,18 @@ def write_breaks(path: Path, seed: int, breaks: list[Break]) -> None:
     counts = {}
     for broken in breaks:
         counts[broken.verdict] = counts.get(broken.verdict, 0) + 1
-    page = dict(seed=seed, count=len(breaks), verdicts=counts, breaks=[asdict(broken) for broken in breaks])
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    page = dict(
+        benchmark="mutation",
+        commit=described.stdout.strip(),
+        python=platform.python_version(),
+        seed=seed,
+        count=len(breaks),
+        verdicts=counts,
+        breaks=[asdict(broken) for broken in breaks],
+    )
     part = path.with_name(f".{path.name}.part")
     part.write_text(json.dumps(page, indent=1) + "\n")
     part.replace(path)
@@ -568,6 +581,20 @@ def read_durations(path: Path) -> dict[str, float]:
         if timed:
             seconds[timed[2]] = seconds.get(timed[2], 0.0) + float(timed[1])
     return seconds
+
+
+def run_rounds(tree: Tree, breaks: list[Break], wanted: argparse.Namespace) -> None:
+    """Try the breaks round by round; their verdicts replace them in the list and are written at once."""
+    for of_round in ROUNDS:
+        for index, broken in enumerate(breaks):
+            if broken.verdict != of_round.tries:
+                continue
+            breaks[index] = done = tree.try_break(broken, of_round)
+            write_breaks(wanted.out, wanted.seed, breaks)
+            if wanted.times:
+                wanted.times.write_text(json.dumps(asdict(tree.times), indent=1) + "\n")
+            took = f"{done.seconds:4.0f} s"
+            print(f"{done.verdict:13} {took}  {describe(done)}  {done.caught_by}", flush=True)
 
 
 def main() -> int:
@@ -610,17 +637,8 @@ def main() -> int:
                 tests |= dict.fromkeys(broken.tests)
         if tests:
             tree.import_tests([test for test in tests if (folder / test).is_file()])
-        for of_round in ROUNDS:
-            for index, broken in enumerate(breaks):
-                if broken.verdict != of_round.tries:
-                    continue
-                breaks[index] = done = tree.try_break(broken, of_round)
-                write_breaks(wanted.out, wanted.seed, breaks)
-                if wanted.times:
-                    wanted.times.write_text(json.dumps(asdict(times), indent=1) + "\n")
-                print(
-                    f"{done.verdict:13} {done.seconds:4.0f} s  {describe(done)}  {done.caught_by}", flush=True
-                )
+        with suppress(KeyboardInterrupt):
+            run_rounds(tree, breaks, wanted)
     survivors = [broken for broken in breaks if not is_caught(broken)]
     print(f"{len(breaks) - len(survivors)} of {len(breaks)} caught")
     for broken in survivors:

@@ -2,6 +2,7 @@
 the documented exit code, nothing overwritten, no half-written file left, and no code run from data."""
 
 import ast
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -1017,3 +1019,43 @@ def test_the_check_for_code_from_data_can_fail(tmp_path):
         assert unsafe(tmp_path / "x.py"), line
     (tmp_path / "x.py").write_text("torch.load(p, weights_only=True); np.load(p); model.eval(); json.load(f)")
     assert unsafe(tmp_path / "x.py") == []
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (RuntimeError("PytorchStreamWriter failed"), "it could not be written whole; is the disk full?"),
+        (OSError("odd"), "it could not be written whole; is the disk full?"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named_with_the_reason_and_leaves_nothing(tmp_path, error, reason):
+    def fails(file) -> None:
+        file.write(b"half")
+        raise error
+
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"before")
+    with pytest.raises(OSError) as raised:
+        train_gpt.write_atomic(path, fails)
+    assert (raised.value.filename, raised.value.strerror) == (str(path), reason)
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("x.pt", b"before")]
+
+
+@pytest.mark.parametrize(
+    "explained, status, code",
+    [
+        (None, "crashed", 1),
+        (train_gpt.RunError("bad knob"), "error", 2),
+        (train_gpt.RunError("lost", train_gpt.LOST_RANK), None, 8),
+    ],
+)
+def test_a_failed_run_leaves_its_code_in_the_event_and_in_result(explained, status, code):
+    events, lines = [], []
+    log = SimpleNamespace(event=lambda kind, **facts: events.append((kind, facts)), line=lines.append)
+    train_gpt.record_failure(log, "x", ZeroDivisionError("by zero"), explained)
+    ((kind, facts),) = events
+    result = json.loads(lines[0].removeprefix("RESULT "))
+    assert kind == "end" and facts["exit_code"] == result["exit_code"] == code
+    assert result["status"] == facts["status"] == (status or facts["status"])
+    assert result["message"] == str(explained or "by zero") and result["run_id"] == "x"

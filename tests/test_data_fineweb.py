@@ -471,3 +471,10 @@ def test_all_shards_may_be_asked_for_and_no_more():
     assert paths == [f"datasets/{NAME}/fineweb_val_000000.bin", *train]
     with pytest.raises(UserError, match="has 3 training shards, not 4"):
         fineweb.choose(catalogue, "sp1024", 4)
+
+
+def test_the_manifest_names_the_tokenizer_so_that_no_other_is_taken(hub, get, tmp_path):
+    get("1")
+    manifest = json.loads((tmp_path / "datasets" / NAME / "manifest.json").read_text())
+    sha256 = hashlib.sha256((tmp_path / "tokenizers/x.model").read_bytes()).hexdigest()
+    assert manifest["tokenizer"]["path"] == "tokenizers/x.model" and manifest["tokenizer"]["sha256"] == sha256

@@ -545,3 +545,23 @@ def test_a_folder_that_cannot_be_locked_is_built_in_after_one_warning(name, tmp_
     assert (tmp_path / "b/built").exists()
     said = capsys.readouterr().err
     assert said.startswith("warning: this file system has no locks") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("more, is_audited", [(-1, True), (0, False), (5, False)])
+def test_tokens_beyond_the_tokenizer_are_not_audited(tokenizer, tmp_path, capsys, more, is_audited):
+    """They were reported when the shard was read; no piece says what they weigh."""
+    path = tmp_path / "x_val_000000.bin"
+    text = tokenizer.encode("Seven lamps at dawn.")
+    tokens = [shards.BOS, *text, shards.BOS, *text, tokenizer.vocab_size() + more]
+    shards.write_shard(path, np.array(tokens, np.uint16))
+    verify.audit(tokenizer, [path], "val")
+    assert ("by decoding" in capsys.readouterr().out) is is_audited
+
+
+def test_batches_are_closed_when_they_are_large_enough_each_split_for_itself(monkeypatch):
+    """The workers get so much at once; a text of many gigabytes is never held whole."""
+    monkeypatch.setattr(tools, "BATCH_BYTES", 10)
+    documents = [("train", "aaaa"), ("val", "b"), ("train", "cccccc"), ("train", "ddd"), ("val", "e" * 20)]
+    assert list(tools.batches(documents)) == [
+        ("train", ["aaaa", "cccccc"]), ("val", ["b", "e" * 20]), ("train", ["ddd"]),
+    ]  # fmt: skip

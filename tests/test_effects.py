@@ -540,3 +540,9 @@ def test_one_sign_needs_every_length_clear_of_zero():
     (found,) = effects.ladders(ladder_rows({250: -0.02, 1000: -0.00001}))
     assert [rung.effect.mean < 0 for rung in found.rungs] == [True, True]
     assert [rung.effect.clear for rung in found.rungs] == [True, False] and found.says == "unclear"
+
+
+def test_a_run_does_not_share_the_machine_with_itself():
+    spans = dict(a=(0, 10), b=(20, 30), c=(5, 8))
+    rows = [dict(run_id=name, started=start, ended=end) for name, (start, end) in spans.items()]
+    assert effects.sharing(rows) == 2 and effects.sharing(rows[:2]) == effects.sharing(rows[:1]) == 0

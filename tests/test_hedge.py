@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from sweeps.lab import hedge_study
 from tests.conftest import TINY
 from train_gpt import (
     DISCOUNT,
@@ -685,3 +686,45 @@ def test_beyond_1023_uses_and_63_followers_all_are_one_kind(uses, followers):
     assert torch.equal(context_bins(codes_of([5000, uses, 0], [9, followers, 0])), last)
     assert not torch.equal(context_bins(codes_of([5000, 500, 0], [9, followers, 0])), last)
     assert not torch.equal(context_bins(codes_of([5000, uses, 0], [9, 30, 0])), last)
+
+
+# --- the study of its parts ---
+
+
+def test_the_study_changes_one_part_of_the_mixer_at_a_time(monkeypatch, tmp_path):
+    """Each line is the mixer with that part replaced, here by hand; the dump's first token is taken as 0."""
+    tokens, size = [0, *phrases(300)[1:]], 700
+    nats = neural_nats(conditional(), tokens)
+    np.savez(
+        tmp_path / "a.npz",
+        target=np.array(tokens[1:]),
+        bytes=np.full(299, size / 299),
+        sliding_logprob=-nats.numpy(),
+        roundtrip_logprob=np.full(299, -9.0),
+    )
+    names = ("as it stands", "pure experts", "gate alone", "one bin", "order 1", "discount 0.5")
+    monkeypatch.setattr(hedge_study, "VARIANTS", {name: hedge_study.VARIANTS[name] for name in names})
+    found = hedge_study.study(tmp_path / "a.npz", VOCAB)
+    assert (found["tokens"], found["base"]) == (299, "sliding")
+    bits = math.log(2) * found["bytes"]
+    assert found["dumped"]["sliding"] == pytest.approx(nats.sum().item() / bits)
+
+    text = torch.tensor(tokens)
+    p, codes = ngram_probabilities(text, VOCAB, 6)
+    share = gate_shares((p.log() + nats).float(), codes).double()
+    alone = torch.log((1 - share) * (-nats).exp() + share * p)
+    bins = context_bins(codes)
+    pure = hedge_mixture((-nats).exp(), p, fixed_experts((0.0, 1.0)), bins, 0.1, 1000).log_probs
+    every = [*fixed_experts(EXPERT_SHARES), Expert("gate", share.float())]
+    one = hedge_mixture((-nats).exp(), p, every, torch.zeros_like(bins), 0.1, 1000).log_probs
+    expected = {
+        "as it stands": mix(config(), text, nats)[0],
+        "pure experts": pure,
+        "gate alone": alone,
+        "one bin": one,
+        "order 1": mix(config(hedge_order=1), text, nats)[0],
+    }
+    for name, logs in expected.items():
+        assert found["variants"][name]["bpb"] == pytest.approx(-logs.sum().item() / bits, rel=1e-6), name
+    assert found["variants"]["discount 0.5"]["bpb"] != found["variants"]["as it stands"]["bpb"]
+    assert train_gpt.DISCOUNT == DISCOUNT and train_gpt.hedge_mixture is hedge_mixture, "all is put back"

@@ -943,3 +943,46 @@ def test_code_bytes_are_those_of_the_source_up_to_eight(line_end, more, is_count
 def test_two_numbers_agree_if_both_can_be_roundings_of_one(one, other, agree):
     first, second = (lint_log.Statement(Decimal(value), digits, "here") for value, digits in (one, other))
     assert first.agrees_with(second) is second.agrees_with(first) is agree
+
+
+@pytest.mark.parametrize("off, code", [("0.000002", "mean_rounded"), ("0.0000002", "score_differs")])
+def test_a_mean_may_be_rounded_twice_but_not_in_its_seventh_digit(folder, off, code):
+    """1.220553 is what six digits of rounded seeds may give; with seven digits it is another number."""
+    rounded = round(Decimal(str(MEAN["val_bpb"])), -Decimal(off).as_tuple().exponent)
+    rewrite(folder, val_bpb=float(rounded + Decimal(off)))
+    found = [name for severity, name in codes(folder) if name in ("mean_rounded", "score_differs")]
+    assert found == [code]
+
+
+def test_a_setting_of_the_command_may_hold_an_equals_sign():
+    told = []
+
+    def differs(*words: str) -> None:
+        told.append(words)
+
+    log = lint_log.Log("x.log", "", overrides={"INIT_FROM": "b=c.pt"})
+    page = "## Command\n\n```bash\nINIT_FROM=b=c.pt python train_gpt.py\n```\n"
+    lint_readme.check_command(page, log, differs)
+    assert told == []
+    lint_readme.check_command(page.replace("b=c", "b=d"), log, differs)
+    assert told == [("INIT_FROM of the command", "b=d.pt", "b=c.pt")]
+
+
+@pytest.mark.parametrize("said, is_said", [("1.22058", True), ("1.2206", True), ("1.2205", True),
+                                           ("1.2204", False), ("1.2207", False), ("1.22057", True),
+                                           ("1.22060", False)])  # fmt: skip
+def test_a_page_may_round_a_score_or_cut_it(said, is_said):
+    log = lint_log.Log("x.log", "", finals=[lint_log.Score("final", Decimal(2), Decimal("1.22058"), 0.0)])
+    assert lint_readme.says_score(log, Decimal(said)) is is_said
+
+
+@pytest.mark.parametrize("seconds, agree", [("1.234", True), ("1.280", True), ("1.284", True),
+                                            ("1.300", False), ("1.180", False)])  # fmt: skip
+def test_the_seconds_of_result_may_be_a_twentieth_off_the_last_step_line(seconds, agree):
+    """What a run does between its last step's line and RESULT is counted too."""
+    log = lint_log.Log("x.log", "")
+    log.steps.append(lint_log.StepLine(5, 5, "train_loss:3.1 ", 1234, Decimal("246.8")))
+    lint_log.state_last_step(log)
+    log.say("train_seconds", Decimal(seconds), "RESULT", 3)
+    line, result = log.said["train_seconds"]
+    assert line.agrees_with(result) is agree

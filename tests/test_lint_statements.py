@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from records import lint, lint_log, lint_statements
+from records import lint, lint_folder, lint_log, lint_readme, lint_statements
 from tests.conftest import ROOT
 
 RECORD = ROOT / "records" / "2026-11-25_cpu_best"
@@ -681,3 +681,28 @@ def test_before_packing_is_the_average_where_a_log_has_one():
 
     assert pre_quant("live", "averaged") == Decimal("1.75")
     assert pre_quant("live") == pre_quant() == Decimal("1.25")
+
+
+@pytest.mark.parametrize("claim, is_sound", [
+    ("1.21", True), ("1.215", True), ("1.2200", True), ("1.2201", True), ("1.2099", True),
+    ("1.2202", False), ("1.2098", False),
+])  # fmt: skip
+def test_a_score_before_packing_lies_between_those_of_the_logs(tmp_path, claim, is_sound):
+    logs = [lint_log.Log("a.log", ""), lint_log.Log("b.log", "")]
+    for log, bpb in zip(logs, ("1.2200", "1.2100"), strict=True):
+        line = lint_log.StepLine(9, 9, f"val_loss:2.0400 val_bpb:{bpb} ", 900, Decimal(100))
+        log.steps.append(line)
+    folder = lint_folder.Folder(tmp_path)
+    lint_statements.check_official_keys(folder, {"pre_quant_val_bpb": Decimal(claim)}, logs)
+    assert [found.code for found in folder.findings] == ["claim_differs"] * (not is_sound)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+@pytest.mark.parametrize("said, is_sound", [("1234abcd", True), ("1234abce", False)])
+def test_the_config_hash_of_a_page_is_that_of_the_first_log(tmp_path, seeds, said, is_sound):
+    log = lint_log.Log("a.log", "")
+    log.say("config_hash", "1234abcd", "the line 'run_id:'")
+    folder = lint_folder.Folder(tmp_path)
+    logs = [log, lint_log.Log("b.log", "")][:seeds]
+    lint_readme.check_page(folder, f"# A\n\n- Config hash: `{said}`\n", logs, [])
+    assert [found.code for found in folder.findings] == ["readme_differs"] * (not is_sound)

@@ -1,5 +1,6 @@
 """records/pack_script.py: the packed script is the readable one in all that it does, and says so."""
 
+import ast
 import base64
 import bz2
 import hashlib
@@ -27,6 +28,7 @@ from records import finished, lint, make, pack_script, rescore
 from records.pack_script import is_same_program, outline, pack, source_text, strip
 from records.unpack_script import (
     LIMIT,
+    Reader,
     Unreadable,
     base251_decode,
     base251_encode,
@@ -569,3 +571,11 @@ def test_make_refuses_a_packed_run_without_its_readable_source(record, tmp_path,
     assert finished.guarded(make.main, [*arguments, str(other)]) == 2
     assert "name the train_gpt_readable.py" in capsys.readouterr().err and not (tmp_path / "made").exists()
     assert make.main([*arguments, str(SCRIPT)]) == 0
+
+
+@pytest.mark.parametrize("text", ["{('b',): 1}", "{'a': 1, ('b',): 2}", "{'a': 1, 3: 2}", "{'a': 1, **b}"])
+def test_a_dictionary_with_other_keys_than_texts_is_not_followed(text):
+    reader = Reader(ast.parse(""))
+    assert reader.value(ast.parse("{'a': 1, 'b': b'x'}", mode="eval").body) == dict(a=1, b=b"x")
+    with pytest.raises(Unreadable):
+        reader.value(ast.parse(text, mode="eval").body)

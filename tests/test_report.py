@@ -494,3 +494,17 @@ def test_a_figure_has_the_control_and_the_nine_arms_that_moved_most(monkeypatch,
     assert names == ["control", *(f"arm{number}" for number in range(11, 2, -1))]
     assert axes.get_title(loc="left") == "demo (2 arms that moved less are left out)"
     plt.close(drawn[0])
+
+
+def test_the_wait_for_the_verdicts_is_said_once_and_not_again_while_watching(lab, capsys, monkeypatch):
+    lab(demo=some_rows())
+    assert lab.run("--only-html") == 0
+    assert capsys.readouterr().out.startswith(f"judges the waves in {lab.results}")
+
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report.time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lab.run("--watch", "2")
+    assert "judges" not in capsys.readouterr().out
