@@ -4689,6 +4689,23 @@ class ScoreKnobs:
         choices=tuple(TTT_OPTIMISERS),
         needs="TTT_STEPS!=0,TTT_BATCH_SIZE=0",
     )
+    ttt_cosine_chunks: int = knob(
+        0,
+        "Chunks over which TTT_LR falls to zero along a half cosine; the number is part of the score, not "
+        "the text's own, which would tell where it ends; 0 = TTT_LR stays.",
+        source="parameter-golf #1493",
+        role="pack",
+        low=0,
+        needs="TTT_STEPS!=0,TTT_BATCH_SIZE=0",
+    )
+    ttt_grad_clip: float = knob(
+        0.0,
+        "Norm that the gradient of test-time training is cut to; 0 = none.",
+        source="parameter-golf #1493",
+        role="pack",
+        low=0,
+        needs="TTT_STEPS!=0,TTT_BATCH_SIZE=0",
+    )
     ttt_lora_rank: int = knob(
         0,
         "Rank r of the low-rank matrices B A (LoRA) that test-time training adds to the blocks' matrices and "
@@ -5288,8 +5305,9 @@ class TestTimeTraining:
         torch._foreach_copy_(self.params, self.packed_weights)
         self.run.model.zero_grad()
         self.factors = self.new_factors() if cfg.ttt_lora_rank else []  # (A, B) of each parameter, or none
-        trained = list(itertools.chain.from_iterable(self.factors)) or self.params
-        self.optimiser = TTT_OPTIMISERS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
+        self.trained = list(itertools.chain.from_iterable(self.factors)) or self.params
+        self.optimiser = TTT_OPTIMISERS[cfg.ttt_optimizer](self.trained, lr=cfg.ttt_lr)
+        self.chunks = 0  # that it has learnt from
 
     def new_factors(self) -> list[tuple[Tensor, Tensor]]:
         """(A, B) of each matrix: A random by SEED, B zero, so that their product is zero."""
@@ -5312,10 +5330,16 @@ class TestTimeTraining:
         # Steps are taken on the windows that training has, which do not overlap, however it is scored.
         windows = plan_windows(chunk.stop, cfg.train_seq_len, cfg.train_seq_len, chunk.first)
         rank_windows = [windows[i] for i in self.run.runtime.share(len(windows))]
+        if cfg.ttt_cosine_chunks:
+            progress = min(1.0, self.chunks / cfg.ttt_cosine_chunks)
+            self.optimiser.param_groups[0]["lr"] = cfg.ttt_lr / 2 * (1 + math.cos(math.pi * progress))
+        self.chunks += 1
         for _ in range(cfg.ttt_steps):
             self.fill_gradients(rank_windows, chunk.stop - chunk.first)
             if self.factors:
                 self.fill_factor_gradients()
+            if cfg.ttt_grad_clip:
+                nn.utils.clip_grad_norm_(self.trained, cfg.ttt_grad_clip)
             self.optimiser.step()
             if self.factors:
                 self.write_products()
