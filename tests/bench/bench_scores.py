@@ -89,10 +89,10 @@ def pass_flops(cfg: train_gpt.Config, model: train_gpt.GPT, shape: train_gpt.Pas
     return 2.0 * shape.batch * (shape.length * matrices + shape.width * head)
 
 
-def lora_floats(cfg: train_gpt.Config, model: train_gpt.GPT) -> int:
-    """Floats of the factors of all documents of a group."""
+def lora_floats(cfg: train_gpt.Config, model: train_gpt.GPT, documents: int) -> int:
+    """Floats of the factors of so many documents."""
     sizes = train_gpt.adapter_sizes(cfg, model).values()
-    return cfg.ttt_batch_size * cfg.ttt_lora_rank * sum(inputs + outputs for inputs, outputs in sizes)
+    return documents * cfg.ttt_lora_rank * sum(inputs + outputs for inputs, outputs in sizes)
 
 
 def turn_cost(
@@ -105,7 +105,7 @@ def turn_cost(
     if name != "ttt":
         return flops, 0.0
     if cfg.ttt_batch_size:
-        floats = lora_floats(cfg, model)
+        floats = lora_floats(cfg, model, turn.shape.batch)
         flops += 2.0 * turn.shape.length * floats
         learns = bool(turn.learning)
         steps = cfg.ttt_steps if learns else 0
