@@ -5415,6 +5415,7 @@ GPU_PASS_TOKENS = 65_536
 # Lengths of passes as shares of the longest, and the shortest one in tokens: each is a graph to compile.
 PASS_SHARES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
 SHORTEST_PASS = 64
+FEWEST_ROWS = 4  # documents; passes of fewer save no time
 LORA_PLACES = ("q", "k", "v", "o", "mlp", "head")
 
 
@@ -5503,6 +5504,23 @@ class ScoreKnobs:
         choices=tuple(TTT_OPTIMISERS),
         needs="TTT_STEPS!=0,TTT_BATCH_SIZE=0",
     )
+    ttt_cosine_chunks: int = knob(
+        0,
+        "Chunks over which TTT_LR falls to zero along a half cosine; the number is part of the score, not "
+        "the text's own, which would tell where it ends; 0 = TTT_LR stays.",
+        source="parameter-golf #1493",
+        role="pack",
+        low=0,
+        needs="TTT_STEPS!=0,TTT_BATCH_SIZE=0",
+    )
+    ttt_grad_clip: float = knob(
+        0.0,
+        "Norm that the gradient of test-time training is cut to; 0 = none.",
+        source="parameter-golf #1493",
+        role="pack",
+        low=0,
+        needs="TTT_STEPS!=0,TTT_BATCH_SIZE=0",
+    )
     ttt_lora_rank: int = knob(
         0,
         "Rank r of the low-rank matrices B A (LoRA) that test-time training adds to the blocks' matrices and "
@@ -5584,7 +5602,7 @@ class ScoreKnobs:
     ttt_warm_start_a: bool = knob(
         True,
         "Let A begin later documents at the mean of those before: it moves after the first TTT_BATCH_SIZE "
-        "documents, after twice as many, four times ...; 0 = it begins each as random as the first.",
+        "documents, after 4 times as many, 16 times ...; 0 = it begins each as random as the first.",
         source="parameter-golf #1767",
         role="pack",
         needs="TTT_BATCH_SIZE!=0",
@@ -5874,10 +5892,15 @@ class DocumentTurn(ScoreTurn):
 
 
 def document_shapes(cfg: Config) -> list[PassShape]:
-    """The shapes of TTT_BATCH_SIZE, the shortest first."""
+    """The shapes of TTT_BATCH_SIZE, the smallest first. Where windows are whole and few documents of a group
+    are left, passes of a sixteenth and a quarter of its rows: a long document alone would fill 64."""
     width = cfg.ttt_chunk_size
-    lengths = [length for length in pass_lengths(cfg.ttt_length) if length >= width]
-    return [PassShape(cfg.ttt_batch_size, length, width, slides=True) for length in lengths]
+    *shorter, longest = pass_lengths(cfg.ttt_length)
+    sizes = [(cfg.ttt_batch_size, length) for length in shorter if length >= width]
+    for rows in (cfg.ttt_batch_size // 16, cfg.ttt_batch_size // 4, cfg.ttt_batch_size):
+        if rows >= FEWEST_ROWS or rows == cfg.ttt_batch_size:
+            sizes.append((rows, longest))
+    return [PassShape(rows, length, width, slides=True) for rows, length in sizes]
 
 
 def document_turns(cfg: Config, group: list[tuple[int, int]]) -> list[DocumentTurn]:
@@ -5891,7 +5914,8 @@ def document_turns(cfg: Config, group: list[tuple[int, int]]) -> list[DocumentTu
     planned = []
     for offset in range(0, longest, width):
         reach = min(offset + width, cfg.ttt_length)
-        shape = next(shape for shape in document_shapes(cfg) if shape.length >= reach)
+        rows = sum(begin + offset < end for begin, end in group)
+        fitting = [shape for shape in document_shapes(cfg) if shape.length >= reach and shape.batch >= rows]
         windows = []
         learning = 0
         for begin, end in group:
@@ -5900,7 +5924,7 @@ def document_turns(cfg: Config, group: list[tuple[int, int]]) -> list[DocumentTu
                 windows.append(Window(stop - reach, begin + offset, min(stop, end)))
             if stop < end:
                 learning += 1
-        planned.append(DocumentTurn(shape, windows, begins=offset == 0, learning=learning))
+        planned.append(DocumentTurn(fitting[0], windows, begins=offset == 0, learning=learning))
     return planned
 
 
@@ -5919,8 +5943,8 @@ def share_groups(turns_of_groups: list[list[DocumentTurn]], ranks: int) -> list[
 def plan_document_turns(cfg: Config, data: Validation, runtime: Runtime) -> list[DocumentTurn]:
     """Plan all turns of TTT_BATCH_SIZE on this rank; every rank has as many.
 
-    With a warm A the documents come in blocks of the file's order: the first TTT_BATCH_SIZE, as many again,
-    then each time as many as all before. A block's last turn names it as a chunk: what it taught
+    With a warm A the documents come in blocks of the file's order: the first TTT_BATCH_SIZE, then each time
+    three times as many as all before. A block's last turn names it as a chunk: what it taught
     begins the next one, and so tells of earlier documents alone. Within a block documents of like length
     share a group; none learns from another, so their order there changes no score.
     """
@@ -5930,7 +5954,7 @@ def plan_document_turns(cfg: Config, data: Validation, runtime: Runtime) -> list
         edge = cfg.ttt_batch_size
         while edge < len(spans):
             edges.append(edge)
-            edge *= 2
+            edge *= 4
     edges.append(len(spans))
     planned = []
     for low, high in itertools.pairwise(edges):
@@ -6102,8 +6126,9 @@ class TestTimeTraining:
         torch._foreach_copy_(self.params, self.packed_weights)
         self.run.model.zero_grad()
         self.factors = self.new_factors() if cfg.ttt_lora_rank else []  # (A, B) of each parameter, or none
-        trained = list(itertools.chain.from_iterable(self.factors)) or self.params
-        self.optimiser = TTT_OPTIMISERS[cfg.ttt_optimizer](trained, lr=cfg.ttt_lr)
+        self.trained = list(itertools.chain.from_iterable(self.factors)) or self.params
+        self.optimiser = TTT_OPTIMISERS[cfg.ttt_optimizer](self.trained, lr=cfg.ttt_lr)
+        self.chunks = 0  # that it has learnt from
 
     def new_factors(self) -> list[tuple[Tensor, Tensor]]:
         """(A, B) of each matrix: A random by SEED, B zero, so that their product is zero."""
@@ -6126,10 +6151,16 @@ class TestTimeTraining:
         # Steps are taken on the windows that training has, which do not overlap, however it is scored.
         windows = plan_windows(chunk.stop, cfg.train_seq_len, cfg.train_seq_len, chunk.first)
         rank_windows = [windows[i] for i in self.run.runtime.share(len(windows))]
+        if cfg.ttt_cosine_chunks:
+            progress = min(1.0, self.chunks / cfg.ttt_cosine_chunks)
+            self.optimiser.param_groups[0]["lr"] = cfg.ttt_lr / 2 * (1 + math.cos(math.pi * progress))
+        self.chunks += 1
         for _ in range(cfg.ttt_steps):
             self.fill_gradients(rank_windows, chunk.stop - chunk.first)
             if self.factors:
                 self.fill_factor_gradients()
+            if cfg.ttt_grad_clip:
+                nn.utils.clip_grad_norm_(self.trained, cfg.ttt_grad_clip)
             self.optimiser.step()
             if self.factors:
                 self.write_products()
@@ -6187,15 +6218,34 @@ class DocumentLora:
         self.moves = {key: torch.zeros_like(a) for key, a in self.first_a.items()}
         self.steps = torch.zeros(1)
 
-    def begin_group(self) -> None:
+    def begin_group(self, rows: int) -> None:
         """Give each document of the next group its A and B, and a new optimiser."""
-        cfg = self.run.cfg
         self.factors = {}
         for key, a in self.first_a.items():
-            outputs = self.sizes[key][1]
-            many_a = a.expand(cfg.ttt_batch_size, -1, -1).clone()
-            many_b = a.new_zeros(cfg.ttt_batch_size, outputs, cfg.ttt_lora_rank)
+            many_a = a.expand(rows, -1, -1).clone()
+            many_b = a.new_zeros(rows, self.sizes[key][1], len(a))
             self.factors[key] = (many_a.requires_grad_(), many_b.requires_grad_())
+        self.make_optimiser()
+        self.rows = rows
+        self.group_steps = 0
+
+    def keep_rows(self, rows: int) -> None:
+        """Go on with the group's first documents alone, their factors and moments as they are."""
+        earlier_factors = self.factors
+        earlier_moments = self.optimiser.state
+        self.factors = {}
+        for key, pair in earlier_factors.items():
+            self.factors[key] = tuple(factor.detach()[:rows].clone().requires_grad_() for factor in pair)
+        self.make_optimiser()
+        self.rows = rows
+        for key, pair in earlier_factors.items():
+            for earlier, factor in zip(pair, self.factors[key], strict=True):
+                for name, moment in earlier_moments[earlier].items():
+                    self.optimiser.state[factor][name] = moment[:rows].clone() if moment.ndim else moment
+
+    def make_optimiser(self) -> None:
+        """A new AdamW of all factors."""
+        cfg = self.run.cfg
         self.optimiser = torch.optim.AdamW(
             itertools.chain.from_iterable(self.factors.values()),
             lr=cfg.ttt_lr,
@@ -6203,7 +6253,6 @@ class DocumentLora:
             eps=1e-10,
             weight_decay=cfg.ttt_weight_decay,
         )
-        self.group_steps = 0
 
     def adapters(self) -> list[Adapters]:
         """What the model adds to each layer of its plan and to the head."""
@@ -6220,7 +6269,9 @@ class DocumentLora:
         The first step takes the gradient of the very pass that made the score.
         """
         if turn.begins:
-            self.begin_group()
+            self.begin_group(turn.shape.batch)
+        elif turn.shape.batch < self.rows:
+            self.keep_rows(turn.shape.batch)
         run = self.run
         padded = pad_windows(run.data, turn.windows, turn.shape, run.runtime.device)
         for step in range(run.cfg.ttt_steps):

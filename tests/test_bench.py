@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_gpt
 from sweeps.lab.depth_switches import DepthSwitch, depth_switches
 from sweeps.lab.show import step_flops
-from tests.bench import bench_startup, bench_throughput, official, step_parts
+from tests.bench import bench_scores, bench_startup, bench_throughput, official, step_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [
@@ -171,3 +171,40 @@ def test_a_switch_costs_its_first_step_less_the_median_of_the_ten_after_it(tmp_p
 def test_a_bad_knob_is_one_line(tmp_path):
     done = bench(tmp_path, "baseline", "MATRX_LR=1")
     assert done.returncode == 1 and done.stderr.startswith("error: MATRX_LR") and done.stderr.count("\n") == 1
+
+
+def scores_report(tmp_path, *words) -> dict:
+    sizes = [*SIZES, "EVAL_STRIDE=16", "EVAL_DOC_ISOLATED=1", "COMPILE=0", "DTYPE=fp32", "DEVICE=cpu"]
+    lora = ["TTT_STEPS=1", "TTT_LORA_RANK=2", "TTT_BATCH_SIZE=4", "TTT_CHUNK_SIZE=16"]
+    command = [sys.executable, str(ROOT / "tests/bench/bench_scores.py"), words[0], "baseline"]
+    done = subprocess.run(
+        [*command, *sizes, *lora, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_each_score_is_timed(tmp_path):
+    report = scores_report(tmp_path, "measure", "--tokens", "3000")
+    assert report["per_million_tokens"].keys() == {"roundtrip", "sliding", "isolated", "ttt"}
+    assert all(times["cpu_seconds"] > 0 for times in report["per_million_tokens"].values())
+
+
+def test_a_reckoning_shares_the_work_out(tmp_path):
+    few, many = (
+        scores_report(tmp_path, "reckon", "--tokens", "200000", "--gpus", n, "--share", "1")["scores"]
+        for n in ("1", "4")
+    )
+    assert all(many[name]["petaflop"] >= few[name]["petaflop"] > 0 for name in few)
+    assert many["sliding"]["seconds"] < 0.5 * few["sliding"]["seconds"]
+    assert few["ttt"]["tokens_read_per_target"] > few["isolated"]["tokens_read_per_target"] > 1
+    assert few["ttt"]["terabytes"] > 0 == few["isolated"]["terabytes"]
+
+
+def test_the_products_of_a_pass_are_those_that_torch_counts():
+    cfg = train_gpt.Config(num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2, vocab_size=128)
+    model, shape = train_gpt.GPT(cfg), train_gpt.PassShape(2, 32, 32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.zeros(2, 32, dtype=torch.int64))
+    whole_square = 2.0 * 2 * 32 * 2 * 32 * 64  # torch counts the half of the attention that is masked, too
+    assert bench_scores.pass_flops(cfg, model, shape) + whole_square == counter.get_total_flops()

@@ -137,7 +137,7 @@ class OneByOne:
             if number == edge and cfg.ttt_warm_start_a:
                 for key, move in moves.items():
                     self.first[key] = self.first[key] + move / max(1, total)
-                moves, total, edge = {}, 0, 2 * edge
+                moves, total, edge = {}, 0, 4 * edge
             nats, steps = self.document(*span)
             found.append(nats)
             total += steps
@@ -150,6 +150,7 @@ KINDS = {
     "warm": {},
     "fresh": dict(ttt_warm_start_a=False, ttt_beta1=0.9),
     "two_steps": dict(ttt_steps=2, ttt_batch_size=5),
+    "few_are_left": dict(ttt_batch_size=16, ttt_beta1=0.8),
     "some_places": dict(ttt_q_lora=False, ttt_v_lora=False, ttt_head_lora=False, ttt_batch_size=1),
     "loop": dict(num_layers=3, num_loops=2, loop_start=1, loop_end=1, enable_looping_at=0.0),
     "lanes": dict(num_layers=3, encoder_layers=1, parallel_start_layer=2),
@@ -227,7 +228,7 @@ def test_every_target_is_scored_once_and_all_ranks_meet(lengths, ranks, batch, w
     blocks = [[(at, turn.chunk) for at, turn in enumerate(plan) if turn.chunk] for plan in plans]
     assert all(found == blocks[0] for found in blocks) and len({len(plan) for plan in plans}) == 1
     edges = [document_of[chunk.first] for _, chunk in blocks[0]]
-    doubling = [0, *(batch * 2**k for k in range(9))] if is_warm else [0]
+    doubling = [0, *(batch * 4**k for k in range(5))] if is_warm else [0]
     assert edges == [edge for edge in doubling if edge < len(lengths)]
 
 
@@ -297,7 +298,7 @@ def longest_first(cfg, data, runtime):
 
 def learnt_first(self, turn):
     """The score of a chunk by the weights that have learnt from it."""
-    self.begin_group() if turn.begins else None
+    self.begin_group(turn.shape.batch) if turn.begins else None
     padded = train_gpt.pad_windows(self.run.data, turn.windows, turn.shape, torch.device("cpu"))
     for _ in range(2):
         nats = self.run.nats(padded.ids, padded.targets, padded.positions, adapters=self.adapters())

@@ -437,6 +437,7 @@ KINDS = {
     "adam": dict(ttt_optimizer="adam", ttt_lr=0.01),
     "lora": dict(ttt_lora_rank=2, ttt_steps=3, ttt_lr=0.2),
     "adam_lora": dict(ttt_optimizer="adam", ttt_lora_rank=2, ttt_steps=2, ttt_lr=0.02),
+    "cosine": dict(ttt_cosine_chunks=5, ttt_grad_clip=0.3, ttt_lr=0.3, ttt_steps=2),
 }
 
 
@@ -485,12 +486,17 @@ def literal(run: Run, reset_every: bool = False) -> torch.Tensor:
         return torch.cat(found)
 
     scores = []
-    for first in range(0, run.data.targets, 32):
+    for number, first in enumerate(range(0, run.data.targets, 32)):
+        if cfg.ttt_cosine_chunks:
+            rate = cfg.ttt_lr * (0.5 + 0.5 * math.cos(math.pi * min(1, number / cfg.ttt_cosine_chunks)))
+            optimiser.param_groups[0]["lr"] = rate
         stop = min(first + 32, run.data.targets)
         scores.append(nats(first, stop).detach())
         for _ in range(cfg.ttt_steps):
             optimiser.zero_grad()
             nats(first, stop).mean().backward()
+            if cfg.ttt_grad_clip:
+                torch.nn.utils.clip_grad_norm_(leaves, cfg.ttt_grad_clip)
             optimiser.step()
     return torch.cat(scores)
 
