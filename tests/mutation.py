@@ -68,7 +68,7 @@ SECTION_TESTS = {
     13: "hedge legality",
     14: "resume bad_input ranks",
     15: "settle schedules waits average run resume ranks",
-    16: "schedules waits run records lint",
+    16: "schedules waits bad_input run records lint",
     17: "ideas museum effects",
     18: "config bad_input run resume",
 }
