@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -706,3 +707,16 @@ def test_the_config_hash_of_a_page_is_that_of_the_first_log(tmp_path, seeds, sai
     logs = [log, lint_log.Log("b.log", "")][:seeds]
     lint_readme.check_page(folder, f"# A\n\n- Config hash: `{said}`\n", logs, [])
     assert [found.code for found in folder.findings] == ["readme_differs"] * (not is_sound)
+
+
+@pytest.mark.parametrize(("both_ours", "severity"), [(True, "error"), (False, "warn")])
+def test_a_spread_is_an_error_only_where_each_log_is_ours(both_ours, severity):
+    """A log of another script may say what its author took for the spread."""
+    found = []
+    folder = SimpleNamespace(add=lambda *finding: found.append(finding))
+    logs = [
+        SimpleNamespace(seed=None, is_ours=ours, final=SimpleNamespace(bpb=Decimal(bpb)))
+        for ours, bpb in ((True, "1.20"), (both_ours, "1.30"))
+    ]
+    lint.check_seed_results(folder, {"val_bpb_std": Decimal("0.5")}, logs)
+    assert [finding[:2] for finding in found] == [(severity, "std")]

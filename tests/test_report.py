@@ -508,3 +508,10 @@ def test_the_wait_for_the_verdicts_is_said_once_and_not_again_while_watching(lab
     with pytest.raises(KeyboardInterrupt):
         lab.run("--watch", "2")
     assert "judges" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("interval", [None, fx.Interval(-0.01, 0.02)])
+def test_the_bars_of_a_figure_have_the_interval_of_what_they_show(interval):
+    shown = report_page.bars(fx.Contrast(0.005, interval, 3))
+    low, high = interval or (None, None)
+    assert shown == {"mean": 0.005, "low": low, "high": high, "n": 3}

@@ -502,3 +502,12 @@ def test_every_rank_plans_by_rank_0s_clock(now, knobs):
             now.seconds += 2.0 + drift
         ranks.append(plans)
     assert ranks[0] == ranks[1] == ranks[2]
+
+
+@pytest.mark.parametrize(
+    ("step", "elapsed", "expected"),
+    [(10, 0.0, 0.0), (11, 0.0, 0.0), (9, 0.0, 1.0), (0, CAP + 1.0, 0.0), (0, CAP - 1.0, 0.5)],
+)
+def test_no_step_is_foretold_beyond_either_limit(step, elapsed, expected):
+    cfg = Config(iterations=10, max_wallclock_seconds=CAP)
+    assert train_gpt.predict_steps_left(cfg, step, elapsed, step_seconds=2.0) == expected
