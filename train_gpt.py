@@ -5695,7 +5695,15 @@ class ScoreKnobs:
 
 def lora_places(cfg: ScoreKnobs) -> list[str]:
     """Where each document has a LoRA of its own: the names of `Adapters`."""
-    return [place for place in LORA_PLACES if getattr(cfg, f"ttt_{place}_lora")]
+    is_wanted = dict(
+        q=cfg.ttt_q_lora,
+        k=cfg.ttt_k_lora,
+        v=cfg.ttt_v_lora,
+        o=cfg.ttt_o_lora,
+        mlp=cfg.ttt_mlp_lora,
+        head=cfg.ttt_head_lora,
+    )
+    return [place for place, wanted in is_wanted.items() if wanted]
 
 
 @dataclass(frozen=True)
@@ -6753,9 +6761,8 @@ def score_ttt(run: Run, previous: Score | None, limit: float, announce: Callable
     if run.cfg.ttt_batch_size:
         lora = DocumentLora(run)
         turns = plan_document_turns(run.cfg, run.data, run.runtime)
-        watch = partial(report_wait, run.log, "scoring the validation text, learning from each document")
         with frozen_weights(run.model):
-            return take_turns(turns, lora.score, run.data, run.runtime, limit, announce, lora.learn, watch)
+            return run.score_turns(turns, lora.score, lora.learn, limit, announce)
     return run.score(run.cfg.eval_stride, limit, announce, TestTimeTraining(run).learn)
 
 
@@ -7370,6 +7377,18 @@ class Run:
         return evaluate(
             self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn, watch, isolated
         )
+
+    def score_turns(
+        self,
+        turns: list[ScoreTurn],
+        score_turn: Callable[[ScoreTurn], Tensor],
+        learn: Callable[[Chunk], None],
+        limit: float,
+        announce: Callable[[float], None],
+    ) -> Score:
+        """Score the validation text by a plan of its own; as `take_turns`."""
+        watch = partial(report_wait, self.log, "scoring the validation text, learning from each document")
+        return take_turns(turns, score_turn, self.data, self.runtime, limit, announce, learn, watch)
 
 
 def report_wait(log: RunLog, phase: str, share: float, seconds: float) -> None:
