@@ -23,6 +23,7 @@ def family(tmp_path, dataset):
     return Family(ROOT / "train_gpt.py", env, tmp_path, ways=("first", "SIGTERM"))
 
 
+@pytest.mark.slow
 def test_compiled_runs_on_two_threads_are_equal_fresh_and_resumed(family, monkeypatch, capfd):
     """In the default type. It fails without DETERMINISTIC: two runs part after three steps or so."""
     monkeypatch.setattr(as_users_run, "STOP_AFTER", 6)

@@ -457,7 +457,9 @@ def grown(dataset, runtime: Runtime | None = None, **knobs) -> tuple[Run, Traine
 
 
 # Of the two depths: training, validation; then the sliding windows, which only the end needs.
-@pytest.mark.parametrize("warm_up, validate_every, late, graphs", [(1, 5, 0, 5), (0, 5, 2, 5), (1, 0, 0, 4)])
+@pytest.mark.parametrize("warm_up, validate_every, late, graphs", [
+    (1, 5, 0, 5), (0, 5, 2, 5), pytest.param(1, 0, 0, 4, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_a_growing_run_compiles_nothing_inside_the_clock(dataset, warm_up, validate_every, late, graphs):
     """Without a warm-up the training graphs must be, and the log must say so."""
     knobs = dict(num_repeats=2, prog_depth="0.5:1,1.0:2", eval_stride=8, train_batch_tokens=64)

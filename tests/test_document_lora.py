@@ -247,7 +247,7 @@ def test_a_chunk_is_scored_before_it_is_learnt(name):
     """Other targets from any place on leave all scores before it, to the bit."""
     text = text_of(LENGTHS)
     whole = nats_of_all(scoring(text, **KINDS[name]))["ttt"]
-    for edge in (1, 4, 5, 33, 40, 60, 90, 120, len(text) - 2):
+    for edge in (1, 4, 33, 40, 90, len(text) - 2):
         other = text.copy()
         other[edge + 1 :] = np.random.default_rng(edge).integers(0, VOCAB, len(text) - edge - 1)
         changed = nats_of_all(scoring(other, **KINDS[name]))["ttt"]
@@ -279,7 +279,7 @@ OUTSIDE = {
 def test_on_two_ranks_the_scores_are_legal_from_outside(name):
     score, knobs = OUTSIDE[name]
     found = check_score(
-        partial(log_probs, score, 2, knobs), text_of(LENGTHS), VOCAB, seconds=10, longest=300, boundary=BOS
+        partial(log_probs, score, 2, knobs), text_of(LENGTHS), VOCAB, seconds=4, longest=300, boundary=BOS
     )
     assert not found, str(found)
     assert found.cuts >= 6 and found.sums >= 1

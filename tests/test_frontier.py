@@ -192,8 +192,8 @@ PRESETS = Path(__file__).parents[1] / "sweeps/presets"
 SCALED = {
     "VOCAB_SIZE", "NUM_LAYERS", "MODEL_DIM", "NUM_HEADS", "NUM_KV_HEADS", "ROPE_DIMS", "LOOP_START",
     "LOOP_END", "PARALLEL_START_LAYER", "PARALLEL_RESIDUAL_START", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS",
-    "MUON_MOMENTUM_WARMUP_STEPS", "EMA_DECAY", "TTT_STEPS",
-    "TTT_COSINE_CHUNKS", "TTT_LORA_RANK", "TTT_BATCH_SIZE", "GPTQ_CALIBRATION_BATCHES", "GPTQ_RESERVE_SECONDS",
+    "MUON_MOMENTUM_WARMUP_STEPS", "EMA_DECAY", "TTT_STEPS", "TTT_COSINE_CHUNKS",
+    "TTT_LORA_RANK", "TTT_BATCH_SIZE", "GPTQ_CALIBRATION_BATCHES", "GPTQ_RESERVE_SECONDS",
     "SIZE_TARGET",
 }  # fmt: skip
 PRESET_COUNTS = dict(frontier_1394=35_943_512, frontier_1493=35_944_536, frontier=35_945_671)
@@ -378,6 +378,7 @@ def test_a_run_that_ends_before_the_switch_says_so(dataset, at, warned):
     assert not warned or "runs 5 layers, the last step trained 3" in found[0]
 
 
+@pytest.mark.slow
 def test_all_of_it_trains_the_same_when_really_compiled(tiny):
     wanted, why_not = train_gpt.pick_compile("auto", torch.device("cpu"))
     if not wanted or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):

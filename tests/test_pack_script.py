@@ -47,6 +47,16 @@ PADDING = "# A comment, which packing takes out again.\n" * 100
 OWN = {"run_id", "path", "code_bytes", "total_bytes", "train_seconds", "eval_seconds"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def reads_each_source_once():
+    """What is left of a source, and its outline, take seconds for the script; they hang on its text alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack_script, "outline", cache(outline))
+        patch.setattr(pack_script, "strip", cache(strip))
+        patch.setattr(lint, "strip", pack_script.strip)
+        yield
+
+
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> Path:
     """A folder with the packed train_gpt.py and the readable one beside it."""
@@ -62,10 +72,9 @@ def packed_server(packed):
     server.close()
 
 
-@cache
 def stripped_script() -> str:
-    """What packing leaves of the script's source; it takes seconds."""
-    return strip(SCRIPT.read_text())
+    """What packing leaves of the script's source."""
+    return pack_script.strip(SCRIPT.read_text())
 
 
 def packed_from(folder: Path, source: str) -> Path:

@@ -157,7 +157,7 @@ def no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/x"))
 
 
-@pytest.mark.parametrize("wanted", ["0", "auto"])
+@pytest.mark.parametrize("wanted", [pytest.param("0", marks=pytest.mark.slow), "auto"])
 def test_without_a_folder_to_compile_in_a_run_is_eager(tmp_path, dataset, no_cache, wanted):
     outcome = launch(tmp_path, dataset, compile=wanted, iterations=2)
     told = "warning: no torch.compile (TORCHINDUCTOR_CACHE_DIR="
