@@ -333,7 +333,7 @@ def test_neither_the_score_nor_the_check_changes_the_model():
     run = scoring(text_of(LENGTHS))
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
     first = nats_of_all(run)
-    check_own_scores(run, seconds=3)
+    check_own_scores(run, seconds=1)
     torch.testing.assert_close(run.model.state_dict(), before, rtol=0, atol=0)
     assert all(param.requires_grad and param.grad is None for param in run.model.parameters())
     assert all(torch.equal(nats, first[name]) for name, nats in nats_of_all(run).items())

@@ -73,7 +73,7 @@ def test_gptq_is_the_reference(columns, power):
     assert (ours == expected).all(axis=1).mean() > 0.9 and (ours == expected).mean() > 0.98
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("power", [0.0, 1.0])
 @pytest.mark.parametrize("levels, sigmas", [(31, 12.85), (31, 3.0), (7, 3.0), (127, 20.0), (1, 1.0)])
 def test_gptq_never_loses_more_than_rounding_to_the_nearest(seed, power, levels, sigmas):

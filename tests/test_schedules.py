@@ -281,7 +281,7 @@ def machines(draw):
     return seconds, draw(st.sampled_from([0.0, typical]))
 
 
-@settings(deadline=None, max_examples=120)
+@settings(deadline=None, max_examples=60)
 @given(SCHEDULES, machines(), st.booleans())
 def test_a_run_ends_within_a_step_of_the_clock(knobs, machine, ahead):
     seconds, measured = machine
@@ -293,7 +293,7 @@ def test_a_run_ends_within_a_step_of_the_clock(knobs, machine, ahead):
     assert trace.end.step == len(trace.plans)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(machines())
 def test_tidal_anneals_to_its_floor_on_any_machine(machine):
     trace = simulate(config(tidal_lr=True), *machine)
@@ -301,7 +301,7 @@ def test_tidal_anneals_to_its_floor_on_any_machine(machine):
     assert 0.1 <= trace.rates[-1] < 0.12
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(machines(), st.booleans())
 def test_tidal_follows_the_fraction_curve_on_any_machine(machine, ahead):
     """Slow first step, slow-down, asynchronous device: the rate is the curve at the share of the clock."""
@@ -316,7 +316,7 @@ def test_tidal_follows_the_fraction_curve_on_any_machine(machine, ahead):
         assert min(ends) - 0.01 <= rate <= (1.0 if first < 0.382 < last else max(ends)) + 0.01
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(STEP, st.lists(st.floats(0.9, 1.1), min_size=1, max_size=40), st.booleans())
 def test_warmdown_ends_near_zero(typical, jitter, ahead):
     cfg = config(warmdown_iters=60)
@@ -343,7 +343,7 @@ def test_the_published_trap_finishes_its_tidal(first, measured):
     assert trace.end.mean_lr_scale == pytest.approx(0.55, abs=0.03)  # of the whole curve
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(SCHEDULES, st.integers(1, 200), st.floats(0.01, 2.9), st.booleans())
 def test_the_step_limit_ends_a_run_with_time_to_spare(knobs, iterations, step_seconds, ahead):
     trace = simulate(config(**knobs, iterations=iterations), lambda step: step_seconds, step_seconds, ahead)
