@@ -162,6 +162,7 @@ def other_value(f, value):
         gptq_reserve_seconds=0.5,
         train_seq_schedule="512@0.5,1024@1.0",
         size_target="auto",
+        ttt_eval_seq_len=64,
     )
     if f.name in fitting and value != fitting[f.name]:
         return fitting[f.name]  # that fits the config in which the knob acts

@@ -160,8 +160,7 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_a_batch_of_documents_is_each_document_by_itself(name):
     run = scoring(text_of(LENGTHS), **KINDS[name])
-    run.model = run.model.double()
-    run.model.dtype = torch.float64
+    run.model = random_model(run.cfg, torch.float64).double()
     run.make_graphs()
     found = nats_of_all(run)["ttt"]
     expected = OneByOne(run).score()
