@@ -50,22 +50,30 @@ FAST_FILES = {
     "test_wave.py",
 }
 
-# Files of about a minute and more on one core, the longest first; tests/run.sh gives files out in this order.
+# Files of half a minute and more on one core, the longest first; tests/run.sh gives files out in this order.
 LONG_FILES = (
     "test_legality.py",
     "test_resume.py",
-    "test_ideas.py",
-    "test_run_best.py",
-    "test_frontier.py",
     "test_pack_script.py",
     "test_run.py",
+    "test_run_best.py",
+    "test_ideas.py",
+    "test_frontier.py",
     "test_ranks.py",
     "test_records.py",
     "test_bad_input.py",
-    "test_requirements.py",  # and waits for a package index
+    "test_document_lora.py",
     "test_committed_records.py",
-    "test_as_users_run.py",
+    "test_requirements.py",  # and waits for a package index
+    "test_engine.py",
+    "test_bench.py",
+    "test_context.py",
+    "test_gptq.py",
+    "test_schedules.py",
     "test_hedge.py",
+    "test_golden.py",
+    "test_artifact.py",
+    "test_depth.py",
 )
 
 PAD, BOS, EOS, UNK = range(4)
