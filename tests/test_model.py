@@ -480,11 +480,12 @@ ACTS = dict(
     value_residual=dict(value_residual=True),
     xsa_last_n=dict(xsa_last_n=1),
 )
-# Lengths and sizes of the tables, and the knob that its norm cancels.
+# Lengths and sizes of the tables, the knob that its norm cancels, and the one that acts in bf16 alone.
 ACT_ELSEWHERE = {
     "vocab_size",
     "train_seq_len",
     "embed_scale",
+    "residual_fp32",
     # test_frontier.py
     "bigram_dim",
     "bigram_vocab_size",
