@@ -141,7 +141,9 @@ def test_family_wise_error_of_a_wave_is_five_percent():
     assert low <= named <= high, named / trials
 
 
-@pytest.mark.parametrize("arms, runs, share", [(1, 2, 1.0), (2, 4, 1.0), (2, 2, 0.5), (5, 3, 0.25)])
+@pytest.mark.parametrize("arms, runs, share", [
+    (1, 2, 1.0), (2, 4, 1.0), (2, 2, 0.5), pytest.param(5, 3, 0.25, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_family_wise_error_is_five_percent_where_the_control_is_run_again(arms, runs, share):
     """share: of a run's variance that shows in reruns; the rest goes with the seed."""
     rng, trials = np.random.default_rng(9), 500
@@ -187,7 +189,7 @@ def test_the_study_of_false_alarms_judges_as_waves_are_judged():
     assert null_study.judged_rates(design, drawn).named == pytest.approx(np.mean(named)) and any(named)
 
 
-@pytest.mark.parametrize("place", [0, 2, 14])
+@pytest.mark.parametrize("place", [0, 2, pytest.param(14, marks=pytest.mark.slow)])
 def test_the_page_of_false_alarms_is_what_the_study_finds(place):
     design = null_study.DESIGNS[place]
     drawn = null_study.simulate(design, null_study.WAVES)

@@ -173,7 +173,7 @@ def test_a_model_may_grow_through_more_graphs_than_torch_allows_by_default(tiny,
     assert torch._dynamo.config.recompile_limit > 4 * len(Config(num_layers=32, progressive_grow=True).phases)
 
 
-@pytest.mark.parametrize("warm_up", [1, 0])
+@pytest.mark.parametrize("warm_up", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_growing_run_compiles_nothing_inside_the_clock(dataset, warm_up):
     """Without a warm-up it must, and the log must say so."""
     knobs = dict(num_layers=4, progressive_grow=1, layer_drop=0.2, gamma_anneal=1, focal_gamma=1.0)
