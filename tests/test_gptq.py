@@ -269,8 +269,8 @@ STILL |= dict(quant_clip="sdclip", quant_levels=31, column_step_power=1, codec="
 
 
 def test_a_run_packs_with_the_hessians_of_all_ranks(new):
-    """The same run to the same bytes; two ranks by rule: float32 sums in another order may turn a tie, so that
-    under 0.1 % of the weights differ."""
+    """The same run, the same bytes; two ranks by rule: float32 sums in another order may turn a tie,
+    so that under 0.1 % of the weights differ."""
     runs = [new(STILL, ranks) for ranks in (1, 1, 2)]
     packed = []
     for run in runs:
