@@ -914,7 +914,8 @@ def test_every_rank_stops_by_the_clock_of_the_first(monkeypatch):
 
     class Second(Runtime):
         def main_number(self, value):
-            self.asked = getattr(self, "asked", -1) + 1
+            """When the next pass will be over, asked from the second on."""
+            self.asked = getattr(self, "asked", 1) + 1
             return float(self.asked)
 
     for own in (0.0, 1e6):
