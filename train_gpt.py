@@ -1048,6 +1048,13 @@ class RunLog:
         else:
             self.show(text)
 
+    def report_wait(self, phase: str, share: float, seconds: float) -> None:
+        """Say, if it is time, how much of a wait is done after so many seconds."""
+        if share >= 1:
+            self.told_at.pop(phase, None)
+        elif self.is_status_due(phase):
+            self.status(phase, f"{share:.0%} done, about {duration_text(seconds / share - seconds)} left")
+
     def warn(self, text: str) -> None:
         """Write a line that says what the user may want to change."""
         self.line(f"warning: {text}")
@@ -7373,7 +7380,7 @@ class Run:
             wait += ", each document by itself"
         if learn:
             wait += ", learning from it"
-        watch = partial(report_wait, self.log, wait)
+        watch = partial(self.log.report_wait, wait)
         return evaluate(
             self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn, watch, isolated
         )
@@ -7387,16 +7394,8 @@ class Run:
         announce: Callable[[float], None],
     ) -> Score:
         """Score the validation text by a plan of its own; as `take_turns`."""
-        watch = partial(report_wait, self.log, "scoring the validation text, learning from each document")
+        watch = partial(self.log.report_wait, "scoring the validation text, learning from each document")
         return take_turns(turns, score_turn, self.data, self.runtime, limit, announce, learn, watch)
-
-
-def report_wait(log: RunLog, phase: str, share: float, seconds: float) -> None:
-    """Say, if it is time, how much of a wait is done after so many seconds."""
-    if share >= 1:
-        log.told_at.pop(phase, None)
-    elif log.is_status_due(phase):
-        log.status(phase, f"{share:.0%} done, about {duration_text(seconds / share - seconds)} left")
 
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:

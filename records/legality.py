@@ -27,7 +27,6 @@ from train_gpt import (  # noqa: E402
     RunLog,
     Score,
     Validation,
-    report_wait,
     score_all,
     score_hedge,
     scorers,
@@ -540,7 +539,7 @@ def report_trial(log: RunLog, name: str, share_before: float, limit: float, seco
     """Say, if it is time, how much of `limit` is over, `seconds` after the trial of this score began."""
     spent = share_before * limit + seconds
     if spent < limit:
-        report_wait(log, f"SCORE_CHECK of {name}", spent / limit, spent)
+        log.report_wait(f"SCORE_CHECK of {name}", spent / limit, spent)
 
 
 def small_run(run: Run, tokens: np.ndarray) -> Run:

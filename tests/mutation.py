@@ -42,9 +42,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import CodeType, FunctionType
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+import pytest  # noqa: E402
+
 HANG = 600  # seconds in one test; if it then takes a third of that without the break, the machine is busy
 PATIENCE = 3600  # seconds for all tests of one break; who needs longer is neither caught nor a survivor
 QUICK = 0.3  # seconds; such tests go first

@@ -90,7 +90,7 @@ def test_flops_by_the_formula_are_those_counted_but_for_attention():
     ids = torch.zeros(1, 32, dtype=torch.int64)
     with (
         FlopCounterMode(display=False) as counter,
-        patch.object(train_gpt, "attend", lambda q, k, v: q + k.sum() + v.sum()),
+        patch.object(train_gpt, "attend", lambda q, k, v, documents: q + k.sum() + v.sum()),
     ):
         train_gpt.training_loss(cfg, model)(ids, ids)[0].backward()
     attention = 12 * 64 * 16 * 3 * 32  # as step_flops has it: width, half the context, layers, tokens

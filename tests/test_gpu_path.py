@@ -564,6 +564,9 @@ def test_presets_that_differ_in_rates_and_lengths_alone_share_their_graphs():
     assert {name: pretend_gpu.counted_for(name, names) for name in names} == dict(
         baseline="baseline",
         best="best",
+        frontier="frontier",
+        frontier_1394="frontier_1394",
+        frontier_1493="frontier_1493",
         lower_lr="baseline",
         progressive_depth="progressive_depth",
         progressive_depth_4h="progressive_depth_4h",

@@ -920,7 +920,7 @@ def test_every_rank_stops_by_the_clock_of_the_first(monkeypatch):
 
     class Second(Runtime):
         def main_number(self, value):
-            """When the next pass will be over; the first time, after one pass, that is the second."""
+            """When the next pass will be over, asked from the second on."""
             self.asked = getattr(self, "asked", 1) + 1
             return float(self.asked)
 

@@ -20,6 +20,7 @@ from scipy import stats
 from records import lint, lint_folder, lint_log, lint_readme, lint_statements
 from records.pack_script import pack
 from records.significance import against_bar
+from records.unpack_script import shown_in_log
 from tests.conftest import ROOT
 from tests.test_lint_statements import FALSIFICATIONS
 
@@ -618,7 +619,7 @@ def ship(folder: Path, script: bytes) -> None:
     """The folder as the runs of another script would have left it."""
     (folder / "train_gpt.py").write_bytes(script)
     for path in each_log(folder):
-        edit(path, SCRIPT, script.decode())
+        edit(path, SCRIPT, shown_in_log(script))
         edit(path, f"Code size: {len(SCRIPT)} bytes", f"Code size: {len(script)} bytes")
         edit(path, f"{67224983 + len(SCRIPT)}", f"{67224983 + len(script)}")
         edit(path, str(TOTAL), str(MODEL + len(script)))

@@ -484,8 +484,8 @@ ACTS = dict(
 ACT_ELSEWHERE = {
     "vocab_size",
     "train_seq_len",
-    "embed_scale",
     "residual_fp32",
+    "embed_scale",
     # test_frontier.py
     "bigram_dim",
     "bigram_vocab_size",

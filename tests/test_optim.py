@@ -570,6 +570,9 @@ ACT_ELSEWHERE = {
     "dtype",
     "ortho_init",  # test_frontier.py, as the next
     "enable_looping_at",
+    "train_seq_schedule",  # test_context.py, as the next
+    "seq_change_warmup_steps",
+    "pack_documents",  # test_packing.py
     *AVERAGES,
 }
 

@@ -313,7 +313,7 @@ def test_packed_runs_the_packed_script_in_the_folder_of_the_run(packing: Project
     assert (out / "train_gpt_readable.py").read_text() == (packing.root / "train_gpt.py").read_text()
     assert run.line("SCRIPT").endswith(f"{out}/train_gpt.py")
     packed = (out / "train_gpt.py").read_bytes()
-    assert packed.startswith(b"# Packed by") and run.line(
+    assert packed.startswith(b"# coding: latin-1; packed by") and run.line(
         f"{run.env['OUT_DIR']}/train_gpt.py: {len(packed)} bytes"
     )
     many = packing.run("baseline", STUB_GPUS="4", PACKED="1", OUT_DIR="there")

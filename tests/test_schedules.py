@@ -61,6 +61,7 @@ class Counted(train_gpt.Training):
     def __init__(self, run, _, step_seconds: float):
         self.clock, self.average = Clock(run.runtime, step_seconds), SimpleNamespace(kind="")
         self.step, self.lr_scale_sum, self.saved_at = 0, 0.0, 0.0
+        self.run, self.length, self.length_since = run, run.cfg.train_seq_len, -math.inf
 
     def count_step(self, plan: StepPlan, loss) -> None:
         self.step, self.lr_scale_sum = self.step + 1, self.lr_scale_sum + plan.lr_scale
@@ -297,7 +298,7 @@ def test_a_run_ends_within_a_step_of_the_clock(knobs, machine, ahead):
 @given(machines())
 def test_tidal_anneals_to_its_floor_on_any_machine(machine):
     trace = simulate(config(tidal_lr=True), *machine)
-    assume(max(trace.lengths[-3:]) < 0.02 * CAP)
+    assume(max(trace.lengths[-50:]) < 0.02 * CAP)  # the clock keeps free what the slow ones of 50 steps took
     assert 0.1 <= trace.rates[-1] < 0.12
 
 

@@ -12,7 +12,7 @@ import torch
 
 import train_gpt
 from tests.conftest import ROOT, env_of, random_model
-from train_gpt import Config, RunLog, Runtime, duration_text, foretell_warm_up, report_progress, report_wait
+from train_gpt import Config, RunLog, Runtime, duration_text, foretell_warm_up, report_progress
 
 FORECAST = re.compile(
     r"^first forecast: (\S+) s a step on this CPU, uncompiled; "
@@ -88,15 +88,15 @@ def test_what_is_said_is_not_logged(log, capsys, tmp_path):
 
 
 def test_a_wait_tells_its_share_and_what_is_left(log, capsys):
-    report_wait(log, "scoring", 0.1, 1.0)
+    log.report_wait("scoring", 0.1, 1.0)
     log.clock[0] += 4
-    report_wait(log, "scoring", 0.25, 5.0)
-    report_wait(log, "scoring", 0.5, 10.0)
-    report_wait(log, "scoring", 1.0, 20.0)
+    log.report_wait("scoring", 0.25, 5.0)
+    log.report_wait("scoring", 0.5, 10.0)
+    log.report_wait("scoring", 1.0, 20.0)
     log.clock[0] += 1
-    report_wait(log, "scoring", 0.1, 1.0)
+    log.report_wait("scoring", 0.1, 1.0)
     log.clock[0] += 3
-    report_wait(log, "scoring", 0.2, 4.0)
+    log.report_wait("scoring", 0.2, 4.0)
     assert capsys.readouterr().out.splitlines() == [
         "scoring: 25% done, about 15 s left",
         "scoring: 20% done, about 16 s left",

@@ -112,20 +112,47 @@ def one_changed(start: Values, goal: Values, knob: str, refill: bool) -> Values:
         idle = idle_knobs(values)
         without_effect = [name for name in idle if values[name] != DEFAULTS[name]]
         moves: Values = {}
-        if knob in without_effect:
-            for name in needed_knobs(knob):
-                moves[name] = goal[name]
         for name in without_effect:
-            if name != knob:
+            if name == knob or values[name] == goal[name]:
+                moves |= {needed: goal[needed] for needed in needed_knobs(name)}
+            else:
                 moves[name] = goal[name]
         if refill:
             for name in idle_at_start - idle:
                 moves[name] = goal[name]
         if all(values[name] == value for name, value in moves.items()):
-            break
+            moves = mend_refusal(values, goal, knob)
+            if not moves:
+                break
         values |= moves
     changed = [name for name in (knob, *values) if values[name] != start[name]]
     return {name: values[name] for name in changed}
+
+
+def mend_refusal(values: Values, goal: Values, knob: str) -> Values:
+    """The first knob that makes the values a config again by going to its goal too; none if they are one.
+
+    Some knobs fit each other alone: a loop's last block needs its first, GPTQ the seconds kept for it. Those
+    that act under the condition of `knob` are tried first.
+    """
+
+    def acts_otherwise(name: str) -> bool:
+        return KNOBS[name].metadata["needs"] != KNOBS[knob].metadata["needs"]
+
+    if is_refused(values):
+        for name in sorted(KNOBS, key=acts_otherwise):
+            if values[name] != goal[name] and not is_refused(values | {name: goal[name]}):
+                return {name: goal[name]}
+    return {}
+
+
+def is_refused(values: Values) -> bool:
+    """Whether train_gpt.py takes no config of these values; knobs without effect are not meant."""
+    try:
+        Config.from_env({name: text_of(value) for name, value in values.items()} | {"ALLOW_INERT": "1"})
+    except RunError:
+        return True
+    return False
 
 
 def ideas_of(values: Values, plain: Values) -> list[str]:
@@ -191,9 +218,11 @@ def arms_added_in(wave: Wave, sizes: Sizes, preset: str) -> list[Arm]:
     for name in ideas_of(stack, base):
         if name in on_base_line or stack[name] == DEFAULTS[name]:
             continue
-        change = one_changed(base, stack, name, refill=False)
+        change = texts_of(one_changed(base, stack, name, refill=False))
+        if any(change == arm.change for arm in arms):
+            continue  # two knobs that go together
         hypothesis = f"what it brings alone: {name} {text_of(base[name])} -> {text_of(stack[name])}"
-        arms.append(Arm(f"with_{name.lower()}", hypothesis, texts_of(change)))
+        arms.append(Arm(f"with_{name.lower()}", hypothesis, change))
     if not arms:
         raise UserError(f"add_one_in: {preset} sets nothing that {wave.preset} does not")
     return arms
