@@ -100,6 +100,7 @@ def test_without_a_deterministic_kernel_one_line_names_the_operation(new):
 def test_without_a_deterministic_kernel_a_compiled_run_does_not_go_on_eagerly(tmp_path, dataset):
     """With COMPILE=auto: that lacks the kernel too."""
     env = env_of(dataset, compile="auto", **SHORTEST) | dict(PYTHONPATH=str(ROOT))
+    env["PYTHONWARNINGS"] = "ignore"  # torch has one for Python 3.13.0
     command = [sys.executable, "-c", PROGRAM]
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     # torch may say before it that there is a CUDA compiler and no card.
