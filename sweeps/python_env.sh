@@ -93,5 +93,11 @@ use_python() {  # FILE...: the active Python if it has the packages, else .venv
   PYTHON=.venv/bin/python
   venv_is_complete "$@" && return
   [[ -n $base ]] || die "needs Python 3.10 or newer as python3 or python on PATH"
-  make_venv "$base" "$@"
+  # Of several first runs at once, one installs and the others wait; where there is no flock they take their chance.
+  if command -v flock >/dev/null; then
+    exec 9<sweeps/python_env.sh
+    flock -n 9 || { say "waits for another run that makes .venv"; flock 9 || true; }
+  fi
+  venv_is_complete "$@" || make_venv "$base" "$@"
+  exec 9<&-
 }
