@@ -113,6 +113,7 @@ RECOMPILED = 6
 ILLEGAL_SCORE = 7
 LOST_RANK = 8
 PREEMPTED = 75
+CLOSED_PIPE = 141  # of --help and the like, which nobody reads on, as after `| head`
 
 SIZE_LIMIT = 16_000_000  # decimal bytes of code + packed model: the challenge's rule
 
@@ -9627,6 +9628,10 @@ def main() -> None:
     try:
         import_compiler(os.environ)
         code = run_command(sys.argv[1:], os.environ)
+        print(end="", flush=True)
+    except BrokenPipeError:
+        mute(sys.stdout)
+        code = CLOSED_PIPE
     except (Exception, KeyboardInterrupt) as error:
         explained = explain(error)
         if explained is None and not is_rank:

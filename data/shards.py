@@ -17,13 +17,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import numpy as np
 
 from data.file_locks import lock
-from data.user_error import UserError, tell, tell_os_error, use_any_console
+from data.user_error import UserError, run_tool, tell, tell_os_error
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 256 * 4
@@ -38,26 +39,26 @@ FEW_VAL_TOKENS = 100_000
 NATS_DEVIATION = 2.5  # of one token's loss, standard deviation
 
 
-def command(main: Callable[[], int | None]) -> None:
+def command(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's `main` and exit: 0 or its result, 2 for bad input, 130 when interrupted.
 
     A termination signal ends it like Ctrl-C, so that temporary files go there too.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    use_any_console()
+    run_tool(partial(code_of, main))
+
+
+def code_of(main: Callable[[], int | None]) -> int | None:
+    """main's result, or the exit code of what ended it."""
     try:
-        code = main() or 0
+        return main()
     except UserError as error:
-        code = tell(error)
-    except BrokenPipeError:
-        code = 141
+        return tell(error)
     except OSError as error:
-        code = tell_os_error(error)
+        return tell_os_error(error)
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was kept", file=sys.stderr)
-        code = 130
-    sys.stdout.flush()
-    raise SystemExit(code)
+        return 130
 
 
 def sha256_file(path: Path) -> str:

@@ -7,9 +7,13 @@ that may come too. This file imports next to nothing, so that every tool can use
 from __future__ import annotations
 
 import io
+import os
 import sys
+from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_CODE = 2
+CLOSED_PIPE = 141  # as a shell says of a program that SIGPIPE ended
 
 
 class UserError(Exception):
@@ -30,6 +34,25 @@ def use_any_console() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def run_tool(main: Callable[[], int | None]) -> NoReturn:
+    """Run a tool's `main` and exit with its code.
+
+    Where nobody reads on, as after `| head`, it ends without a word and with 141.
+    """
+    use_any_console()
+    try:
+        try:
+            code = main() or 0
+        finally:
+            print(end="", flush=True)  # what fails at Python's own exit cannot be caught
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(nowhere, stream)  # which takes what is still buffered
+        code = CLOSED_PIPE
+    raise SystemExit(code)
+
+
 def tell(error: object) -> int:
     """Print each line of an error to stderr, marked as one; returns the exit code for it."""
     for line in str(error).splitlines():
@@ -38,5 +61,7 @@ def tell(error: object) -> int:
 
 
 def tell_os_error(error: OSError) -> int:
-    """The same for a file that cannot be read or written."""
+    """The same for a file that cannot be read or written; a closed pipe is left to run_tool."""
+    if isinstance(error, BrokenPipeError):
+        raise error
     return tell(f"{error.filename or 'file system'}: {error.strerror or error}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data.user_error import UserError, tell, tell_os_error, use_any_console  # noqa: E402
+from data.user_error import UserError, tell, tell_os_error  # noqa: E402
 from records.unpack_script import script_of_shown  # noqa: E402
 from sweeps.lab.run_summary import last, read_events, scores  # noqa: E402
 
@@ -51,7 +51,6 @@ class Parser(argparse.ArgumentParser):
 
 def guarded(main: Callable[[list[str] | None], int], arguments: list[str] | None) -> int:
     """main's exit code; 2 and one line on stderr where it refuses or cannot read or write."""
-    use_any_console()
     try:
         return main(arguments)
     except UserError as error:

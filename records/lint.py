@@ -34,6 +34,7 @@ from statistics import mean, pstdev, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.missing_packages import explain_missing_packages  # noqa: E402
+from data.user_error import run_tool  # noqa: E402
 
 explain_missing_packages()
 from records.lint_folder import (  # noqa: E402
@@ -724,7 +725,6 @@ def main() -> int:
     for folder in asked.folders:
         if not folder.is_dir():
             parser.error(f"{clean(str(folder))} is no folder")
-    sys.stdout.reconfigure(errors="backslashreplace")
     is_broken = False
     for path in asked.folders:
         found = check_folder(path, asked.bar)
@@ -742,4 +742,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -352,7 +352,9 @@ def check_whole(folder: Folder, record: dict, truths: list[dict[str, Truth]]) ->
         expected = Truth(mean(values) if is_score else max(values), tolerance + (EXACT if is_score else 0))
         if not expected.holds(claim):
             kind = "mean" if is_score else "largest"
-            text = f"{key} is {claim} in submission.json, the {kind} of the logs is {expected.value:f}"
+            # A mean of decimals has 28 digits; a log's scores have eight.
+            value = f"{expected.value:.8f}" if is_score else f"{expected.value:f}"
+            text = f"{key} is {claim} in submission.json, the {kind} of the logs is {value}"
             folder.add("error", "claim_differs", text)
 
 

@@ -20,10 +20,12 @@ import statistics
 import sys
 import tempfile
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.user_error import run_tool  # noqa: E402
 from records.finished import (  # noqa: E402
     CLAIMS,
     Finished,
@@ -251,4 +253,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, None))
+    run_tool(partial(guarded, main, None))

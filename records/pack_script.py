@@ -27,10 +27,12 @@ import sys
 import tokenize
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from itertools import filterfalse
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data.user_error import run_tool  # noqa: E402
 from records.finished import Parser, Refused, guarded, require  # noqa: E402
 from records.unpack_script import Unreadable, base251_decode, base251_encode, unpack  # noqa: E402
 
@@ -451,4 +453,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, None))
+    run_tool(partial(guarded, main, None))

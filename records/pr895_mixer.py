@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.missing_packages import explain_missing_packages  # noqa: E402
+from data.user_error import run_tool  # noqa: E402
 
 explain_missing_packages()
 import numpy as np  # noqa: E402
@@ -187,4 +188,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

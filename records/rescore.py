@@ -19,11 +19,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data.shards import read_manifest, sha256_file  # noqa: E402
-from data.user_error import UserError  # noqa: E402
+from data.user_error import UserError, run_tool  # noqa: E402
 from records.finished import Log, Parser, guarded, read_log, require  # noqa: E402
 from records.page import as_text  # noqa: E402
 
@@ -289,4 +290,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(main, None))
+    run_tool(partial(guarded, main, None))

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data.user_error import run_tool  # noqa: E402
 from sweeps.lab.statistics import (  # noqa: E402
     LEVEL,
     MOST_SEEDS,
@@ -129,4 +130,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -298,7 +298,9 @@ def the_worst_seed_left_out(folder):
     edit_claim(folder, change)
 
 
-@falsification("claim_differs", "^val_bpb is 2.06893103 in submission.json, the mean of the logs is 2.0724")
+@falsification(
+    "claim_differs", r"^val_bpb is 2.06893103 in submission.json, the mean of the logs is 2\.0724\d{4}$"
+)
 def the_best_seed_as_the_score(folder):
     edit_claim(folder, lambda claim: claim.update(val_bpb=2.06893103, val_loss=3.04240513))
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from data.user_error import UserError, tell
+from data.user_error import UserError, run_tool, tell
 from sweeps.lab.run_summary import read_events
 
 LATER_STEPS = 10  # that tell what a step costs once the new depth has settled
@@ -69,4 +69,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_tool(main)

@@ -9,6 +9,7 @@ of the baseline after several numbers of steps.
 from pathlib import Path
 from typing import NamedTuple
 
+from data.user_error import run_tool
 from sweeps.lab.paths import SHIPPED_FIGURES, SHIPPED_RESULTS
 from sweeps.lab.report_figures import plt, save
 from sweeps.lab.run_rows import read_lines
@@ -93,5 +94,9 @@ def draw(path: Path = FIGURE) -> Path:
     return save(figure, path)
 
 
-if __name__ == "__main__":
+def main() -> None:
     print(f"wrote {draw()}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import train_gpt
+from data.user_error import run_tool
 from tests.bench.bench_throughput import commit
 
 GRID = (0.0, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 0.92)
@@ -113,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

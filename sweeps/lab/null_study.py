@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.user_error import run_tool
 from sweeps.lab.verdicts import LEVEL, null, p_of, pooled_variance, rerun_share
 
 SEED = 19
@@ -137,4 +138,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_tool(main)

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from data.user_error import UserError, tell, tell_os_error
+from data.user_error import UserError, run_tool, tell, tell_os_error
 from sweeps.lab.paths import SHIPPED_RESULTS
 from sweeps.lab.run_rows import Results, Row
 from train_gpt import Config, RunError, write_atomic
@@ -204,4 +204,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_tool(main)

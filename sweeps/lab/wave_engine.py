@@ -24,10 +24,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
-from data.user_error import UserError, tell, tell_os_error, use_any_console
+from data.user_error import UserError, run_tool, tell, tell_os_error
 from sweeps.lab.held_out import finalists, score_by_id, score_rows
 from sweeps.lab.local_backend import LocalBackend
 from sweeps.lab.paths import OWN_RESULTS, OWN_RUNS, ROOT, SHIPPED_RESULTS
@@ -719,5 +720,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    use_any_console()
-    sys.exit(main(sys.argv[1:]))
+    run_tool(partial(main, sys.argv[1:]))
