@@ -87,6 +87,12 @@ def outer_statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
                 yield from outer_statements(inner)
 
 
+def is_our_decoder(statement: ast.stmt) -> bool:
+    """Whether it defines base251_decode, word for word; the name is looked at first, since that is quick."""
+    is_named_so = isinstance(statement, ast.FunctionDef) and statement.name == base251_decode.__name__
+    return is_named_so and ast.dump(statement) == BASE251
+
+
 class Reader:
     """Follows the assignments of a script as far as they are literals, decoders and decompressors."""
 
@@ -105,7 +111,7 @@ class Reader:
             elif isinstance(statement, ast.ImportFrom):
                 for name in statement.names:
                     self.modules[name.asname or name.name] = f"{statement.module}.{name.name}"
-            elif isinstance(statement, ast.FunctionDef) and ast.dump(statement) == BASE251:
+            elif is_our_decoder(statement):
                 self.modules["base251_decode"] = "pack_script.base251_decode"
             elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
                 self.assign(statement.targets[0].id, statement.value)

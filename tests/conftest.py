@@ -301,18 +301,14 @@ class Outcome:
         return [event for event in self.events if event["event"] == kind]
 
 
-def launch(
-    tmp_path: Path, dataset: Path, ranks: int = 1, expect: int | None = 0, script=None, args=(), **knobs
-) -> Outcome:
-    """Run train_gpt.py in `tmp_path` with tiny knobs; its exit code must be `expect` (None: any)."""
+def launch(tmp_path: Path, dataset: Path, expect: int = 0, script=None, args=(), **knobs) -> Outcome:
+    """Run train_gpt.py in `tmp_path` with tiny knobs; its exit code must be `expect`."""
     env = env_of(dataset, **knobs)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), str(script or ROOT / "train_gpt.py"), *args]
+    command = [sys.executable, str(script or ROOT / "train_gpt.py"), *args]
     logs = tmp_path / env.get("OUT_DIR", ".") / "logs"
     earlier = set(logs.glob("*"))
     run = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
-    if expect is not None:
-        assert run.returncode == expect, f"{run.returncode}\n{run.stdout[-1500:]}\n{run.stderr[-3000:]}"
+    assert run.returncode == expect, f"{run.returncode}\n{run.stdout[-1500:]}\n{run.stderr[-3000:]}"
     return outcome_of(run.returncode, run.stdout, run.stderr, set(logs.glob("*")) - earlier)
 
 

@@ -51,13 +51,6 @@ assert ctypes.CDLL(None).capset(head, caps) == 0
 """
 
 
-@pytest.fixture(scope="module")
-def server():
-    server = ForkServer()
-    yield server
-    server.close()
-
-
 @dataclass
 class Made:
     """What a run that was killed after its packing left."""
@@ -71,12 +64,12 @@ class Made:
 
 
 @pytest.fixture(scope="module")
-def made(server, dataset, tmp_path_factory):
+def made(fork_server, dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     patch = "train_gpt.score_artifact = lambda *given: die()"
-    codes = server.run(folder, env_of(dataset, iterations=2, run_id="made"), patch=LIMITS + patch)
+    codes = fork_server.run(folder, env_of(dataset, iterations=2, run_id="made"), patch=LIMITS + patch)
     assert codes == [-9], (folder / "0.err").read_text()
-    return Made(folder, dataset, server)
+    return Made(folder, dataset, fork_server)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train_gpt
 from sweeps.lab.depth_switches import DepthSwitch, depth_switches
 from sweeps.lab.show import step_flops
-from tests.bench import bench_scores, bench_startup, bench_throughput, official, step_parts
+from tests.bench import bench_scores, bench_sliding, bench_startup, bench_throughput, official, step_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = [
@@ -28,15 +28,25 @@ SIZES = [
 ]
 
 
-def bench(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tests/bench/bench_throughput.py"), *arguments]
-    return subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def report_of(monkeypatch, capsys):
+    """report_of(benchmark, word, ...) -> the JSON that it prints, run in this process."""
+
+    def run(benchmark, *words: str) -> dict:
+        monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+        benchmark.main()
+        return json.loads(capsys.readouterr().out)
+
+    return run
 
 
 def test_each_variant_gets_a_row_of_consistent_numbers(tmp_path):
+    """As a process, as people start a benchmark; the others are called."""
     out = tmp_path / "bench.json"
     vary = ["--vary", "DTYPE=fp32,bf16", "--steps", "3", "--rounds", "1", "--out", str(out)]
-    done = bench(tmp_path, "baseline", *SIZES, "COMPILE=0", "DEVICE=cpu", *vary)
+    script = ROOT / "tests/bench/bench_throughput.py"
+    command = [sys.executable, str(script), "baseline", *SIZES, "COMPILE=0", "DEVICE=cpu", *vary]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads(out.read_text()) and report["preset"] == "baseline"
@@ -141,19 +151,10 @@ def test_the_stages_of_a_run_follow_each_other_without_a_gap():
     assert found == dict(outside_training=23 / 25, evaluation=13 / 25, overhead=10 / 25)
 
 
-def test_sliding_windows_are_timed_beside_the_plain_score_and_the_naive_way(tmp_path):
-    command = [
-        sys.executable,
-        str(ROOT / "tests/bench/bench_sliding.py"),
-        "baseline",
-        *SIZES,
-        "EVAL_STRIDE=16",
-    ]
-    command += ["COMPILE=0", "DTYPE=fp32", "DEVICE=cpu", "--tokens", "4096", "--rounds", "2"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
-    assert report["seconds"].keys() == {"plain", "sliding", "naive"} and report["tokens"] == 4096
+def test_sliding_windows_are_timed_beside_the_plain_score_and_the_naive_way(report_of):
+    words = ["EVAL_STRIDE=16", "COMPILE=0", "DTYPE=fp32", "DEVICE=cpu", "--tokens", "1024", "--rounds", "2"]
+    report = report_of(bench_sliding, "baseline", *SIZES, *words)
+    assert report["seconds"].keys() == {"plain", "sliding", "naive"} and report["tokens"] == 1024
     assert all(len(times) == 2 and min(times) > 0 for times in report["all_seconds"].values())
 
 
@@ -168,31 +169,26 @@ def test_a_switch_costs_its_first_step_less_the_median_of_the_ten_after_it(tmp_p
     assert depth_switches(log) == [DepthSwitch(step=5, layers=6, first_ms=450, later_ms=205)]
 
 
-def test_a_bad_knob_is_one_line(tmp_path):
-    done = bench(tmp_path, "baseline", "MATRX_LR=1")
-    assert done.returncode == 1 and done.stderr.startswith("error: MATRX_LR") and done.stderr.count("\n") == 1
+def test_a_bad_knob_is_one_line(report_of):
+    with pytest.raises(SystemExit, match="^error: MATRX_LR.*$"):
+        report_of(bench_throughput, "baseline", "MATRX_LR=1")
 
 
-def scores_report(tmp_path, *words) -> dict:
-    sizes = [*SIZES, "EVAL_STRIDE=16", "EVAL_DOC_ISOLATED=1", "COMPILE=0", "DTYPE=fp32", "DEVICE=cpu"]
-    lora = ["TTT_STEPS=1", "TTT_LORA_RANK=2", "TTT_BATCH_SIZE=4", "TTT_CHUNK_SIZE=16"]
-    command = [sys.executable, str(ROOT / "tests/bench/bench_scores.py"), words[0], "baseline"]
-    done = subprocess.run(
-        [*command, *sizes, *lora, *words[1:]], cwd=tmp_path, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+SCORED = [*SIZES, "EVAL_STRIDE=16", "EVAL_DOC_ISOLATED=1", "COMPILE=0", "DTYPE=fp32", "DEVICE=cpu"]
+SCORED += ["TTT_STEPS=1", "TTT_LORA_RANK=2", "TTT_BATCH_SIZE=4", "TTT_CHUNK_SIZE=16"]
 
 
-def test_each_score_is_timed(tmp_path):
-    report = scores_report(tmp_path, "measure", "--tokens", "3000")
+def test_each_score_is_timed(report_of):
+    report = report_of(bench_scores, "measure", "baseline", *SCORED, "--tokens", "1000")
     assert report["per_million_tokens"].keys() == {"roundtrip", "sliding", "isolated", "ttt"}
     assert all(times["cpu_seconds"] > 0 for times in report["per_million_tokens"].values())
 
 
-def test_a_reckoning_shares_the_work_out(tmp_path):
+def test_a_reckoning_shares_the_work_out(report_of):
     few, many = (
-        scores_report(tmp_path, "reckon", "--tokens", "200000", "--gpus", n, "--share", "1")["scores"]
+        report_of(
+            bench_scores, "reckon", "baseline", *SCORED, "--tokens", "100000", "--gpus", n, "--share", "1"
+        )["scores"]
         for n in ("1", "4")
     )
     assert all(many[name]["petaflop"] >= few[name]["petaflop"] > 0 for name in few)

@@ -1,4 +1,4 @@
-"""The records in records/: made by real runs on a CPU, linted here; one scored again, on demand all."""
+"""The records in records/: made by real runs on a CPU, linted here; scored again on demand."""
 
 import json
 import re
@@ -41,21 +41,15 @@ def test_it_says_that_it_is_of_a_cpu(folder):
     assert "No leaderboard claim is made" in (folder / "README.md").read_text()
 
 
-def scored_again() -> list:
-    """Each record; all but one are marked `slow`, since nothing of the way to their scores differs."""
-    cases = []
-    for folder, name in zip(RECORDS, NAMES, strict=True):
-        cases.append(pytest.param(folder, id=name, marks=[] if name == "cpu_best" else [pytest.mark.slow]))
-    return cases
-
-
 def python_of(folder) -> str:
     """Major and minor version of the Python that a record was made with."""
     (log, *_) = sorted(folder.glob("train_seed*.log"))
     return re.search(r"^Running Python (\d+\.\d+)", log.read_text(encoding="utf-8"), re.M)[1]
 
 
-@pytest.mark.parametrize("folder", scored_again())
+# Slow: test_records.py shows that a packed model scores again to its claim, test_artifact.py that these load.
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", RECORDS, ids=NAMES)
 def test_a_seed_scores_again(folder, request, capsys):
     claim = json.loads((folder / "submission.json").read_text())
     if python_of(folder) != "{}.{}".format(*sys.version_info):

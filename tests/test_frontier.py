@@ -359,7 +359,8 @@ def finished(dataset, runtime: Runtime | None = None, **knobs) -> tuple[Run, tra
     return run, train(run, Optimisers(cfg, run.model, run.runtime), stream)
 
 
-@pytest.mark.parametrize("warm_up, late", [(1, 0), pytest.param(0, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow  # with lengths that change too in test_context.py, without a warm-up in test_run.py
+@pytest.mark.parametrize("warm_up, late", [(1, 0), (0, 2)])
 def test_both_plans_are_compiled_before_the_clock(dataset, warm_up, late):
     """Training and validation of each, and the windows that slide."""
     cadence = dict(warmup_steps=warm_up, val_loss_every=2, eval_stride=8)

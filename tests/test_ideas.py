@@ -137,6 +137,7 @@ TOGETHER = dict(
 )  # fmt: skip
 
 
+@pytest.mark.slow  # each as graphs above; a compiled run in test_run.py
 def test_all_of_them_together_train_the_same_when_really_compiled(tiny):
     right, why_not = train_gpt.pick_compile("auto", torch.device("cpu"))
     if not right or not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
@@ -173,7 +174,8 @@ def test_a_model_may_grow_through_more_graphs_than_torch_allows_by_default(tiny,
     assert torch._dynamo.config.recompile_limit > 4 * len(Config(num_layers=32, progressive_grow=True).phases)
 
 
-@pytest.mark.parametrize("warm_up", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the graphs of each of these above, all of them before the clock in test_depth.py
+@pytest.mark.parametrize("warm_up", [1, 0])
 def test_a_growing_run_compiles_nothing_inside_the_clock(dataset, warm_up):
     """Without a warm-up it must, and the log must say so."""
     knobs = dict(num_layers=4, progressive_grow=1, layer_drop=0.2, gamma_anneal=1, focal_gamma=1.0)

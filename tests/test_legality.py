@@ -53,7 +53,7 @@ from train_gpt import (
 @pytest.mark.parametrize("name", LEGAL)
 def test_a_legal_scorer_passes(name, count):
     """Also one that rounds, forgets, learns, or looks back no further than a window."""
-    found = check_score(LEGAL[name], text(count), V, seconds=0.5)
+    found = check_score(LEGAL[name], text(count), V, seconds=0.2)
     assert found == {}
     effort = rf"(\d+) changes of later tokens and all {V} values of (\d+) tokens tried, on texts of up to \d+"
     said = re.fullmatch(rf"breaks none of .*: {effort} tokens; this is evidence, no proof", str(found))
@@ -61,13 +61,16 @@ def test_a_legal_scorer_passes(name, count):
     assert found.longest >= 4000
 
 
+FAULTY_LATE = ("off_very_late", "sees_very_far", "each_256th_sees_next", "rescores_its_beginning")
+
+
 def illegal_cases() -> list:
-    """Each scorer on a short and a long text. Long ones of the caches are slow; the check makes its own."""
+    """Each scorer on a short text; beside it the check makes long ones of its own. On a long text those whose
+    fault shows late; for the others that is slow."""
     cases = []
     for name in ILLEGAL:
-        is_slow = name in ("cache_not_normalised", "off_on_repeated_contexts", "off_on_long_contexts")
         cases.append(pytest.param(name, 97))
-        cases.append(pytest.param(name, 4001, marks=[pytest.mark.slow] if is_slow else []))
+        cases.append(pytest.param(name, 4001, marks=[] if name in FAULTY_LATE else [pytest.mark.slow]))
     return cases
 
 
@@ -177,7 +180,7 @@ def test_a_foul_scorer_is_rejected_by_name(name, monkeypatch):
     monkeypatch.setattr(pr895_mixer, "BATCH", 16)
     monkeypatch.setattr(pr895_mixer, "WARM_UP", 20)
     scorer, must, may = FOUL[name]
-    assert must <= set(check_score(scorer, TOKENS, V)) <= may
+    assert must <= set(check_score(scorer, TOKENS, V, longest=600)) <= may
 
 
 def test_the_text_of_a_breach_names_token_and_number():
@@ -291,7 +294,7 @@ LEARNERS = {
 @pytest.mark.parametrize("name", LEARNERS)
 def test_our_scores_pass_and_the_check_changes_none(rerun, name):
     knobs = LEARNERS[name]
-    plain, checked = rerun(**knobs), rerun(check_seconds=3, **knobs, score_check=True)
+    plain, checked = rerun(**knobs), rerun(check_seconds=0.5, **knobs, score_check=True)
     assert (plain.code, checked.code) == (0, 0), checked.error
     switches = dict(sliding="eval_stride", isolated="eval_doc_isolated", ttt="ttt_steps", hedge="use_hedge")
     on = ["roundtrip"] + [score for score, knob in switches.items() if knob in knobs]
@@ -540,7 +543,7 @@ def test_lora_gradients_are_those_of_w_plus_b_a():
 def test_neither_the_score_nor_the_check_changes_the_model(name):
     run = learner(**KINDS[name], eval_stride=8)
     before = {key: value.clone() for key, value in run.model.state_dict().items()}
-    for use in (each, partial(check_own_scores, seconds=1)):
+    for use in (each, partial(check_own_scores, seconds=0)):
         use(run)
         torch.testing.assert_close(run.model.state_dict(), before, rtol=0, atol=0)
     again, first = each(run), each(learner(**KINDS[name], eval_stride=8))
@@ -935,7 +938,7 @@ def test_every_rank_stops_by_the_clock_of_the_first(monkeypatch):
 def test_the_check_is_not_held_up_by_a_split_shorter_than_its_sample():
     run = learner(60, eval_stride=8)
     short = replace(run.data, tokens=run.data.tokens[:31], target_bytes=run.data.target_bytes[:30])
-    check_own_scores(Run(run.cfg, run.runtime, run.log, run.model, short), seconds=1)
+    check_own_scores(Run(run.cfg, run.runtime, run.log, run.model, short), seconds=0)
     assert short.targets == 30
 
 

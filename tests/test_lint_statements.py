@@ -10,6 +10,7 @@ import re
 import shutil
 from collections.abc import Callable
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,15 @@ from tests.conftest import ROOT
 RECORD = ROOT / "records" / "2026-11-25_cpu_best"
 SEEDS = 7, 42, 1337
 QUIET = {"track_unknown", "spread", "score_chosen", "line_ends", "no_source"}  # infos of a sound folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reads_each_script_once():
+    """What the linter learns of a script hangs on its bytes alone, which are the record's."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("syntax_error", "unpack"):
+            patch.setattr(lint, name, cache(getattr(lint, name)))
+        yield
 
 
 @pytest.fixture

@@ -316,7 +316,6 @@ def test_a_traceback_names_function_and_line_of_the_readable_source(tmp_path, be
 
 INSPECTED = '''
 import dataclasses, inspect, multiprocessing, sys, traceback
-import torch
 
 @dataclasses.dataclass
 class Pair:
@@ -332,6 +331,7 @@ def fork(number):
     return number + Pair().x
 
 if __name__ == "__main__":
+    import torch  # here, since each new process would import it too
     assert torch.compile(double, backend="eager")(torch.ones(2)).tolist() == [2, 2]
     print(inspect.getsource(double))
     for kind in sys.argv[1:]:

@@ -13,7 +13,6 @@ import pytest
 
 from records import finished, lint, make, rescore
 from tests.conftest import ROOT, env_of, write_shard
-from tests.support.forkserver import ForkServer
 
 SEEDS = 1, 2, 3
 ABOUT = "--name", "A toy", "--author", "A. Person", "--github-id", "aperson", "--track", "cpu_toy"
@@ -31,18 +30,17 @@ train_gpt.report_step = report
 
 
 @pytest.fixture(scope="module")
-def train(dataset):
+def train(fork_server, dataset):
     """train(folder, seed, ...) -> exit code of a run toy-SEED in the folder's runs/toy-SEED."""
-    server = ForkServer()
 
     def run(folder, seed, patch="", **knobs):
         place = dict(seed=seed, run_id=f"toy-{seed}", out_dir=folder / f"runs/toy-{seed}")
         scores = dict(eval_stride=16, use_hedge=True, iterations=6, swa_enabled=True, swa_every=1)
         (folder / "scratch").mkdir(exist_ok=True)
-        return server.run(folder / "scratch", env_of(dataset, **place, **scores, **knobs), patch=patch)[0]
+        env = env_of(dataset, **place, **scores, **knobs)
+        return fork_server.run(folder / "scratch", env, patch=patch)[0]
 
-    yield run
-    server.close()
+    return run
 
 
 @pytest.fixture(scope="module")
