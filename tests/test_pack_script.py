@@ -251,7 +251,7 @@ def test_a_packed_run_gives_the_result_of_the_readable_one(
 @pytest.mark.parametrize(
     ("ranks", "stop", "more"),
     [
-        (1, in_step(5, SIGKILL), dict(checkpoint_seconds=1e-9)),
+        pytest.param(1, in_step(5, SIGKILL), dict(checkpoint_seconds=1e-9), marks=pytest.mark.slow),
         (2, in_step(5, SIGKILL), dict(checkpoint_seconds=1e-9)),
         (1, dies("Path.rename", SIGKILL, call=3, after=True), {}),  # after the artifact
     ],

@@ -67,8 +67,8 @@ def alone(new):
 
 
 @pytest.mark.parametrize("ranks, knobs", [
-    (2, {}), (3, dict(data_shuffle=1)), (5, {}), (8, {}), (5, dict(train_batch_tokens=96)),
-    (2, LANES), (3, LANES),
+    (2, {}), (3, dict(data_shuffle=1)), pytest.param(5, {}, marks=pytest.mark.slow), (8, {}),
+    (5, dict(train_batch_tokens=96)), pytest.param(2, LANES, marks=pytest.mark.slow), (3, LANES),
 ], ids=["2", "3", "5", "8", "5_with_3_sequences", "2_with_a_loop", "3_with_a_loop"])  # fmt: skip
 def test_any_number_of_ranks_trains_on_the_same_batches_to_the_same_losses(new, alone, ranks, knobs):
     one, many = alone(**FEW | knobs), new(FEW | knobs, ranks)

@@ -103,7 +103,16 @@ PLACES = {
 SCORED = dict(roundtrip=0, before_sliding=1, sliding=1, hedge=2, hedge_kill=2, before_the_result=3)  # by then
 
 
-@pytest.mark.parametrize("place", PLACES)
+def cases(places: dict, slow: str) -> list:
+    """All places; of those at which both signals, or two kinds of run, are tried, the second is slow."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in slow.split() else []) for name in places]
+
+
+SLOW_PLACES = """at_the_switch_of_depth_kill in_the_loop_kill at_the_last_length_kill memory_kill
+averaging_ema packing_term between_the_models_term hedge_kill"""
+
+
+@pytest.mark.parametrize("place", cases(PLACES, SLOW_PLACES))
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(new, whole, place):
     knobs, patch, more = PLACES[place]
     expected, folder = whole(knobs), new(knobs)
@@ -131,7 +140,7 @@ TWO = {
 }
 
 
-@pytest.mark.parametrize("place", TWO)
+@pytest.mark.parametrize("place", cases(TWO, "step_term_both write_of_a_checkpoint hedge"))
 def test_a_stopped_run_of_two_ranks_goes_on_as_if_it_had_not_been(new, whole, place):
     patch, more, codes = TWO[place]
     expected, folder = whole(MANY, 2), new(MANY, 2)

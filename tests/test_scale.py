@@ -1,12 +1,10 @@
 """The model of a step on several GPUs: its arithmetic, and that its one fitted number is the only one."""
 
-import subprocess
 import sys
 
 import pytest
 
 from sweeps.lab import gpu_scaling as scale
-from tests.conftest import ROOT
 
 H100, HERE = scale.MACHINES["H100"], scale.PLANS["here"]
 
@@ -59,12 +57,11 @@ def test_what_is_hidden_or_halved_costs_less(baseline):
     assert 0 < waits["sharded"] < waits["official"] < waits["here"]
 
 
-def test_the_command_prints_both_tables_or_one_line(monkeypatch):
-    command = [sys.executable, str(ROOT / "sweeps/scale.py"), "baseline", "NUM_LAYERS=4"]
-    good = subprocess.run(command, capture_output=True, text=True)
-    assert (
-        good.returncode == 0 and "fitted" in good.stdout and good.stdout.splitlines()[-1].split()[0] == "32"
-    )
+def test_the_command_prints_both_tables_or_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["scale.py", "baseline", "NUM_LAYERS=4"])
+    scale.main()
+    shown = capsys.readouterr().out
+    assert "fitted" in shown and shown.splitlines()[-1].split()[0] == "32"
     monkeypatch.setattr(sys, "argv", ["scale.py", "baseline", "MATRX_LR=1"])
     with pytest.raises(SystemExit, match="^error: MATRX_LR[^\n]*$"):  # which Python prints, and exits with 1
         scale.main()

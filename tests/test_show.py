@@ -139,12 +139,12 @@ def test_a_full_disk_and_a_lost_codec_fail(run_main, monkeypatch):
     assert "pip install zstandard" in found["codec"][1] and "a run takes" in found["disk"][1]
 
 
-def test_a_compile_cache_that_cannot_be_made_is_named(tmp_path, dataset, monkeypatch):
+def test_a_compile_cache_that_cannot_be_made_is_named(run_main, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file/x"))
-    outcome = launch(tmp_path, dataset, args=("--doctor",))
-    found = rows(outcome.stdout)
-    assert outcome.stderr == "" and found["attention"][0] == "ok" and found["compile"][0] == "warn"
+    _, out, err = run_main("--doctor")
+    found = rows(out)
+    assert err == "" and found["attention"][0] == "ok" and found["compile"][0] == "warn"
     assert re.match(
         r"TORCHINDUCTOR_CACHE_DIR=\S+/x cannot be written \(Not a directory\)", found["compile"][1]
     )
