@@ -50,30 +50,29 @@ FAST_FILES = {
     "test_wave.py",
 }
 
-# Files of half a minute and more on one core, the longest first; tests/run.sh gives files out in this order.
+# Files of a quarter of a minute and more on one core, roughly the longest first; tests/run.sh gives files out
+# in this order.
 LONG_FILES = (
+    "test_requirements.py",  # which waits for a package index
     "test_legality.py",
     "test_resume.py",
-    "test_pack_script.py",
     "test_run.py",
-    "test_run_best.py",
-    "test_ideas.py",
-    "test_frontier.py",
     "test_ranks.py",
-    "test_records.py",
+    "test_pack_script.py",
+    "test_run_best.py",  # which waits for processes
     "test_bad_input.py",
+    "test_ideas.py",
+    "test_records.py",
     "test_document_lora.py",
-    "test_committed_records.py",
-    "test_requirements.py",  # and waits for a package index
     "test_engine.py",
-    "test_bench.py",
-    "test_context.py",
+    "test_frontier.py",
     "test_gptq.py",
-    "test_schedules.py",
     "test_hedge.py",
     "test_golden.py",
     "test_artifact.py",
     "test_depth.py",
+    "test_context.py",
+    "test_schedules.py",
 )
 
 PAD, BOS, EOS, UNK = range(4)
@@ -242,6 +241,18 @@ class Traced(Runtime):
     def count(self, graph, inputs):
         self.graphs += 1
         return graph.forward
+
+
+@pytest.fixture
+def graphs_alone(monkeypatch):
+    """torch.compile captures graphs as ever but runs them as they are: no C++ compiler, some seconds."""
+    torch._dynamo.reset()
+    real = torch.compile
+
+    def capture(function, **how):
+        return real(function, **how | dict(backend="aot_eager"))
+
+    monkeypatch.setattr(torch, "compile", capture)
 
 
 def as_text(value) -> str:

@@ -193,8 +193,7 @@ def test_a_refused_run_leaves_nothing_behind(run_main, tmp_path, monkeypatch):
 # ---------------------------------------------------------------- runs
 
 
-def test_a_compiled_run_says_that_it_compiles_and_its_log_does_not(run_main, tmp_path, monkeypatch):
-    monkeypatch.setattr(Runtime, "backend", "eager")  # graphs as a run makes them, without a compiler
+def test_a_compiled_run_says_that_it_compiles_and_its_log_does_not(run_main, tmp_path, graphs_alone):
     code, out, err = run_main(compile="1", run_id="x", iterations=2, num_layers=1)
     assert code == 0, err
     said = [line for line in out.splitlines() if line.startswith("compiling the model for ")]
