@@ -8,8 +8,9 @@
 All versions are built in one process, on the same random tokens, from the same knobs, which win over a
 preset's (its CPU sizes unless there is a GPU); --progress says how far the run is, as the layers may be
 others then. Each round takes one step of every version, so that a drift of the machine touches all alike.
-Speed is the median of the rounds' ratios to the first version. Also printed: the seconds that the first two steps take, with what they compile,
-and the loss of the second, which tells a change of the maths from a change of speed.
+Speed is the median of the rounds' ratios to the first version. Also printed: the seconds that the first two
+steps take, with what they compile, and the loss of the second, which tells a change of the maths from a
+change of speed.
 Not a test: pytest does not collect this file.
 """
 
