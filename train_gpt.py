@@ -6291,7 +6291,7 @@ class DocumentLora:
         run = self.run
         padded = pad_windows(run.data, turn.windows, turn.shape, run.runtime.device)
         for step in range(run.cfg.ttt_steps):
-            nats = run.nats(padded.ids, padded.targets, padded.positions, adapters=self.adapters())
+            nats = run.document_nats(padded.ids, padded.targets, padded.positions, adapters=self.adapters())
             if step == 0:
                 scored = nats.detach()[padded.is_scored].cpu().double()
                 self.note_finished(turn.learning, len(turn.windows))
@@ -7314,6 +7314,7 @@ class Run:
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     loss: Callable = field(init=False)  # (ids, target_ids, dials, phase) -> (objective, mean nats): training
     nats: Callable = field(init=False)  # (ids, target_ids, positions, phase) -> nats of each: evaluation
+    document_nats: Callable = field(init=False)  # the same, for passes that hold single documents
 
     def __post_init__(self) -> None:
         self.make_graphs()
@@ -7329,6 +7330,7 @@ class Run:
             return token_nats(model, ids, target_ids, positions, phase=phase, adapters=adapters)
 
         self.nats = self.runtime.compile(nats)
+        self.document_nats = self.nats if compiles_documents(self.cfg, self.runtime.device) else nats
 
     def settle(self, warm: Callable):
         """Call `warm`, which runs the graphs for the first time and so compiles them; returns its result.
@@ -7373,7 +7375,7 @@ class Run:
 
         phase: the one whose layers run.
         """
-        nats = partial(self.nats, phase=self.cfg.last_alike(phase))
+        nats = partial(self.document_nats if isolated else self.nats, phase=self.cfg.last_alike(phase))
         wait = "scoring the validation text"
         if stride:
             wait += f" by windows that slide by {stride}"
@@ -7584,7 +7586,8 @@ def warm_evaluation(run: Run) -> None:
     cfg = run.cfg
     device = run.runtime.device
     graphs = evaluation_graphs(cfg, device)
-    count = len(graphs) + (len(document_shapes(cfg)) if cfg.ttt_batch_size else 0)
+    has_adapters = cfg.ttt_batch_size > 0 and compiles_documents(cfg, device)
+    count = len(graphs) + (len(document_shapes(cfg)) if has_adapters else 0)
     if run.runtime.compiles:
         run.log.say(f"compiling the model for scoring: usually 10 to 40 s a graph, graphs: {count}")
     for shape, phase, learns in graphs:
@@ -7595,7 +7598,7 @@ def warm_evaluation(run: Run) -> None:
             run.nats(ids, target_ids, *positions, phase=phase)
         if learns and not shape.slides:
             run.nats(ids, target_ids, phase=phase).sum().backward()
-    if cfg.ttt_batch_size:
+    if has_adapters:
         warm_document_lora(run)
 
 
@@ -7607,11 +7610,20 @@ def warm_document_lora(run: Run) -> None:
             lora.score(DocumentTurn(shape, [], begins=True, learning=1))
 
 
+def compiles_documents(cfg: Config, device: torch.device) -> bool:
+    """Whether passes of single documents are compiled where the others are.
+
+    They come in up to 17 shapes, each a graph. A CPU compiles one for 10 to 40 s and would win back a quarter
+    of the few minutes that the score takes eagerly; COMPILE=1 insists on it.
+    """
+    return device.type != "cpu" or cfg.compile == "1"
+
+
 def evaluation_graphs(cfg: Config, device: torch.device) -> list[tuple[PassShape, int, bool]]:
     """(shape, phase, learns) of every graph that evaluation runs."""
     official = pass_shape(cfg, device, 0)
     graphs = [(official, -1, False), (pass_shape(cfg, device, cfg.eval_stride), -1, False)]
-    if cfg.eval_doc_isolated:
+    if cfg.eval_doc_isolated and compiles_documents(cfg, device):
         graphs += [(shape, -1, False) for shape in isolated_shapes(cfg, device)]
     if cfg.ttt_steps > 0 and not cfg.ttt_batch_size:
         graphs += [(pass_shape(cfg, device, stride, True), -1, True) for stride in (0, cfg.eval_stride)]

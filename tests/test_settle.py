@@ -44,6 +44,15 @@ def test_a_failing_compiler_is_done_without(unlucky, tiny):
     assert torch.isfinite(run.loss(ids, ids)[0])
 
 
+@pytest.mark.parametrize("compile, graphs", [("auto", 2), ("1", 4)])
+def test_a_cpu_compiles_the_many_shapes_of_single_documents_only_when_told_to(tiny, compile, graphs):
+    cfg = tiny(compile=compile, train_seq_len=128, eval_stride=32, eval_doc_isolated=True)
+    run = Run(cfg, Runtime(compiles=True), RunLog(None, ""), GPT(cfg), None)
+    assert len(train_gpt.evaluation_graphs(cfg, torch.device("cpu"))) == graphs
+    assert (run.document_nats is run.nats) == (compile == "1")
+    assert len(train_gpt.evaluation_graphs(cfg, torch.device("cuda"))) == 4
+
+
 def test_the_warning_says_why_the_compiler_failed(tiny, tmp_path):
     run = Run(tiny(compile="auto"), Unlucky(compiles=True), RunLog(tmp_path, "r"), GPT(tiny()), None)
 
