@@ -7482,7 +7482,7 @@ def foretell_warm_up(cfg: Config, model: GPT, runtime: Runtime) -> None:
 
     RunError (2) if the warm-up would take longer than MAX_WARMUP_SECONDS.
     """
-    if runtime.device.type != "cpu":
+    if runtime.device.type != "cpu" or not cfg.warmup_steps:
         return
     try:
         step_seconds = time_step(cfg, model, runtime)
@@ -7578,8 +7578,19 @@ def timed_step(
     return clock.seconds()
 
 
+# A sweep's run on a CPU spends 0.6 of its 20 s on a blank pass (records/benchmarks/NOTES.md).
+SMALL_LOGITS = 2**26  # numbers that a machine which trains has room for: 256 MiB of float32
+
+
+def is_small_pass(cfg: Config, runtime: Runtime, shape: PassShape) -> bool:
+    """Whether a pass of evaluation needs no trial: it is not compiled, and its logits fit the memory."""
+    is_eager_on_cpu = runtime.device.type == "cpu" and not runtime.compiles
+    return is_eager_on_cpu and shape.batch * shape.width * cfg.vocab_size <= SMALL_LOGITS
+
+
 def warm_evaluation(run: Run) -> None:
-    """Compile the evaluation graphs on blank tokens: each shape, and each phase that will be validated."""
+    """Try evaluation on blank tokens, each shape and each phase that will be validated: what compiles is
+    compiled, and what does not fit the memory is known before the training, not after it."""
     cfg = run.cfg
     device = run.runtime.device
     graphs = evaluation_graphs(cfg, device)
@@ -7587,6 +7598,8 @@ def warm_evaluation(run: Run) -> None:
     if run.runtime.compiles:
         run.log.say(f"compiling the model for scoring: usually 10 to 40 s a graph, graphs: {count}")
     for shape, phase, learns in graphs:
+        if not learns and is_small_pass(cfg, run.runtime, shape):
+            continue
         ids = torch.zeros(shape.batch, shape.length, dtype=torch.int64, device=device)
         target_ids = torch.zeros(shape.batch, shape.width, dtype=torch.int64, device=device)
         positions = (torch.zeros_like(target_ids),) if shape.slides else ()

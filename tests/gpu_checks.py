@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,8 @@ WHOLE_RUN = """
 CPU_RUN = """
     NUM_LAYERS=2 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1 TRAIN_SEQ_LEN=128 TRAIN_BATCH_TOKENS=2048 COMPILE=0
 """
+# There the compiler writes C++, which takes a minute for the small model on a busy machine.
+CPU_COMPILED = dict(num_layers=1, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=128)
 # There only check_depths makes graphs, and a sitecustomize.py leaves the compiling away, of minutes.
 GRAPHS_ALONE = """
 import torch
@@ -84,6 +87,25 @@ def compile_graphs(function, **settings):
 
 
 torch.compile = compile_graphs
+"""
+# Each rank of a run appends a line a step of each optimiser to weights.RANK: a hash of what it trains.
+WEIGHT_HASHES = """
+import hashlib
+import os
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def note(optimiser, *given):
+    sha256 = hashlib.sha256()
+    for group in optimiser.param_groups:
+        for weight in group["params"]:
+            sha256.update(weight.detach().cpu().numpy().tobytes())
+    with open("weights." + os.environ["RANK"], "a") as file:
+        print(type(optimiser).__name__, sha256.hexdigest(), file=file)
+
+
+register_optimizer_step_post_hook(note)
 """
 PATIENCE = 900  # seconds that a whole run may take on a busy machine; on a card it takes less than one minute
 BEST = "NUM_KV_HEADS=2 PARALLEL_BLOCK=1 MLP_ACT=silu2 ENCODER_LAYERS=0 TIE_EMBEDDINGS=0 XSA_LAST_N=-1"
@@ -127,6 +149,13 @@ class Lab:
     def need_cuda(self) -> None:
         if not self.is_cuda:
             raise NotHere("needs a card")
+
+    def need_ranks(self) -> int:
+        """How many ranks a run can have here: one for each card, two on a CPU; NotHere if that is one."""
+        ranks = torch.cuda.device_count() if self.is_cuda else 2
+        if ranks < 2:
+            raise NotHere("needs two cards")
+        return ranks
 
     def start_with(self, code: str) -> dict[str, str]:
         """Environment of a run whose Pythons begin with this code."""
@@ -237,8 +266,9 @@ def check_bf16(lab: Lab) -> Verdict:
 
 def check_compiled(lab: Lab) -> Verdict:
     """Compiled against eager; gradients stay views of the flat buffer after a compiled backward pass."""
-    eager = partial(one_pass, lab.device, torch.bfloat16, False)
-    compiled = partial(one_pass, lab.device, torch.bfloat16, True)
+    size = {} if lab.is_cuda else CPU_COMPILED
+    eager = partial(one_pass, lab.device, torch.bfloat16, False, **size)
+    compiled = partial(one_pass, lab.device, torch.bfloat16, True, **size)
     return compare_passes(lab, eager, compiled, "compiled_loss", "compiled_gradient")
 
 
@@ -427,10 +457,21 @@ def check_torchrun(lab: Lab) -> Verdict:
     )
 
 
+def check_equal_weights(lab: Lab) -> Verdict:
+    """After each of 20 steps all ranks have the same weights, bit by bit (two ranks on a CPU)."""
+    ranks = lab.need_ranks()
+    knobs = "RUN_ID=r ITERATIONS=20 WARMUP_STEPS=0"
+    out = lab.whole_run("equal_weights", knobs, ranks=ranks, **lab.start_with(WEIGHT_HASHES))
+    lines = [(out / f"weights.{rank}").read_text().splitlines() for rank in range(ranks)]
+    updates = len(lines[0])
+    unequal = [at for at, hashes in enumerate(zip_longest(*lines)) if len(set(hashes)) > 1]
+    text = f"{ranks} ranks, {updates} updates in 20 steps, {len(unequal)} with other weights on a rank"
+    return Verdict(updates == 40 and not unequal, text, dict(ranks=ranks, unequal=len(unequal)))
+
+
 def check_lost_rank(lab: Lab) -> Verdict:
     """A rank that is killed ends the run with an error, not a hang."""
-    if lab.is_cuda and torch.cuda.device_count() < 2:
-        raise NotHere("needs two cards")
+    lab.need_ranks()
     out = lab.folder / "lost"
     process = lab.start_run(out, "RUN_ID=r ITERATIONS=100000", ranks=2)
     wait_for_step(out, process, 5)
@@ -517,6 +558,7 @@ CHECKS: dict[str, Callable[[Lab], Verdict]] = dict(
     scores=check_scores,
     best=check_best,
     torchrun=check_torchrun,
+    equal_weights=check_equal_weights,
     lost_rank=check_lost_rank,
 )
 

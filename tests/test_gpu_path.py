@@ -400,7 +400,7 @@ def test_a_mixer_that_differs_fails(lab, monkeypatch):
 def test_a_compiled_pass_that_differs_or_leaves_the_buffer_fails(
     lab, monkeypatch, loss, gradient, are_views, verdict
 ):
-    def one_pass(device, dtype, compiles):
+    def one_pass(device, dtype, compiles, **knobs):
         if not compiles:
             return 1.0, torch.ones(3), True
         return loss, torch.full((3,), gradient), are_views
