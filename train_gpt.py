@@ -7869,19 +7869,33 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     runtime.defers_stop = False
     if runtime.stop_signal:  # during the validation: the state is saved
         raise KeyboardInterrupt
+    late_graphs = max(runtime.gather(compiled_graphs() - graphs_before))
+    last_phase = plan_before.phase if plan_before else -1
+    return end_training(training, score, plan.progress, late_graphs, last_phase, max_sequences)
+
+
+def end_training(
+    training: Training, score: Score, progress: float, late_graphs: int, phase: int, max_sequences: int
+) -> Trained:
+    """Say how training ended and put the average, where one is kept, into the model.
+
+    The facts are those of `Trained`; score: of the live weights.
+    """
+    run = training.run
     trained = Trained(
         score=score,
-        step=step,
-        seconds=clock.total,
-        progress=plan.progress,
-        mean_lr_scale=training.lr_scale_sum / max(step, 1),
-        late_graphs=max(runtime.gather(compiled_graphs() - graphs_before)),
-        phase=plan_before.phase if plan_before else -1,
+        step=training.step,
+        seconds=training.clock.total,
+        progress=progress,
+        mean_lr_scale=training.lr_scale_sum / max(training.step, 1),
+        late_graphs=late_graphs,
+        phase=phase,
         max_sequences=max_sequences,
     )
     report_end_of_training(run, trained)
-    if runtime.dtype == torch.float16:
-        skipped, scale = optimisers.loss_scale.skipped_steps, optimisers.loss_scale.value
+    loss_scale = training.optimisers.loss_scale
+    if loss_scale.is_used:
+        skipped, scale = loss_scale.skipped_steps, loss_scale.value
         run.log.line(f"loss_scale:{scale:.0f} steps_left_out:{skipped}")
         run.log.event("loss_scale", scale=scale, skipped_steps=skipped)
     if training.average.kind:
