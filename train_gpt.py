@@ -2809,13 +2809,23 @@ class Linear(nn.Linear):
         if not self.starts_at_zero and min(self.weight.shape) >= 64:
             nn.init.orthogonal_(self.weight)
 
-    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        """x [..., inputs] -> [..., outputs], for the block's run number `repeat`."""
-        y = F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, repeat: int = 0, gain: Tensor | None = None) -> Tensor:
+        """x [..., inputs] -> [..., outputs], for the block's run number `repeat`.
+
+        gain [outputs]: a factor of each row of W, for a matrix without factors of its own.
+        """
+        weight = self.weight if gain is None else gain[:, None] * self.weight
+        y = F.linear(x, weight.to(x.dtype))
         if self.lora_a is None:
             return y
         inner = F.linear(x, self.lora_a[repeat].to(x.dtype))
         return y + F.linear(inner, self.lora_b[repeat].to(x.dtype))
+
+
+def folds_gains(device: torch.device) -> bool:
+    """Whether gains of a layer's outputs go into its weights: on GPUs, where the gain's own gradient would
+    read all outputs again (records/benchmarks/NOTES.md). It rounds otherwise; CPUs keep their numbers."""
+    return device.type == "cuda"
 
 
 # -- Attention on a CPU: speed only. A reader who runs on a GPU can skip to `attend`. --------------------
@@ -3047,11 +3057,12 @@ class Attention(nn.Module):
         first_values: Tensor | None = None,
         documents: Documents | None = None,
         adapters: Adapters = NO_ADAPTERS,
+        gain: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, d], rotary cos, sin [T, R/2] -> (output [B, T, d], the layer's values [B, Hkv, T, D]).
 
         value_mix [2] = (a, b): attend to a * first_values + b * own values; first_values None: this layer is
-        the first, and its own serve as both. documents: as in `attend`.
+        the first, and its own serve as both. documents: as in `attend`. gain: of `proj`.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         q = adapted(self.c_q(x), x, adapters, "q").view(heads).transpose(1, 2)  # [B, H, T, D]
@@ -3068,7 +3079,7 @@ class Attention(nn.Module):
             y = omit_own_value(y, v)
         if self.attn_gate_w is not None:
             y = y * window_gate(x, self.attn_gate_w, self.gate_scale).mT[..., None]
-        output = self.proj(y.transpose(1, 2).flatten(2), repeat)
+        output = self.proj(y.transpose(1, 2).flatten(2), repeat, gain)
         return adapted(output, x, adapters, "o"), own_values
 
 
@@ -3092,13 +3103,13 @@ class MLP(nn.Module):
             hidden, cfg.model_dim, zero_init=True, repeats=cfg.num_repeats, rank=cfg.repeat_lora_rank
         )
 
-    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        """[B, T, d] -> [B, T, d]."""
+    def forward(self, x: Tensor, repeat: int = 0, gain: Tensor | None = None) -> Tensor:
+        """[B, T, d] -> [B, T, d]; gain: of `proj`."""
         if self.gate is None:
             hidden = self.activation(self.fc(x)).square()
         else:
             hidden = F.silu(self.gate(x)) * self.fc(x)
-        return self.proj(hidden, repeat)
+        return self.proj(hidden, repeat, gain)
 
 
 class SmearGate(nn.Module):
@@ -3329,6 +3340,8 @@ class Block(nn.Module):
         adapters: Adapters,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, d] -> (what the attention adds to it, the values of the first layer)."""
+        norms = self.norms_attention and not layer.is_parallel
+        gain = None if norms else self.folded(self.attn_scale, self.attn.proj, "o", adapters)
         attended, own_values = self.attn(
             scaled_norm(x, layer).to(self.dtype),
             cos,
@@ -3339,16 +3352,26 @@ class Block(nn.Module):
             first_values=first_values,
             documents=documents,
             adapters=adapters,
+            gain=gain,
         )
-        if self.norms_attention and not layer.is_parallel:
+        if norms:
             attended = norm(attended)
         first_values = own_values if first_values is None else first_values
-        return self.attn_scale.to(x.dtype) * attended, first_values
+        if gain is None:
+            attended = self.attn_scale.to(x.dtype) * attended
+        return attended, first_values
 
     def feed(self, x: Tensor, layer: Layer, adapters: Adapters) -> Tensor:
         """x [B, T, d] -> what the MLP adds to it."""
         read = scaled_norm(x, layer).to(self.dtype)
-        return self.mlp_scale.to(x.dtype) * adapted(self.mlp(read, layer.repeat), read, adapters, "mlp")
+        gain = self.folded(self.mlp_scale, self.mlp.proj, "mlp", adapters)
+        fed = adapted(self.mlp(read, layer.repeat, gain), read, adapters, "mlp")
+        return self.mlp_scale.to(x.dtype) * fed if gain is None else fed
+
+    def folded(self, gain: Tensor, matrix: Linear, place: str, adapters: Adapters) -> Tensor | None:
+        """The gain, if it is to go into the matrix: not where something else is added to what that gives."""
+        is_alone = matrix.lora_a is None and place not in adapters
+        return gain if is_alone and folds_gains(gain.device) else None
 
 
 def scaled_norm(x: Tensor, layer: Layer) -> Tensor:
@@ -4008,7 +4031,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, then an orthogonalised step (Keller Jordan, modded-nanogpt).
 
     Each rank updates every world_size-th matrix; the sum over ranks of a buffer that holds zeros elsewhere
-    gives all ranks all updates.
+    gives all ranks all updates, in the type in which they were orthogonalised: nothing is lost by that.
     """
 
     def __init__(self, params: list[nn.Parameter], cfg: Config, runtime: Runtime):
@@ -4019,6 +4042,8 @@ class Muon(torch.optim.Optimizer):
         self.runtime = runtime
         self.matrices = self.param_groups[0]["params"]
         self.rank_share = slice(runtime.rank, None, runtime.world_size)
+        is_float32 = cfg.muon_beta2 > 0 or runtime.world_size == 1  # `even_rows` gives float32
+        self.sent_dtype = torch.float32 if is_float32 else runtime.dtype
         for parameter in self.matrices[self.rank_share]:
             self.state[parameter] = self.initial_state(parameter)
 
@@ -4042,13 +4067,10 @@ class Muon(torch.optim.Optimizer):
             params = group["params"]
             if not params:
                 continue
-            sizes = [parameter.numel() for parameter in params]
-            flat = torch.zeros(sum(sizes), device=params[0].device)
-            updates = [
-                piece.view_as(parameter) for piece, parameter in zip(flat.split(sizes), params, strict=True)
-            ]
+            flat = torch.zeros(sum(map(Tensor.numel, params)), dtype=self.sent_dtype, device=params[0].device)
+            updates = views_of(flat, params)
             self.fill_updates(params[self.rank_share], updates[self.rank_share], group)
-            self.runtime.sum(flat)
+            updates = views_of(self.runtime.sum(flat).float(), params)
             is_cautious = self.cfg.cautious_wd and self.cfg.muon_wd > 0
             shrink(params, group["lr"] * group["weight_decay"], updates if is_cautious else None)
             torch._foreach_add_(params, updates, alpha=-group["lr"])
@@ -4080,6 +4102,12 @@ class Muon(torch.optim.Optimizer):
             # Tall matrices step further, so that the root mean square of their outputs changes as much.
             stack = stack * max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_copy_([updates[index] for index in indices], stack.unbind())
+
+
+def views_of(flat: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
+    """The pieces of a flat tensor, one after the other, in the parameters' shapes."""
+    pieces = flat.split([parameter.numel() for parameter in params])
+    return [piece.view_as(parameter) for piece, parameter in zip(pieces, params, strict=True)]
 
 
 def shrink(params: list[nn.Parameter], share: float, updates: list[Tensor] | None = None) -> None:
@@ -4186,10 +4214,9 @@ class Optimisers:
 
     def make_gradient_buffer(self) -> Tensor:
         """One flat tensor, every gradient a view of it: backward adds into it, one all-reduce, no copies."""
-        sizes = [parameter.numel() for parameter in self.trained]
-        flat = torch.zeros(sum(sizes), device=self.runtime.device)
-        for parameter, piece in zip(self.trained, flat.split(sizes), strict=True):
-            parameter.grad = piece.view_as(parameter)
+        flat = torch.zeros(sum(map(Tensor.numel, self.trained)), device=self.runtime.device)
+        for parameter, piece in zip(self.trained, views_of(flat, self.trained), strict=True):
+            parameter.grad = piece
         return flat
 
     @torch.no_grad()

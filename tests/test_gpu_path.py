@@ -350,6 +350,55 @@ def test_the_log_names_the_attention_of_a_gpu(monkeypatch, has_package, uses_cud
     assert machine["device"] == "H100" and machine["attention"].startswith(expected)
 
 
+# --- gains in the weights ---
+
+
+def logits_and_gradients(cfg, dtype, adapters):
+    """Of a model that a seed makes, its weights far from where they start; flat."""
+    torch.manual_seed(3)
+    model = GPT(cfg, dtype).to(dtype)
+    for param in model.parameters():
+        param.data += 0.3 * torch.randn_like(param)
+    ids = torch.randint(cfg.vocab_size, (2, 16))
+    logits = model(ids, adapters=adapters)
+    (logits * torch.randn_like(logits)).sum().backward()
+    gradients = [param.grad.flatten() for param in model.parameters() if param.grad is not None]
+    return logits.detach().flatten(), torch.cat(gradients)
+
+
+def lora_everywhere(cfg, dtype):
+    """Adapters that change what "o" and "mlp" give in each layer."""
+    torch.manual_seed(4)
+    places = {}
+    for place in ("o", "mlp"):
+        places[place] = tuple(
+            torch.randn(2, *shape, dtype=dtype) for shape in ((3, cfg.model_dim), (cfg.model_dim, 3))
+        )
+    return [places] * cfg.depth + [{}]
+
+
+@pytest.mark.parametrize("knobs", [
+    {},
+    dict(sandwich_norm=True),
+    dict(num_repeats=2, repeat_lora_rank=2),
+    dict(parallel_start_layer=1, encoder_layers=0),
+    dict(adapters=True),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_gains_in_the_weights_change_rounding_alone(tiny, monkeypatch, knobs, dtype, limit):
+    has_adapters = knobs.get("adapters", False)
+    cfg = tiny(**{name: value for name, value in knobs.items() if name != "adapters"})
+    adapters = lora_everywhere(cfg, dtype) if has_adapters else None
+    plain = logits_and_gradients(cfg, dtype, adapters)
+    monkeypatch.setattr(train_gpt, "folds_gains", lambda device: True)
+    for apart, whole in zip(logits_and_gradients(cfg, dtype, adapters), plain, strict=True):
+        assert (apart - whole).norm() <= limit * whole.norm()
+
+
+def test_gains_are_folded_on_gpus_alone():
+    assert train_gpt.folds_gains(torch.device("cuda", 0)) and not train_gpt.folds_gains(torch.device("cpu"))
+
+
 # --- gpu.sh's checks, on a CPU ---
 
 
