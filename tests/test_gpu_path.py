@@ -496,10 +496,24 @@ def losses(*values: float) -> dict:
 @pytest.mark.parametrize("second, verdict", [
     ((6.0, 5.0), "ok"), ((6.0, 5.1), "FAIL"), ((6.0,), "FAIL"), ((), "FAIL"),
 ])  # fmt: skip
-@pytest.mark.parametrize("name, count", [("micro_batches", 3), ("torchrun", 2)])
+@pytest.mark.parametrize("name, count", [("micro_batches", 2), ("torchrun", 2)])
 def test_runs_whose_losses_part_fail(played, name, count, second, verdict):
     played.play(losses(6.0, 5.0), *[losses(*second)] * (count - 1))
     assert make_check(name, played)["verdict"] == verdict
+
+
+@pytest.mark.parametrize("other, verdict", [(0, "ok"), (1, "FAIL"), (-1, "FAIL")])
+def test_ranks_whose_weights_part_or_that_miss_a_step_fail(played, other, verdict):
+    """other: the step in which the second rank has other weights; -1: it stops a step early."""
+    out = played.folder / "equal_weights"
+    out.mkdir()
+    steps = [f"{name} {step}" for step in range(1, 21) for name in ("Adam", "Muon")]
+    second = steps[:-1] if other < 0 else steps
+    second = ["Muon x" if other and line == f"Muon {other}" else line for line in second]
+    for rank, lines in enumerate((steps, second)):
+        (out / f"weights.{rank}").write_text("\n".join(lines) + "\n")
+    played.play({})
+    assert make_check("equal_weights", played)["verdict"] == verdict
 
 
 DEPTHS = dict(events=[dict(event="env", compile=True), dict(event="phase"), dict(event="phase")])
