@@ -73,9 +73,8 @@ WHOLE_RUN = """
 CPU_RUN = """
     NUM_LAYERS=2 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1 TRAIN_SEQ_LEN=128 TRAIN_BATCH_TOKENS=2048 COMPILE=0
 """
-# There graphs are made and run eagerly: what writes C++ would take a minute on a busy machine.
-CPU_COMPILED = dict(num_layers=1, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=128)
-CPU_BACKEND = "aot_eager"
+CPU_SMALL = dict(num_layers=2, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=128)
+CPU_BACKEND = "aot_eager"  # graphs that run eagerly: to write C++ would take a minute on a busy machine
 # There only check_depths makes graphs, and a sitecustomize.py leaves the compiling away, of minutes.
 GRAPHS_ALONE = """
 import torch
@@ -142,6 +141,11 @@ class Lab:
         return self.device.type == "cuda"
 
     @property
+    def size(self) -> dict[str, int]:
+        """What the model of the checks in this process has other than SMALL."""
+        return {} if self.is_cuda else CPU_SMALL
+
+    @property
     def batch_tokens(self) -> int:
         """TRAIN_BATCH_TOKENS of the whole runs."""
         words = WHOLE_RUN if self.is_cuda else CPU_RUN
@@ -191,6 +195,8 @@ class Lab:
         size = WHOLE_RUN if self.is_cuda else WHOLE_RUN + CPU_RUN
         env = environment(f"{size} {words}", self.data)
         env |= dict(OUT_DIR=str(out), DEVICE=self.device.type) | more
+        if not self.is_cuda:
+            env["OMP_NUM_THREADS"] = "1"  # threads of a small model wait for each other on a busy machine
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [sys.executable, *(torchrun if ranks else []), str(ROOT / "train_gpt.py")]
         with (out / "output").open("a") as output:
@@ -254,23 +260,22 @@ def compare_passes(
 
 def check_fp32(lab: Lab) -> Verdict:
     """float32 on the CPU against float32 here: losses and gradients."""
-    on_cpu = partial(one_pass, torch.device("cpu"), torch.float32, False)
-    here = partial(one_pass, lab.device, torch.float32, False)
+    on_cpu = partial(one_pass, torch.device("cpu"), torch.float32, False, **lab.size)
+    here = partial(one_pass, lab.device, torch.float32, False, **lab.size)
     return compare_passes(lab, on_cpu, here, "fp32_loss", "fp32_gradient")
 
 
 def check_bf16(lab: Lab) -> Verdict:
     """bfloat16 against float32, both here: losses and gradients."""
-    exact = partial(one_pass, lab.device, torch.float32, False)
-    half = partial(one_pass, lab.device, torch.bfloat16, False)
+    exact = partial(one_pass, lab.device, torch.float32, False, **lab.size)
+    half = partial(one_pass, lab.device, torch.bfloat16, False, **lab.size)
     return compare_passes(lab, exact, half, "bf16_loss", "bf16_gradient")
 
 
 def check_compiled(lab: Lab) -> Verdict:
     """Compiled against eager; gradients stay views of the flat buffer after a compiled backward pass."""
-    size = {} if lab.is_cuda else CPU_COMPILED
-    eager = partial(one_pass, lab.device, torch.bfloat16, False, **size)
-    compiled = partial(one_pass, lab.device, torch.bfloat16, True, **size)
+    eager = partial(one_pass, lab.device, torch.bfloat16, False, **lab.size)
+    compiled = partial(one_pass, lab.device, torch.bfloat16, True, **lab.size)
     return compare_passes(lab, eager, compiled, "compiled_loss", "compiled_gradient")
 
 
@@ -616,6 +621,8 @@ def main() -> int:
         return 2
     device = torch.device("cuda", 0) if wanted.device == "cuda" else torch.device("cpu")
     train_gpt.use_fused_attention(device, deterministic=False)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="gpu_checks-") as name:
         folder = Path(name)
         (folder / "data").mkdir()
