@@ -2810,13 +2810,23 @@ class Linear(nn.Linear):
         if not self.starts_at_zero and min(self.weight.shape) >= 64:
             nn.init.orthogonal_(self.weight)
 
-    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        """x [..., inputs] -> [..., outputs], for the block's run number `repeat`."""
-        y = F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, repeat: int = 0, gain: Tensor | None = None) -> Tensor:
+        """x [..., inputs] -> [..., outputs], for the block's run number `repeat`.
+
+        gain [outputs]: a factor of each row of W, for a matrix without factors of its own.
+        """
+        weight = self.weight if gain is None else gain[:, None] * self.weight
+        y = F.linear(x, weight.to(x.dtype))
         if self.lora_a is None:
             return y
         inner = F.linear(x, self.lora_a[repeat].to(x.dtype))
         return y + F.linear(inner, self.lora_b[repeat].to(x.dtype))
+
+
+def folds_gains(device: torch.device) -> bool:
+    """Whether gains of a layer's outputs go into its weights: on GPUs, where the gain's own gradient would
+    read all outputs again (records/benchmarks/NOTES.md). It rounds otherwise; CPUs keep their numbers."""
+    return device.type == "cuda"
 
 
 # -- Attention on a CPU: speed only. A reader who runs on a GPU can skip to `attend`. --------------------
@@ -3048,11 +3058,12 @@ class Attention(nn.Module):
         first_values: Tensor | None = None,
         documents: Documents | None = None,
         adapters: Adapters = NO_ADAPTERS,
+        gain: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, d], rotary cos, sin [T, R/2] -> (output [B, T, d], the layer's values [B, Hkv, T, D]).
 
         value_mix [2] = (a, b): attend to a * first_values + b * own values; first_values None: this layer is
-        the first, and its own serve as both. documents: as in `attend`.
+        the first, and its own serve as both. documents: as in `attend`. gain: of `proj`.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         q = adapted(self.c_q(x), x, adapters, "q").view(heads).transpose(1, 2)  # [B, H, T, D]
@@ -3069,7 +3080,7 @@ class Attention(nn.Module):
             y = omit_own_value(y, v)
         if self.attn_gate_w is not None:
             y = y * window_gate(x, self.attn_gate_w, self.gate_scale).mT[..., None]
-        output = self.proj(y.transpose(1, 2).flatten(2), repeat)
+        output = self.proj(y.transpose(1, 2).flatten(2), repeat, gain)
         return adapted(output, x, adapters, "o"), own_values
 
 
@@ -3093,13 +3104,13 @@ class MLP(nn.Module):
             hidden, cfg.model_dim, zero_init=True, repeats=cfg.num_repeats, rank=cfg.repeat_lora_rank
         )
 
-    def forward(self, x: Tensor, repeat: int = 0) -> Tensor:
-        """[B, T, d] -> [B, T, d]."""
+    def forward(self, x: Tensor, repeat: int = 0, gain: Tensor | None = None) -> Tensor:
+        """[B, T, d] -> [B, T, d]; gain: of `proj`."""
         if self.gate is None:
             hidden = self.activation(self.fc(x)).square()
         else:
             hidden = F.silu(self.gate(x)) * self.fc(x)
-        return self.proj(hidden, repeat)
+        return self.proj(hidden, repeat, gain)
 
 
 class SmearGate(nn.Module):
@@ -3330,6 +3341,8 @@ class Block(nn.Module):
         adapters: Adapters,
     ) -> tuple[Tensor, Tensor]:
         """x [B, T, d] -> (what the attention adds to it, the values of the first layer)."""
+        norms = self.norms_attention and not layer.is_parallel
+        gain = None if norms else self.folded(self.attn_scale, self.attn.proj, "o", adapters)
         attended, own_values = self.attn(
             scaled_norm(x, layer).to(self.dtype),
             cos,
@@ -3340,16 +3353,26 @@ class Block(nn.Module):
             first_values=first_values,
             documents=documents,
             adapters=adapters,
+            gain=gain,
         )
-        if self.norms_attention and not layer.is_parallel:
+        if norms:
             attended = norm(attended)
         first_values = own_values if first_values is None else first_values
-        return self.attn_scale.to(x.dtype) * attended, first_values
+        if gain is None:
+            attended = self.attn_scale.to(x.dtype) * attended
+        return attended, first_values
 
     def feed(self, x: Tensor, layer: Layer, adapters: Adapters) -> Tensor:
         """x [B, T, d] -> what the MLP adds to it."""
         read = scaled_norm(x, layer).to(self.dtype)
-        return self.mlp_scale.to(x.dtype) * adapted(self.mlp(read, layer.repeat), read, adapters, "mlp")
+        gain = self.folded(self.mlp_scale, self.mlp.proj, "mlp", adapters)
+        fed = adapted(self.mlp(read, layer.repeat, gain), read, adapters, "mlp")
+        return self.mlp_scale.to(x.dtype) * fed if gain is None else fed
+
+    def folded(self, gain: Tensor, matrix: Linear, place: str, adapters: Adapters) -> Tensor | None:
+        """The gain, if it is to go into the matrix: not where something else is added to what that gives."""
+        is_alone = matrix.lora_a is None and place not in adapters
+        return gain if is_alone and folds_gains(gain.device) else None
 
 
 def scaled_norm(x: Tensor, layer: Layer) -> Tensor:
@@ -4009,7 +4032,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, then an orthogonalised step (Keller Jordan, modded-nanogpt).
 
     Each rank updates every world_size-th matrix; the sum over ranks of a buffer that holds zeros elsewhere
-    gives all ranks all updates.
+    gives all ranks all updates, in the type in which they were orthogonalised: nothing is lost by that.
     """
 
     def __init__(self, params: list[nn.Parameter], cfg: Config, runtime: Runtime):
@@ -4020,6 +4043,8 @@ class Muon(torch.optim.Optimizer):
         self.runtime = runtime
         self.matrices = self.param_groups[0]["params"]
         self.rank_share = slice(runtime.rank, None, runtime.world_size)
+        is_float32 = cfg.muon_beta2 > 0 or runtime.world_size == 1  # `even_rows` gives float32
+        self.sent_dtype = torch.float32 if is_float32 else runtime.dtype
         for parameter in self.matrices[self.rank_share]:
             self.state[parameter] = self.initial_state(parameter)
 
@@ -4043,13 +4068,10 @@ class Muon(torch.optim.Optimizer):
             params = group["params"]
             if not params:
                 continue
-            sizes = [parameter.numel() for parameter in params]
-            flat = torch.zeros(sum(sizes), device=params[0].device)
-            updates = [
-                piece.view_as(parameter) for piece, parameter in zip(flat.split(sizes), params, strict=True)
-            ]
+            flat = torch.zeros(sum(map(Tensor.numel, params)), dtype=self.sent_dtype, device=params[0].device)
+            updates = views_of(flat, params)
             self.fill_updates(params[self.rank_share], updates[self.rank_share], group)
-            self.runtime.sum(flat)
+            updates = views_of(self.runtime.sum(flat).float(), params)
             is_cautious = self.cfg.cautious_wd and self.cfg.muon_wd > 0
             shrink(params, group["lr"] * group["weight_decay"], updates if is_cautious else None)
             torch._foreach_add_(params, updates, alpha=-group["lr"])
@@ -4081,6 +4103,12 @@ class Muon(torch.optim.Optimizer):
             # Tall matrices step further, so that the root mean square of their outputs changes as much.
             stack = stack * max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_copy_([updates[index] for index in indices], stack.unbind())
+
+
+def views_of(flat: Tensor, params: list[nn.Parameter]) -> list[Tensor]:
+    """The pieces of a flat tensor, one after the other, in the parameters' shapes."""
+    pieces = flat.split([parameter.numel() for parameter in params])
+    return [piece.view_as(parameter) for piece, parameter in zip(pieces, params, strict=True)]
 
 
 def shrink(params: list[nn.Parameter], share: float, updates: list[Tensor] | None = None) -> None:
@@ -4187,10 +4215,9 @@ class Optimisers:
 
     def make_gradient_buffer(self) -> Tensor:
         """One flat tensor, every gradient a view of it: backward adds into it, one all-reduce, no copies."""
-        sizes = [parameter.numel() for parameter in self.trained]
-        flat = torch.zeros(sum(sizes), device=self.runtime.device)
-        for parameter, piece in zip(self.trained, flat.split(sizes), strict=True):
-            parameter.grad = piece.view_as(parameter)
+        flat = torch.zeros(sum(map(Tensor.numel, self.trained)), device=self.runtime.device)
+        for parameter, piece in zip(self.trained, views_of(flat, self.trained), strict=True):
+            parameter.grad = piece
         return flat
 
     @torch.no_grad()
@@ -7485,7 +7512,7 @@ def foretell_warm_up(cfg: Config, model: GPT, runtime: Runtime) -> None:
 
     RunError (2) if the warm-up would take longer than MAX_WARMUP_SECONDS.
     """
-    if runtime.device.type != "cpu":
+    if runtime.device.type != "cpu" or not cfg.warmup_steps:
         return
     try:
         step_seconds = time_step(cfg, model, runtime)
@@ -7581,8 +7608,19 @@ def timed_step(
     return clock.seconds()
 
 
+# A sweep's run on a CPU spends 0.6 of its 20 s on a blank pass (records/benchmarks/NOTES.md).
+SMALL_LOGITS = 2**26  # numbers that a machine which trains has room for: 256 MiB of float32
+
+
+def is_small_pass(cfg: Config, runtime: Runtime, shape: PassShape) -> bool:
+    """Whether a pass of evaluation needs no trial: it is not compiled, and its logits fit the memory."""
+    is_eager_on_cpu = runtime.device.type == "cpu" and not runtime.compiles
+    return is_eager_on_cpu and shape.batch * shape.width * cfg.vocab_size <= SMALL_LOGITS
+
+
 def warm_evaluation(run: Run) -> None:
-    """Compile the evaluation graphs on blank tokens: each shape, and each phase that will be validated."""
+    """Try evaluation on blank tokens, each shape and each phase that will be validated: what compiles is
+    compiled, and what does not fit the memory is known before the training, not after it."""
     cfg = run.cfg
     device = run.runtime.device
     graphs = evaluation_graphs(cfg, device)
@@ -7591,6 +7629,8 @@ def warm_evaluation(run: Run) -> None:
     if run.runtime.compiles:
         run.log.say(f"compiling the model for scoring: usually 10 to 40 s a graph, graphs: {count}")
     for shape, phase, learns in graphs:
+        if not learns and is_small_pass(cfg, run.runtime, shape):
+            continue
         ids = torch.zeros(shape.batch, shape.length, dtype=torch.int64, device=device)
         target_ids = torch.zeros(shape.batch, shape.width, dtype=torch.int64, device=device)
         positions = (torch.zeros_like(target_ids),) if shape.slides else ()
@@ -7869,19 +7909,33 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
     runtime.defers_stop = False
     if runtime.stop_signal:  # during the validation: the state is saved
         raise KeyboardInterrupt
+    late_graphs = max(runtime.gather(compiled_graphs() - graphs_before))
+    last_phase = plan_before.phase if plan_before else -1
+    return end_training(training, score, plan.progress, late_graphs, last_phase, max_sequences)
+
+
+def end_training(
+    training: Training, score: Score, progress: float, late_graphs: int, phase: int, max_sequences: int
+) -> Trained:
+    """Say how training ended and put the average, where one is kept, into the model.
+
+    The facts are those of `Trained`; score: of the live weights.
+    """
+    run = training.run
     trained = Trained(
         score=score,
-        step=step,
-        seconds=clock.total,
-        progress=plan.progress,
-        mean_lr_scale=training.lr_scale_sum / max(step, 1),
-        late_graphs=max(runtime.gather(compiled_graphs() - graphs_before)),
-        phase=plan_before.phase if plan_before else -1,
+        step=training.step,
+        seconds=training.clock.total,
+        progress=progress,
+        mean_lr_scale=training.lr_scale_sum / max(training.step, 1),
+        late_graphs=late_graphs,
+        phase=phase,
         max_sequences=max_sequences,
     )
     report_end_of_training(run, trained)
-    if runtime.dtype == torch.float16:
-        skipped, scale = optimisers.loss_scale.skipped_steps, optimisers.loss_scale.value
+    loss_scale = training.optimisers.loss_scale
+    if loss_scale.is_used:
+        skipped, scale = loss_scale.skipped_steps, loss_scale.value
         run.log.line(f"loss_scale:{scale:.0f} steps_left_out:{skipped}")
         run.log.event("loss_scale", scale=scale, skipped_steps=skipped)
     if training.average.kind:

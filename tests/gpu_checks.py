@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,8 @@ WHOLE_RUN = """
 CPU_RUN = """
     NUM_LAYERS=2 MODEL_DIM=64 NUM_HEADS=2 NUM_KV_HEADS=1 TRAIN_SEQ_LEN=128 TRAIN_BATCH_TOKENS=2048 COMPILE=0
 """
+CPU_SMALL = dict(num_layers=2, model_dim=64, num_heads=2, num_kv_heads=1, train_seq_len=128)
+CPU_BACKEND = "aot_eager"  # graphs that run eagerly: to write C++ would take a minute on a busy machine
 # There only check_depths makes graphs, and a sitecustomize.py leaves the compiling away, of minutes.
 GRAPHS_ALONE = """
 import torch
@@ -84,6 +87,25 @@ def compile_graphs(function, **settings):
 
 
 torch.compile = compile_graphs
+"""
+# Each rank of a run appends a line a step of each optimiser to weights.RANK: a hash of what it trains.
+WEIGHT_HASHES = """
+import hashlib
+import os
+
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def note(optimiser, *given):
+    sha256 = hashlib.sha256()
+    for group in optimiser.param_groups:
+        for weight in group["params"]:
+            sha256.update(weight.detach().cpu().numpy().tobytes())
+    with open("weights." + os.environ["RANK"], "a") as file:
+        print(type(optimiser).__name__, sha256.hexdigest(), file=file)
+
+
+register_optimizer_step_post_hook(note)
 """
 PATIENCE = 900  # seconds that a whole run may take on a busy machine; on a card it takes less than one minute
 BEST = "NUM_KV_HEADS=2 PARALLEL_BLOCK=1 MLP_ACT=silu2 ENCODER_LAYERS=0 TIE_EMBEDDINGS=0 XSA_LAST_N=-1"
@@ -119,6 +141,11 @@ class Lab:
         return self.device.type == "cuda"
 
     @property
+    def size(self) -> dict[str, int]:
+        """What the model of the checks in this process has other than SMALL."""
+        return {} if self.is_cuda else CPU_SMALL
+
+    @property
     def batch_tokens(self) -> int:
         """TRAIN_BATCH_TOKENS of the whole runs."""
         words = WHOLE_RUN if self.is_cuda else CPU_RUN
@@ -127,6 +154,13 @@ class Lab:
     def need_cuda(self) -> None:
         if not self.is_cuda:
             raise NotHere("needs a card")
+
+    def need_ranks(self) -> int:
+        """How many ranks a run can have here: one for each card, two on a CPU; NotHere if that is one."""
+        ranks = torch.cuda.device_count() if self.is_cuda else 2
+        if ranks < 2:
+            raise NotHere("needs two cards")
+        return ranks
 
     def start_with(self, code: str) -> dict[str, str]:
         """Environment of a run whose Pythons begin with this code."""
@@ -161,6 +195,8 @@ class Lab:
         size = WHOLE_RUN if self.is_cuda else WHOLE_RUN + CPU_RUN
         env = environment(f"{size} {words}", self.data)
         env |= dict(OUT_DIR=str(out), DEVICE=self.device.type) | more
+        if not self.is_cuda:
+            env["OMP_NUM_THREADS"] = "1"  # threads of a small model wait for each other on a busy machine
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [sys.executable, *(torchrun if ranks else []), str(ROOT / "train_gpt.py")]
         with (out / "output").open("a") as output:
@@ -193,7 +229,8 @@ def one_pass(
     # At its start the model's output is nearly zero, whatever is wrong in it.
     for param in model.parameters():
         param.data += 0.1 * torch.randn_like(param)
-    runtime = Runtime(device, dtype=dtype, compiles=compiles)
+    backend = "inductor" if device.type == "cuda" else CPU_BACKEND
+    runtime = Runtime(device, dtype=dtype, compiles=compiles, backend=backend)
     model.to(device)
     optimisers = Optimisers(cfg, model, runtime)
     optimisers.flat.zero_()
@@ -223,22 +260,22 @@ def compare_passes(
 
 def check_fp32(lab: Lab) -> Verdict:
     """float32 on the CPU against float32 here: losses and gradients."""
-    on_cpu = partial(one_pass, torch.device("cpu"), torch.float32, False)
-    here = partial(one_pass, lab.device, torch.float32, False)
+    on_cpu = partial(one_pass, torch.device("cpu"), torch.float32, False, **lab.size)
+    here = partial(one_pass, lab.device, torch.float32, False, **lab.size)
     return compare_passes(lab, on_cpu, here, "fp32_loss", "fp32_gradient")
 
 
 def check_bf16(lab: Lab) -> Verdict:
     """bfloat16 against float32, both here: losses and gradients."""
-    exact = partial(one_pass, lab.device, torch.float32, False)
-    half = partial(one_pass, lab.device, torch.bfloat16, False)
+    exact = partial(one_pass, lab.device, torch.float32, False, **lab.size)
+    half = partial(one_pass, lab.device, torch.bfloat16, False, **lab.size)
     return compare_passes(lab, exact, half, "bf16_loss", "bf16_gradient")
 
 
 def check_compiled(lab: Lab) -> Verdict:
     """Compiled against eager; gradients stay views of the flat buffer after a compiled backward pass."""
-    eager = partial(one_pass, lab.device, torch.bfloat16, False)
-    compiled = partial(one_pass, lab.device, torch.bfloat16, True)
+    eager = partial(one_pass, lab.device, torch.bfloat16, False, **lab.size)
+    compiled = partial(one_pass, lab.device, torch.bfloat16, True, **lab.size)
     return compare_passes(lab, eager, compiled, "compiled_loss", "compiled_gradient")
 
 
@@ -341,9 +378,10 @@ def check_depths(lab: Lab) -> Verdict:
 
 
 def check_micro_batches(lab: Lab) -> Verdict:
-    """The same run in passes of 64, 32 and 16 sequences (16, 8 and 4 on a CPU)."""
+    """The same run in passes of 64, 32 and 16 sequences (16 and 4 on a CPU)."""
     losses = []
-    for tokens in (lab.batch_tokens, lab.batch_tokens // 2, lab.batch_tokens // 4):
+    for part in (1, 2, 4) if lab.is_cuda else (1, 4):
+        tokens = lab.batch_tokens // part
         out = lab.whole_run(f"micro{tokens}", f"MICRO_BATCH_TOKENS={tokens} ITERATIONS=10 RUN_ID=r")
         losses.append(step_losses(out))
     apart = max(furthest(losses[0], other) for other in losses[1:])
@@ -427,10 +465,21 @@ def check_torchrun(lab: Lab) -> Verdict:
     )
 
 
+def check_equal_weights(lab: Lab) -> Verdict:
+    """After each of 20 steps all ranks have the same weights, bit by bit (two ranks on a CPU)."""
+    ranks = lab.need_ranks()
+    knobs = "RUN_ID=r ITERATIONS=20 WARMUP_STEPS=0"
+    out = lab.whole_run("equal_weights", knobs, ranks=ranks, **lab.start_with(WEIGHT_HASHES))
+    lines = [(out / f"weights.{rank}").read_text().splitlines() for rank in range(ranks)]
+    updates = len(lines[0])
+    unequal = [at for at, hashes in enumerate(zip_longest(*lines)) if len(set(hashes)) > 1]
+    text = f"{ranks} ranks, {updates} updates in 20 steps, {len(unequal)} with other weights on a rank"
+    return Verdict(updates == 40 and not unequal, text, dict(ranks=ranks, unequal=len(unequal)))
+
+
 def check_lost_rank(lab: Lab) -> Verdict:
     """A rank that is killed ends the run with an error, not a hang."""
-    if lab.is_cuda and torch.cuda.device_count() < 2:
-        raise NotHere("needs two cards")
+    lab.need_ranks()
     out = lab.folder / "lost"
     process = lab.start_run(out, "RUN_ID=r ITERATIONS=100000", ranks=2)
     wait_for_step(out, process, 5)
@@ -517,6 +566,7 @@ CHECKS: dict[str, Callable[[Lab], Verdict]] = dict(
     scores=check_scores,
     best=check_best,
     torchrun=check_torchrun,
+    equal_weights=check_equal_weights,
     lost_rank=check_lost_rank,
 )
 
@@ -571,6 +621,8 @@ def main() -> int:
         return 2
     device = torch.device("cuda", 0) if wanted.device == "cuda" else torch.device("cpu")
     train_gpt.use_fused_attention(device, deterministic=False)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="gpu_checks-") as name:
         folder = Path(name)
         (folder / "data").mkdir()

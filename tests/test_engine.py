@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from data import file_locks
+from sweeps.lab import forked_runs
 from sweeps.lab import run_process as process
 from sweeps.lab import run_rows as rows
 from sweeps.lab import validation_halves as halves
@@ -103,6 +104,15 @@ def bench(tmp_path, dataset, monkeypatch):
     return Bench(tmp_path, dataset)
 
 
+@pytest.fixture(params=["processes", "forks"])
+def any_bench(bench, request, monkeypatch):
+    """A bench whose runs are processes of their own, or forks of a helper, which imports nothing here."""
+    if request.param == "forks":
+        monkeypatch.setattr(forked_runs, "PRELOADED", ())
+        bench.options.append("--fork")
+    return bench
+
+
 def ended(number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
@@ -110,7 +120,8 @@ def ended(number: int) -> int:
 # ------------------------------------------------------------------------------------------ states
 
 
-def test_every_ending_has_its_state_and_the_wave_goes_on(bench, capfd):
+def test_every_ending_has_its_state_and_the_wave_goes_on(any_bench, capfd):
+    bench = any_bench
     ends = "crash crash_once kill_once bad_input untrained no_loss truncated diverged over_size"
     bench.plan({end: dict(end=end) for end in ends.split()})
     assert bench.run(f"{ends} fine", "--jobs", "4", "--reruns", seeds="1", every=5) == 1, "one crashed"
@@ -193,9 +204,10 @@ def test_an_arm_far_behind_its_control_is_ended_early(bench, capfd):
 # ---------------------------------------------------------------------------- killed, stopped, resumed
 
 
-def test_a_killed_engine_loses_nothing_and_repeats_nothing(bench):
+def test_a_killed_engine_loses_nothing_and_repeats_nothing(any_bench):
     """Its runs live on; the next engine waits for those, goes on from what one that was killed too had saved,
     and starts the rest."""
+    bench = any_bench
     bench.plan(dict.fromkeys(("control", "a", "b", "c"), dict(seconds=0.08)))
     number = bench.fork("a b c", "--jobs", "2")
     bench.wait_for(lambda: sum(state == "ok" for state in bench.states().values()) >= 2)
@@ -228,7 +240,8 @@ def test_an_engine_killed_before_it_wrote_the_row_reads_the_run_instead(bench):
     assert bench.states()["a.1"] == "ok" and len(bench.journal()) == steps
 
 
-def test_stopped_runs_save_and_go_on(bench):
+def test_stopped_runs_save_and_go_on(any_bench):
+    bench = any_bench
     bench.plan(dict.fromkeys(("control", "a"), dict(seconds=0.1)))
     number = bench.fork("a", "--jobs", "2", seeds="1 2")
     bench.wait_for(lambda: len(bench.journal()) >= 4)

@@ -350,6 +350,55 @@ def test_the_log_names_the_attention_of_a_gpu(monkeypatch, has_package, uses_cud
     assert machine["device"] == "H100" and machine["attention"].startswith(expected)
 
 
+# --- gains in the weights ---
+
+
+def logits_and_gradients(cfg, dtype, adapters):
+    """Of a model that a seed makes, its weights far from where they start; flat."""
+    torch.manual_seed(3)
+    model = GPT(cfg, dtype).to(dtype)
+    for param in model.parameters():
+        param.data += 0.3 * torch.randn_like(param)
+    ids = torch.randint(cfg.vocab_size, (2, 16))
+    logits = model(ids, adapters=adapters)
+    (logits * torch.randn_like(logits)).sum().backward()
+    gradients = [param.grad.flatten() for param in model.parameters() if param.grad is not None]
+    return logits.detach().flatten(), torch.cat(gradients)
+
+
+def lora_everywhere(cfg, dtype):
+    """Adapters that change what "o" and "mlp" give in each layer."""
+    torch.manual_seed(4)
+    places = {}
+    for place in ("o", "mlp"):
+        places[place] = tuple(
+            torch.randn(2, *shape, dtype=dtype) for shape in ((3, cfg.model_dim), (cfg.model_dim, 3))
+        )
+    return [places] * cfg.depth + [{}]
+
+
+@pytest.mark.parametrize("knobs", [
+    {},
+    dict(sandwich_norm=True),
+    dict(num_repeats=2, repeat_lora_rank=2),
+    dict(parallel_start_layer=1, encoder_layers=0),
+    dict(adapters=True),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype, limit", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_gains_in_the_weights_change_rounding_alone(tiny, monkeypatch, knobs, dtype, limit):
+    has_adapters = knobs.get("adapters", False)
+    cfg = tiny(**{name: value for name, value in knobs.items() if name != "adapters"})
+    adapters = lora_everywhere(cfg, dtype) if has_adapters else None
+    plain = logits_and_gradients(cfg, dtype, adapters)
+    monkeypatch.setattr(train_gpt, "folds_gains", lambda device: True)
+    for apart, whole in zip(logits_and_gradients(cfg, dtype, adapters), plain, strict=True):
+        assert (apart - whole).norm() <= limit * whole.norm()
+
+
+def test_gains_are_folded_on_gpus_alone():
+    assert train_gpt.folds_gains(torch.device("cuda", 0)) and not train_gpt.folds_gains(torch.device("cpu"))
+
+
 # --- gpu.sh's checks, on a CPU ---
 
 
@@ -400,7 +449,7 @@ def test_a_mixer_that_differs_fails(lab, monkeypatch):
 def test_a_compiled_pass_that_differs_or_leaves_the_buffer_fails(
     lab, monkeypatch, loss, gradient, are_views, verdict
 ):
-    def one_pass(device, dtype, compiles):
+    def one_pass(device, dtype, compiles, **knobs):
         if not compiles:
             return 1.0, torch.ones(3), True
         return loss, torch.full((3,), gradient), are_views
@@ -447,10 +496,24 @@ def losses(*values: float) -> dict:
 @pytest.mark.parametrize("second, verdict", [
     ((6.0, 5.0), "ok"), ((6.0, 5.1), "FAIL"), ((6.0,), "FAIL"), ((), "FAIL"),
 ])  # fmt: skip
-@pytest.mark.parametrize("name, count", [("micro_batches", 3), ("torchrun", 2)])
+@pytest.mark.parametrize("name, count", [("micro_batches", 2), ("torchrun", 2)])
 def test_runs_whose_losses_part_fail(played, name, count, second, verdict):
     played.play(losses(6.0, 5.0), *[losses(*second)] * (count - 1))
     assert make_check(name, played)["verdict"] == verdict
+
+
+@pytest.mark.parametrize("other, verdict", [(0, "ok"), (1, "FAIL"), (-1, "FAIL")])
+def test_ranks_whose_weights_part_or_that_miss_a_step_fail(played, other, verdict):
+    """other: the step in which the second rank has other weights; -1: it stops a step early."""
+    out = played.folder / "equal_weights"
+    out.mkdir()
+    steps = [f"{name} {step}" for step in range(1, 21) for name in ("Adam", "Muon")]
+    second = steps[:-1] if other < 0 else steps
+    second = ["Muon x" if other and line == f"Muon {other}" else line for line in second]
+    for rank, lines in enumerate((steps, second)):
+        (out / f"weights.{rank}").write_text("\n".join(lines) + "\n")
+    played.play({})
+    assert make_check("equal_weights", played)["verdict"] == verdict
 
 
 DEPTHS = dict(events=[dict(event="env", compile=True), dict(event="phase"), dict(event="phase")])

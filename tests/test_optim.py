@@ -493,6 +493,29 @@ def test_ranks_share_the_matrices_and_what_is_remembered_of_them(rule):
     torch.testing.assert_close(ends[0], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("knobs, sent", [({}, torch.bfloat16), (dict(muon_beta2=0.9), torch.float32)])
+def test_updates_lose_nothing_on_their_way_to_other_ranks(knobs, sent):
+    """Where they are made in 16 bits they are sent so; each shape once, or stacks would differ in size."""
+    shapes = [(8, 24), (24, 8), (16, 16), (4, 12)]
+    weights, grads = random_stack(shapes, 0), [random_stack(shapes, seed) for seed in range(1, 4)]
+    alone = stepped(weights, grads, 0.1, Runtime(dtype=torch.bfloat16), **knobs)
+    exchange, ends = Exchange(2), {}
+    ranks = [Rank(rank, exchange) for rank in range(2)]
+
+    def work(rank: Rank) -> None:
+        rank.dtype = torch.bfloat16
+        ends[rank.rank] = stepped(weights, grads, 0.1, rank, **knobs)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {part.dtype for part in exchange.parts} == {sent}
+    torch.testing.assert_close(ends[0], alone, rtol=0, atol=0)
+    torch.testing.assert_close(ends[1], alone, rtol=0, atol=0)
+
+
 def test_all_ranks_hold_the_same_weights(tiny):
     (first, _), *others = train_on(3, tiny(), 2)
     for other, _ in others:

@@ -53,6 +53,24 @@ def test_a_cpu_compiles_the_many_shapes_of_single_documents_only_when_told_to(ti
     assert len(train_gpt.evaluation_graphs(cfg, torch.device("cuda"))) == 4
 
 
+@pytest.mark.parametrize("compiles, device, limit, is_tried", [
+    (False, "cpu", 2**26, False),
+    (False, "cpu", 2**10, True),
+    (True, "cpu", 2**26, True),
+    (False, "meta", 2**26, True),
+])  # fmt: skip
+def test_a_pass_that_is_eager_and_small_is_not_tried_on_a_cpu(
+    tiny, monkeypatch, compiles, device, limit, is_tried
+):
+    monkeypatch.setattr(train_gpt, "SMALL_LOGITS", limit)
+    runtime = Runtime(torch.device(device), compiles=compiles, backend="eager")
+    run = Run(tiny(), runtime, RunLog(None, ""), GPT(tiny()).to(device), None)
+    tried = []
+    run.nats = lambda *given, **settings: tried.append(given)
+    train_gpt.warm_evaluation(run)
+    assert bool(tried) == is_tried
+
+
 def test_the_warning_says_why_the_compiler_failed(tiny, tmp_path):
     run = Run(tiny(compile="auto"), Unlucky(compiles=True), RunLog(tmp_path, "r"), GPT(tiny()), None)
 

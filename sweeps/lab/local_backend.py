@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from sweeps.lab.forked_runs import Nursery, can_fork
 from sweeps.lab.run_process import Orphan, Process, Spec, running_on, share_cores, start
 
 
@@ -16,10 +17,15 @@ class Slot:
 
 
 class LocalBackend:
-    """Starts runs as long as there are free slots; one that is alive may be taken over without a slot."""
+    """Starts runs as long as there are free slots; one that is alive may be taken over without a slot.
 
-    def __init__(self, gpus: list[str], jobs: int, threads: int):
+    forks: runs on a CPU are forks of a helper that has their imports.
+    """
+
+    def __init__(self, gpus: list[str], jobs: int, threads: int, forks: bool = False):
         self.threads = threads
+        self.forks = forks and not gpus
+        self.nursery: Nursery | None = None
         self.slots: list[Slot] = []
         cores_by_job = [()] * jobs if gpus else share_cores(jobs, threads)
         for job in range(jobs):
@@ -44,7 +50,11 @@ class LocalBackend:
             env["CUDA_VISIBLE_DEVICES"] = gpu
         if slot:
             self.free_slots.remove(slot)
-        handle = start(replace(spec, env=env, cores=slot.cores if slot else ()))
+        if self.nursery and self.nursery.has_died():
+            self.nursery = None
+        if self.forks and not self.nursery and can_fork(spec.command):
+            self.nursery = Nursery(self.threads)
+        handle = start(replace(spec, env=env, cores=slot.cores if slot else ()), self.nursery)
         handle.slot = slot
         return handle
 
@@ -60,4 +70,6 @@ class LocalBackend:
             self.free_slots.append(handle.slot)
 
     def close(self) -> None:
-        """Nothing is held beyond the runs."""
+        """Let go of all but the runs."""
+        if self.nursery:
+            self.nursery.close()

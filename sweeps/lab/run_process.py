@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data.file_locks import lock
+from sweeps.lab.forked_runs import Child, Nursery
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Spec:
 class Process:
     """A run that this process started."""
 
-    def __init__(self, child: subprocess.Popen):
+    def __init__(self, child: subprocess.Popen | Child):
         self.child = child
 
     def poll(self) -> int | None:
@@ -101,8 +102,9 @@ def running_on(spec: Spec) -> str | None:
     return json.loads((out / "run.json").read_text())["env"].get("CUDA_VISIBLE_DEVICES", "")
 
 
-def start(spec: Spec) -> Process | Orphan:
-    """Start the run in a session of its own, or take over the one that is running there."""
+def start(spec: Spec, nursery: Nursery | None = None) -> Process | Orphan:
+    """Start the run in a session of its own, as a fork of the nursery's if there is one; or take over the run
+    that is alive there."""
     out = Path(spec.out_dir)
     out.mkdir(parents=True, exist_ok=True)
     if is_alive(out):
@@ -112,26 +114,30 @@ def start(spec: Spec) -> Process | Orphan:
             lock(own_lock, wait=False)
         except BlockingIOError:  # another engine was faster
             return Orphan(out)
-        return Process(start_group(spec, out, own_lock))
+        return Process(start_group(spec, out, own_lock, nursery))
 
 
-def start_group(spec: Spec, out: Path, own_lock: TextIO) -> subprocess.Popen:
+def start_group(spec: Spec, out: Path, own_lock: TextIO, nursery: Nursery | None) -> subprocess.Popen | Child:
     """Start the run as a process group of its own that inherits the lock; its number is written there."""
     temporary = out / ".run.json.tmp"
     temporary.write_text(json.dumps(asdict(spec), indent=1) + "\n")
     temporary.replace(out / "run.json")
     own_lock.truncate(0)
     kept = {name: value for name, value in os.environ.items() if name not in spec.hidden}
+    env = kept | dict(spec.env)
     with (out / "stdout.txt").open("ab") as stdout, (out / "stderr.txt").open("wb") as stderr:
-        child = subprocess.Popen(
-            spec.command,
-            env=kept | dict(spec.env),
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,
-            pass_fds=(own_lock.fileno(),),
-        )
+        if nursery:
+            child = nursery.start(spec.command, env, (stdout.fileno(), stderr.fileno(), own_lock.fileno()))
+        else:
+            child = subprocess.Popen(
+                spec.command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+                pass_fds=(own_lock.fileno(),),
+            )
     own_lock.write(str(child.pid))
     own_lock.flush()
     if spec.cores and hasattr(os, "sched_setaffinity"):

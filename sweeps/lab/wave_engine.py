@@ -88,6 +88,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     add("--proxy", action="store_true", help="sizes for one CPU core a run; PROXY=1 does the same")
     add("--jobs", type=int, help="runs at once (default: the GPUs, or what the cores allow)")
     add("--threads", type=int, help="CPU threads a run (default: proxy 1, else the cores shared out)")
+    add("--fork", action="store_true", help="on CPUs, fork runs from a process that has their imports")
     add("--engine", choices=("local", "ray"), default="local", help="ray: RAY_ADDRESS, or one of its own")
     add("--out", type=Path, default=OWN_RUNS, help="the runs' files (default runs/waves)")
     add("--results", type=Path, default=OWN_RESULTS, help="default runs/results")
@@ -648,7 +649,7 @@ def count_finished(folder: Path, wave: str) -> int:
 def make_backend(options: argparse.Namespace, gpus: list[str], jobs: int, threads: int):
     """Where the runs are started."""
     if options.engine == "local":
-        return LocalBackend(gpus, jobs, threads)
+        return LocalBackend(gpus, jobs, threads, options.fork)
     from sweeps.lab.ray_backend import RayBackend
 
     return RayBackend(bool(gpus), options.jobs, threads)

@@ -2,6 +2,7 @@
 
     python tests/bench/bench_startup.py baseline --runs 20 --jobs 2
     python tests/bench/bench_startup.py baseline COMPILE=1 --runs 20 --jobs 2 --out startup.json
+    python tests/bench/bench_startup.py baseline --runs 7 --fork      as a wave with --fork starts them
     python tests/bench/bench_startup.py --profile                     seconds of the imports, one by one
 
 Whole processes at the sizes of a proxy wave (bash sweeps/WAVE.sh --proxy): its preset, its part of the
@@ -28,7 +29,8 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-CHILD = "--child"
+from sweeps.lab.forked_runs import Nursery  # noqa: E402
+
 STAGES = (
     "imports",
     "inputs",
@@ -64,15 +66,17 @@ def child(script: str, notes: str) -> None:
         from tests.bench.bench_throughput import compiler_counts
 
         counts = {name: count for name, count in compiler_counts().items() if count}
-        Path(notes).write_text(json.dumps(dict(imported=imported, ended=ended or time.time(), counts=counts)))
+        about = dict(imported=imported, ended=ended or time.time(), cpu_seconds=cpu_seconds, counts=counts)
+        Path(notes).write_text(json.dumps(about))
 
-    ended = 0.0
+    ended = cpu_seconds = 0.0
     atexit.register(note)
     sys.argv = [script]
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         ended = time.time()  # before `note` imports what only it needs
+        cpu_seconds = round(time.process_time(), 2)  # of this process: a fork's clock begins at 0
 
 
 def last(events: Iterable[dict], kind: str) -> dict:
@@ -103,22 +107,46 @@ def stages_of(events: list[dict], began: float, imported: float, ended: float) -
     return {name: borders[n + 1] - borders[n] for n, name in enumerate(ends)}
 
 
-def one_run(script: Path, knobs: dict[str, str], folder: Path, seed: int) -> dict[str, object]:
+def run_to_its_end(command: tuple[str, ...], env: dict[str, str], out: Path, nursery: Nursery | None) -> int:
+    """The exit code of a process, or of the nursery's fork; it writes to out/stdout and out/stderr."""
+    with (out / "stdout").open("wb") as stdout, (out / "stderr").open("wb") as stderr:
+        if not nursery:
+            return subprocess.run(command, env=env, stdout=stdout, stderr=stderr).returncode
+        descriptors = [file.fileno() for file in (stdout, stderr)]
+        run = nursery.start(command, env, (*descriptors, descriptors[0]))  # here the lock is any open file
+    while run.poll() is None:
+        time.sleep(0.02)
+    return run.returncode
+
+
+def one_run(
+    script: Path, knobs: dict[str, str], folder: Path, seed: int, nursery: Nursery | None
+) -> dict[str, object]:
     """Start a run, wait for its end, read its stages."""
     out, notes = folder / f"run{seed}", folder / f"run{seed}.json"
     env = dict(os.environ, OMP_NUM_THREADS="1", TORCHINDUCTOR_CACHE_DIR=str(folder / "cache")) | knobs
     env |= dict(SEED=str(seed), RUN_ID="r", OUT_DIR=str(out))
     out.mkdir()
+    program = folder / f"run{seed}.py"
+    place = f"import sys; sys.path.insert(0, {str(ROOT)!r})"
+    program.write_text(
+        f"{place}\nfrom tests.bench.bench_startup import child\nchild({str(script)!r}, {str(notes)!r})\n"
+    )
     began = time.time()
-    command = [sys.executable, __file__, CHILD, str(script), str(notes)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"error: a run ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    code = run_to_its_end((sys.executable, str(program)), env, out, nursery)
+    if code:
+        raise SystemExit(f"error: a run ended with {code}: {(out / 'stderr').read_text().strip()[-300:]}")
     events = [json.loads(line) for line in (out / "logs/r.jsonl").read_text().splitlines()]
     found = json.loads(notes.read_text())
     stages = stages_of(events, began, found["imported"], found["ended"])
     rounded = {name: round(seconds, 3) for name, seconds in stages.items()}
-    return dict(seed=seed, stages=rounded, counts=found["counts"], compile=last(events, "env")["compile"])
+    return dict(
+        seed=seed,
+        stages=rounded,
+        cpu_seconds=found["cpu_seconds"],
+        counts=found["counts"],
+        compile=last(events, "env")["compile"],
+    )
 
 
 def shares(rows: list[dict]) -> dict[str, float]:
@@ -144,18 +172,22 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         folder = Path(place)
         selection = cut(data, folder, HALF_TOKENS) / SELECTION
         knobs = own | dict(DATA_PATH=str(selection), TOKENIZER_PATH=tokenizer)
+        nursery = Nursery(threads=1) if options.fork else None
         began = time.perf_counter()
-        rows = [one_run(options.script, knobs, folder, 1)]
+        rows = [one_run(options.script, knobs, folder, 1, nursery)]
         with ThreadPoolExecutor(options.jobs) as pool:
             later = range(2, options.runs + 1)
-            rows += pool.map(lambda seed: one_run(options.script, knobs, folder, seed), later)
+            rows += pool.map(lambda seed: one_run(options.script, knobs, folder, seed, nursery), later)
         seconds = time.perf_counter() - began
+        if nursery:
+            nursery.close()
     later = rows[1:] or rows
     about = train_gpt.describe_machine(train_gpt.Runtime())
     machine = {name: about[name] for name in ("device", "python", "torch", "numpy")}
     return dict(
         benchmark="startup", preset=options.preset, knobs=own, commit=commit(), **machine,
-        script=options.script.name, runs=options.runs, jobs=options.jobs, compile=rows[0]["compile"],
+        forked=options.fork, script=options.script.name, runs=options.runs, jobs=options.jobs,
+        compile=rows[0]["compile"],
         wall_seconds=round(seconds, 1), shares=shares(rows), shares_of_later_runs=shares(later),
         first={name: rows[0]["stages"][name] for name in STAGES},
         later={name: round(median(row["stages"][name] for row in later), 3) for name in STAGES},
@@ -177,9 +209,6 @@ def profile(rounds: int) -> dict[str, object]:
 
 
 def main() -> None:
-    if sys.argv[1:2] == [CHILD]:
-        child(*sys.argv[2:])
-        return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -188,6 +217,7 @@ def main() -> None:
     add("knobs", nargs="*", metavar="KNOB=VALUE")
     add("--runs", type=int, default=20)
     add("--jobs", type=int, default=2, help="runs at once (default 2)")
+    add("--fork", action="store_true", help="runs are forks of a process that has their imports")
     add("--script", type=Path, default=ROOT / "train_gpt.py", help="another copy of ours, to compare")
     add("--profile", action="store_true", help="time the imports instead")
     add("--out", type=Path, help="write the JSON here too")
