@@ -6917,13 +6917,17 @@ def mix_with_ngrams(cfg: Config, tokens: Tensor, nats: Tensor) -> Mixture:
 # -- The tilt, for comparison ----------------------------------------------------------------------------
 
 
-def ngram_hints(cfg: Config, tokens: Tensor) -> Tensor:
-    """The token that most often followed the last TOKEN_ORDER - 1 ones before, int64 [N] for tokens[1:].
+class TopFollowers(NamedTuple):
+    """What followed each token's context most often before it; of several, the first to reach the count."""
 
-    Of several the first to reach the count; -1 where it made up less than TOKEN_THRESHOLD of the followers,
-    or there were none. Contexts go on from one document to the next (parameter-golf #2135).
-    """
-    for counts in context_counts(tokens, cfg.vocab_size, cfg.token_order - 1):
+    tokens: Tensor  # [N] int64: -1 where nothing did
+    counts: Tensor  # [N] int64: how often
+    uses: Tensor  # [N] int64: how often anything did
+
+
+def top_followers(tokens: Tensor, vocab: int, order: int) -> TopFollowers:
+    """Of the contexts of `order` tokens before tokens[1:], which go on from one document to the next."""
+    for counts in context_counts(tokens, vocab, order):
         last_counts = counts
     rows = last_counts.by_context
     positions = last_counts.positions[rows]
@@ -6935,11 +6939,20 @@ def ngram_hints(cfg: Config, tokens: Tensor) -> Tensor:
     numbers = torch.arange(len(rows), device=tokens.device)
     leads = torch.where(counts_after > highest_before, numbers, 0).cummax(0).values
     leaders = F.pad(tokens[positions[leads]], (1, 0))[:-1]
-    is_sure = highest_before / last_counts.uses[rows].clamp_min(1) >= cfg.token_threshold
-    is_sure &= highest_before > 0
-    hints = torch.full_like(tokens, -1)
-    hints[positions[is_sure]] = leaders[is_sure]
-    return hints[1:]
+    top = TopFollowers(*[torch.zeros_like(tokens) for _ in TopFollowers._fields])
+    top.tokens[positions] = leaders
+    top.counts[positions] = highest_before
+    top.uses[positions] = last_counts.uses[rows]
+    top.tokens[top.counts == 0] = -1
+    return TopFollowers(*[values[1:] for values in top])
+
+
+def ngram_hints(cfg: Config, tokens: Tensor) -> Tensor:
+    """The token that most often followed the last TOKEN_ORDER - 1 ones before, int64 [N] for tokens[1:]; -1
+    where it made up less than TOKEN_THRESHOLD of the followers, or there were none (parameter-golf #2135)."""
+    top = top_followers(tokens, cfg.vocab_size, cfg.token_order - 1)
+    is_sure = top.counts / top.uses.clamp_min(1) >= cfg.token_threshold
+    return torch.where(is_sure, top.tokens, -1)
 
 
 def tilt(cfg: Config, nats: Tensor, hint_nats: Tensor, hints: Tensor, targets: Tensor) -> Tensor:
