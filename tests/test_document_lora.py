@@ -495,6 +495,22 @@ def test_neither_the_score_nor_the_check_changes_the_model(knobs):
     assert all(torch.equal(nats, first[name]) for name, nats in nats_of_all(run).items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("knobs", [PHASES, dict(ngram_tilt_enabled=True, token_order=3)])
+def test_compiled_it_is_the_same_score_and_nothing_is_compiled_late(knobs):
+    knobs = knobs | dict(ttt_batch_size=16, num_layers=1)  # passes of two sizes
+    eager = nats_of_all(scoring(text_of(LENGTHS), **knobs))
+    run = scoring(text_of(LENGTHS), **knobs)
+    run.runtime.compiles = True
+    run.make_graphs()
+    train_gpt.warm_evaluation(run)
+    graphs = train_gpt.compiled_graphs()
+    compiled = nats_of_all(run)
+    assert train_gpt.compiled_graphs() == graphs > 2
+    for name, nats in eager.items():
+        torch.testing.assert_close(compiled[name], nats, rtol=2e-4, atol=2e-4)
+
+
 # --- bad input ---
 
 REFUSED = {
