@@ -281,6 +281,10 @@ LEARNERS = {
         ttt_lora_rank=2,
         ttt_batch_size=8,
         ttt_chunk_size=16,
+        phased_ttt_prefix_docs=16,
+        global_ttt_lr=0.1,
+        ngram_tilt_enabled=True,
+        token_order=4,
         use_hedge=True,
     ),
     "isolated": dict(eval_doc_isolated=True, eval_stride=8, use_hedge=True),
@@ -293,7 +297,8 @@ def test_our_scores_pass_and_the_check_changes_none(rerun, name):
     knobs = LEARNERS[name]
     plain, checked = rerun(**knobs), rerun(check_seconds=3, **knobs, score_check=True)
     assert (plain.code, checked.code) == (0, 0), checked.error
-    switches = dict(sliding="eval_stride", isolated="eval_doc_isolated", ttt="ttt_steps", hedge="use_hedge")
+    switches = dict(sliding="eval_stride", isolated="eval_doc_isolated", ttt="ttt_steps")
+    switches |= dict(tilt="ngram_tilt_enabled", hedge="use_hedge")
     on = ["roundtrip"] + [score for score, knob in switches.items() if knob in knobs]
     said = [line for line in checked.lines if line.startswith("score_check: ")]
     tried = (
@@ -367,6 +372,11 @@ def own_input(*given) -> PaddedWindows:
     return padded._replace(positions=(padded.positions + 1).clamp(max=padded.ids.size(1) - 1))
 
 
+def hint_at_itself(cfg, tokens):
+    """Each token as its own hint."""
+    return tokens[1:]
+
+
 SABOTAGE = {  # what is replaced, by what, the knobs, the score and the conditions of which one must be named
     "unnormalised": ("token_nats", lenient, {}, "roundtrip", "C2"),
     "one_token_ahead": ("token_nats", ahead, {}, "roundtrip", "C1"),
@@ -382,6 +392,7 @@ SABOTAGE = {  # what is replaced, by what, the knobs, the score and the conditio
     "learns_first": ("plan_turns", learn_first, TTT, "ttt", "C[13]"),
     "learns_first_lora": ("plan_turns", learn_first, LEARNERS["lora"], "ttt", "C[13]"),
     "counts_itself": ("context_counts", count_itself, dict(use_hedge=True), "hedge", "C[23]"),
+    "hints_at_itself": ("ngram_hints", hint_at_itself, dict(ngram_tilt_enabled=True), "tilt", "C[23]"),
     "weighs_itself": ("hedge_mixture", weigh_itself, dict(use_hedge=True), "hedge", "C[23]"),
 }
 
@@ -585,6 +596,17 @@ def test_two_ranks_learn_as_one(small, artifact, rerun, launch_forks, tmp_path):
         one, two = (scores[f"{name}_logprob"] for scores in found)
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-5 if name != "hedge" else 1e-4)
     assert np.abs(found[0]["ttt_logprob"] - found[0]["sliding_logprob"]).max() > 0.01
+
+
+@pytest.mark.slow
+def test_two_ranks_check_their_scores_together(small, artifact, launch_forks, tmp_path):
+    """In a real run; rank 1 would wait for ever if it did not help."""
+    knobs = LEARNERS["documents"] | dict(eval_doc_isolated=True, eval_stride=8, score_check=True)
+    place = dict(device="cpu", eval_only=str(artifact), out_dir="two")
+    run = launch_forks(tmp_path, small[0], ranks=2, **dict.fromkeys(TINY) | place | knobs)
+    assert run.result["world_size"] == 2 and run.result["status"] == "ok", run.stderr[-2000:]
+    said = re.findall(r"^score_check: (\w+) breaks none of the four conditions", run.log, re.M)
+    assert said == ["roundtrip", "sliding", "isolated", "ttt", "tilt", "hedge"]
 
 
 def test_a_trial_says_what_it_is_and_how_far(monkeypatch, tmp_path, capsys):
