@@ -498,7 +498,8 @@ def test_neither_the_score_nor_the_check_changes_the_model(knobs):
 @pytest.mark.slow
 @pytest.mark.parametrize("knobs", [PHASES, dict(ngram_tilt_enabled=True, token_order=3)])
 def test_compiled_it_is_the_same_score_and_nothing_is_compiled_late(knobs):
-    knobs = knobs | dict(ttt_batch_size=16, num_layers=1)  # passes of two sizes
+    places = dict(ttt_q_lora=False, ttt_k_lora=False, ttt_v_lora=False, ttt_head_lora=False)
+    knobs = knobs | places | dict(num_layers=1)
     eager = nats_of_all(scoring(text_of(LENGTHS), **knobs))
     run = scoring(text_of(LENGTHS), **knobs)
     run.runtime.compiles = True

@@ -109,19 +109,20 @@ def dump(name: str, weights: str, out: Path, knobs: dict[str, str], count: int) 
 
 
 class Facts:
-    """What a dump and the counts of its text say of each target, before it."""
+    """What a dump and the counts of its text say of each of its first targets, before it."""
 
-    def __init__(self, path: Path, vocab: int):
+    def __init__(self, path: Path, vocab: int, count: int | None = None):
         with np.load(path) as stored:
             given = {key: stored[key] for key in stored.files}
+        count = count or len(given["nats"])
         self.name = str(given["name"])
         self.vocab = vocab
-        self.tokens = torch.from_numpy(given["tokens"].astype(np.int64))
-        self.bytes = torch.from_numpy(given["bytes"].astype(np.int64))
-        self.starts = given["starts"]
-        self.nats = torch.from_numpy(given["nats"]).double()
-        self.entropy = torch.from_numpy(given["entropy"])
-        self.hint_nats = torch.from_numpy(given["hint_nats"]).double()
+        self.tokens = torch.from_numpy(given["tokens"][: count + 1].astype(np.int64))
+        self.bytes = torch.from_numpy(given["bytes"][:count].astype(np.int64))
+        self.starts = given["starts"][given["starts"] < count]
+        self.nats = torch.from_numpy(given["nats"][:count]).double()
+        self.entropy = torch.from_numpy(given["entropy"][:count])
+        self.hint_nats = torch.from_numpy(given["hint_nats"][:, :count]).double()
         self.tops = [train_gpt.top_followers(self.tokens, vocab, order) for order in HINT_ORDERS]
         self.ngram, self.codes = train_gpt.ngram_probabilities(self.tokens, vocab, 6)
         self.half = len(self.nats) // 2
@@ -368,10 +369,11 @@ def tilt_below(facts: Facts, tilted: Tensor, standing: Tensor) -> dict:
 
 
 def study(paths: list[Path], vocab: int, at: float) -> dict:
-    """The report of all dumps, the weakest model first."""
+    """The report of all dumps, the weakest model first; on as many targets as the shortest dump has."""
     rows = {}
+    count = min(len(np.load(path)["nats"]) for path in paths)
     for path in paths:
-        facts = Facts(path, vocab)
+        facts = Facts(path, vocab, count)
         rows[facts.name] = study_one(facts)
         found = rows[facts.name]
         gains = " ".join(f"{name} {gain:.4f}" for name, gain in found["gains"].items())
