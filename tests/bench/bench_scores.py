@@ -16,8 +16,9 @@ LoRA for each document, the bytes of its factors, gradients and moments. Nothing
 elementwise work, no traffic between ranks; `--share` says which part of the peak the products reach. Ranks
 meet after each turn, so the slowest one of each counts. Of Hedge and the tilt the seconds are those that
 Hedge took on two threads of a CPU (sweeps/results/study_hedge.md): on a GPU they are fewer.
-`--sample` plans one in so many documents. `--official`: the four validation texts of the challenge, of 50,000
-documents each, and whether all scores together keep within MAX_EVAL_SECONDS.
+`--sample` plans one in so many documents, but for a LoRA for each document all: few groups would share badly.
+`--official`: the four validation texts of the challenge, of 50,000 documents each, and whether all scores
+together keep within MAX_EVAL_SECONDS.
 Not a test: pytest does not collect it.
 """
 
@@ -29,7 +30,9 @@ import math
 import sys
 import time
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from data.missing_packages import explain_missing_packages  # noqa: E402
@@ -100,7 +103,8 @@ def measure(knobs: dict[str, str], tokens: int, weights: str = "", check_seconds
         run = train_gpt.Run(cfg, runtime, train_gpt.RunLog(None, ""), model, data)
         if check_seconds:
             check_own_scores(run, check_seconds)
-        run.settle(lambda: train_gpt.warm_evaluation(run))
+        if runtime.compiles:
+            run.settle(lambda: train_gpt.warm_evaluation(run))
         began = time.process_time()
         for name, score in train_gpt.score_all(run):
             spent = time.process_time() - began
@@ -119,6 +123,7 @@ def measure(knobs: dict[str, str], tokens: int, weights: str = "", check_seconds
     return report | dict(per_million_tokens=found)
 
 
+@lru_cache(maxsize=1000)
 def pass_flops(cfg: train_gpt.Config, model: train_gpt.GPT, shape: train_gpt.PassShape) -> float:
     """Multiplications and additions of a forward pass of that shape: the blocks' matrices, causal attention
     (half of the square), and the head where targets are scored."""
@@ -131,6 +136,7 @@ def pass_flops(cfg: train_gpt.Config, model: train_gpt.GPT, shape: train_gpt.Pas
     return 2.0 * shape.batch * (shape.length * matrices + shape.width * head)
 
 
+@lru_cache(maxsize=1000)
 def lora_floats(cfg: train_gpt.Config, model: train_gpt.GPT, documents: int) -> int:
     """Floats of the factors of so many documents."""
     sizes = train_gpt.adapter_sizes(cfg, model).values()
@@ -175,15 +181,32 @@ def phase_cost(cfg: train_gpt.Config, model: train_gpt.GPT, mean: float, gpus: i
     return flops
 
 
+def plans_of_documents(
+    cfg: train_gpt.Config, data: train_gpt.Validation, ranks: list[train_gpt.Runtime]
+) -> list[list[train_gpt.DocumentTurn]]:
+    """The turns of TTT_BATCH_SIZE on each rank; the turns of a group are planned once for all of them."""
+    planned = {}
+
+    def document_turns(cfg, group):
+        key = group[0]  # a document is in one group
+        if key not in planned:
+            planned[key] = DOCUMENT_TURNS(cfg, group)
+        return planned[key]
+
+    with patch.object(train_gpt, "document_turns", document_turns):
+        return [train_gpt.plan_document_turns(cfg, data, rank) for rank in ranks]
+
+
+DOCUMENT_TURNS = train_gpt.document_turns
+
+
 def plans_of(cfg: train_gpt.Config, data: train_gpt.Validation, rank: train_gpt.Runtime) -> dict:
-    """{score: turns of that rank} of all scores that run a model."""
+    """{score: turns of that rank} of all scores that run a model, but TTT_BATCH_SIZE."""
     plans = {}
     for name, _ in train_gpt.scorers(cfg):
         if name == "isolated":
             plans[name] = train_gpt.plan_isolated_turns(cfg, data, rank)
-        elif name == "ttt" and cfg.ttt_batch_size:
-            plans[name] = train_gpt.plan_document_turns(cfg, data, rank)
-        elif name not in train_gpt.MIXTURES:
+        elif name not in train_gpt.MIXTURES and not (name == "ttt" and cfg.ttt_batch_size):
             stride = 0 if name == "roundtrip" else cfg.eval_stride
             plans[name] = train_gpt.plan_turns(cfg, data, rank, stride, name == "ttt")
     return plans
@@ -198,14 +221,16 @@ def reckon(
         model = train_gpt.GPT(cfg)
     planned = max(1, tokens // sample)
     data = text_of(cfg, planned, mean)
-    ranks = []
-    for rank in range(gpus):
-        runtime = train_gpt.Runtime(device=torch.device("cuda"), rank=rank, world_size=gpus)
-        ranks.append(plans_of(cfg, data, runtime))
+    cuda = torch.device("cuda")
+    ranks = [train_gpt.Runtime(device=cuda, rank=rank, world_size=gpus) for rank in range(gpus)]
+    sampled_plans = [plans_of(cfg, data, rank) for rank in ranks]
+    plans = {name: ([of_rank[name] for of_rank in sampled_plans], planned) for name in sampled_plans[0]}
+    if cfg.ttt_steps and cfg.ttt_batch_size:
+        plans["ttt"] = (plans_of_documents(cfg, text_of(cfg, tokens, mean), ranks), tokens)
     found = {}
-    for name in ranks[0]:
+    for name, (of_ranks, planned) in plans.items():
         flops = moved = seconds = read = 0.0
-        for turns in zip(*[plans[name] for plans in ranks], strict=True):
+        for turns in zip(*of_ranks, strict=True):
             costs = [turn_cost(cfg, model, name, turn, gpus) for turn in turns]
             flops += sum(cost[0] for cost in costs)
             moved += sum(cost[1] for cost in costs)
@@ -228,7 +253,7 @@ def reckon(
     total = sum(score["seconds"] for score in found.values())
     return dict(
         total_seconds=round(total, 1), limit=cfg.max_eval_seconds, fits=total <= cfg.max_eval_seconds,
-        benchmark="scores_reckoned", commit=commit(), knobs=knobs, tokens=tokens, sampled=planned, gpus=gpus,
+        benchmark="scores_reckoned", commit=commit(), knobs=knobs, tokens=tokens, sample=sample, gpus=gpus,
         share_of_peak=share, scores=found,
     )  # fmt: skip
 
