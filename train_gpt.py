@@ -2151,7 +2151,8 @@ class Validation:
         return list(itertools.pairwise([0, *self.starts.tolist(), self.targets]))
 
 
-DOCUMENT_KNOBS = ("EVAL_DOC_ISOLATED", "TTT_RESET", "TTT_BATCH_SIZE")  # that treat each document by itself
+# That treat each document by itself.
+DOCUMENT_KNOBS = ("EVAL_DOC_ISOLATED", "TTT_RESET", "TTT_BATCH_SIZE", "HEDGE_DOCUMENT_ORDER")
 
 
 def load_validation(
@@ -6569,6 +6570,16 @@ class HedgeKnobs:
         low=0,
         needs="USE_HEDGE=1",
     )
+    hedge_document_order: int = knob(
+        0,
+        "Most tokens of context of n-grams that count one document alone; they are mixed in first, and the "
+        "result with those of the whole text; 0 = none.",
+        source="ours",
+        role="pack",
+        low=0,
+        high=99,
+        needs="USE_HEDGE=1",
+    )
     ngram_tilt_enabled: bool = knob(
         False,
         "Add a score that tilts the last one towards the token that most often followed the last tokens, for "
@@ -6603,6 +6614,9 @@ class HedgeKnobs:
         high=50,
         needs="NGRAM_TILT_ENABLED=1",
     )
+
+
+WHOLE_TEXT = torch.zeros(1, dtype=torch.int64)  # where the document of each token begins, if it is one
 
 
 # -- Exact counts and sums -------------------------------------------------------------------------------
@@ -6651,18 +6665,21 @@ class ContextCounts(NamedTuple):
     context_begins: Tensor  # [M] int64: of each sorted row the first one of its context
 
 
-def context_counts(tokens: Tensor, vocab: int, highest_order: int) -> Iterator[ContextCounts]:
+def context_counts(
+    tokens: Tensor, vocab: int, highest_order: int, begins: Tensor = WHOLE_TEXT
+) -> Iterator[ContextCounts]:
     """Yield the exact counts for contexts of 0 .. highest_order tokens, by one stable sort an order.
 
     A gram is a context and the token that follows it. A stable sort brings equal grams together in the order
     of the text, so that a gram's rank among its equals is the number of earlier ones. A gram that ends at
     position i is the context of position i + 1 in the next order; if it stands there once only, that context
     cannot recur, and the position is dropped.
-    tokens: int64 [T], below `vocab`.
+    tokens: int64 [T], below `vocab`. begins: int64 [T], where each token's document begins, if every document
+    is to be counted by itself: its number is then the context of no token.
     """
     positions = torch.arange(len(tokens), device=tokens.device)
-    uses = positions
-    context_numbers = torch.zeros_like(positions)
+    context_numbers = begins.to(tokens.device).expand(len(tokens))
+    uses = positions - context_numbers
     # Row r of the lists sorted by context, then by position, is row by_context[r] of the lists above; its
     # context begins at row context_begins[r].
     by_context = positions
@@ -6701,8 +6718,10 @@ def distinct_followers(matches: Tensor, by_context: Tensor, context_begins: Tens
 # -- The n-gram model ------------------------------------------------------------------------------------
 
 
-def ngram_probabilities(tokens: Tensor, vocab: int, highest_order: int) -> tuple[Tensor, Tensor]:
-    """Predict each of tokens[1:] by counts of what stands before it.
+def ngram_probabilities(
+    tokens: Tensor, vocab: int, highest_order: int, begins: Tensor = WHOLE_TEXT
+) -> tuple[Tensor, Tensor]:
+    """Predict each of tokens[1:] by counts of what stands before it; begins: as in `context_counts`.
 
     Returns the probabilities, float64 [N], and codes of the counts of its contexts, uint8 [2, orders, N]: how
     often each was used, and by how many distinct tokens it was followed.
@@ -6712,7 +6731,7 @@ def ngram_probabilities(tokens: Tensor, vocab: int, highest_order: int) -> tuple
     """
     probabilities = torch.full((len(tokens),), 1 / vocab, dtype=torch.float64, device=tokens.device)
     codes = torch.zeros(2, highest_order + 1, len(tokens), dtype=torch.uint8, device=tokens.device)
-    for counts in context_counts(tokens, vocab, highest_order):
+    for counts in context_counts(tokens, vocab, highest_order, begins):
         # In pieces of 4 M, or the terms of the formula would take more than the counts do.
         for rows in counts.uses.nonzero()[:, 0].split(2**22):
             positions = counts.positions[rows]
@@ -6904,9 +6923,28 @@ def hedge_mixture(
     return Mixture(log_mixed - log_norm, weighed)
 
 
-def mix_with_ngrams(cfg: Config, tokens: Tensor, nats: Tensor) -> Mixture:
-    """Mix a neural score, nats float64 [N] of tokens[1:], with exact n-grams of the tokens so far."""
-    ngram, codes = ngram_probabilities(tokens, cfg.vocab_size, cfg.hedge_order)
+def document_begins(data: Validation) -> Tensor:
+    """Where the document of each token begins, int64 [T]; a boundary belongs to the one that it ends."""
+    firsts = np.concatenate(([0], data.starts + 1))
+    return torch.from_numpy(np.repeat(firsts, np.diff(firsts, append=len(data.tokens))))
+
+
+def mix_with_ngrams(cfg: Config, tokens: Tensor, nats: Tensor, begins: Tensor = WHOLE_TEXT) -> Mixture:
+    """Mix a neural score, nats float64 [N] of tokens[1:], with exact n-grams of the tokens so far.
+
+    With HEDGE_DOCUMENT_ORDER it is mixed with those of the document alone before.
+    begins: int64 [N + 1], where each token's document begins.
+    """
+    if cfg.hedge_document_order:
+        nats = -mix_with_counts(cfg, tokens, nats, cfg.hedge_document_order, begins).log_probs
+    return mix_with_counts(cfg, tokens, nats, cfg.hedge_order)
+
+
+def mix_with_counts(
+    cfg: Config, tokens: Tensor, nats: Tensor, order: int, begins: Tensor = WHOLE_TEXT
+) -> Mixture:
+    """Mix a score, nats float64 [N] of tokens[1:], with n-grams of the whole text or of each document."""
+    ngram, codes = ngram_probabilities(tokens, cfg.vocab_size, order, begins)
     shares = gate_shares((ngram.log() + nats).float(), codes)
     bins = context_bins(codes)
     del codes
@@ -6917,16 +6955,12 @@ def mix_with_ngrams(cfg: Config, tokens: Tensor, nats: Tensor) -> Mixture:
 # -- The tilt, for comparison ----------------------------------------------------------------------------
 
 
-class TopFollowers(NamedTuple):
-    """What followed each token's context most often before it; of several, the first to reach the count."""
+def top_followers(tokens: Tensor, vocab: int, order: int) -> Tensor:
+    """What most often followed the `order` tokens before each of tokens[1:], int64 [3, N]: the token, how
+    often it did, and how often any did. Of several it is the first to reach the count; where that is 0, none.
 
-    tokens: Tensor  # [N] int64: -1 where nothing did
-    counts: Tensor  # [N] int64: how often
-    uses: Tensor  # [N] int64: how often anything did
-
-
-def top_followers(tokens: Tensor, vocab: int, order: int) -> TopFollowers:
-    """Of the contexts of `order` tokens before tokens[1:], which go on from one document to the next."""
+    Contexts go on from one document to the next.
+    """
     for counts in context_counts(tokens, vocab, order):
         last_counts = counts
     rows = last_counts.by_context
@@ -6939,20 +6973,16 @@ def top_followers(tokens: Tensor, vocab: int, order: int) -> TopFollowers:
     numbers = torch.arange(len(rows), device=tokens.device)
     leads = torch.where(counts_after > highest_before, numbers, 0).cummax(0).values
     leaders = F.pad(tokens[positions[leads]], (1, 0))[:-1]
-    top = TopFollowers(*[torch.zeros_like(tokens) for _ in TopFollowers._fields])
-    top.tokens[positions] = leaders
-    top.counts[positions] = highest_before
-    top.uses[positions] = last_counts.uses[rows]
-    top.tokens[top.counts == 0] = -1
-    return TopFollowers(*[values[1:] for values in top])
+    top = tokens.new_zeros(3, len(tokens))
+    top[:, positions] = torch.stack((leaders, highest_before, last_counts.uses[rows]))
+    return top[:, 1:]
 
 
 def ngram_hints(cfg: Config, tokens: Tensor) -> Tensor:
     """The token that most often followed the last TOKEN_ORDER - 1 ones before, int64 [N] for tokens[1:]; -1
     where it made up less than TOKEN_THRESHOLD of the followers, or there were none (parameter-golf #2135)."""
-    top = top_followers(tokens, cfg.vocab_size, cfg.token_order - 1)
-    is_sure = top.counts / top.uses.clamp_min(1) >= cfg.token_threshold
-    return torch.where(is_sure, top.tokens, -1)
+    leaders, counts, uses = top_followers(tokens, cfg.vocab_size, cfg.token_order - 1)
+    return torch.where((counts > 0) & (counts / uses >= cfg.token_threshold), leaders, -1)
 
 
 def tilt(cfg: Config, nats: Tensor, hint_nats: Tensor, hints: Tensor, targets: Tensor) -> Tensor:
@@ -7038,7 +7068,9 @@ def mix_where_memory_lasts(
     return overwrite_with_mixture(run, torch.device("cpu"), target_nats, limit, announce, began)
 
 
-def foretell_mixture(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[float, float]:
+def foretell_mixture(
+    cfg: Config, tokens: Tensor, nats: Tensor, begins: Tensor = WHOLE_TEXT
+) -> tuple[float, float]:
     """Seconds that mixing takes: the fixed ones, and those of each target.
 
     They follow from two samples: on a GPU nearly all of a sample's time is fixed. A first call, in which the
@@ -7048,7 +7080,7 @@ def foretell_mixture(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[float, 
     seconds = []
     for count in (few, few, many):
         began = time.perf_counter()
-        mix_with_ngrams(cfg, tokens[: count + 1], nats[:count])
+        mix_with_ngrams(cfg, tokens[: count + 1], nats[:count], begins[: count + 1])
         seconds.append(time.perf_counter() - began)
     of_each = max(0.0, (seconds[2] - seconds[1]) / (many - few))
     return max(0.0, seconds[2] - many * of_each), of_each
@@ -7070,11 +7102,12 @@ def overwrite_with_mixture(
     data = run.data
     tokens = torch.from_numpy(data.tokens.astype(np.int64)).to(device)
     neural_nats = target_nats.to(device)
+    begins = document_begins(data) if run.cfg.hedge_document_order else WHOLE_TEXT
     count = data.targets if limit > 0 else 0
     if count > SAMPLE_TARGETS[1]:
         run.log.say(f"hedge: mixes {count} targets with n-grams: usually 2 to 4 s a million on a CPU")
     if count > SAMPLE_TARGETS[1] and limit < math.inf:
-        fixed_seconds, seconds_of_each = foretell_mixture(run.cfg, tokens, neural_nats)
+        fixed_seconds, seconds_of_each = foretell_mixture(run.cfg, tokens, neural_nats, begins)
         spent = time.perf_counter() - began
         seconds = fixed_seconds + count * seconds_of_each
         announce(seconds)
@@ -7083,7 +7116,7 @@ def overwrite_with_mixture(
             count = max(0, int(usable_seconds / (seconds_of_each or 1.0)))
     if count == 0:
         return not_made(data, time.perf_counter() - began)
-    mixture = mix_with_ngrams(run.cfg, tokens[: count + 1], neural_nats[:count])
+    mixture = mix_with_ngrams(run.cfg, tokens[: count + 1], neural_nats[:count], begins[: count + 1])
     target_nats[:count] = -mixture.log_probs.cpu()
     size = int(data.target_bytes[:count].sum(dtype=np.int64))
     report_experts(run.log, mixture.experts, count, size)
@@ -7150,10 +7183,7 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
         seconds_left -= run.runtime.main_number(time.perf_counter() - began)
     for name, scorer in scorers(run.cfg):
         stored = run.checkpoints.scores.get(name)
-        lacks_hints = (
-            run.cfg.ngram_tilt_enabled and name not in MIXTURES and stored and stored.hint_nats is None
-        )
-        if stored and not lacks_hints and (stored.target_nats is not None or not needs_all_targets):
+        if stored and (stored.target_nats is not None or not needs_all_targets):
             score = stored
         elif is_over:
             score = not_made(run.data)

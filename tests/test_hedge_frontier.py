@@ -18,11 +18,11 @@ def write_dump(path, tokens: np.ndarray, name="a", seed=0) -> None:
     logs = torch.randn(V, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).log_softmax(0)
     nats = -logs[torch.from_numpy(tokens[1:].astype(np.int64))]
     text = torch.from_numpy(tokens.astype(np.int64))
-    hints = [hedge_frontier.train_gpt.top_followers(text, V, order).tokens for order in HINT_ORDERS]
+    hints = [hedge_frontier.train_gpt.top_followers(text, V, order)[0] for order in HINT_ORDERS]
     np.savez(
         path, name=name, tokens=tokens, bytes=np.full(len(tokens) - 1, 2), starts=np.array([90, 200]),
         nats=nats.float().numpy(), entropy=np.full(len(nats), float(-(logs.exp() * logs).sum())),
-        hint_nats=torch.stack([-logs[hint.clamp_min(0)] for hint in hints]).float().numpy(),
+        hint_nats=torch.stack([-logs[hint] for hint in hints]).float().numpy(),
     )  # fmt: skip
 
 

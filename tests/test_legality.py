@@ -286,6 +286,7 @@ LEARNERS = {
         ngram_tilt_enabled=True,
         token_order=4,
         use_hedge=True,
+        hedge_document_order=2,
     ),
     "isolated": dict(eval_doc_isolated=True, eval_stride=8, use_hedge=True),
     "none": dict(eval_stride=16, use_hedge=True, hedge_order=2, hedge_window=20),
@@ -753,7 +754,7 @@ def mixer_clock(monkeypatch):
     clock = SimpleNamespace(first=0.0, fixed=0.0, each=0.001, calls=[])
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0], **WATCH))
 
-    def doubled(cfg, tokens, nats):
+    def doubled(cfg, tokens, nats, begins):
         assert len(tokens) == len(nats) + 1
         now[0] += clock.fixed + clock.each * len(nats)
         if not clock.calls:
@@ -830,11 +831,11 @@ def test_a_mixer_without_memory_on_the_gpu_mixes_on_the_cpu(mixer_clock, monkeyp
     monkeypatch.setattr(type(run.runtime), "is_cuda", True)
     doubled, devices = train_gpt.mix_with_ngrams, []
 
-    def runs_out(cfg, tokens, nats):
+    def runs_out(cfg, tokens, nats, begins):
         devices.append(nats.device.type)
         if len(devices) == failing_call:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return doubled(cfg, tokens, nats)
+        return doubled(cfg, tokens, nats, begins)
 
     monkeypatch.setattr(train_gpt, "mix_with_ngrams", runs_out)
     base = Score(1.0, MIXED, MIXED, 0.0, torch.rand(MIXED))
@@ -848,7 +849,7 @@ def test_a_mixer_without_memory_on_the_gpu_mixes_on_the_cpu(mixer_clock, monkeyp
 
 
 def test_a_mixer_without_memory_on_the_cpu_is_an_error(monkeypatch):
-    def runs_out(cfg, tokens, nats):
+    def runs_out(cfg, tokens, nats, begins):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(train_gpt, "mix_with_ngrams", runs_out)

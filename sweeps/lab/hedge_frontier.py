@@ -33,6 +33,7 @@ from tests.bench.bench_throughput import commit
 # Context lengths whose top followers are hints; the last is the published tilt's.
 HINT_ORDERS = (1, 2, 3, 4, 6, 8, 15)
 HEDGE_ORDERS = (4, 6, 8, 12, 16)
+DOCUMENT_ORDERS = (1, 2, 3, 5)  # tried in two stages
 DOCUMENT_ORDER = 3  # longest context of the n-grams of one document alone
 T_95 = {
     1: 12.71,
@@ -71,8 +72,7 @@ def dump(name: str, weights: str, out: Path, knobs: dict[str, str], count: int) 
         model = train_gpt.make_model(cfg, runtime)
         train_gpt.load_weights(model, read_weights(weights), weights)
         tokens = torch.from_numpy(data.tokens.astype(np.int64))
-        tops = [train_gpt.top_followers(tokens, cfg.vocab_size, order) for order in HINT_ORDERS]
-        hints = torch.stack([top.tokens for top in tops])
+        hints = torch.stack([train_gpt.top_followers(tokens, cfg.vocab_size, k)[0] for k in HINT_ORDERS])
         nats = torch.zeros(count)
         entropy = torch.zeros(count)
         hint_nats = torch.zeros(len(HINT_ORDERS), count)
@@ -87,7 +87,7 @@ def dump(name: str, weights: str, out: Path, knobs: dict[str, str], count: int) 
                 own = logs[row, : len(targets)]
                 nats[targets] = -own.gather(1, tokens[targets + 1, None])[:, 0]
                 entropy[targets] = -(own.exp() * own).sum(1)
-                hint_nats[:, targets] = -own.gather(1, hints[:, targets].clamp_min(0).T).T
+                hint_nats[:, targets] = -own.gather(1, hints[:, targets].T).T
     seconds = time.process_time() - began
     bpb = nats.double().sum().item() / math.log(2) / int(data.target_bytes.sum(dtype=np.int64))
     np.savez(
@@ -123,7 +123,11 @@ class Facts:
         self.nats = torch.from_numpy(given["nats"][:count]).double()
         self.entropy = torch.from_numpy(given["entropy"][:count])
         self.hint_nats = torch.from_numpy(given["hint_nats"][:, :count]).double()
-        self.tops = [train_gpt.top_followers(self.tokens, vocab, order) for order in HINT_ORDERS]
+        tops = torch.stack([train_gpt.top_followers(self.tokens, vocab, order) for order in HINT_ORDERS])
+        # [K, N] each: how often the top follower of each order's context came, of how many, and which it is.
+        self.counts = tops[:, 1]
+        self.uses = tops[:, 2]
+        self.hints = torch.where(self.counts > 0, tops[:, 0], -1)
         self.ngram, self.codes = train_gpt.ngram_probabilities(self.tokens, vocab, 6)
         self.half = len(self.nats) // 2
 
@@ -148,8 +152,8 @@ def published_tilt(facts: Facts, order: int = 15, threshold: float = 0.8, boost:
         vocab_size=facts.vocab, ngram_tilt_enabled=True, token_boost=boost, token_order=order + 1
     )
     number = HINT_ORDERS.index(order)
-    top = facts.tops[number]
-    hints = torch.where(top.counts / top.uses.clamp_min(1) >= threshold, top.tokens, -1)
+    is_sure = facts.counts[number] / facts.uses[number].clamp_min(1) >= threshold
+    hints = torch.where(is_sure, facts.hints[number], -1)
     return train_gpt.tilt(cfg, facts.nats, facts.hint_nats[number], hints, facts.tokens[1:])
 
 
@@ -209,15 +213,13 @@ def gate_inputs(facts: Facts, ngram: Tensor, codes: Tensor) -> Tensor:
 
 def neural_inputs(facts: Facts) -> Tensor:
     """What the model says before the target, [N, F]: its entropy, and the probability of each hint."""
-    known = torch.stack([(top.tokens >= 0).double() for top in facts.tops])
+    known = (facts.hints >= 0).double()
     return torch.cat((facts.entropy[None] / 5, (-facts.hint_nats).exp() * known, known)).T.float()
 
 
 def hint_inputs(facts: Facts) -> Tensor:
     """How often each order's context was used, and which share its top follower has, [N, F]."""
-    uses = torch.stack([top.uses for top in facts.tops]).double()
-    counts = torch.stack([top.counts for top in facts.tops]).double()
-    return torch.cat((uses.log1p() / 4, counts / uses.clamp_min(1))).T.float()
+    return torch.cat((facts.uses.log1p() / 4, facts.counts / facts.uses.clamp_min(1))).T.float()
 
 
 def share_gate(facts: Facts, inputs: Tensor, experts: list[Tensor]) -> Tensor:
@@ -242,6 +244,14 @@ def document_ngrams(facts: Facts) -> tuple[Tensor, Tensor]:
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts], -1)
 
 
+def document_first(facts: Facts, order: int) -> Tensor:
+    """Nats of the mixer with HEDGE_DOCUMENT_ORDER: the document's n-grams, then those of the whole text."""
+    cfg = train_gpt.Config(vocab_size=facts.vocab, use_hedge=True, hedge_document_order=order)
+    text = train_gpt.Validation(facts.tokens.numpy(), facts.bytes.numpy(), 0, "", facts.starts)
+    begins = train_gpt.document_begins(text)
+    return -train_gpt.mix_with_ngrams(cfg, facts.tokens, facts.nats, begins).log_probs
+
+
 def logit_nats(boosts: Tensor, nats: Tensor, hint_nats: Tensor, hints: Tensor, targets: Tensor) -> Tensor:
     """Nats [n] where each order's hint has its boost added to its logit, boosts of equal hints together.
 
@@ -260,7 +270,7 @@ def logit_nats(boosts: Tensor, nats: Tensor, hint_nats: Tensor, hints: Tensor, t
 
 def learned_logits(facts: Facts, inputs: Tensor) -> Tensor:
     """Nats of the model with learned boosts on the top followers of all orders: a mixture of logits."""
-    hints = torch.stack([top.tokens for top in facts.tops], 1)
+    hints = facts.hints.T
     targets = facts.tokens[1:]
     nats = facts.nats.float()
     hint_nats = facts.hint_nats.T.float()
@@ -352,6 +362,9 @@ def study_one(facts: Facts) -> dict:
         hedge=facts.bpb(standing, slice(facts.half, None)),
         tilt_fitted=facts.second_half_gain(mixed["tilt fitted to the first half"], facts.nats),
     )
+    for order in DOCUMENT_ORDERS:
+        gain = facts.second_half_gain(document_first(facts, order), standing)
+        row["improvements"][f"HEDGE_DOCUMENT_ORDER={order}"] = dict(alone=gain)
     for name, nats in improvements(facts).items():
         together = beside(facts, standing, nats)
         row["improvements"][name] = dict(
