@@ -351,6 +351,8 @@ def study_one(facts: Facts) -> dict:
         began = time.process_time()
         mixed[f"hedge {order}"] = hedge(facts, order)
         row["seconds"][f"hedge {order}"] = time.process_time() - began
+    for order in DOCUMENT_ORDERS:
+        mixed[f"hedge 6, documents {order}"] = document_first(facts, order)
     mixed["tilt"] = published_tilt(facts)
     mixed["tilt fitted to the first half"], row["fitted_tilt"] = best_tilt_of_first_half(facts)
     for name, nats in mixed.items():
@@ -363,7 +365,7 @@ def study_one(facts: Facts) -> dict:
         tilt_fitted=facts.second_half_gain(mixed["tilt fitted to the first half"], facts.nats),
     )
     for order in DOCUMENT_ORDERS:
-        gain = facts.second_half_gain(document_first(facts, order), standing)
+        gain = facts.second_half_gain(mixed[f"hedge 6, documents {order}"], standing)
         row["improvements"][f"HEDGE_DOCUMENT_ORDER={order}"] = dict(alone=gain)
     for name, nats in improvements(facts).items():
         together = beside(facts, standing, nats)
