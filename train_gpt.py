@@ -6575,8 +6575,6 @@ class HedgeKnobs:
         "Most tokens of context of n-grams that count one document alone; they are mixed in first, and the "
         "result with those of the whole text; 0 = none.",
         source="ours",
-        effect="-0.06 bpb at 3, on the second half of a text, 6 weak models, "
-        "records/benchmarks/cpu_hedge_frontier.json",
         role="pack",
         low=0,
         high=99,
