@@ -2133,6 +2133,7 @@ class Validation:
     documents: int  # 0 where its bytes were not proved
     sha256: str  # of the tokens
     starts: np.ndarray = field(default_factory=partial(np.zeros, 0, np.int64))  # targets that open a document
+    hints: np.ndarray | None = None  # [N - 1] int64: of each target by the tilt, -1 where it has none
 
     @property
     def targets(self) -> int:
@@ -2151,7 +2152,8 @@ class Validation:
         return list(itertools.pairwise([0, *self.starts.tolist(), self.targets]))
 
 
-DOCUMENT_KNOBS = ("EVAL_DOC_ISOLATED", "TTT_RESET", "TTT_BATCH_SIZE")  # that treat each document by itself
+# That treat each document by itself.
+DOCUMENT_KNOBS = ("EVAL_DOC_ISOLATED", "TTT_RESET", "TTT_BATCH_SIZE", "HEDGE_DOCUMENT_ORDER")
 
 
 def load_validation(
@@ -5684,6 +5686,47 @@ class ScoreKnobs:
         role="pack",
         needs="TTT_BATCH_SIZE!=0",
     )
+    phased_ttt_prefix_docs: int = knob(
+        0,
+        "Documents at the beginning of the text after which, once they have their scores, all weights have "
+        "trained on them by SGD: the end of the last of PHASED_TTT_NUM_PHASES phases; 0 = no phases.",
+        source="parameter-golf #1610, #1855",
+        role="pack",
+        low=0,
+        needs="TTT_BATCH_SIZE!=0",
+    )
+    phased_ttt_num_phases: int = knob(
+        1,
+        "Phases, at equal shares of PHASED_TTT_PREFIX_DOCS; each goes once over all documents before it.",
+        source="parameter-golf #1626, #1855",
+        role="pack",
+        low=1,
+        needs="PHASED_TTT_PREFIX_DOCS!=0",
+    )
+    global_ttt_lr: float = knob(
+        0.001,
+        "Learning rate at the beginning of a phase; it falls along a half cosine. SGD has momentum 0.9.",
+        source="parameter-golf #1855",
+        role="pack",
+        low=0,
+        needs="PHASED_TTT_PREFIX_DOCS!=0",
+    )
+    global_ttt_chunk_tokens: int = knob(
+        32_768,
+        "Targets of a phase's step, at most: whole windows of TRAIN_SEQ_LEN that read one document each.",
+        source="parameter-golf #1855",
+        role="pack",
+        low=1,
+        needs="PHASED_TTT_PREFIX_DOCS!=0",
+    )
+    global_ttt_grad_clip: float = knob(
+        1.0,
+        "Norm that the gradient of a phase's step is cut to; 0 = none.",
+        source="parameter-golf #1855",
+        role="pack",
+        low=0,
+        needs="PHASED_TTT_PREFIX_DOCS!=0",
+    )
     score_dump: str = knob(
         "",
         "Path of an .npz file that receives each target's position, bytes and log-probability by every "
@@ -5751,6 +5794,7 @@ class Score:
     seconds: float
     target_nats: Tensor | None = None  # [targets]: of what this rank scored, 0 elsewhere
     unscored: int = 0  # targets that the clock left without a score: then this is a partial one
+    hint_nats: Tensor | None = None  # [targets]: of the tilt's hints, where it is switched on
 
     @property
     def loss(self) -> float:
@@ -5986,21 +6030,21 @@ def share_groups(turns_of_groups: list[list[DocumentTurn]], ranks: int) -> list[
 def plan_document_turns(cfg: Config, data: Validation, runtime: Runtime) -> list[DocumentTurn]:
     """Plan all turns of TTT_BATCH_SIZE on this rank; every rank has as many.
 
-    With a warm A the documents come in blocks of the file's order: the first TTT_BATCH_SIZE, then each time
-    three times as many as all before. A block's last turn names it as a chunk: what it taught
-    begins the next one, and so tells of earlier documents alone. Within a block documents of like length
-    share a group; none learns from another, so their order there changes no score.
+    The documents come in blocks of the file's order. With a warm A they end after the first TTT_BATCH_SIZE
+    documents, then each time after four times as many; and one ends where PHASED_TTT_PREFIX_DOCS has a phase.
+    A block's last turn names it as a chunk: what it taught begins the next one, and so tells of earlier
+    documents alone. Within a block documents of like length share a group; none learns from another, so
+    their order there changes no score.
     """
     spans = data.spans
-    edges = [0]
-    if cfg.ttt_warm_start_a:
-        edge = cfg.ttt_batch_size
-        while edge < len(spans):
-            edges.append(edge)
-            edge *= 4
-    edges.append(len(spans))
+    edges = {0, *phase_edges(cfg)}
+    edge = cfg.ttt_batch_size
+    while cfg.ttt_warm_start_a and edge < len(spans):
+        edges.add(edge)
+        edge *= 4
+    edges = sorted(edge for edge in edges if edge < len(spans))
     planned = []
-    for low, high in itertools.pairwise(edges):
+    for low, high in itertools.pairwise([*edges, len(spans)]):
         documents = sorted(spans[low:high], key=document_length, reverse=True)
         groups = [documents[at : at + cfg.ttt_batch_size] for at in range(0, high - low, cfg.ttt_batch_size)]
         shares = share_groups([document_turns(cfg, group) for group in groups], runtime.world_size)
@@ -6018,6 +6062,36 @@ def document_length(span: tuple[int, int]) -> int:
     return span[1] - span[0]
 
 
+def phase_edges(cfg: Config) -> list[int]:
+    """How many documents have their scores when each phase of PHASED_TTT_PREFIX_DOCS trains. None hangs on
+    how many there are in all: a text too short for a phase has none."""
+    shares = range(1, cfg.phased_ttt_num_phases + 1)
+    edges = [cfg.phased_ttt_prefix_docs * share // cfg.phased_ttt_num_phases for share in shares]
+    return [edge for edge in dict.fromkeys(edges) if edge]
+
+
+def phase_shape(cfg: Config, runtime: Runtime) -> PassShape:
+    """The shape of a phase's passes: about this rank's share of a step."""
+    tokens = min(pass_tokens(cfg, runtime.device), cfg.global_ttt_chunk_tokens // runtime.world_size)
+    return PassShape(max(1, tokens // cfg.train_seq_len), cfg.train_seq_len, cfg.train_seq_len)
+
+
+def phase_steps(cfg: Config, spans: list[tuple[int, int]]) -> list[list[Window]]:
+    """The windows of each step of a phase over these documents: as training has them, each within one
+    document, in the order of the text, as many as GLOBAL_TTT_CHUNK_TOKENS targets hold, but at least one."""
+    steps = []
+    room = 0
+    for begin, end in spans:
+        for window in plan_windows(end, cfg.train_seq_len, cfg.train_seq_len, begin):
+            count = window.stop - window.first
+            if count > room:
+                steps.append([])
+                room = max(count, cfg.global_ttt_chunk_tokens)
+            steps[-1].append(window)
+            room -= count
+    return steps
+
+
 # -- The pass: windows -> nats ---------------------------------------------------------------------------
 
 
@@ -6028,6 +6102,7 @@ class PaddedWindows(NamedTuple):
     targets: Tensor  # [batch, width] int64
     positions: Tensor  # [batch, width] int64: each target's place in its row of ids
     is_scored: Tensor  # [batch, width] bool: false where there is only padding
+    hints: Tensor  # [batch, width] int64: ids that the tilt hints at, 0 where it has none
 
 
 def pad_windows(
@@ -6039,28 +6114,46 @@ def pad_windows(
     targets = np.zeros((shape.batch, shape.width), np.int64)
     positions = np.zeros((shape.batch, shape.width), np.int64)
     is_scored = np.zeros((shape.batch, shape.width), np.bool_)
+    hints = np.zeros((shape.batch, shape.width), np.int64)
     for row, window in enumerate(windows):
         count = window.stop - window.first
         ids[row, : window.stop - window.start] = data.tokens[window.start : window.stop]
         targets[row, :count] = data.tokens[window.first + 1 : window.stop + 1]
         positions[row] = window.first - window.start + np.arange(shape.width)
         is_scored[row, :count] = True
-    arrays = (ids, targets, positions, is_scored)
+        if data.hints is not None:
+            hints[row, :count] = data.hints[window.first : window.stop].clip(0)
+    arrays = (ids, targets, positions, is_scored, hints)
     return PaddedWindows(*[torch.from_numpy(array).to(device) for array in arrays])
+
+
+def window_nats(
+    nats_of: Callable[..., Tensor], padded: PaddedWindows, slides: bool, has_hints: bool
+) -> list[Tensor]:
+    """Nats [batch, width] of all targets, and with the tilt a second tensor: those of its hints."""
+    if has_hints:
+        targets = torch.cat((padded.targets, padded.hints), 1)
+        positions = torch.cat((padded.positions, padded.positions), 1)
+        return list(nats_of(padded.ids, targets, positions).chunk(2, 1))
+    if slides:
+        return [nats_of(padded.ids, padded.targets, padded.positions)]
+    # Windows that score all that they read: the model needs no positions.
+    return [nats_of(padded.ids, padded.targets)]
+
+
+def scored_nats(nats: list[Tensor], padded: PaddedWindows) -> Tensor:
+    """What `window_nats` gives, without the padding: float64 [scored] or, with hints after all targets,
+    [2 * scored], on the CPU, window by window."""
+    return torch.cat([some.detach()[padded.is_scored] for some in nats]).cpu().double()
 
 
 @torch.no_grad()
 def score_windows(
     nats_of: Callable[..., Tensor], data: Validation, turn: ScoreTurn, device: torch.device
 ) -> Tensor:
-    """Nats of the targets of a turn's windows, float64 [scored], on the CPU, window by window."""
+    """Nats of the targets of a turn's windows, as `scored_nats` gives them."""
     padded = pad_windows(data, turn.windows, turn.shape, device)
-    if turn.shape.slides:
-        nats = nats_of(padded.ids, padded.targets, padded.positions)
-    else:
-        # Windows that score all that they read: the model needs no positions.
-        nats = nats_of(padded.ids, padded.targets)
-    return nats[padded.is_scored].cpu().double()
+    return scored_nats(window_nats(nats_of, padded, turn.shape.slides, data.hints is not None), padded)
 
 
 def evaluate(
@@ -6102,7 +6195,7 @@ def take_turns(
 ) -> Score:
     """Score this rank's turns and add up what all ranks have scored.
 
-    score_turn: gives the nats of the turn's targets, float64 [scored], on the CPU, window by window.
+    score_turn: gives the nats of the turn's targets, as `scored_nats` does.
     limit: seconds by rank 0's clock. No turn starts that would pass them: then the score is a partial one.
     announce(seconds): is told early how long all turns will take, if there is a limit.
     learn(chunk): is called when all targets of a chunk have their scores.
@@ -6112,6 +6205,7 @@ def take_turns(
     began = time.perf_counter()
     totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens and bytes that this rank has scored
     target_nats = torch.zeros(data.targets)
+    hint_nats = None if data.hints is None else torch.zeros(data.targets)
     all_cost = sum(turn.shape.tokens for turn in turns)
     done_cost = 0
     is_cut = False
@@ -6128,10 +6222,12 @@ def take_turns(
                 break
         done_cost = cost
         if turn.windows:
-            nats = score_turn(turn)
             scored = np.concatenate([np.arange(window.first, window.stop) for window in turn.windows])
             scored_bytes = int(data.target_bytes[scored].sum(dtype=np.int64))
+            nats, *hinted = score_turn(turn).split(len(scored))
             target_nats[scored] = nats.float()
+            if hinted:
+                hint_nats[scored] = hinted[0].float()
             totals += torch.tensor((nats.sum().item(), len(nats), scored_bytes), dtype=torch.float64)
         if turn.chunk:
             learn(turn.chunk)
@@ -6143,7 +6239,7 @@ def take_turns(
     if not math.isfinite(nats):
         raise RunError("diverged: validation loss is not finite; lower learning rates", DIVERGED)
     seconds = time.perf_counter() - began
-    return Score(nats, int(tokens), int(size), seconds, target_nats, int(data.targets - tokens))
+    return Score(nats, int(tokens), int(size), seconds, target_nats, int(data.targets - tokens), hint_nats)
 
 
 class TestTimeTraining:
@@ -6198,8 +6294,9 @@ class TestTimeTraining:
             progress = min(1.0, self.chunks / cfg.ttt_cosine_chunks)
             self.optimiser.param_groups[0]["lr"] = cfg.ttt_lr / 2 * (1 + math.cos(math.pi * progress))
         self.chunks += 1
+        shape = pass_shape(cfg, self.run.runtime.device, 0, learns=True)
         for _ in range(cfg.ttt_steps):
-            self.fill_gradients(rank_windows, chunk.stop - chunk.first)
+            fill_gradients(self.run, self.params, rank_windows, shape, chunk.stop - chunk.first)
             if self.factors:
                 self.fill_factor_gradients()
             if cfg.ttt_grad_clip:
@@ -6207,20 +6304,6 @@ class TestTimeTraining:
             self.optimiser.step()
             if self.factors:
                 self.write_products()
-
-    def fill_gradients(self, rank_windows: list[Window], chunk_targets: int) -> None:
-        """Set each parameter's gradient to that of the chunk's mean nats, summed over the ranks."""
-        run = self.run
-        shape = pass_shape(run.cfg, run.runtime.device, 0, learns=True)
-        for param in self.params:
-            param.grad = torch.zeros_like(param)
-        for at in range(0, len(rank_windows), shape.batch):
-            padded = pad_windows(run.data, rank_windows[at : at + shape.batch], shape, run.runtime.device)
-            nats = run.nats(padded.ids, padded.targets)
-            loss = (nats * padded.is_scored).sum().div(chunk_targets)
-            loss.backward(inputs=self.params)
-        for param in self.params:
-            run.runtime.sum(param.grad)
 
     def fill_factor_gradients(self) -> None:
         """dA = B^T dW, dB = dW A^T."""
@@ -6232,6 +6315,21 @@ class TestTimeTraining:
         """Put W + B A into the model."""
         for param, packed, (a, b) in zip(self.params, self.packed_weights, self.factors, strict=True):
             param.data.copy_(packed + b @ a)
+
+
+def fill_gradients(
+    run: Run, params: list[Tensor], rank_windows: list[Window], shape: PassShape, step_targets: int
+) -> None:
+    """Set each parameter's gradient to that of the mean nats of a step's targets, summed over the ranks."""
+    for param in params:
+        param.grad = torch.zeros_like(param)
+    for at in range(0, len(rank_windows), shape.batch):
+        padded = pad_windows(run.data, rank_windows[at : at + shape.batch], shape, run.runtime.device)
+        nats = run.nats(padded.ids, padded.targets)
+        loss = (nats * padded.is_scored).sum().div(step_targets)
+        loss.backward(inputs=params)
+    for param in params:
+        run.runtime.sum(param.grad)
 
 
 class DocumentLora:
@@ -6306,7 +6404,7 @@ class DocumentLora:
         return layers
 
     def score(self, turn: DocumentTurn) -> Tensor:
-        """Nats of the turn's targets, float64 [scored], on the CPU; then the documents that go on learn from
+        """Nats of the turn's targets, as `scored_nats` gives them; then the documents that go on learn from
         their chunks, TTT_STEPS steps on the mean nats of each.
 
         The first step takes the gradient of the very pass that made the score.
@@ -6318,9 +6416,13 @@ class DocumentLora:
         run = self.run
         padded = pad_windows(run.data, turn.windows, turn.shape, run.runtime.device)
         for step in range(run.cfg.ttt_steps):
-            nats = run.document_nats(padded.ids, padded.targets, padded.positions, adapters=self.adapters())
+            with frozen_weights(run.model):
+                nats_of = partial(run.document_nats, adapters=self.adapters())
+                nats, *hinted = window_nats(
+                    nats_of, padded, slides=True, has_hints=run.data.hints is not None
+                )
             if step == 0:
-                scored = nats.detach()[padded.is_scored].cpu().double()
+                scored = scored_nats([nats, *hinted], padded)
                 self.note_finished(turn.learning, len(turn.windows))
             if not turn.learning:
                 break
@@ -6342,11 +6444,53 @@ class DocumentLora:
     @torch.no_grad()
     def learn(self, block: Chunk) -> None:
         """Move the A that the next block's documents begin with. All ranks call it together."""
-        if not block.ends_text:
+        if self.run.cfg.ttt_warm_start_a and not block.ends_text:
             steps = self.run.runtime.sum(self.steps.double()).item()
             for key, move in self.moves.items():
                 self.first_a[key] += self.run.runtime.sum(move) / max(1.0, steps)
         self.forget_block()
+
+
+class WeightPhases:
+    """Phases of SGD on all weights over the documents that have their scores (#1610, #1855).
+
+    A phase goes once over all documents before it, in the order of the file, so that later ones are scored
+    by weights that tell of earlier ones alone. Published code takes the longest documents first: there the
+    phases learn from documents that stand later in the file.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.params = list(run.model.parameters())
+        self.packed_weights = [param.detach().clone() for param in self.params]
+
+    def learn(self, block: Chunk) -> None:
+        """Train if a phase ends with this block; have the packed weights again where the text ends. All ranks
+        call it together."""
+        spans = self.run.data.spans
+        if block.ends_text:
+            with torch.no_grad():
+                torch._foreach_copy_(self.params, self.packed_weights)
+            self.run.model.zero_grad()
+        for edge in phase_edges(self.run.cfg):
+            if edge < len(spans) and block.stop == spans[edge][0]:
+                self.train(spans[:edge])
+
+    def train(self, spans: list[tuple[int, int]]) -> None:
+        """One epoch over these documents by an optimiser of its own."""
+        cfg = self.run.cfg
+        runtime = self.run.runtime
+        optimiser = sgd_with_momentum(self.params, cfg.global_ttt_lr)
+        steps = phase_steps(cfg, spans)
+        for number, windows in enumerate(steps):
+            rank_windows = [windows[i] for i in runtime.share(len(windows))]
+            targets = sum(window.stop - window.first for window in windows)
+            fill_gradients(self.run, self.params, rank_windows, phase_shape(cfg, runtime), targets)
+            if cfg.global_ttt_grad_clip:
+                nn.utils.clip_grad_norm_(self.params, cfg.global_ttt_grad_clip)
+            progress = number / len(steps)
+            optimiser.param_groups[0]["lr"] = cfg.global_ttt_lr / 2 * (1 + math.cos(math.pi * progress))
+            optimiser.step()
 
 
 @contextmanager
@@ -6456,6 +6600,53 @@ class HedgeKnobs:
         low=0,
         needs="USE_HEDGE=1",
     )
+    hedge_document_order: int = knob(
+        0,
+        "Most tokens of context of n-grams that count one document alone; they are mixed in first, and the "
+        "result with those of the whole text; 0 = none.",
+        source="ours",
+        role="pack",
+        low=0,
+        high=99,
+        needs="USE_HEDGE=1",
+    )
+    ngram_tilt_enabled: bool = knob(
+        False,
+        "Add a score that tilts the last one towards the token that most often followed the last tokens, for "
+        "comparison with USE_HEDGE, which mixes the score before the tilt; 0 = no such score.",
+        source="parameter-golf #1514, #2135",
+        role="pack",
+    )
+    token_order: int = knob(
+        16,
+        "Tokens of the tilt's n-gram: its context is one fewer.",
+        source="parameter-golf #2135",
+        role="pack",
+        low=1,
+        high=100,
+        needs="NGRAM_TILT_ENABLED=1",
+    )
+    token_threshold: float = knob(
+        0.8,
+        "Share of the context's followers that the most frequent one must have made up for a tilt.",
+        source="parameter-golf #2135",
+        role="pack",
+        low=0,
+        high=1,
+        needs="NGRAM_TILT_ENABLED=1",
+    )
+    token_boost: float = knob(
+        2.625,
+        "What the tilt adds to that token's logit.",
+        source="parameter-golf #2135",
+        role="pack",
+        low=0,
+        high=50,
+        needs="NGRAM_TILT_ENABLED=1",
+    )
+
+
+WHOLE_TEXT = torch.zeros(1, dtype=torch.int64)  # where the document of each token begins, if it is one
 
 
 # -- Exact counts and sums -------------------------------------------------------------------------------
@@ -6500,20 +6691,25 @@ class ContextCounts(NamedTuple):
     uses: Tensor  # [M] int64: how often the context came earlier
     followers: Tensor  # [M] int64: how many distinct tokens followed it then
     matches: Tensor  # [M] int64: how often the token at the position did
+    by_context: Tensor  # [M] int64: their rows sorted by context, then by position
+    context_begins: Tensor  # [M] int64: of each sorted row the first one of its context
 
 
-def context_counts(tokens: Tensor, vocab: int, highest_order: int) -> Iterator[ContextCounts]:
+def context_counts(
+    tokens: Tensor, vocab: int, highest_order: int, begins: Tensor = WHOLE_TEXT
+) -> Iterator[ContextCounts]:
     """Yield the exact counts for contexts of 0 .. highest_order tokens, by one stable sort an order.
 
     A gram is a context and the token that follows it. A stable sort brings equal grams together in the order
     of the text, so that a gram's rank among its equals is the number of earlier ones. A gram that ends at
     position i is the context of position i + 1 in the next order; if it stands there once only, that context
     cannot recur, and the position is dropped.
-    tokens: int64 [T], below `vocab`.
+    tokens: int64 [T], below `vocab`. begins: int64 [T], where each token's document begins, if every document
+    is to be counted by itself: its number is then the context of no token.
     """
     positions = torch.arange(len(tokens), device=tokens.device)
-    uses = positions
-    context_numbers = torch.zeros_like(positions)
+    context_numbers = begins.to(tokens.device).expand(len(tokens))
+    uses = positions - context_numbers
     # Row r of the lists sorted by context, then by position, is row by_context[r] of the lists above; its
     # context begins at row context_begins[r].
     by_context = positions
@@ -6525,7 +6721,7 @@ def context_counts(tokens: Tensor, vocab: int, highest_order: int) -> Iterator[C
         del keys
         matches = scatter(by_gram, torch.arange(len(by_gram), device=tokens.device) - grams.begins)
         followers = distinct_followers(matches, by_context, context_begins)
-        yield ContextCounts(order, positions, uses, followers, matches)
+        yield ContextCounts(order, positions, uses, followers, matches, by_context, context_begins)
         del followers
         # The next order's lists: the position after each gram that stands more than once.
         recurs = scatter(by_gram, (grams.sizes > 1)[grams.numbers]) & (positions + 1 < len(tokens))
@@ -6552,8 +6748,10 @@ def distinct_followers(matches: Tensor, by_context: Tensor, context_begins: Tens
 # -- The n-gram model ------------------------------------------------------------------------------------
 
 
-def ngram_probabilities(tokens: Tensor, vocab: int, highest_order: int) -> tuple[Tensor, Tensor]:
-    """Predict each of tokens[1:] by counts of what stands before it.
+def ngram_probabilities(
+    tokens: Tensor, vocab: int, highest_order: int, begins: Tensor = WHOLE_TEXT
+) -> tuple[Tensor, Tensor]:
+    """Predict each of tokens[1:] by counts of what stands before it; begins: as in `context_counts`.
 
     Returns the probabilities, float64 [N], and codes of the counts of its contexts, uint8 [2, orders, N]: how
     often each was used, and by how many distinct tokens it was followed.
@@ -6563,7 +6761,7 @@ def ngram_probabilities(tokens: Tensor, vocab: int, highest_order: int) -> tuple
     """
     probabilities = torch.full((len(tokens),), 1 / vocab, dtype=torch.float64, device=tokens.device)
     codes = torch.zeros(2, highest_order + 1, len(tokens), dtype=torch.uint8, device=tokens.device)
-    for counts in context_counts(tokens, vocab, highest_order):
+    for counts in context_counts(tokens, vocab, highest_order, begins):
         # In pieces of 4 M, or the terms of the formula would take more than the counts do.
         for rows in counts.uses.nonzero()[:, 0].split(2**22):
             positions = counts.positions[rows]
@@ -6755,14 +6953,75 @@ def hedge_mixture(
     return Mixture(log_mixed - log_norm, weighed)
 
 
-def mix_with_ngrams(cfg: Config, tokens: Tensor, nats: Tensor) -> Mixture:
-    """Mix a neural score, nats float64 [N] of tokens[1:], with exact n-grams of the tokens so far."""
-    ngram, codes = ngram_probabilities(tokens, cfg.vocab_size, cfg.hedge_order)
+def document_begins(data: Validation) -> Tensor:
+    """Where the document of each token begins, int64 [T]; a boundary belongs to the one that it ends."""
+    firsts = np.concatenate(([0], data.starts + 1))
+    return torch.from_numpy(np.repeat(firsts, np.diff(firsts, append=len(data.tokens))))
+
+
+def mix_with_ngrams(cfg: Config, tokens: Tensor, nats: Tensor, begins: Tensor = WHOLE_TEXT) -> Mixture:
+    """Mix a neural score, nats float64 [N] of tokens[1:], with exact n-grams of the tokens so far.
+
+    With HEDGE_DOCUMENT_ORDER it is mixed with those of the document alone before.
+    begins: int64 [N + 1], where each token's document begins.
+    """
+    if cfg.hedge_document_order:
+        nats = -mix_with_counts(cfg, tokens, nats, cfg.hedge_document_order, begins).log_probs
+    return mix_with_counts(cfg, tokens, nats, cfg.hedge_order)
+
+
+def mix_with_counts(
+    cfg: Config, tokens: Tensor, nats: Tensor, order: int, begins: Tensor = WHOLE_TEXT
+) -> Mixture:
+    """Mix a score, nats float64 [N] of tokens[1:], with n-grams of the whole text or of each document."""
+    ngram, codes = ngram_probabilities(tokens, cfg.vocab_size, order, begins)
     shares = gate_shares((ngram.log() + nats).float(), codes)
     bins = context_bins(codes)
     del codes
     experts = [*fixed_experts(EXPERT_SHARES), Expert("gate", shares)]
     return hedge_mixture((-nats).exp(), ngram, experts, bins, cfg.hedge_eta, cfg.hedge_window)
+
+
+# -- The tilt, for comparison ----------------------------------------------------------------------------
+
+
+def top_followers(tokens: Tensor, vocab: int, order: int) -> Tensor:
+    """What most often followed the `order` tokens before each of tokens[1:], int64 [3, N]: the token, how
+    often it did, and how often any did. Of several it is the first to reach the count; where that is 0, none.
+
+    Contexts go on from one document to the next.
+    """
+    for counts in context_counts(tokens, vocab, order):
+        last_counts = counts
+    rows = last_counts.by_context
+    positions = last_counts.positions[rows]
+    # In each context the highest count so far: sums of a row's count and a base that rises with the context.
+    bases = last_counts.context_begins * (len(tokens) + 1)
+    counts_after = last_counts.matches[rows] + 1
+    highest = (bases + counts_after).cummax(0).values
+    highest_before = (F.pad(highest, (1, 0))[:-1] - bases).clamp_min(0)
+    numbers = torch.arange(len(rows), device=tokens.device)
+    leads = torch.where(counts_after > highest_before, numbers, 0).cummax(0).values
+    leaders = F.pad(tokens[positions[leads]], (1, 0))[:-1]
+    top = tokens.new_zeros(3, len(tokens))
+    top[:, positions] = torch.stack((leaders, highest_before, last_counts.uses[rows]))
+    return top[:, 1:]
+
+
+def ngram_hints(cfg: Config, tokens: Tensor) -> Tensor:
+    """The token that most often followed the last TOKEN_ORDER - 1 ones before, int64 [N] for tokens[1:]; -1
+    where it made up less than TOKEN_THRESHOLD of the followers, or there were none (parameter-golf #2135)."""
+    leaders, counts, uses = top_followers(tokens, cfg.vocab_size, cfg.token_order - 1)
+    return torch.where((counts > 0) & (counts / uses >= cfg.token_threshold), leaders, -1)
+
+
+def tilt(cfg: Config, nats: Tensor, hint_nats: Tensor, hints: Tensor, targets: Tensor) -> Tensor:
+    """Nats of the targets where the hint h has e^b times its odds, b = TOKEN_BOOST; all tensors are [N].
+
+    -log p(y) - b [y = h] + log(1 + p(h) (e^b - 1)), and -log p(y) where there is no hint (hints is -1).
+    """
+    log_mass = torch.log1p((-hint_nats).exp() * math.expm1(cfg.token_boost))
+    return torch.where(hints < 0, nats, nats - cfg.token_boost * (hints == targets) + log_mass)
 
 
 # The scorers of a run, each by (run, the score before it or None, seconds that are left, announce).
@@ -6795,10 +7054,25 @@ def score_ttt(run: Run, previous: Score | None, limit: float, announce: Callable
     scored. The weights are the packed ones again in the end."""
     if run.cfg.ttt_batch_size:
         lora = DocumentLora(run)
+        phases = WeightPhases(run)
+
+        def learn(block: Chunk) -> None:
+            lora.learn(block)
+            phases.learn(block)
+
         turns = plan_document_turns(run.cfg, run.data, run.runtime)
-        with frozen_weights(run.model):
-            return run.score_turns(turns, lora.score, lora.learn, limit, announce)
+        return run.score_turns(turns, lora.score, learn, limit, announce)
     return run.score(run.cfg.eval_stride, limit, announce, TestTimeTraining(run).learn)
+
+
+def score_tilt(run: Run, previous: Score, limit: float, announce: Callable[[float], None]) -> Score:
+    """Tilt the previous score, which has the nats of all targets and hints; every rank does the same."""
+    began = time.perf_counter()
+    hints = torch.from_numpy(run.data.hints)
+    targets = torch.from_numpy(run.data.tokens[1:].astype(np.int64))
+    nats = tilt(run.cfg, previous.target_nats.double(), previous.hint_nats.double(), hints, targets)
+    seconds = time.perf_counter() - began
+    return replace(previous, nats=nats.sum().item(), seconds=seconds, target_nats=nats, hint_nats=None)
 
 
 def score_hedge(run: Run, previous: Score, limit: float, announce: Callable[[float], None]) -> Score:
@@ -6824,7 +7098,9 @@ def mix_where_memory_lasts(
     return overwrite_with_mixture(run, torch.device("cpu"), target_nats, limit, announce, began)
 
 
-def foretell_mixture(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[float, float]:
+def foretell_mixture(
+    cfg: Config, tokens: Tensor, nats: Tensor, begins: Tensor = WHOLE_TEXT
+) -> tuple[float, float]:
     """Seconds that mixing takes: the fixed ones, and those of each target.
 
     They follow from two samples: on a GPU nearly all of a sample's time is fixed. A first call, in which the
@@ -6834,7 +7110,7 @@ def foretell_mixture(cfg: Config, tokens: Tensor, nats: Tensor) -> tuple[float, 
     seconds = []
     for count in (few, few, many):
         began = time.perf_counter()
-        mix_with_ngrams(cfg, tokens[: count + 1], nats[:count])
+        mix_with_ngrams(cfg, tokens[: count + 1], nats[:count], begins[: count + 1])
         seconds.append(time.perf_counter() - began)
     of_each = max(0.0, (seconds[2] - seconds[1]) / (many - few))
     return max(0.0, seconds[2] - many * of_each), of_each
@@ -6856,11 +7132,12 @@ def overwrite_with_mixture(
     data = run.data
     tokens = torch.from_numpy(data.tokens.astype(np.int64)).to(device)
     neural_nats = target_nats.to(device)
+    begins = document_begins(data) if run.cfg.hedge_document_order else WHOLE_TEXT
     count = data.targets if limit > 0 else 0
     if count > SAMPLE_TARGETS[1]:
         run.log.say(f"hedge: mixes {count} targets with n-grams: usually 2 to 4 s a million on a CPU")
     if count > SAMPLE_TARGETS[1] and limit < math.inf:
-        fixed_seconds, seconds_of_each = foretell_mixture(run.cfg, tokens, neural_nats)
+        fixed_seconds, seconds_of_each = foretell_mixture(run.cfg, tokens, neural_nats, begins)
         spent = time.perf_counter() - began
         seconds = fixed_seconds + count * seconds_of_each
         announce(seconds)
@@ -6869,7 +7146,7 @@ def overwrite_with_mixture(
             count = max(0, int(usable_seconds / (seconds_of_each or 1.0)))
     if count == 0:
         return not_made(data, time.perf_counter() - began)
-    mixture = mix_with_ngrams(run.cfg, tokens[: count + 1], neural_nats[:count])
+    mixture = mix_with_ngrams(run.cfg, tokens[: count + 1], neural_nats[:count], begins[: count + 1])
     target_nats[:count] = -mixture.log_probs.cpu()
     size = int(data.target_bytes[:count].sum(dtype=np.int64))
     report_experts(run.log, mixture.experts, count, size)
@@ -6912,8 +7189,13 @@ def scorers(cfg: Config) -> Iterator[tuple[str, Scorer]]:
         yield "isolated", score_isolated
     if cfg.ttt_steps:
         yield "ttt", score_ttt
+    if cfg.ngram_tilt_enabled:
+        yield "tilt", score_tilt
     if cfg.use_hedge:
         yield "hedge", score_hedge
+
+
+MIXTURES = ("tilt", "hedge")  # scores that are made of the last one by the model
 
 
 def score_all(run: Run) -> Iterator[tuple[str, Score]]:
@@ -6921,9 +7203,14 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
     one, or when no time is left, the others are not started. What a checkpoint has kept from before is not
     made again."""
     seconds_left = run.cfg.max_eval_seconds or math.inf
-    needs_all_targets = run.cfg.use_hedge or run.cfg.score_dump
+    needs_all_targets = run.cfg.use_hedge or run.cfg.ngram_tilt_enabled or run.cfg.score_dump
     is_over = False
-    score = None
+    previous = None
+    if run.cfg.ngram_tilt_enabled:
+        began = time.perf_counter()
+        tokens = torch.from_numpy(run.data.tokens.astype(np.int64)).to(run.runtime.device)
+        run.data = replace(run.data, hints=ngram_hints(run.cfg, tokens).cpu().numpy())
+        seconds_left -= run.runtime.main_number(time.perf_counter() - began)
     for name, scorer in scorers(run.cfg):
         stored = run.checkpoints.scores.get(name)
         if stored and (stored.target_nats is not None or not needs_all_targets):
@@ -6932,24 +7219,28 @@ def score_all(run: Run) -> Iterator[tuple[str, Score]]:
             score = not_made(run.data)
         else:
             announce = partial(announce_duration, run.log, name, seconds_left)
-            score = scorer(run, score, seconds_left, announce)
-            # Each rank has the nats of its own windows; of the mixer rank 0 has them all.
-            if needs_all_targets and name != "hedge":
+            score = scorer(run, previous, seconds_left, announce)
+            # Each rank has the nats of its own windows; of a mixture rank 0 has them all.
+            if needs_all_targets and name not in MIXTURES:
                 score = gather_targets(run.runtime, score)
-            elif run.runtime.world_size > 1 and name != "hedge":
+            elif run.runtime.world_size > 1 and name not in MIXTURES:
                 # Else a resumed run that asks for them would take a part for all.
                 score = replace(score, target_nats=None)
         # By one clock, or the ranks would part.
         seconds_left -= run.runtime.main_number(score.seconds)
         is_over = score.unscored > 0 or seconds_left <= 0
+        if name not in MIXTURES:
+            previous = score
         yield name, score
 
 
 def gather_targets(runtime: Runtime, score: Score) -> Score:
-    """The score with the nats of all ranks' targets; the seconds that gathering takes, of half a GB for 62 M
-    targets, count as its own."""
+    """The score with the nats of all ranks' targets and hints; the seconds that gathering takes, of half a
+    GB for 62 M targets, count as its own."""
     began = time.perf_counter()
     runtime.sum(score.target_nats)
+    if score.hint_nats is not None:
+        runtime.sum(score.hint_nats)
     return replace(score, seconds=score.seconds + time.perf_counter() - began)
 
 
@@ -7619,25 +7910,26 @@ def is_small_pass(cfg: Config, runtime: Runtime, shape: PassShape) -> bool:
 
 
 def warm_evaluation(run: Run) -> None:
-    """Try evaluation on blank tokens, each shape and each phase that will be validated: what compiles is
-    compiled, and what does not fit the memory is known before the training, not after it."""
+    """Try evaluation on blank tokens, each shape and each phase that will be validated, with the tilt those
+    too that price its hints: what compiles is compiled, and what does not fit the memory is known before the
+    training, not after it."""
     cfg = run.cfg
     device = run.runtime.device
-    graphs = evaluation_graphs(cfg, device)
+    graphs = evaluation_graphs(cfg, run.runtime)
     has_adapters = cfg.ttt_batch_size > 0 and compiles_documents(cfg, device)
     count = len(graphs) + (len(document_shapes(cfg)) if has_adapters else 0)
+    count *= 1 + cfg.ngram_tilt_enabled
     if run.runtime.compiles:
         run.log.say(f"compiling the model for scoring: usually 10 to 40 s a graph, graphs: {count}")
     for shape, phase, learns in graphs:
         if not learns and is_small_pass(cfg, run.runtime, shape):
             continue
-        ids = torch.zeros(shape.batch, shape.length, dtype=torch.int64, device=device)
-        target_ids = torch.zeros(shape.batch, shape.width, dtype=torch.int64, device=device)
-        positions = (torch.zeros_like(target_ids),) if shape.slides else ()
-        with torch.no_grad():
-            run.nats(ids, target_ids, *positions, phase=phase)
+        padded = pad_windows(run.data, [], shape, device)
+        for has_hints in (False, True)[: 1 + cfg.ngram_tilt_enabled]:
+            with torch.no_grad():
+                window_nats(partial(run.nats, phase=phase), padded, shape.slides, has_hints)
         if learns and not shape.slides:
-            run.nats(ids, target_ids, phase=phase).sum().backward()
+            run.nats(padded.ids, padded.targets, phase=phase).sum().backward()
     if has_adapters:
         warm_document_lora(run)
 
@@ -7645,9 +7937,12 @@ def warm_evaluation(run: Run) -> None:
 def warm_document_lora(run: Run) -> None:
     """Compile the passes of TTT_BATCH_SIZE on blank tokens, forward and backward."""
     lora = DocumentLora(run)
-    with frozen_weights(run.model):
+    data = run.data
+    for hints in (None, np.zeros(0, np.int64))[: 1 + run.cfg.ngram_tilt_enabled]:
+        run.data = replace(data, hints=hints)
         for shape in document_shapes(run.cfg):
             lora.score(DocumentTurn(shape, [], begins=True, learning=1))
+    run.data = data
 
 
 def compiles_documents(cfg: Config, device: torch.device) -> bool:
@@ -7659,14 +7954,17 @@ def compiles_documents(cfg: Config, device: torch.device) -> bool:
     return device.type != "cpu" or cfg.compile == "1"
 
 
-def evaluation_graphs(cfg: Config, device: torch.device) -> list[tuple[PassShape, int, bool]]:
+def evaluation_graphs(cfg: Config, runtime: Runtime) -> list[tuple[PassShape, int, bool]]:
     """(shape, phase, learns) of every graph that evaluation runs."""
+    device = runtime.device
     official = pass_shape(cfg, device, 0)
     graphs = [(official, -1, False), (pass_shape(cfg, device, cfg.eval_stride), -1, False)]
     if cfg.eval_doc_isolated and compiles_documents(cfg, device):
         graphs += [(shape, -1, False) for shape in isolated_shapes(cfg, device)]
     if cfg.ttt_steps > 0 and not cfg.ttt_batch_size:
         graphs += [(pass_shape(cfg, device, stride, True), -1, True) for stride in (0, cfg.eval_stride)]
+    if cfg.phased_ttt_prefix_docs:
+        graphs.append((phase_shape(cfg, runtime), -1, True))
     if cfg.val_loss_every and not cfg.eval_only:
         graphs += [(official, cfg.last_alike(phase), False) for phase in range(-len(cfg.phases), -1)]
     return list(dict.fromkeys(graphs))
@@ -8439,7 +8737,7 @@ def score_artifact(run: Run, artifact: Artifact) -> dict[str, Score]:
     state = run.runtime.main_decides(partial(read_artifact, artifact.path))
     load_weights(run.model, state, artifact.path)
     if run.cfg.score_check:
-        run.runtime.main_decides(partial(check_scores, run))
+        check_scores(run)
     scores = {}
     for name, score in score_all(run):
         scores[name] = score
@@ -8457,7 +8755,8 @@ def read_artifact(path: str) -> dict[str, Tensor]:
 
 
 def check_scores(run: Run) -> None:
-    """SCORE_CHECK: RunError (7) if a score breaks one of the four conditions, tried on short texts."""
+    """SCORE_CHECK: RunError (7) if a score breaks one of the four conditions, tried on short texts that all
+    ranks score together."""
     check_own_scores = load_tool("records/legality.py")["check_own_scores"]
     check_own_scores(run)
 

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,14 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt import (  # noqa: E402
     BOS_ID,
     ILLEGAL_SCORE,
+    MIXTURES,
     Run,
     RunError,
     RunLog,
     Score,
     Validation,
+    ngram_hints,
     score_all,
     score_hedge,
     scorers,
+    tilt,
 )
 
 SECONDS = 30.0
@@ -512,27 +516,58 @@ def take_tasks(
 
 
 def check_own_scores(run: Run, seconds: float = OWN_SECONDS) -> None:
-    """SCORE_CHECK: check_score of every score of a run, uncompiled, on one rank, in windows of at most 32
-    tokens; RunError (7) if one is broken. It takes about `seconds` for all together; on a slow machine more,
-    since each has at least one change on each text and one sum."""
+    """SCORE_CHECK: check_score of every score of a run, uncompiled, on all its ranks, in windows of at most
+    32 tokens; RunError (7) if one is broken.
+
+    All ranks call it together: rank 0 chooses the texts, and all score each of them. It takes about `seconds`
+    for all scores together; on a slow machine more, since each has at least one change on each text and one
+    sum.
+    """
+    if run.runtime.rank == 0:
+        breach = check_with_helpers(run, seconds)
+        run.runtime.main_decides(lambda: ("end", breach))
+    else:
+        breach = help_rank_0(run)
+    if breach:
+        raise RunError(breach, ILLEGAL_SCORE, lone_rank=False)
+
+
+def check_with_helpers(run: Run, seconds: float) -> str:
+    """Rank 0's part: what SCORE_CHECK says of the first score that breaks a condition, or ''."""
     names = [name for name, _ in scorers(run.cfg)]
     run.log.say(f"SCORE_CHECK: trying {', '.join(names)}: usually {seconds:.0f} s, more on a slow machine")
     boundaries = run.data.tokens[run.data.starts]
     for done, name in enumerate(names):
         found = check_score(
-            partial(own_logs, run, name),
+            partial(on_all_ranks, run, "logs", name),
             run.data.tokens[:OWN_LONG].astype(np.int64),
             run.cfg.vocab_size,
             seconds / len(names),
             OWN_LONG,
             OWN_TOLERANCE,
-            partial(own_values, run, name),
+            partial(on_all_ranks, run, "values", name),
             partial(report_trial, run.log, name, done / len(names), seconds),
             int(boundaries[0]) if len(boundaries) else BOS_ID,
         )
         if found:
-            raise RunError(f"SCORE_CHECK: {name} {found}", ILLEGAL_SCORE)
+            return f"SCORE_CHECK: {name} {found}"
         run.log.line(f"score_check: {name} {found}")
+    return ""
+
+
+def on_all_ranks(run: Run, task: str, *given) -> np.ndarray:
+    """On rank 0: what a task gives that all ranks do together; its name, not its function, can be sent."""
+    task, given = run.runtime.main_decides(lambda: (task, given))
+    return TASKS[task](run, *given)
+
+
+def help_rank_0(run: Run) -> str:
+    """Do with rank 0 the tasks that it names, until it ends; returns the breach that it found, or ''."""
+    task, given = run.runtime.main_decides(None)
+    while task != "end":
+        TASKS[task](run, *given)
+        task, given = run.runtime.main_decides(None)
+    return given
 
 
 def report_trial(log: RunLog, name: str, share_before: float, limit: float, seconds: float) -> None:
@@ -543,7 +578,7 @@ def report_trial(log: RunLog, name: str, share_before: float, limit: float, seco
 
 
 def small_run(run: Run, tokens: np.ndarray) -> Run:
-    """The run as it scores, but on these tokens, in small windows and chunks."""
+    """The run as it scores, on as many ranks, but on these tokens, in small windows and chunks."""
     cfg = run.cfg
     length = min(32, cfg.train_seq_len)
     small_cfg = replace(
@@ -556,6 +591,9 @@ def small_run(run: Run, tokens: np.ndarray) -> Run:
         ttt_chunk_size=max(1, min(cfg.ttt_chunk_size, length // 4)),
         ttt_batch_size=min(cfg.ttt_batch_size, 2),
         ttt_eval_seq_len=0,
+        phased_ttt_prefix_docs=min(cfg.phased_ttt_prefix_docs, 5),
+        phased_ttt_num_phases=min(cfg.phased_ttt_num_phases, 2),
+        global_ttt_chunk_tokens=length,
         eval_batch_seqs=4,
         eval_stride=min(cfg.eval_stride, length // 2),
         max_eval_seconds=0.0,
@@ -564,23 +602,34 @@ def small_run(run: Run, tokens: np.ndarray) -> Run:
     boundaries = np.unique(run.data.tokens[run.data.starts])
     starts = 1 + np.flatnonzero(np.isin(tokens[1:-1], boundaries))
     data = Validation(tokens, np.ones(len(tokens) - 1, np.int16), 1, "", starts)
-    runtime = replace(run.runtime, rank=0, world_size=1, compiles=False)
+    runtime = copy(run.runtime)
+    runtime.compiles = False
     return Run(small_cfg, runtime, RunLog(None, ""), run.model, data)
+
+
+def neural_score_of(small: Run, name: str) -> str:
+    """The score that this one mixes or tilts; itself if it is the model's own."""
+    if name not in MIXTURES:
+        return name
+    return [made for made, _ in scorers(small.cfg) if made not in MIXTURES][-1]
 
 
 def own_score(small: Run, name: str) -> Score:
     """One of the run's scores, made as the run makes it. Those that it does not need are taken as made."""
-    names = [made for made, _ in scorers(small.cfg)]
-    needed = names[-2:] if name == "hedge" else [name]
-    for made in names:
-        if made not in needed:
-            small.checkpoints.scores[made] = Score(0.0, 1, 1, 0.0, torch.zeros(small.data.targets))
-    return next(score for made, score in score_all(small) if made == name)
+    nothing = torch.zeros(small.data.targets)
+    for made, _ in scorers(small.cfg):
+        if made not in (name, neural_score_of(small, name)):
+            small.checkpoints.scores[made] = Score(0.0, 1, 1, 0.0, nothing, hint_nats=nothing)
+    # All are asked for: with several ranks none may leave before the others.
+    return dict(score_all(small))[name]
 
 
 def own_logs(run: Run, name: str, tokens: np.ndarray) -> np.ndarray:
     """The log-probabilities of tokens[1:] by one of the run's scores."""
-    return -own_score(small_run(run, tokens), name).target_nats.double().numpy()
+    small = small_run(run, tokens)
+    # So that every rank has the nats of all targets.
+    small.cfg = replace(small.cfg, score_dump="kept")
+    return -own_score(small, name).target_nats.double().numpy()
 
 
 def own_values(run: Run, name: str, tokens: np.ndarray, position: int) -> np.ndarray:
@@ -591,12 +640,15 @@ def own_values(run: Run, name: str, tokens: np.ndarray, position: int) -> np.nda
     """
     marked = tokens.copy()
     marked[position] = run.cfg.vocab_size
-    names = [made for made, _ in scorers(run.cfg)]
-    neural_name = names[-2] if name == "hedge" else name
     small = small_run(run, marked)
+    small.cfg = replace(small.cfg, ngram_tilt_enabled=False, score_dump="kept")
     small.nats = NatsOfAllValues(small, run.cfg.vocab_size)
-    neural = own_score(small, neural_name)
-    nats = small.nats.found
+    neural = own_score(small, neural_score_of(small, name))
+    # One rank has scored the mark.
+    found_by_ranks = small.runtime.gather(small.nats.found)
+    nats = next((found for found in found_by_ranks if not np.isnan(found).all()), found_by_ranks[0])
+    if name == "tilt":
+        return -tilted_values(run, marked, position, nats)
     if name != "hedge":
         return -nats
     mixed = np.empty(len(nats))
@@ -606,6 +658,18 @@ def own_values(run: Run, name: str, tokens: np.ndarray, position: int) -> np.nda
         given.target_nats[position - 1] = nats[value]
         mixed[value] = score_hedge(small_run(run, marked), given, math.inf, print).target_nats[position - 1]
     return -mixed
+
+
+def tilted_values(run: Run, tokens: np.ndarray, position: int, nats: np.ndarray) -> np.ndarray:
+    """The nats [vocab] of all values of tokens[position] after the tilt; nats: by the model."""
+    before = torch.from_numpy(np.append(tokens[:position], 0).astype(np.int64))
+    hint = ngram_hints(run.cfg, before)[-1]
+    values = torch.arange(len(nats))
+    nats = torch.from_numpy(nats)
+    return tilt(run.cfg, nats, nats[hint].expand_as(nats), hint, values).numpy()
+
+
+TASKS = dict(logs=own_logs, values=own_values)
 
 
 class NatsOfAllValues:
@@ -619,9 +683,11 @@ class NatsOfAllValues:
 
     def __call__(self, ids, targets, positions=None, phase=-1, adapters=None):
         at = (targets == self.mark).nonzero().tolist()
-        # The first pass that has the mark as a target is the one that scores it. Others learn from it, and as
-        # that is after its score, from any value.
-        if at and np.isnan(self.found).all():
+        # The first pass that has the mark as a target is the one that scores it, unless another rank does.
+        # Others learn from it, and as that is after its score, from any value; those that learn whole weights
+        # have gradients without adapters.
+        scores = adapters is not None or not torch.is_grad_enabled()
+        if at and scores and np.isnan(self.found).all():
             ((row, column),) = at
             rows = slice(row, row + 1)
             of_row = None if positions is None else positions[rows]

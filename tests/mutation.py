@@ -103,6 +103,7 @@ FILE_TESTS = {
     "sweeps/lab/depth_switches.py": "bench",
     "sweeps/lab/gains_by_length.py": "effects report docs",
     "sweeps/lab/gpu_scaling.py": "scale",
+    "sweeps/lab/hedge_frontier.py": "hedge_frontier docs",
     "sweeps/lab/hedge_study.py": "hedge docs",
     "sweeps/lab/held_out.py": "engine effects",
     "sweeps/lab/local_backend.py": "engine",

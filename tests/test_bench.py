@@ -197,6 +197,22 @@ def test_a_reckoning_shares_the_work_out(report_of):
     assert few["ttt"]["terabytes"] > 0 == few["isolated"]["terabytes"]
 
 
+def test_phases_and_mixtures_are_reckoned_and_the_limit_is_told():
+    knobs = dict(pair.split("=") for pair in SIZES) | dict(
+        TTT_STEPS="1", TTT_LORA_RANK="2", TTT_BATCH_SIZE="4"
+    )
+    plain = bench_scores.reckon(knobs, 50_000, 2, 1.0, 1)
+    phases = dict(PHASED_TTT_PREFIX_DOCS="8", PHASED_TTT_NUM_PHASES="2", USE_HEDGE="1")
+    more = bench_scores.reckon(knobs | phases | dict(MAX_EVAL_SECONDS="0.001"), 50_000, 2, 1.0, 1)
+    cfg = train_gpt.Config.from_env(knobs | phases)
+    with torch.device("meta"):
+        model = train_gpt.GPT(cfg)
+    flops = bench_scores.phase_cost(cfg, model, bench_scores.MEAN_LENGTH, 2)
+    added = more["scores"]["ttt"]["petaflop"] - plain["scores"]["ttt"]["petaflop"]
+    assert added == pytest.approx(2 * flops / 1e15, rel=0.01) and flops > 0
+    assert more["scores"]["hedge"]["seconds"] > 0 and plain["fits"] and not more["fits"]
+
+
 def test_the_products_of_a_pass_are_those_that_torch_counts():
     cfg = train_gpt.Config(num_layers=2, model_dim=64, num_heads=4, num_kv_heads=2, vocab_size=128)
     model, shape = train_gpt.GPT(cfg), train_gpt.PassShape(2, 32, 32)

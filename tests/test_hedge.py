@@ -1,5 +1,6 @@
 """The n-gram and Hedge mixer: exact counts, true distributions, no look ahead, what Hedge promises."""
 
+import itertools
 import math
 import re
 from collections import Counter, defaultdict
@@ -70,7 +71,7 @@ def listed(tokens: list[int], vocab: int, highest: int) -> list[dict]:
     orders = []
     for order, parts in enumerate(context_counts(torch.tensor(tokens), vocab, highest)):
         assert parts.order == order
-        places, *numbers = (part.tolist() for part in parts[1:])
+        places, *numbers = (part.tolist() for part in parts[1:5])
         assert len(set(places)) == len(places), "a place is listed twice"
         orders.append(dict(zip(places, zip(*numbers, strict=True), strict=True)))
     return orders
@@ -139,6 +140,37 @@ def test_large_tokens_do_not_collide_with_small_ones():
 def test_the_largest_key_fits():
     grams = torch.tensor([100_000_000 - 1])
     assert (grams * 65_536 + 65_535).item() == 100_000_000 * 65_536 - 1 < 2**43
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    vocab=st.sampled_from([1, 2, 4]),
+    highest=st.integers(0, 4),
+    seed=st.integers(0, 999),
+)
+def test_each_document_is_counted_by_itself(sizes, vocab, highest, seed):
+    """As by counts of its own; a context that begins in the document before is a new one."""
+    tokens = np.random.default_rng(seed).integers(0, vocab, sum(sizes)).tolist()
+    edges = np.cumsum([0, *sizes]).tolist()
+    begins = torch.tensor(np.repeat(edges[:-1], sizes))
+    for order, parts in enumerate(context_counts(torch.tensor(tokens), vocab, highest, begins)):
+        known = {}
+        for place, *numbers in zip(*(part.tolist() for part in parts[1:5]), strict=True):
+            if numbers[0]:
+                known[place] = tuple(numbers)
+        expected = {}
+        for begin, end in itertools.pairwise(edges):
+            alone = counted(tokens[begin:end], highest)[order]
+            expected |= {begin + place: counts for place, counts in alone.items()}
+        within = {place: counts for place, counts in known.items() if place - order >= begins[place]}
+        assert within == expected
+
+
+def test_documents_begin_after_their_boundaries():
+    """Token 3 is the last target of the first document, which begins the second."""
+    data = train_gpt.Validation(np.array([1, 5, 6, 1, 7, 1, 8, 9]), np.ones(7), 3, "", np.array([3, 5]))
+    assert train_gpt.document_begins(data).tolist() == [0, 0, 0, 0, 4, 4, 6, 6]
 
 
 # --- ngram_probabilities ---
@@ -514,6 +546,20 @@ def test_the_mixture_is_the_slow_one(monkeypatch, knobs):
     mixed, totals, expected, sums = both_mixtures(monkeypatch, config(**knobs), phrases(1500))
     assert mixed == pytest.approx(expected, abs=1e-9)
     assert totals == pytest.approx(sums, abs=1e-9)
+
+
+def test_with_documents_it_is_two_mixtures_one_after_the_other():
+    tokens = phrases(300)
+    nats = neural_nats(conditional(), tokens)
+    text = torch.tensor(tokens)
+    begins = torch.tensor(np.repeat([0, 100, 160], [100, 60, 140]))
+    cfg = config(hedge_order=3, hedge_document_order=2)
+    first = train_gpt.mix_with_counts(cfg, text, nats, 2, begins)
+    second = train_gpt.mix_with_counts(cfg, text, -first.log_probs, 3)
+    found = mix_with_ngrams(cfg, text, nats, begins)
+    assert torch.equal(found.log_probs, second.log_probs)
+    plain = mix_with_ngrams(config(hedge_order=3), text, nats)
+    assert (found.log_probs - plain.log_probs).abs().max() > 0.1
 
 
 def test_contexts_with_many_followers_share_a_bin(monkeypatch):

@@ -284,7 +284,12 @@ LEARNERS = {
         ttt_lora_rank=2,
         ttt_batch_size=8,
         ttt_chunk_size=16,
+        phased_ttt_prefix_docs=16,
+        global_ttt_lr=0.1,
+        ngram_tilt_enabled=True,
+        token_order=4,
         use_hedge=True,
+        hedge_document_order=2,
     ),
     "isolated": dict(eval_doc_isolated=True, eval_stride=8, use_hedge=True),
     "none": dict(eval_stride=16, use_hedge=True, hedge_order=2, hedge_window=20),
@@ -296,7 +301,8 @@ def test_our_scores_pass_and_the_check_changes_none(rerun, name):
     knobs = LEARNERS[name]
     plain, checked = rerun(**knobs), rerun(check_seconds=0.5, **knobs, score_check=True)
     assert (plain.code, checked.code) == (0, 0), checked.error
-    switches = dict(sliding="eval_stride", isolated="eval_doc_isolated", ttt="ttt_steps", hedge="use_hedge")
+    switches = dict(sliding="eval_stride", isolated="eval_doc_isolated", ttt="ttt_steps")
+    switches |= dict(tilt="ngram_tilt_enabled", hedge="use_hedge")
     on = ["roundtrip"] + [score for score, knob in switches.items() if knob in knobs]
     said = [line for line in checked.lines if line.startswith("score_check: ")]
     tried = (
@@ -370,6 +376,11 @@ def own_input(*given) -> PaddedWindows:
     return padded._replace(positions=(padded.positions + 1).clamp(max=padded.ids.size(1) - 1))
 
 
+def hint_at_itself(cfg, tokens):
+    """Each token as its own hint."""
+    return tokens[1:]
+
+
 SABOTAGE = {  # what is replaced, by what, the knobs, the score and the conditions of which one must be named
     "unnormalised": ("token_nats", lenient, {}, "roundtrip", "C2"),
     "one_token_ahead": ("token_nats", ahead, {}, "roundtrip", "C1"),
@@ -385,6 +396,7 @@ SABOTAGE = {  # what is replaced, by what, the knobs, the score and the conditio
     "learns_first": ("plan_turns", learn_first, TTT, "ttt", "C[13]"),
     "learns_first_lora": ("plan_turns", learn_first, LEARNERS["lora"], "ttt", "C[13]"),
     "counts_itself": ("context_counts", count_itself, dict(use_hedge=True), "hedge", "C[23]"),
+    "hints_at_itself": ("ngram_hints", hint_at_itself, dict(ngram_tilt_enabled=True), "tilt", "C[23]"),
     "weighs_itself": ("hedge_mixture", weigh_itself, dict(use_hedge=True), "hedge", "C[23]"),
 }
 
@@ -590,6 +602,17 @@ def test_two_ranks_learn_as_one(small, artifact, rerun, launch_forks, tmp_path):
     assert np.abs(found[0]["ttt_logprob"] - found[0]["sliding_logprob"]).max() > 0.01
 
 
+@pytest.mark.slow
+def test_two_ranks_check_their_scores_together(small, artifact, launch_forks, tmp_path):
+    """In a real run; rank 1 would wait for ever if it did not help."""
+    knobs = LEARNERS["documents"] | dict(eval_doc_isolated=True, score_check=True)
+    place = dict(device="cpu", eval_only=str(artifact), out_dir="two")
+    run = launch_forks(tmp_path, small[0], ranks=2, **dict.fromkeys(TINY) | place | knobs)
+    assert run.result["world_size"] == 2 and run.result["status"] == "ok", run.stderr[-2000:]
+    said = re.findall(r"^score_check: (\w+) breaks none of the four conditions", run.log, re.M)
+    assert said == ["roundtrip", "isolated", "ttt", "tilt", "hedge"]
+
+
 def test_a_trial_says_what_it_is_and_how_far(monkeypatch, tmp_path, capsys):
     """By a clock of its own: a second more each time that it is asked."""
     run = learner(use_hedge=True, ttt_steps=0)
@@ -734,7 +757,7 @@ def mixer_clock(monkeypatch):
     clock = SimpleNamespace(first=0.0, fixed=0.0, each=0.001, calls=[])
     monkeypatch.setattr(train_gpt, "time", SimpleNamespace(perf_counter=lambda: now[0], **WATCH))
 
-    def doubled(cfg, tokens, nats):
+    def doubled(cfg, tokens, nats, begins):
         assert len(tokens) == len(nats) + 1
         now[0] += clock.fixed + clock.each * len(nats)
         if not clock.calls:
@@ -811,11 +834,11 @@ def test_a_mixer_without_memory_on_the_gpu_mixes_on_the_cpu(mixer_clock, monkeyp
     monkeypatch.setattr(type(run.runtime), "is_cuda", True)
     doubled, devices = train_gpt.mix_with_ngrams, []
 
-    def runs_out(cfg, tokens, nats):
+    def runs_out(cfg, tokens, nats, begins):
         devices.append(nats.device.type)
         if len(devices) == failing_call:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return doubled(cfg, tokens, nats)
+        return doubled(cfg, tokens, nats, begins)
 
     monkeypatch.setattr(train_gpt, "mix_with_ngrams", runs_out)
     base = Score(1.0, MIXED, MIXED, 0.0, torch.rand(MIXED))
@@ -829,7 +852,7 @@ def test_a_mixer_without_memory_on_the_gpu_mixes_on_the_cpu(mixer_clock, monkeyp
 
 
 def test_a_mixer_without_memory_on_the_cpu_is_an_error(monkeypatch):
-    def runs_out(cfg, tokens, nats):
+    def runs_out(cfg, tokens, nats, begins):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(train_gpt, "mix_with_ngrams", runs_out)

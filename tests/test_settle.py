@@ -48,9 +48,9 @@ def test_a_failing_compiler_is_done_without(unlucky, tiny):
 def test_a_cpu_compiles_the_many_shapes_of_single_documents_only_when_told_to(tiny, compile, graphs):
     cfg = tiny(compile=compile, train_seq_len=128, eval_stride=32, eval_doc_isolated=True)
     run = Run(cfg, Runtime(compiles=True), RunLog(None, ""), GPT(cfg), None)
-    assert len(train_gpt.evaluation_graphs(cfg, torch.device("cpu"))) == graphs
+    assert len(train_gpt.evaluation_graphs(cfg, run.runtime)) == graphs
     assert (run.document_nats is run.nats) == (compile == "1")
-    assert len(train_gpt.evaluation_graphs(cfg, torch.device("cuda"))) == 4
+    assert len(train_gpt.evaluation_graphs(cfg, Runtime(torch.device("cuda")))) == 4
 
 
 @pytest.mark.parametrize("compiles, device, limit, is_tried", [
