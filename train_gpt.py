@@ -4368,7 +4368,9 @@ class Average:
 # ----------------------------------------------------------------------------------------------------------
 # The file is PREFIX and a compressed body. The body is the header's length in four bytes, the header as JSON,
 # and all arrays in the order of PLANES: arrays of one type compress better together.
-PLANES = {"int8": "<i1", "trellis": "<i1", "step": "<f2", "column": "<f2", "fp16": "<f2", "fp32": "<f4"}
+# trellis: integers of TRELLIS=1; walked: 1 for each column that goes through the trellis.
+PLANES = {"int8": "<i1", "trellis": "<i1", "walked": "<u1"}
+PLANES |= {"step": "<f2", "column": "<f2", "fp16": "<f2", "fp32": "<f4"}
 INTEGER_PLANES = ("int8", "trellis")
 MAGIC = b"PGOLFQ"
 FORMAT_VERSION = 1
@@ -4385,6 +4387,7 @@ GPTQ_DAMPING = 0.01  # of the Hessian's mean diagonal, added to it
 LEAST_STEP = 2.0**-24  # the least positive float16
 RATE_VARIANCE = 0.3  # of 0 to 0.3 the best or nearly so at 1.3 to 5 bits: sweeps/results/study_quant_curve.md
 TRELLIS_STATES = 8
+TRELLIS_VARIANCE = 0.2  # of the weights of a column, in squares of its steps; finer ones are walked
 TRELLIS_ROWS = 512  # are searched together, so that their survivors stay in the cache
 TRELLIS_COLUMNS = 1 << 18  # of all tensors together: the reader walks them one by one
 TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in the LowerLR record
@@ -4507,18 +4510,19 @@ def decompress_brotli(body: bytes, raw_length: int) -> bytes:
 # have theirs by type and place. The body: RANS_HEAD, then packed by zlib (the raw file's header, the tables),
 # then two streams: float bytes with the classes, and the integers. A stream: a uint32 state for each lane,
 # then uint16 words.
-# Version 2 has integers of TRELLIS=1. Even and odd ones are about as frequent, so their lowest bits stand as
-# they are, eight a byte, before the second stream. They say the states of the trellis, and with that which of
-# its four sets of values an integer is of: the rest of it has a table for its context and set. One table
-# serves two sets that are mirror images.
-RANS_TABLES = {1: 1, 2: 4}  # version -> tables of a context
+# Version 2 has integers of TRELLIS=1. In columns that go through the trellis even and odd are about as
+# frequent, so lowest bits stand as they are, eight a byte, before the second stream. They say the states, and
+# with that which of four sets of values an integer is of: the rest of it has a table for its context and set.
+# One table serves two sets that are mirror images.
+RANS_TABLES = {1: (12, 1), 2: (13, 4)}  # version -> tables of stream one, and for a context of stream two
 RANS_HEAD = struct.Struct("<BBII")  # version, contexts of integers, bytes of the packed part and stream one
 RANS_BITS = 14  # the frequencies of a context add up to 2^14
 RANS_LEAST = 1 << 16  # states lie in [2^16, 2^32): 16 bits come in or go out at a time
 SYMBOLS_PER_LANE = 8192
 SCALE_CLASSES = 48  # of a group: 12 octaves of the mean size of the integers, from 2^-6 on
 CODED_GROUPS = ("attention", "control", "embed", "mlp")
-SIDE_CONTEXTS = 12  # bytes of step, column, fp16 and fp32 by place; classes of rows; of columns
+SIDE_CONTEXTS = {"step": 0, "column": 2, "fp16": 4, "fp32": 6, "walked": 12}  # of a number's first byte
+CLASS_CONTEXTS = np.array([10, 11], np.uint8)  # of the classes of rows and columns
 
 
 def frequency_tables(symbols: np.ndarray, contexts: np.ndarray, count: int) -> np.ndarray:
@@ -4654,45 +4658,58 @@ def integer_contexts(shapes: list[tuple[int, int, int]], classes: np.ndarray) ->
     return np.concatenate(contexts) if contexts else np.empty(0, np.uint8)
 
 
-def trellis_halves(odd: np.ndarray) -> np.ndarray:
-    """uint8 [r, c]: which integers mean half a step more, as the lowest bits [r, c] say; see NEXT_STATE."""
+def trellis_halves(odd: np.ndarray, walked: np.ndarray) -> np.ndarray:
+    """uint8 [r, c]: which integers mean half a step more, by lowest bits [r, c] and walked columns [c]."""
     halves = np.zeros(odd.shape[::-1], np.uint8)  # columns first, since each is written at once
-    if odd.size:
-        states = np.zeros(len(odd), np.uint8)
-        for column, bits in enumerate(np.ascontiguousarray(odd.T)):
-            halves[column] = states & 1
-            states = NEXT_STATE[2 * states + bits]
+    states = np.zeros(len(odd), np.uint8)
+    for column in np.flatnonzero(walked):
+        halves[column] = states & 1
+        states = NEXT_STATE[2 * states + odd[:, column]]
     return halves.T
 
 
-def trellis_sets(shapes: list[tuple[int, int, int]], odd: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(table 1 to 3 of its context, whether it is mirrored) of each integer of a trellis, by lowest bits."""
-    halves = []
+def walked_integers(shapes: list[tuple[int, int, int]], walked: np.ndarray) -> np.ndarray:
+    """bool: which integers of these tensors, flat, are in columns that are walked; walked: of all columns."""
+    parts = [np.empty(0, bool)]
+    for _, rows, columns in shapes:
+        parts.append(np.tile(walked[:columns] != 0, rows))
+        walked = walked[columns:]
+    return np.concatenate(parts)
+
+
+def trellis_sets(
+    shapes: list[tuple[int, int, int]], walked: np.ndarray, is_walked: np.ndarray, odd: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(which table of its context, whether it is mirrored) of each integer of these tensors, flat, uint8.
+
+    Table 0 has the integers of columns that are not walked, whole. odd: lowest bits, 0 in those columns.
+    """
+    halves = np.zeros_like(odd)
     begin = 0
     for _, rows, columns in shapes:
-        stop = begin + rows * columns
-        halves.append(trellis_halves(odd[begin:stop].reshape(rows, columns)).ravel())
-        begin = stop
-    halves = np.concatenate(halves)
-    return np.where(halves, 3, 1 + odd).astype(np.uint16), halves & odd
+        part = slice(begin, begin + rows * columns)
+        halves[part] = trellis_halves(odd[part].reshape(rows, columns), walked[:columns]).ravel()
+        begin = part.stop
+        walked = walked[columns:]
+    return is_walked * np.where(halves, 3, 1 + odd).astype(np.uint8), halves & odd
 
 
 def side_contexts(table: list, shapes: list[tuple[int, int, int]]) -> np.ndarray:
-    """The contexts of the float bytes, in the file's order, and of the classes of rows and columns after."""
+    """The contexts of the bytes beside the integers, in the file's order, and of the classes of rows and
+    columns after."""
     contexts = []
-    first = 0
     for plane, number_type in PLANES.items():
         if plane in INTEGER_PLANES:
             continue
-        width = np.dtype(number_type).itemsize
         values = 0
         for _, shape, planes in table:
             if plane in planes:
                 values += math.prod(plane_shape(plane, shape))
+        first = SIDE_CONTEXTS[plane]
+        width = np.dtype(number_type).itemsize
         contexts.append(np.tile(np.arange(first, first + width, dtype=np.uint8), values))
-        first += width
     for _, rows, columns in shapes:
-        contexts.append(np.repeat(np.array([first, first + 1], np.uint8), (rows, columns)))
+        contexts.append(np.repeat(CLASS_CONTEXTS, (rows, columns)))
     return np.concatenate(contexts)
 
 
@@ -4714,21 +4731,22 @@ def compress_rans(raw: bytes, cfg: Config) -> bytes:
     side_places = side_contexts(header["tensors"], shapes)
     symbols = np.concatenate([np.empty(0, np.uint8), *integers])
     places = integer_contexts(shapes, np.concatenate([np.empty(0, np.uint8), *classes]))
-    side_tables = frequency_tables(side, side_places, SIDE_CONTEXTS)
     used = len(CODED_GROUPS) * SCALE_CLASSES
-    version = 1
     lowest = b""
     trellis_shapes = integer_shapes(header["tensors"], ("trellis",))
+    version = 2 if trellis_shapes else 1
     if trellis_shapes:
-        version = 2
-        whole = symbols[len(symbols) - count_integers(trellis_shapes) :]  # a view, as the next
-        odd = whole & 1
-        lowest = np.packbits(odd).tobytes()
-        sets, is_mirrored = trellis_sets(trellis_shapes, odd)
+        is_walked = walked_integers(trellis_shapes, side)
+        whole = symbols[len(symbols) - len(is_walked) :]  # a view
+        odd = whole & is_walked
+        lowest = np.packbits(odd[is_walked]).tobytes()
+        sets, is_mirrored = trellis_sets(trellis_shapes, side, is_walked, odd)
         places = places.astype(np.uint16)
-        places[len(places) - len(odd) :] += used * sets
-        whole[:] = (whole.view(np.int8) >> 1 ^ -is_mirrored.view(np.int8)).view(np.uint8)
-    tables = frequency_tables(symbols, places, used * RANS_TABLES[version])
+        places[len(places) - len(sets) :] += used * sets.astype(np.uint16)
+        whole[:] = np.where(sets, (whole.view(np.int8) >> 1).view(np.uint8) ^ -is_mirrored, whole)
+    side_count, tables_each = RANS_TABLES[version]
+    side_tables = frequency_tables(side, side_places, side_count)
+    tables = frequency_tables(symbols, places, used * tables_each)
     text = raw[:start] + pack_tables(np.concatenate([side_tables, tables]))
     packed_text = zlib.compress(text, 9)
     first = rans_encode(side, side_places, side_tables)
@@ -4752,14 +4770,15 @@ def decompress_rans(body: bytes, raw_length: int) -> bytes:
     version, used, text_length, first_length = RANS_HEAD.unpack_from(body)
     if version not in RANS_TABLES:
         raise RunError(f"version {version} of the coder; this reads {max(RANS_TABLES)} and older ones")
+    side_count, tables_each = RANS_TABLES[version]
     begin = RANS_HEAD.size + text_length
-    table_bytes = 512 * (SIDE_CONTEXTS + used * RANS_TABLES[version])
+    table_bytes = 512 * (side_count + used * tables_each)
     longest = min(raw_length, HEADER_LIMIT) + table_bytes + 1
     text = zlib.decompressobj().decompress(body[RANS_HEAD.size : begin], longest)
     header, start = decode_header(text)
     if len(text) != start + table_bytes:
         raise RunError("tables that do not fill their part")
-    side_tables, tables = np.split(unpack_tables(text[start:]), [SIDE_CONTEXTS])
+    side_tables, tables = np.split(unpack_tables(text[start:]), [side_count])
     table = header["tensors"]
     shapes = integer_shapes(table)
     trellis_shapes = integer_shapes(table, ("trellis",))
@@ -4771,27 +4790,30 @@ def decompress_rans(body: bytes, raw_length: int) -> bytes:
     integers = count_integers(shapes)
     classes = sum(rows + columns for _, rows, columns in shapes)
     floats = raw_length - start - integers
-    trellised = count_integers(trellis_shapes)
-    second = begin + first_length + (trellised + 7) // 8
+    second = begin + first_length
     lanes_of(integers, len(body) - second)
     lanes_of(max(floats, 0) + classes, first_length)
     side_places = side_contexts(table, shapes)
     if len(side_places) != floats + classes:
         raise RunError("streams of other lengths than its tensors")
-    side = rans_decode(body[begin : begin + first_length], side_places, side_tables)
+    side = rans_decode(body[begin:second], side_places, side_tables)
     places = integer_contexts(shapes, side[floats:])
     if len(places) and places.max() >= used:
         raise RunError("a context without a table")
-    if trellised:
-        packed = np.frombuffer(body[begin + first_length : second], np.uint8)
-        odd = np.unpackbits(packed, count=trellised)
-        sets, is_mirrored = trellis_sets(trellis_shapes, odd)
+    if trellis_shapes:
+        is_walked = walked_integers(trellis_shapes, side)
+        odd = np.zeros(len(is_walked), np.uint8)
+        bits = int(is_walked.sum())
+        lowest = np.frombuffer(body, np.uint8, (bits + 7) // 8, second)
+        odd[is_walked] = np.unpackbits(lowest, count=bits)
+        second += len(lowest)
+        sets, is_mirrored = trellis_sets(trellis_shapes, side, is_walked, odd)
         places = places.astype(np.uint16)
-        places[integers - trellised :] += used * sets
+        places[integers - len(sets) :] += used * sets.astype(np.uint16)
     symbols = rans_decode(body[second:], places, tables)
-    if trellised:
-        rest = symbols[integers - trellised :]  # a view
-        rest[:] = (rest ^ -is_mirrored) << 1 | odd
+    if trellis_shapes:
+        rest = symbols[integers - len(sets) :]  # a view
+        rest[:] = np.where(sets, (rest ^ -is_mirrored) << 1 | odd, rest)
     return text[:start] + symbols.tobytes() + side[:floats].tobytes()
 
 
@@ -5045,7 +5067,7 @@ def plane_shape(plane: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of one array of a tensor: steps stand beside its rows, column factors above its columns."""
     if plane == "step":
         return (shape[0], 1)
-    if plane == "column":
+    if plane in ("walked", "column"):
         return (1, shape[1])
     return tuple(shape)
 
@@ -5057,7 +5079,7 @@ def plan_tensor(cfg: Config, name: str, shape: tuple[int, ...]) -> TensorPlan:
     if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns + GATE_NAMES):
         return TensorPlan(name, shape, ("fp16" if cfg.control_float16 else "fp32",), 0)
     if len(shape) == 2 and math.prod(shape) > LARGEST_FLOAT_MATRIX:
-        planes = ("trellis" if cfg.trellis else "int8", "step")
+        planes = ("trellis", "walked", "step") if cfg.trellis else ("int8", "step")
         if cfg.column_step_power:
             planes += ("column",)
         return TensorPlan(name, shape, planes, levels_of(cfg, name))
@@ -5165,8 +5187,10 @@ def quantise_rows(
         solver = Gptq(hessian, column_power, per_octave, rate, has_trellis)
         integers = solver.best(weight, steps.float().to(hessian.device), levels).cpu()
         columns = solver.columns.cpu()
-    arrays = (integers.to(torch.int8), steps, columns.half())
-    return arrays if column_power else arrays[:2]
+    arrays = (integers.to(torch.int8), steps)
+    if has_trellis:
+        arrays = (arrays[0], solver.is_walked.cpu().to(torch.uint8), steps)
+    return (*arrays, columns.half()) if column_power else arrays
 
 
 def sdclip_steps(weight: Tensor, levels: int, sigmas: float, row_power: float) -> Tensor:
@@ -5251,6 +5275,8 @@ class Gptq:
             least = CLIP_MARGIN * (weight.abs() / (levels * steps[:, None])).amax(dim=0)
             self.columns = round_octaves(self.columns.maximum(least), self.per_octave).half().float()
         grid = steps[:, None] * self.columns
+        if self.has_trellis:
+            self.is_walked = (weight / grid).square().mean(dim=0) > TRELLIS_VARIANCE
         solved = self.solve(weight, grid, levels)
         if self.has_trellis:
             return solved
@@ -5290,7 +5316,8 @@ class Gptq:
                 for first in range(0, len(weight), TRELLIS_ROWS):
                     rows = slice(first, first + TRELLIS_ROWS)
                     tensors = weight[rows, block], grid[rows, block], costs[rows, block]
-                    found = search_trellis(*tensors, factor, levels, states[rows])
+                    walked = self.is_walked[block].tolist()
+                    found = search_trellis(*tensors, factor, levels, states[rows], walked)
                     integers[rows, block], errors[rows], states[rows] = found
             else:
                 tensors = weight[:, block], grid[:, block], costs[:, block]
@@ -5332,51 +5359,65 @@ NEXT_STATE = (2 * np.arange(8)[:, None] % 8 + (np.arange(2) ^ STATE_FLIPS[:, Non
 
 
 def search_trellis(
-    weight: Tensor, grid: Tensor, costs: Tensor, factor: Tensor, levels: int, states: Tensor
+    weight: Tensor,
+    grid: Tensor,
+    costs: Tensor,
+    factor: Tensor,
+    levels: int,
+    states: Tensor,
+    walked: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(integers, errors / U_jj, last states) of a block [r, n] of `Gptq`, by the path of least cost.
 
     A path costs its squared errors / U_jj, and costs * v^2 for its values v in steps. Of all paths to a state
     the best survives, with the weights as its own errors have moved them. states: where the rows [r] begin.
+    Columns that are not walked leave them as they are and take the nearest integer.
     """
     rows, width = weight.shape
-    shape = (TRELLIS_STATES, 1, 1)
-    state = torch.arange(TRELLIS_STATES, device=weight.device).view(shape)
-    flips = torch.from_numpy(STATE_FLIPS).to(weight.device).view(shape)
-    odd = torch.arange(2, device=weight.device)[:, None] ^ flips  # [state, lowest bit of the next, 1]
+    device = weight.device
+    state = torch.arange(TRELLIS_STATES, device=device)[:, None, None]
+    flips = torch.from_numpy(STATE_FLIPS).to(device)[:, None, None]
+    odd = torch.arange(2, device=device)[:, None] ^ flips  # [state, lowest bit of the next, 1]
     half = state % 2 / 2
     low = -((levels + odd) // 2)
     high = (levels - odd) // 2
-    total = torch.full((TRELLIS_STATES, rows), torch.inf, device=weight.device)
+    stay = state[:, 0].expand(-1, rows)
+    total = torch.full((TRELLIS_STATES, rows), torch.inf, device=device)
     total.scatter_(0, states[None], 0.0)
     survivors = weight.T.expand(TRELLIS_STATES, width, rows)  # weights of the columns still to come
     shares = 1 / (1 + costs * (factor.diagonal() / grid).square())
     chosen = []
     for column in range(width):
-        x = survivors[:, :1] / grid[:, column]  # [8, 1, r], as all below [8, 2, r]
-        k = ((x * shares[:, column] - half - odd) / 2).round().clamp(low, high) * 2 + odd
-        v = k + half
+        x = survivors[:, :1] / grid[:, column]  # [8, 1, r]; [8, 2, r] are the ways on
+        if walked[column]:
+            k = ((x * shares[:, column] - half - odd) / 2).round().clamp(low, high) * 2 + odd
+            v = k + half
+        else:
+            k = v = (x * shares[:, column]).round().clamp(-levels, levels)
         error = (x - v) * (grid[:, column] / factor[column, column])
         cost = total[:, None] + error.square() + costs[:, column] * v.square()
-        # Of the two states before each, s and s + 4, the better.
-        cost, error, k = (tensor.view(2, TRELLIS_STATES, rows) for tensor in (cost, error, k))
-        is_upper = cost[1] < cost[0]
-        total = torch.where(is_upper, cost[1], cost[0])
-        error = torch.where(is_upper, error[1], error[0])
-        chosen.append((torch.where(is_upper, k[1], k[0]), error, is_upper))
-        later = survivors[:, 1:].view(2, TRELLIS_STATES // 2, 1, -1, rows)
-        later = torch.where(is_upper.view(TRELLIS_STATES // 2, 2, 1, rows), later[1], later[0])
-        later = later.view(TRELLIS_STATES, -1, rows)
-        survivors = later.addcmul_(factor[column, column + 1 :, None], error[:, None], value=-1)
+        later = survivors[:, 1:]
+        before = stay
+        if walked[column]:
+            # Of the two states that lead to one, s and s + 4, the better.
+            cost, error, k = (tensor.view(2, TRELLIS_STATES, rows) for tensor in (cost, error, k))
+            is_upper = cost[1] < cost[0]
+            cost, error, k = (torch.where(is_upper, tensor[1], tensor[0]) for tensor in (cost, error, k))
+            before = stay // 2 + TRELLIS_STATES // 2 * is_upper
+            later = later.view(2, TRELLIS_STATES // 2, 1, -1, rows)
+            later = torch.where(is_upper.view(TRELLIS_STATES // 2, 2, 1, rows), later[1], later[0])
+        total, error, k = (tensor.view(TRELLIS_STATES, rows) for tensor in (cost, error, k))
+        chosen.append((k, error, before))
+        survivors = later.view(TRELLIS_STATES, -1, rows)
+        survivors = survivors.addcmul(factor[column, column + 1 :, None], error[:, None], value=-1)
     last = total.argmin(dim=0)
     integers = torch.empty_like(weight)
     errors = torch.empty_like(weight)
     state = last[None]
     for column in reversed(range(width)):
-        k, error, is_upper = (tensor.gather(0, state) for tensor in chosen[column])
+        k, error, state = (tensor.gather(0, state) for tensor in chosen[column])
         integers[:, column] = k[0]
         errors[:, column] = error[0]
-        state = state // 2 + TRELLIS_STATES // 2 * is_upper
     return integers, errors, last
 
 
@@ -5547,10 +5588,11 @@ def decode_tensors(raw: bytes, start: int, table: list) -> dict[str, Tensor]:
             own_shape = plane_shape(plane, shape)
             values = np.frombuffer(raw, number_type, math.prod(own_shape), start)
             array = torch.from_numpy(values.astype(np.float32).reshape(own_shape))
-            if plane == "trellis":
-                array += torch.from_numpy(trellis_halves(values.view(np.uint8).reshape(own_shape) & 1)) / 2
             if plane in ("step", "column"):
                 state[name].mul_(array)
+            elif plane == "walked":
+                odd = state[name].to(torch.int8).numpy().view(np.uint8) & 1
+                state[name] += torch.from_numpy(trellis_halves(odd, values)) / 2
             else:
                 state[name] = array
             start += values.nbytes
