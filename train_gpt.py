@@ -4389,7 +4389,7 @@ RATE_VARIANCE = 0.3  # of 0 to 0.3 the best or nearly so at 1.3 to 5 bits: sweep
 TRELLIS_STATES = 8
 TRELLIS_VARIANCE = 0.2  # of the weights of a column, in squares of its steps; finer ones are walked
 TRELLIS_ROWS = 512  # are searched together, so that their survivors stay in the cache
-TRELLIS_COLUMNS = 1 << 18  # of all tensors together: the reader walks them one by one
+TRELLIS_COLUMNS = 1 << 17  # of all tensors together: the reader walks them one by one
 TRAINED_RATIO = 0.92  # packed / raw bytes of int8 rows: 0.9165 in PR #895, 0.92 in the LowerLR record
 LEAST_SIGMAS = 4.0  # deviations that the levels span at SIZE_TARGET's finest steps
 SIZE_MARGIN = 2_000  # bytes that SIZE_TARGET=auto leaves free
@@ -4521,7 +4521,7 @@ RANS_LEAST = 1 << 16  # states lie in [2^16, 2^32): 16 bits come in or go out at
 SYMBOLS_PER_LANE = 8192
 SCALE_CLASSES = 48  # of a group: 12 octaves of the mean size of the integers, from 2^-6 on
 CODED_GROUPS = ("attention", "control", "embed", "mlp")
-SIDE_CONTEXTS = {"step": 0, "column": 2, "fp16": 4, "fp32": 6, "walked": 12}  # of a number's first byte
+FIRST_CONTEXT = {"step": 0, "column": 2, "fp16": 4, "fp32": 6, "walked": 12}  # of a number's first byte
 CLASS_CONTEXTS = np.array([10, 11], np.uint8)  # of the classes of rows and columns
 
 
@@ -4705,7 +4705,7 @@ def side_contexts(table: list, shapes: list[tuple[int, int, int]]) -> np.ndarray
         for _, shape, planes in table:
             if plane in planes:
                 values += math.prod(plane_shape(plane, shape))
-        first = SIDE_CONTEXTS[plane]
+        first = FIRST_CONTEXT[plane]
         width = np.dtype(number_type).itemsize
         contexts.append(np.tile(np.arange(first, first + width, dtype=np.uint8), values))
     for _, rows, columns in shapes:
@@ -4791,7 +4791,7 @@ def decompress_rans(body: bytes, raw_length: int) -> bytes:
     classes = sum(rows + columns for _, rows, columns in shapes)
     floats = raw_length - start - integers
     second = begin + first_length
-    lanes_of(integers, len(body) - second)
+    lanes_of(integers, len(body) - second & ~1)  # bare lowest bits may stand before it, an odd count of bytes
     lanes_of(max(floats, 0) + classes, first_length)
     side_places = side_contexts(table, shapes)
     if len(side_places) != floats + classes:
