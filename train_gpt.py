@@ -4627,11 +4627,6 @@ def integer_shapes(table: list, planes: tuple[str, ...] = INTEGER_PLANES) -> lis
     return found
 
 
-def count_integers(shapes: list[tuple[int, int, int]]) -> int:
-    """How many integers tensors of these (group, rows, columns) have."""
-    return sum(rows * columns for _, rows, columns in shapes)
-
-
 def scale_classes(integers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The classes of rows and columns of integers [r, c], uint8 around 128, in quarters of an octave.
 
@@ -4670,7 +4665,7 @@ def trellis_halves(odd: np.ndarray, walked: np.ndarray) -> np.ndarray:
 
 def walked_integers(shapes: list[tuple[int, int, int]], walked: np.ndarray) -> np.ndarray:
     """bool: which integers of these tensors, flat, are in columns that are walked; walked: of all columns."""
-    parts = [np.empty(0, bool)]
+    parts = []
     for _, rows, columns in shapes:
         parts.append(np.tile(walked[:columns] != 0, rows))
         walked = walked[columns:]
@@ -4678,20 +4673,23 @@ def walked_integers(shapes: list[tuple[int, int, int]], walked: np.ndarray) -> n
 
 
 def trellis_sets(
-    shapes: list[tuple[int, int, int]], walked: np.ndarray, is_walked: np.ndarray, odd: np.ndarray
+    shapes: list[tuple[int, int, int]], walked: np.ndarray, odd: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(which table of its context, whether it is mirrored) of each integer of these tensors, flat, uint8.
+    """(which table of its context, whether it is mirrored) of each integer, flat, from the lowest bits.
 
-    Table 0 has the integers of columns that are not walked, whole. odd: lowest bits, 0 in those columns.
+    Table 0 has the integers of columns that are not walked, whole; their lowest bits do not count.
     """
-    halves = np.zeros_like(odd)
+    sets = walked_integers(shapes, walked) * (1 + odd)
+    mirrored = np.zeros_like(odd)
     begin = 0
     for _, rows, columns in shapes:
         part = slice(begin, begin + rows * columns)
-        halves[part] = trellis_halves(odd[part].reshape(rows, columns), walked[:columns]).ravel()
+        halves = trellis_halves(odd[part].reshape(rows, columns), walked[:columns]).ravel()
+        sets[part][halves > 0] = 3
+        mirrored[part] = halves & odd[part]
         begin = part.stop
         walked = walked[columns:]
-    return is_walked * np.where(halves, 3, 1 + odd).astype(np.uint8), halves & odd
+    return sets, mirrored
 
 
 def side_contexts(table: list, shapes: list[tuple[int, int, int]]) -> np.ndarray:
@@ -4734,16 +4732,15 @@ def compress_rans(raw: bytes, cfg: Config) -> bytes:
     used = len(CODED_GROUPS) * SCALE_CLASSES
     lowest = b""
     trellis_shapes = integer_shapes(header["tensors"], ("trellis",))
-    version = 2 if trellis_shapes else 1
+    version = 1 + bool(trellis_shapes)
     if trellis_shapes:
-        is_walked = walked_integers(trellis_shapes, side)
-        whole = symbols[len(symbols) - len(is_walked) :]  # a view
-        odd = whole & is_walked
-        lowest = np.packbits(odd[is_walked]).tobytes()
-        sets, is_mirrored = trellis_sets(trellis_shapes, side, is_walked, odd)
+        whole = symbols[-sum(rows * columns for _, rows, columns in trellis_shapes) :]  # a view
+        odd = whole & 1
+        sets, mirrored = trellis_sets(trellis_shapes, side, odd)
+        lowest = np.packbits(odd[sets > 0]).tobytes()
         places = places.astype(np.uint16)
-        places[len(places) - len(sets) :] += used * sets.astype(np.uint16)
-        whole[:] = np.where(sets, (whole.view(np.int8) >> 1).view(np.uint8) ^ -is_mirrored, whole)
+        places[-len(sets) :] += used * sets.astype(np.uint16)
+        whole[:] = np.where(sets, (whole.view(np.int8) >> 1).view(np.uint8) ^ -mirrored, whole)
     side_count, tables_each = RANS_TABLES[version]
     side_tables = frequency_tables(side, side_places, side_count)
     tables = frequency_tables(symbols, places, used * tables_each)
@@ -4782,12 +4779,10 @@ def decompress_rans(body: bytes, raw_length: int) -> bytes:
     table = header["tensors"]
     shapes = integer_shapes(table)
     trellis_shapes = integer_shapes(table, ("trellis",))
-    if bool(trellis_shapes) != (version == 2):
-        raise RunError("tensors of another version than it says")
     if sum(TensorPlan(*row, 0).payload_bytes for row in table) != raw_length - start:
         raise RunError("tensors of another size than it says")
     # The streams' lengths bound what they hold, before anything of that size is made.
-    integers = count_integers(shapes)
+    integers = sum(rows * columns for _, rows, columns in shapes)
     classes = sum(rows + columns for _, rows, columns in shapes)
     floats = raw_length - start - integers
     second = begin + first_length
@@ -4807,13 +4802,13 @@ def decompress_rans(body: bytes, raw_length: int) -> bytes:
         lowest = np.frombuffer(body, np.uint8, (bits + 7) // 8, second)
         odd[is_walked] = np.unpackbits(lowest, count=bits)
         second += len(lowest)
-        sets, is_mirrored = trellis_sets(trellis_shapes, side, is_walked, odd)
+        sets, mirrored = trellis_sets(trellis_shapes, side, odd)
         places = places.astype(np.uint16)
-        places[integers - len(sets) :] += used * sets.astype(np.uint16)
+        places[-len(sets) :] += used * sets.astype(np.uint16)
     symbols = rans_decode(body[second:], places, tables)
     if trellis_shapes:
-        rest = symbols[integers - len(sets) :]  # a view
-        rest[:] = np.where(sets, (rest ^ -is_mirrored) << 1 | odd, rest)
+        rest = symbols[-len(sets) :]  # a view
+        rest[:] = np.where(sets, (rest ^ -mirrored) << 1 | odd, rest)
     return text[:start] + symbols.tobytes() + side[:floats].tobytes()
 
 
@@ -5305,41 +5300,40 @@ class Gptq:
         """Round column by column, the error of each made up for by those after it; integers as floats."""
         weight = weight[:, self.order]
         grid = grid[:, self.order]
-        costs = self.bit_costs(weight, grid)
+        costs = self.bit_costs(weight, grid) if self.rate else torch.zeros_like(weight)
+        # The share of a weight at which its error and its bits cost least together.
+        shares = 1 / (1 + costs * (self.factor.diagonal() / grid).square())
         states = torch.zeros(len(weight), dtype=torch.long, device=weight.device)
         integers = torch.empty_like(weight)
+        errors = torch.empty_like(weight)
         for begin in range(0, weight.size(1), GPTQ_BLOCK):
             block = slice(begin, begin + GPTQ_BLOCK)
             factor = self.factor[block, block]
-            errors = torch.empty_like(weight[:, block])
             if self.has_trellis:
+                walked = self.is_walked[block].tolist()
                 for first in range(0, len(weight), TRELLIS_ROWS):
                     rows = slice(first, first + TRELLIS_ROWS)
-                    tensors = weight[rows, block], grid[rows, block], costs[rows, block]
-                    walked = self.is_walked[block].tolist()
+                    tensors = (part[rows, block] for part in (weight, grid, costs, shares))
                     found = search_trellis(*tensors, factor, levels, states[rows], walked)
-                    integers[rows, block], errors[rows], states[rows] = found
+                    integers[rows, block], errors[rows, block], states[rows] = found
             else:
-                tensors = weight[:, block], grid[:, block], costs[:, block]
-                integers[:, block], errors[:] = round_columns(*tensors, factor, levels)
-            weight[:, block.stop :] -= errors @ self.factor[block, block.stop :]
+                tensors = (part[:, block] for part in (weight, grid, shares))
+                integers[:, block], errors[:, block] = round_columns(*tensors, factor, levels)
+            weight[:, block.stop :] -= errors[:, block] @ self.factor[block, block.stop :]
         unordered = torch.empty_like(integers)
         unordered[:, self.order] = integers
         return unordered
 
 
 def round_columns(
-    weight: Tensor, grid: Tensor, costs: Tensor, factor: Tensor, levels: int
+    weight: Tensor, grid: Tensor, shares: Tensor, factor: Tensor, levels: int
 ) -> tuple[Tensor, Tensor]:
     """(integers, errors / U_jj) of a block [r, n] of `Gptq`: each column to the nearest, when it is its turn.
 
-    The weight is changed. costs: of v^2, as `Gptq.bit_costs` has them.
+    The weight is changed; shares of it [r, n] are what is rounded.
     """
     integers = torch.empty_like(weight)
     errors = torch.empty_like(weight)
-    shares = 1 / (
-        1 + costs * (factor.diagonal() / grid).square()
-    )  # of a weight, where error and bits are least
     for column in range(weight.size(1)):
         own = weight[:, column]
         integers[:, column] = round_to_steps(own * shares[:, column], grid[:, column], levels)
@@ -5362,6 +5356,7 @@ def search_trellis(
     weight: Tensor,
     grid: Tensor,
     costs: Tensor,
+    shares: Tensor,
     factor: Tensor,
     levels: int,
     states: Tensor,
@@ -5370,8 +5365,9 @@ def search_trellis(
     """(integers, errors / U_jj, last states) of a block [r, n] of `Gptq`, by the path of least cost.
 
     A path costs its squared errors / U_jj, and costs * v^2 for its values v in steps. Of all paths to a state
-    the best survives, with the weights as its own errors have moved them. states: where the rows [r] begin.
-    Columns that are not walked leave them as they are and take the nearest integer.
+    the best survives, with the weights as its own errors have moved them, and shares of these are rounded.
+    states: where the rows [r] begin. Columns that are not walked leave them as they are and take the nearest
+    integer.
     """
     rows, width = weight.shape
     device = weight.device
@@ -5385,7 +5381,6 @@ def search_trellis(
     total = torch.full((TRELLIS_STATES, rows), torch.inf, device=device)
     total.scatter_(0, states[None], 0.0)
     survivors = weight.T.expand(TRELLIS_STATES, width, rows)  # weights of the columns still to come
-    shares = 1 / (1 + costs * (factor.diagonal() / grid).square())
     chosen = []
     for column in range(width):
         x = survivors[:, :1] / grid[:, column]  # [8, 1, r]; [8, 2, r] are the ways on

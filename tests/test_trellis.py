@@ -66,7 +66,8 @@ def test_without_feedback_the_search_finds_the_best_of_all_paths(levels, price, 
     costs = price * rng.random((12, 7))
     diagonal = np.exp(0.3 * rng.standard_normal(7))
     states = rng.integers(0, 8, 12)
-    tensors = (torch.tensor(part, dtype=torch.float64) for part in (weight, grid, costs, np.diag(diagonal)))
+    shares = 1 / (1 + costs * (diagonal / grid) ** 2)
+    tensors = (torch.from_numpy(part) for part in (weight, grid, costs, shares, np.diag(diagonal)))
     found, errors, _ = search_trellis(*tensors, levels, torch.tensor(states), walked)
     assert found.abs().max() <= levels
     for row, integers in enumerate(found.numpy()):

@@ -1,8 +1,8 @@
 """The curve: bytes of a trained model against the bits per byte that packing it costs, by several recipes.
 
     DATA_PATH=... TOKENIZER_PATH=... python tests/bench/bench_quant.py PRESET MODEL.pt [KNOB=VALUE ...] \\
-        [--batches N] [--balance-tokens N] [--calibration FILE.pt] [--windows N] [--recipes NAME ...] [--join FILE.json ...] [--plot FILE.png]
-        [--out FILE.json]
+        [--batches N] [--balance-tokens N] [--calibration FILE.pt] [--windows N] [--recipes NAME ...]
+        [--rates FACTOR ...] [--join FILE.json ...] [--plot FILE.png] [--out FILE.json]
 
 MODEL.pt is a run's final_model.pt; the knobs must give its shape. Each recipe packs the model at several
 rates; each artifact is unpacked and scored on the same windows, evenly spread over the validation text. The
@@ -87,10 +87,9 @@ def published(cfg, model, state: dict, calibration) -> Iterator[Packed]:
         knobs = dict(quant_clip="sdclip", quant_levels=31, embed_quant_levels=127, gptq_calibration_batches=1)
         knobs |= dict(quant_clip_sigmas=12.85 * rate, embed_quant_clip_sigmas=20 * rate)
         own = replace(cfg, **knobs)
+        encoded = train_gpt.encode_tensors(own, state, train_gpt.Calibration(calibration.hessians))
         stored = {}
-        for plan, arrays in train_gpt.encode_tensors(
-            own, state, train_gpt.Calibration(calibration.hessians)
-        ).items():
+        for plan, arrays in encoded.items():
             if plan.levels:
                 stored[f"{plan.name}.q"] = arrays[0]
                 stored[f"{plan.name}.scale"] = arrays[1]
@@ -101,9 +100,8 @@ def published(cfg, model, state: dict, calibration) -> Iterator[Packed]:
         raw = file.getvalue()
         shuffled = raw[::2] + raw[1::2]
         size = len(train_gpt.brotli_module().compress(shuffled, quality=11))
-        restored = train_gpt.unpack(
-            train_gpt.pack(own, state, {}, train_gpt.Calibration(calibration.hessians)), "packed"
-        )[0]
+        blob = train_gpt.pack_arrays(replace(own, codec="zlib"), encoded, {})
+        restored = train_gpt.unpack(blob, "packed")[0]
         yield Packed(f"sigmas x {rate}", size, 0, restored)
         if shutil.which("lrzip"):
             yield Packed(f"sigmas x {rate}", zpaq_size(shuffled), 0, restored, "#1394+zpaq")
@@ -208,6 +206,8 @@ def measure(
         stream = train_gpt.TokenStream(cfg.data_path, "train", cfg.vocab_size)
         cfg = replace(cfg, max_wallclock_seconds=0.0)
         run.cfg = replace(cfg, **OURS, quant_clip_sigmas=50.0, gptq_calibration_batches=batches)
+        if not any(name.startswith("ours") for name in recipes):
+            run.cfg = replace(run.cfg, step_balance_rounds=0)
         most = train_gpt.micro_batch_limit(cfg, runtime.device)
         if calibration_file and calibration_file.exists():
             calibration = train_gpt.Calibration(**torch.load(calibration_file, weights_only=True))
