@@ -4950,9 +4950,10 @@ class QuantiseKnobs:
     trellis: bool = knob(
         False,
         "Round a row by the best path through a trellis: it gives values half a step apart for the bits of "
-        "whole steps, and takes much longer than rounding.",
+        "whole steps. Made for CODEC=rans; takes two seconds a million weights on one core.",
         role="pack",
         source="JPEG 2000 part 2",
+        effect="0.15 to 0.19 bits a weight at the same error under the Hessian; one young model",
     )
     rate_lambda: float = knob(
         0.0,
@@ -4962,7 +4963,8 @@ class QuantiseKnobs:
         high=1,
         needs="GPTQ_CALIBRATION_BATCHES!=0",
         role="pack",
-        source="rate-distortion optimised quantisation",
+        source="ours",
+        effect="0.1: 0.02 bits a weight at the same error under the Hessian; one young model",
     )
     codec: str = knob(
         "zstd",
@@ -5611,7 +5613,8 @@ CODED_RATIO = {"rans": (0.992, 0.83), "brotli": (1.014, 0.9), "zstd": (1.018, 0.
 def predict_size(cfg: Config, model: GPT) -> int:
     """Expected bytes of the trained, packed model, from shapes alone.
 
-    SDClip's steps are shares of a row's deviation, so that the entropy of a Gaussian says the rest. Of other
+    SDClip's steps are shares of a row's deviation, so that the entropy of a Gaussian says the rest, less what
+    RATE_LAMBDA takes of it. What STEP_BALANCE_ROUNDS will find is not known: up to 20 % more bytes. Of other
     clips 127 / levels saves its log_256 bytes a weight. SIZE_TARGET takes what the finest steps can fill.
     """
     state = model.state_dict()
@@ -5625,7 +5628,9 @@ def predict_size(cfg: Config, model: GPT) -> int:
     scale = finest_scale(cfg) if cfg.size_target else 1.0
     for plan in quantised:
         others -= plan.count
-        coded += plan.count / 8 * rounded_entropy(scale * sigmas_of(cfg, plan.name), plan.levels)
+        sigmas = scale * sigmas_of(cfg, plan.name)
+        sigmas *= 1 + cfg.rate_lambda / (2 * NATS_PER_BIT * ((plan.levels / sigmas) ** 2 + RATE_VARIANCE))
+        coded += plan.count / 8 * rounded_entropy(sigmas, plan.levels)
     integer_ratio, float_ratio = CODED_RATIO[cfg.codec]
     predicted = int(float_ratio * others + integer_ratio * coded)
     return min(predicted, cfg.size_target_bytes - len(own_source())) if cfg.size_target else predicted

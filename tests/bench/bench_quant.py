@@ -213,8 +213,8 @@ def measure(
             calibration = train_gpt.Calibration(**torch.load(calibration_file, weights_only=True))
         else:
             calibration = train_gpt.calibrate(run, stream, train_gpt.Trained(max_sequences=most))
-        if calibration_file:
-            torch.save(vars(calibration), calibration_file)
+            if calibration_file:
+                torch.save(vars(calibration), calibration_file)
         weights = sum(tensor.numel() for tensor in state.values())
         rows = []
         for name in recipes:
