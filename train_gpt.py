@@ -5275,7 +5275,7 @@ class Gptq:
         if self.has_trellis:
             self.is_walked = (weight / grid).square().mean(dim=0) > TRELLIS_VARIANCE
         solved = self.solve(weight, grid, levels)
-        if self.has_trellis:
+        if self.has_trellis or self.rate:  # these know better than errors alone
             return solved
         nearest = round_to_steps(weight, grid, levels)
         is_better = self.errors(weight, solved * grid) <= self.errors(weight, nearest * grid)
