@@ -4369,8 +4369,15 @@ class Average:
 # The file is PREFIX and a compressed body. The body is the header's length in four bytes, the header as JSON,
 # and all arrays in the order of PLANES: arrays of one type compress better together.
 # trellis: integers of TRELLIS=1; walked: 1 for each column that goes through the trellis.
-PLANES = {"int8": "<i1", "trellis": "<i1", "walked": "<u1"}
-PLANES |= {"step": "<f2", "column": "<f2", "fp16": "<f2", "fp32": "<f4"}
+PLANES = {
+    "int8": "<i1",
+    "trellis": "<i1",
+    "walked": "<u1",
+    "step": "<f2",
+    "column": "<f2",
+    "fp16": "<f2",
+    "fp32": "<f4",
+}
 INTEGER_PLANES = ("int8", "trellis")
 MAGIC = b"PGOLFQ"
 FORMAT_VERSION = 1

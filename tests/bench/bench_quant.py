@@ -114,7 +114,7 @@ def zpaq_size(raw: bytes) -> int:
     with tempfile.TemporaryDirectory() as folder:
         plain = Path(folder) / "raw"
         plain.write_bytes(raw)
-        subprocess.run(["lrzip", "-q", "-z", "-L", "9", "-o", f"{plain}.lrz", plain], check=True)
+        subprocess.run(["lrzip", "-q", "-z", "-L", "9", "-N", "0", "-o", f"{plain}.lrz", plain], check=True)
         return Path(f"{plain}.lrz").stat().st_size
 
 
