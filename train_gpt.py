@@ -4960,7 +4960,7 @@ class QuantiseKnobs:
         "whole steps. Made for CODEC=rans; takes two seconds a million weights on one core.",
         role="pack",
         source="JPEG 2000 part 2",
-        effect="0.15 to 0.19 bits a weight at the same error under the Hessian; one young model",
+        effect="with RATE_LAMBDA=0.1: 7 to 9 % fewer bytes at the same KL divergence; 10 M weights",
     )
     rate_lambda: float = knob(
         0.0,
@@ -4971,7 +4971,7 @@ class QuantiseKnobs:
         needs="GPTQ_CALIBRATION_BATCHES!=0",
         role="pack",
         source="ours",
-        effect="0.1: 0.02 bits a weight at the same error under the Hessian; one young model",
+        effect="0.1: 0.4 to 1.3 % fewer bytes at the same KL divergence; 10 M weights",
     )
     codec: str = knob(
         "zstd",

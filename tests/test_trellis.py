@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import train_gpt
-from tests.test_artifact import ABOUT
-from tests.test_coder import EMPTY_STATE, forge, refused
+from tests.test_artifact import ABOUT, refused
+from tests.test_coder import EMPTY_STATE, forge
 from tests.test_gptq import correlated, lost_under, weights
 from train_gpt import Calibration, Gptq, RunError, pack, quantise_rows, search_trellis, trellis_halves, unpack
 
@@ -237,11 +237,13 @@ def text_of(shape: list, planes: list) -> bytes:
 def test_counts_that_no_stream_holds_are_refused(shape, planes):
     text = text_of(shape, planes)
     for raw_length in (100, len(text), 1 << 28, 1 << 29):
-        refused(forge(text, 2 * EMPTY_STATE, raw_length, dict(version=2)))
+        forged = forge(text, 2 * EMPTY_STATE, raw_length, dict(version=2))
+        assert "cannot be unpacked" in refused(forged)
 
 
 def test_columns_without_end_are_refused_at_once():
     """The reader walks columns one by one, so that half a billion of them would take an hour."""
     header = json.dumps(dict(tensors=[[NAME, [1, 1 << 18], ["trellis", "walked"]]])).encode()
     raw = struct.pack("<I", len(header)) + header + bytes(1 << 19)
-    refused(train_gpt.seal(b"zlib", len(raw), train_gpt.compress_zlib(raw, None)))
+    forged = train_gpt.seal(b"zlib", len(raw), train_gpt.compress_zlib(raw, None))
+    assert "this reads 131072" in refused(forged)
