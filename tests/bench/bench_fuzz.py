@@ -69,6 +69,8 @@ ABSURD = (
     -1,
     -(2**31),
 )
+WHOLE_KINDS = [["int8", "step"], ["fp16"], ["fp32"], ["step"], ["fp16", "fp32"]]
+WHOLE_KINDS += [["trellis", "walked", "step"], ["trellis"], ["walked"]]
 SLOWEST, LARGEST = 2.0, 600.0  # seconds of a call; MiB more than before, at the peak
 
 
@@ -140,14 +142,17 @@ def artifacts() -> st.SearchStrategy[bytes]:
         lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
         max_leaves=8,
     )
-    kinds = st.lists(st.sampled_from(["int8", "step", "fp16", "fp32", "fp64"]), max_size=3) | anything
+    kinds = (
+        st.lists(st.sampled_from(["int8", "trellis", "walked", "step", "fp16", "fp32", "fp64"]), max_size=3)
+        | anything
+    )
     shapes = st.lists(st.integers(0, 70_000) | sizes, max_size=10) | anything
     rows = st.tuples(st.sampled_from(sorted(state)) | anything, shapes, kinds) | anything
 
     small = st.lists(st.integers(0, 40), min_size=1, max_size=4) | st.lists(
         st.integers(0, 60_000), min_size=1, max_size=1
     )
-    whole_kinds = st.sampled_from([["int8", "step"], ["fp16"], ["fp32"], ["step"], ["fp16", "fp32"]])
+    whole_kinds = st.sampled_from(WHOLE_KINDS)
     fits = st.lists(st.tuples(st.sampled_from("abc"), small, whole_kinds), max_size=3)
 
     def seal(body: bytes, size: int = len(raw)) -> bytes:
@@ -158,7 +163,8 @@ def artifacts() -> st.SearchStrategy[bytes]:
         return train_gpt.seal(b"zlib", len(inner), zlib.compress(inner, 1))
 
     def fitting(rows: list[tuple]) -> bytes:  # as many bytes as the table says
-        count = sum(np.dtype(train_gpt.PLANES[k]).itemsize * (s[0] if k == "step" else math.prod(s))
+        special = dict(step=slice(1), walked=slice(1, 2))  # the others have all axes
+        count = sum(np.dtype(train_gpt.PLANES[k]).itemsize * math.prod(s[special.get(k, slice(9))])
                     for _, s, kinds in rows for k in kinds)  # fmt: skip
         return packed(json.dumps(dict(tensors=rows)).encode(), bytes(min(count, 10**6)))
 
@@ -184,10 +190,15 @@ def artifacts() -> st.SearchStrategy[bytes]:
     )
 
 
-def streams() -> st.SearchStrategy[bytes]:
+def trellises() -> st.SearchStrategy[bytes]:
+    """The same with integers of TRELLIS=1."""
+    return streams(trellis=True)
+
+
+def streams(trellis: bool = False) -> st.SearchStrategy[bytes]:
     """Artifacts of CODEC=rans under a valid seal: damaged streams, forged heads, tables and counts."""
     torch.manual_seed(0)
-    cfg = replace(CFG, codec="rans")
+    cfg = replace(CFG, codec="rans", trellis=trellis)
     state = GPT(CFG).state_dict() | {"wide": torch.randn(300, 240)}
     whole = pack(cfg, state, ABOUT)
     body = whole[PREFIX.size :]
@@ -207,8 +218,10 @@ def streams() -> st.SearchStrategy[bytes]:
         return seal(head.pack(version, *told[:2], told[2] % 2**32) + packed + streams_bytes, size)
 
     def tell(shape: list, size: int) -> bytes:
-        header = json.dumps(dict(tensors=[["blocks.0.attn.c_q.weight", shape, ["int8", "step"]]])).encode()
-        tables = text[-512 * (used + train_gpt.SIDE_CONTEXTS) :]
+        planes = ["trellis", "walked", "step"] if trellis else ["int8", "step"]
+        header = json.dumps(dict(tensors=[["blocks.0.attn.c_q.weight", shape, planes]])).encode()
+        side_count, tables_each = train_gpt.RANS_TABLES[version]
+        tables = text[-512 * (used * tables_each + side_count) :]
         return forge(struct.pack("<I", len(header)) + header + tables, (0, 0, 0), size)
 
     near = st.tuples(st.integers(-3, 3), st.integers(-3, 3), st.integers(-3, 3))
@@ -299,6 +312,7 @@ def read_state(blob: bytes, folder: Path) -> None:
 
 READERS = dict(
     unpack_rans=(streams, read_artifact),
+    unpack_trellis=(trellises, read_artifact),
     unpack=(artifacts, read_artifact),
     shards=(shards, read_shard),
     read_checkpoint=(checkpoints, read_state),

@@ -1,13 +1,13 @@
-"""The curve: bytes of a trained model against the bits per byte that packing it costs, by five recipes.
+"""The curve: bytes of a trained model against the bits per byte that packing it costs, by several recipes.
 
     DATA_PATH=... TOKENIZER_PATH=... python tests/bench/bench_quant.py PRESET MODEL.pt [KNOB=VALUE ...] \\
-        [--batches N] [--windows N] [--recipes NAME ...] [--join FILE.json ...] [--plot FILE.png]
-        [--out FILE.json]
+        [--batches N] [--balance-tokens N] [--calibration FILE.pt] [--windows N] [--recipes NAME ...]
+        [--rates FACTOR ...] [--join FILE.json ...] [--plot FILE.png] [--out FILE.json]
 
 MODEL.pt is a run's final_model.pt; the knobs must give its shape. Each recipe packs the model at several
 rates; each artifact is unpacked and scored on the same windows, evenly spread over the validation text. The
-Hessians are those of `--batches` training batches of TRAIN_BATCH_TOKENS. Not a test: pytest does not collect
-this file.
+Hessians are those of `--batches` training batches of TRAIN_BATCH_TOKENS. #1394's integers are packed by ZPAQ
+too where the program lrzip is on the PATH. Not a test: pytest does not collect this file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ import io
 import json
 import math
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -35,7 +38,9 @@ from tests.bench.bench_throughput import Sizes, commit, preset_env  # noqa: E402
 
 OURS = dict(quant_clip="sdclip", quant_levels=127, row_step_power=0.5, column_step_power=0.75)
 OURS |= dict(steps_per_octave=4, codec="rans", control_float16=True, step_balance_rounds=2)
+PRICE = 0.1  # RATE_LAMBDA
 RATES = (0.7, 1.0, 1.4, 2.0)  # factors of a recipe's steps
+rates = list(RATES)  # those that were asked for
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Packed:
     size: int
     predicted: int  # by predict_size; 0 where the recipe is not the script's own
     state: dict  # what comes back
+    recipe: str = ""  # where a recipe packs the same integers in two ways
 
 
 def by_script(cfg, model, state: dict, calibration, label: str, **knobs) -> Packed:
@@ -77,14 +83,13 @@ def gptq_lite(cfg, model, state: dict, calibration) -> Iterator[Packed]:
 
 def published(cfg, model, state: dict, calibration) -> Iterator[Packed]:
     """#1394: GPTQ, SDClip, int6 and an int8 table, byte shuffle, brotli 11; the rates scale its sigmas."""
-    for rate in RATES:
+    for rate in rates:
         knobs = dict(quant_clip="sdclip", quant_levels=31, embed_quant_levels=127, gptq_calibration_batches=1)
         knobs |= dict(quant_clip_sigmas=12.85 * rate, embed_quant_clip_sigmas=20 * rate)
         own = replace(cfg, **knobs)
+        encoded = train_gpt.encode_tensors(own, state, train_gpt.Calibration(calibration.hessians))
         stored = {}
-        for plan, arrays in train_gpt.encode_tensors(
-            own, state, train_gpt.Calibration(calibration.hessians)
-        ).items():
+        for plan, arrays in encoded.items():
             if plan.levels:
                 stored[f"{plan.name}.q"] = arrays[0]
                 stored[f"{plan.name}.scale"] = arrays[1]
@@ -93,18 +98,31 @@ def published(cfg, model, state: dict, calibration) -> Iterator[Packed]:
         file = io.BytesIO()
         torch.save(stored, file)
         raw = file.getvalue()
-        size = len(train_gpt.brotli_module().compress(raw[::2] + raw[1::2], quality=11))
-        restored = train_gpt.unpack(
-            train_gpt.pack(own, state, {}, train_gpt.Calibration(calibration.hessians)), "packed"
-        )[0]
+        shuffled = raw[::2] + raw[1::2]
+        size = len(train_gpt.brotli_module().compress(shuffled, quality=11))
+        blob = train_gpt.pack_arrays(replace(own, codec="zlib"), encoded, {})
+        restored = train_gpt.unpack(blob, "packed")[0]
         yield Packed(f"sigmas x {rate}", size, 0, restored)
+        if shutil.which("lrzip"):
+            yield Packed(f"sigmas x {rate}", zpaq_size(shuffled), 0, restored, "#1394+zpaq")
+        else:
+            print("ZPAQ is left out: the program lrzip is not on the PATH (Debian: apt-get install lrzip)")
+
+
+def zpaq_size(raw: bytes) -> int:
+    """Bytes that `lrzip -z -L 9` makes of these, as #1855 packs its integers."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "raw"
+        plain.write_bytes(raw)
+        subprocess.run(["lrzip", "-q", "-z", "-L", "9", "-N", "0", "-o", f"{plain}.lrz", plain], check=True)
+        return Path(f"{plain}.lrz").stat().st_size
 
 
 def coded(cfg, model, state: dict, calibration) -> Iterator[Packed]:
     """The same integers by our coder: what CODEC=rans alone is worth."""
     knobs = dict(quant_clip="sdclip", quant_levels=31, embed_quant_levels=127, gptq_calibration_batches=1)
     knobs |= dict(codec="rans", control_float16=True)
-    for rate in RATES:
+    for rate in rates:
         knobs |= dict(quant_clip_sigmas=12.85 * rate, embed_quant_clip_sigmas=20 * rate)
         bare = train_gpt.Calibration(calibration.hessians)
         yield by_script(cfg, model, state, bare, f"sigmas x {rate}", **knobs)
@@ -112,9 +130,23 @@ def coded(cfg, model, state: dict, calibration) -> Iterator[Packed]:
 
 def ours(cfg, model, state: dict, calibration) -> Iterator[Packed]:
     """GPTQ with steps by column and half by row, weighed against each other, and our coder."""
-    for rate in (*RATES, 2.8, 4.0):
+    for rate in (*rates, 2.8, 4.0):
         knobs = OURS | dict(quant_clip_sigmas=50 * rate, gptq_calibration_batches=1)
         yield by_script(cfg, model, state, calibration, f"sigmas x {rate}", **knobs)
+
+
+def priced(cfg, model, state: dict, calibration) -> Iterator[Packed]:
+    """The same with a price of bits: what of the trellis a scalar quantiser can have too."""
+    for rate in rates:
+        knobs = OURS | dict(quant_clip_sigmas=50 * rate, gptq_calibration_batches=1, rate_lambda=PRICE)
+        yield by_script(cfg, model, state, calibration, f"sigmas x {rate}", **knobs)
+
+
+def trellised(cfg, model, state: dict, calibration) -> Iterator[Packed]:
+    """The same with the trellis."""
+    for rate in (*rates, 2.8, 4.0):
+        knobs = OURS | dict(quant_clip_sigmas=50 * rate, gptq_calibration_batches=1, rate_lambda=PRICE)
+        yield by_script(cfg, model, state, calibration, f"sigmas x {rate}", trellis=True, **knobs)
 
 
 RECIPES: dict[str, Callable] = {
@@ -124,6 +156,8 @@ RECIPES: dict[str, Callable] = {
     "#1394": published,
     "#1394+rans": coded,
     "ours": ours,
+    "ours+price": priced,
+    "ours+trellis": trellised,
 }
 
 
@@ -150,7 +184,14 @@ def mean_nats(run, windows: tuple[torch.Tensor, torch.Tensor]) -> float:
     return total / windows[1].numel()
 
 
-def measure(knobs: dict[str, str], path: str, batches: int, windows: int, recipes: list[str]) -> dict:
+def measure(
+    knobs: dict[str, str],
+    path: str,
+    batches: int,
+    windows: int,
+    recipes: list[str],
+    calibration_file: Path | None = None,
+) -> dict:
     """The JSON report."""
     cfg = train_gpt.Config.from_env(knobs)
     data = train_gpt.load_validation(cfg, train_gpt.load_tokenizer(cfg))
@@ -165,35 +206,46 @@ def measure(knobs: dict[str, str], path: str, batches: int, windows: int, recipe
         stream = train_gpt.TokenStream(cfg.data_path, "train", cfg.vocab_size)
         cfg = replace(cfg, max_wallclock_seconds=0.0)
         run.cfg = replace(cfg, **OURS, quant_clip_sigmas=50.0, gptq_calibration_batches=batches)
-        if "ours" not in recipes:
+        if not any(name.startswith("ours") for name in recipes):
             run.cfg = replace(run.cfg, step_balance_rounds=0)
         most = train_gpt.micro_batch_limit(cfg, runtime.device)
-        began = time.perf_counter()
-        calibration = train_gpt.calibrate(run, stream, train_gpt.Trained(max_sequences=most))
-        hessian_seconds = time.perf_counter() - began
+        if calibration_file and calibration_file.exists():
+            calibration = train_gpt.Calibration(**torch.load(calibration_file, weights_only=True))
+        else:
+            calibration = train_gpt.calibrate(run, stream, train_gpt.Trained(max_sequences=most))
+            if calibration_file:
+                torch.save(vars(calibration), calibration_file)
         weights = sum(tensor.numel() for tensor in state.values())
         rows = []
         for name in recipes:
-            began = time.perf_counter()
+            began = time.process_time()
+            scored = None
             for point in RECIPES[name](cfg, model, state, calibration):
-                seconds = time.perf_counter() - began
-                train_gpt.load_weights(model, point.state, "packed")
-                lost = (mean_nats(run, texts) - live) / math.log(2) * tokens_per_byte
-                row = dict(recipe=name, label=point.label, bytes=point.size, predicted=point.predicted)
-                row |= dict(bits=8 * point.size / weights, bpb_lost=lost, seconds=seconds)
+                seconds = time.process_time() - began
+                if point.state is not scored:
+                    scored = point.state
+                    train_gpt.load_weights(model, scored, "packed")
+                    lost = (mean_nats(run, texts) - live) / math.log(2) * tokens_per_byte
+                row = dict(
+                    recipe=point.recipe or name,
+                    label=point.label,
+                    bytes=point.size,
+                    predicted=point.predicted,
+                )
+                row |= dict(bits=8 * point.size / weights, bpb_lost=lost, cpu_seconds=seconds)
                 rows.append(row)
                 off = f"{point.predicted / point.size - 1:+.2%}" if point.predicted else ""
                 print(
-                    f"{name:15} {point.label:14} {point.size:>10,} bytes {row['bits']:.3f} bits  "
+                    f"{row['recipe']:15} {point.label:14} {point.size:>10,} bytes {row['bits']:.3f} bits  "
                     f"{lost:+.5f} bpb  {off}",
                     flush=True,
                 )
-                began = time.perf_counter()
+                began = time.process_time()
         machine = train_gpt.describe_machine(runtime)
     return dict(
         benchmark="quant", commit=commit(), knobs=knobs, model=Path(path).name, weights=weights,
         live_bpb=live / math.log(2) * tokens_per_byte, windows=len(texts[0]), calibration_batches=batches,
-        hessian_seconds=hessian_seconds, val_sha256=data.sha256, **machine, rows=rows,
+        balance_tokens=train_gpt.BALANCE_TOKENS, val_sha256=data.sha256, **machine, rows=rows,
     )  # fmt: skip
 
 
@@ -245,6 +297,9 @@ def main() -> None:
     parser.add_argument("model", help="final_model.pt of a run")
     parser.add_argument("knobs", nargs="*", metavar="KNOB=VALUE")
     parser.add_argument("--batches", type=int, default=16, help="training batches for the Hessians")
+    parser.add_argument("--balance-tokens", type=int, default=train_gpt.BALANCE_TOKENS)
+    parser.add_argument("--calibration", type=Path, help="read them from here, or save them here")
+    parser.add_argument("--rates", nargs="*", type=float, default=RATES, help="factors of the steps")
     parser.add_argument("--windows", type=int, default=400, help="validation windows to score")
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--join", nargs="*", type=Path, default=[], help="earlier reports of the same model")
@@ -253,19 +308,32 @@ def main() -> None:
     options = parser.parse_args()
     places = {name: os.environ[name] for name in ("DATA_PATH", "TOKENIZER_PATH") if name in os.environ}
     knobs = preset_env(options.preset, Sizes()) | places | dict(pair.split("=", 1) for pair in options.knobs)
+    train_gpt.BALANCE_TOKENS = options.balance_tokens
+    rates[:] = options.rates
+    given = options.batches, options.windows, options.recipes, options.calibration
     try:
-        report = measure(knobs, options.model, options.batches, options.windows, options.recipes)
+        report = measure(knobs, options.model, *given)
     except train_gpt.RunError as error:
         raise SystemExit(f"error: {error}") from None
     for path in options.join:
         earlier = json.loads(path.read_text())
-        for fact in ("knobs", "weights", "live_bpb", "windows", "calibration_batches", "val_sha256"):
+        for fact in (
+            "knobs",
+            "weights",
+            "live_bpb",
+            "windows",
+            "calibration_batches",
+            "balance_tokens",
+            "val_sha256",
+        ):
             if earlier[fact] != report[fact]:
                 raise SystemExit(f"error: {path} has another {fact}: {earlier[fact]}")
         report["rows"] += earlier["rows"]
     report["saved"] = savings(report["rows"])
-    for recipe, share in report["saved"].items():
-        print(f"{recipe:15} {share:+.1%} bytes saved at the losses of #1394")
+    report["saved_against_zpaq"] = savings(report["rows"], "#1394+zpaq")
+    for base, shares in (("#1394", report["saved"]), ("#1394+zpaq", report["saved_against_zpaq"])):
+        for recipe, share in shares.items():
+            print(f"{recipe:15} {share:+.1%} bytes saved at the losses of {base}")
     if options.plot:
         plot(report, options.plot)
     if options.out:
