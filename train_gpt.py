@@ -4979,7 +4979,7 @@ class QuantiseKnobs:
     size_target: str = knob(
         "",
         "Bytes of code and packed model to fill, by scaling all QUANT_CLIP_SIGMAS; auto = the limit of "
-        "16,000,000 less a margin; empty = take the knobs as they are.",
+        "16,000,000 less a margin; empty or 0 = take the knobs as they are.",
         needs="QUANT_CLIP=sdclip",
         role="pack",
         source="ours",
@@ -5662,7 +5662,7 @@ def predict_size(cfg: Config, model: GPT) -> int:
         return int(TRAINED_RATIO * payload_bytes(cfg, state) - saved_bytes)
     others = payload_bytes(cfg, state)
     coded = 0.0
-    scale = finest_scale(cfg) if cfg.size_target else 1.0
+    scale = finest_scale(cfg) if cfg.size_target_bytes else 1.0
     for plan in quantised:
         others -= plan.count
         sigmas = scale * sigmas_of(cfg, plan.name)
@@ -5670,7 +5670,18 @@ def predict_size(cfg: Config, model: GPT) -> int:
         coded += plan.count / 8 * rounded_entropy(sigmas, plan.levels)
     integer_ratio, float_ratio = CODED_RATIO[cfg.codec]
     predicted = int(float_ratio * others + integer_ratio * coded)
-    return min(predicted, cfg.size_target_bytes - len(own_source())) if cfg.size_target else predicted
+    return min(predicted, model_room(cfg)) if cfg.size_target_bytes else predicted
+
+
+def model_room(cfg: Config) -> int:
+    """Bytes that SIZE_TARGET leaves to the packed model; RunError (2) if the script alone takes them all."""
+    code_bytes = len(own_source())
+    if cfg.size_target_bytes <= code_bytes:
+        raise RunError(
+            f"SIZE_TARGET={cfg.size_target} leaves nothing to the model: the script alone takes {code_bytes} "
+            "bytes; set more, or start a packed one with PACKED=1"
+        )
+    return cfg.size_target_bytes - code_bytes
 
 
 def finest_scale(cfg: Config) -> float:
@@ -8869,6 +8880,7 @@ def log_start_warnings(run: Run) -> None:
 
 # -- The artifact ----------------------------------------------------------------------------------------
 SIZE_ROUNDS = 8  # of SIZE_TARGET's search, which usually takes 3
+COARSEST_SCALE = 256.0  # of SIZE_TARGET: every integer is 0 then, and larger steps pass float16's range
 
 
 @dataclass(frozen=True)
@@ -8936,16 +8948,16 @@ def pack_to_size(
     LEAST_SIGMAS, beyond which finer steps would clip. RunError (3) if nothing fits.
     """
     cfg = run.cfg
-    room = cfg.size_target_bytes - len(own_source())
+    room = model_room(cfg) if cfg.size_target_bytes else 0
     knob_names = ("quant_clip_sigmas", "mlp_quant_clip_sigmas", "embed_quant_clip_sigmas")
     least_scale = finest_scale(cfg)
     scale = 1.0
     best = None
-    for _ in range(SIZE_ROUNDS if cfg.size_target else 1):
+    for _ in range(SIZE_ROUNDS if cfg.size_target_bytes else 1):
         scaled = replace(cfg, **{name: scale * getattr(cfg, name) for name in knob_names})
         encoded = encode_tensors(scaled, state, calibration)
         blob = pack_arrays(cfg, encoded, header)
-        if not cfg.size_target:
+        if not cfg.size_target_bytes:
             return encoded, blob
         run.log.line(f"size_target: sigmas x {scale:.4f}, packed {len(blob)} of {room} bytes")
         fits = len(blob) <= room
@@ -8954,7 +8966,8 @@ def pack_to_size(
         if fits and (len(blob) > 0.999 * room or scale == least_scale):
             break
         weights = sum(plan.count for plan in encoded if plan.levels)
-        scale = max(scale * 2 ** (8 * (len(blob) - 0.9995 * room) / max(weights, 1)), least_scale)
+        wanted = scale * 2 ** min(8 * (len(blob) - 0.9995 * room) / max(weights, 1), 8.0)
+        scale = min(max(wanted, least_scale), COARSEST_SCALE)
     if best is None:
         raise RunError(
             f"SIZE_TARGET={cfg.size_target}: no steps were found that fit; lower the model's size", OVER_SIZE

@@ -373,6 +373,20 @@ def test_a_target_that_nothing_fits_is_one_line(packed_to):
     assert refusal.value.code == train_gpt.OVER_SIZE
 
 
+def test_no_target_is_written_as_nothing_or_0(tiny):
+    model = reference.randomise(GPT(tiny(**WIDE, **SDCLIP)))
+    sizes = {train_gpt.predict_size(tiny(**WIDE, **SDCLIP, size_target=text), model) for text in ("", "0")}
+    assert len(sizes) == 1 and min(sizes) > 0
+
+
+def test_a_target_below_the_scripts_own_size_is_refused_before_the_training(tiny):
+    cfg = tiny(**WIDE, **SDCLIP, size_target="20000")
+    with pytest.raises(
+        RunError, match="SIZE_TARGET=20000 leaves nothing to the model: the script alone takes"
+    ):
+        train_gpt.predict_size(cfg, GPT(cfg))
+
+
 @pytest.mark.parametrize("target", ["600000", "auto"])
 def test_the_predicted_size_is_the_targets_or_the_finest_steps(packed_to, tiny, target):
     cfg = tiny(**WIDE, **SDCLIP, size_target=target)
