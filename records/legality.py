@@ -642,11 +642,13 @@ def own_values(run: Run, name: str, tokens: np.ndarray, position: int) -> np.nda
     marked[position] = run.cfg.vocab_size
     small = small_run(run, marked)
     small.cfg = replace(small.cfg, ngram_tilt_enabled=False, score_dump="kept")
-    small.nats = NatsOfAllValues(small, run.cfg.vocab_size)
+    found = np.full(run.cfg.vocab_size, math.nan)
+    small.nats = NatsOfAllValues(small.nats, found)
+    small.document_nats = NatsOfAllValues(small.document_nats, found)
     neural = own_score(small, neural_score_of(small, name))
     # One rank has scored the mark.
-    found_by_ranks = small.runtime.gather(small.nats.found)
-    nats = next((found for found in found_by_ranks if not np.isnan(found).all()), found_by_ranks[0])
+    found_by_ranks = small.runtime.gather(found)
+    nats = next((one for one in found_by_ranks if not np.isnan(one).all()), found_by_ranks[0])
     if name == "tilt":
         return -tilted_values(run, marked, position, nats)
     if name != "hedge":
@@ -676,10 +678,10 @@ class NatsOfAllValues:
     """Stands in for a run's `nats`: where the mark is a target, `found` [vocab] gets the nats of each value
     that could stand in its stead, there and wherever else the pass reads it."""
 
-    def __init__(self, small: Run, mark: int):
-        self.nats = small.nats
-        self.mark = mark
-        self.found = np.full(mark, math.nan)
+    def __init__(self, nats: Callable, found: np.ndarray):
+        self.nats = nats
+        self.mark = len(found)
+        self.found = found
 
     def __call__(self, ids, targets, positions=None, phase=-1, adapters=None):
         at = (targets == self.mark).nonzero().tolist()

@@ -26,6 +26,7 @@ ARTIFACT = re.compile(r"final_model\.(?!pt$).+|.+\.(?:ptz|zst|br|lzma)")  # a pa
 RATIO_NOISE = 2e-4
 RATIO_LIMIT = 1e-2
 SAME_LINES = 5  # lines of training that two runs never have in common
+LEAST_SAME_MS = 1000
 
 
 # Within a log
@@ -212,7 +213,8 @@ def have_the_same_steps(one: Log, other: Log) -> bool:
         return False
     losses, others_losses = ([line.what for line in log.steps if line.step] for log in (one, other))
     times, others_times = ([line.ms for line in log.steps if line.step] for log in (one, other))
-    return losses == others_losses or times == others_times
+    # Milliseconds of steps that take a few agree by accident.
+    return losses == others_losses or (times == others_times and times[-1] >= LEAST_SAME_MS)
 
 
 def check_against_first(folder: Folder, logs: list[Log]) -> None:

@@ -91,7 +91,7 @@ PLACES = {
     "between_the_models_term": (MANY, dies("Path.rename", SIGTERM, call=2, after=True), {}),
     "write_of_the_artifact": (MANY, dies("os.fsync", SIGKILL, call=3), {}),
     "after_the_artifact": (MANY, dies("Path.rename", SIGKILL, call=3, after=True), {}),
-    "roundtrip": (MANY, dies("token_nats", SIGTERM, call=8), {}),
+    "roundtrip": (MANY, dies("token_nats", SIGTERM, call=6), {}),
     "before_sliding": (MANY, dies("evaluate", SIGKILL, call=4), {}),
     "sliding": (MANY, dies("evaluate", SIGTERM, call=4), {}),
     "hedge": (MANY, dies("ngram_probabilities", SIGTERM), {}),

@@ -62,6 +62,7 @@ class Counted(train_gpt.Training):
         self.clock, self.average = Clock(run.runtime, step_seconds), SimpleNamespace(kind="")
         self.step, self.lr_scale_sum, self.saved_at = 0, 0.0, 0.0
         self.run, self.length, self.length_since = run, run.cfg.train_seq_len, -math.inf
+        self.optimisers = SimpleNamespace(loss_scale=SimpleNamespace(is_used=False))
 
     def count_step(self, plan: StepPlan, loss) -> None:
         self.step, self.lr_scale_sum = self.step + 1, self.lr_scale_sum + plan.lr_scale

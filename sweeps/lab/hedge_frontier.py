@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt
+from data.user_error import run_tool
 from tests.bench.bench_throughput import commit
 
 # Context lengths whose top followers are hints; the last is the published tilt's.
@@ -435,4 +436,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)
