@@ -7323,11 +7323,12 @@ def score_ttt(run: Run, previous: Score | None, limit: float, announce: Callable
     scored. The weights are the packed ones again in the end."""
     if run.cfg.ttt_batch_size:
         lora = DocumentLora(run)
-        phases = WeightPhases(run)
+        phases = WeightPhases(run) if run.cfg.phased_ttt_prefix_docs else None
 
         def learn(block: Chunk) -> None:
             lora.learn(block)
-            phases.learn(block)
+            if phases:
+                phases.learn(block)
 
         turns = plan_document_turns(run.cfg, run.data, run.runtime)
         return run.score_turns(turns, lora.score, learn, limit, announce)
@@ -8963,11 +8964,14 @@ def pack_to_size(
         fits = len(blob) <= room
         if fits and (best is None or len(blob) > len(best[1])):
             best = encoded, blob
-        if fits and (len(blob) > 0.999 * room or scale == least_scale):
+        if fits and len(blob) > 0.999 * room:
             break
         weights = sum(plan.count for plan in encoded if plan.levels)
         wanted = scale * 2 ** min(8 * (len(blob) - 0.9995 * room) / max(weights, 1), 8.0)
-        scale = min(max(wanted, least_scale), COARSEST_SCALE)
+        next_scale = min(max(wanted, least_scale), COARSEST_SCALE)
+        if next_scale == scale:  # as fine or as coarse as steps may be
+            break
+        scale = next_scale
     if best is None:
         raise RunError(
             f"SIZE_TARGET={cfg.size_target}: no steps were found that fit; lower the model's size", OVER_SIZE
