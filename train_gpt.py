@@ -87,6 +87,7 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, nn
+    from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 except ModuleNotFoundError as error:
     if __name__ != "__main__":  # told by whoever imports this file
         raise
@@ -722,8 +723,9 @@ def has_flash_attention_3(device: torch.device) -> bool:
     return has_package and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def takes_grouped_heads(device: torch.device) -> bool:
-    """Whether its half-precision attention kernels take fewer key heads than query heads: from sm_80 on."""
+def is_ampere_or_newer(device: torch.device) -> bool:
+    """Whether it is a GPU from sm_80 on: its half-precision attention kernels take fewer key heads than query
+    heads, and torch compiles FlexAttention for it."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -2937,19 +2939,23 @@ class BlockedAttention(torch.autograd.Function):
 
 # -- The model -------------------------------------------------------------------------------------------
 
+FLEX_BLOCK = 128  # queries, and keys, of a block of FlexAttention
+FLEX_HEAD_SIZES = (16, 32, 64, 128)  # that it takes in every torch from 2.5 on
+
 
 class Documents(NamedTuple):
     """Which document each token of B rows belongs to, for attention that stays within documents."""
 
     numbers: Tensor  # [B, T]: counted from the row's start
     bounds: Tensor | None  # int32: where each begins in the B * T tokens, then B * T; FlashAttention-3's form
+    blocks: BlockMask | None = None  # the blocks of queries and keys that hold a pair; FlexAttention's form
 
     @classmethod
     def of(cls, ids: Tensor) -> Documents:
         """Those of ids [B, T]: each BOS begins a document, and each row, which may begin within one."""
         numbers = (ids == BOS_ID).cumsum(1)
         if not has_flash_attention_3(ids.device):
-            return cls(numbers, None)
+            return cls(numbers, None, blocks_of_documents(numbers))
         begins = numbers.diff(dim=1, prepend=numbers[:, :1] - 1) > 0
         places = torch.arange(ids.numel(), device=ids.device)
         begins_first = torch.where(begins.flatten(), places, ids.numel()).sort().values
@@ -2960,6 +2966,20 @@ class Documents(NamedTuple):
         """[B, 1, T, T]: True where a query (row) may read a key (column)."""
         is_same = self.numbers[:, None, :, None] == self.numbers[:, None, None]
         return is_same.tril()
+
+
+def blocks_of_documents(numbers: Tensor) -> BlockMask | None:
+    """The blocks of 128 queries and keys that join two tokens of one of the documents [B, T], for FlexAttention
+    (Dong et al. 2412.05496). None where it has no kernel: in eager code, on a CPU or an older GPU."""
+    batch, length = numbers.shape
+    is_compiled = torch.compiler.is_compiling() and is_ampere_or_newer(numbers.device)
+    if not is_compiled or length % FLEX_BLOCK:
+        return None
+
+    def is_readable(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (numbers[row, query] == numbers[row, key]) & (query >= key)
+
+    return create_block_mask(is_readable, batch, None, length, length, device=numbers.device)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) -> Tensor:
@@ -2973,8 +2993,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, documents: Documents | None = None) 
     if is_half and has_flash_attention_3(q.device):
         return attend_by_flash_attention_3(q, k, v, documents)
     groups = q.size(1) // k.size(1)
-    # No fused kernel takes a mask and fewer key heads.
-    takes_groups = is_half and takes_grouped_heads(q.device) and documents is None
+    if documents is not None and documents.blocks is not None and q.size(-1) in FLEX_HEAD_SIZES:
+        return flex_attention(q, k, v, block_mask=documents.blocks, enable_gqa=groups > 1)
+    # No other fused kernel takes a mask and fewer key heads.
+    takes_groups = is_half and is_ampere_or_newer(q.device) and documents is None
     if groups > 1 and not takes_groups:
         k = k.repeat_interleave(groups, dim=1)
         v = v.repeat_interleave(groups, dim=1)
@@ -8741,6 +8763,8 @@ def describe_machine(runtime: Runtime) -> dict[str, object]:
         attention = f"sdpa, cuDNN {torch.backends.cudnn.version()}"
         if torch.backends.cuda.cudnn_sdp_enabled():
             attention = "cudnn or " + attention
+        if runtime.compiles and is_ampere_or_newer(runtime.device):
+            attention += ", within documents FlexAttention"
         if has_flash_attention_3(runtime.device) and runtime.dtype != torch.float32:
             attention = "FlashAttention-3"
     elif runtime.device.type == "mps":
