@@ -2969,8 +2969,8 @@ class Documents(NamedTuple):
 
 
 def blocks_of_documents(numbers: Tensor) -> BlockMask | None:
-    """The blocks of 128 queries and keys that join two tokens of one of the documents [B, T], for FlexAttention
-    (Dong et al. 2412.05496). None where it has no kernel: in eager code, on a CPU or an older GPU."""
+    """The blocks of 128 queries and keys that join two tokens of one document, for FlexAttention (Dong et al.
+    2412.05496). numbers: as in Documents. None where it has no kernel: uncompiled, on a CPU, below sm_80."""
     batch, length = numbers.shape
     is_compiled = torch.compiler.is_compiling() and is_ampere_or_newer(numbers.device)
     if not is_compiled or length % FLEX_BLOCK:

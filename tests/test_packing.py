@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_mask
 
 import train_gpt
 from tests.conftest import BOS, Traced, random_ids, random_model
@@ -173,6 +174,64 @@ def test_more_documents_than_flash_attention_3_has_room_for_are_refused():
     ids[1, 4] = BOS
     with pytest.raises(RunError, match="64 tokens begins more than 4 documents.*PACK_DOCUMENTS=1.*unset it"):
         train_gpt.refuse_short_documents(ids)
+
+
+# --- FlexAttention, whose kernels are for GPUs; its own float64 code runs here ---
+
+
+@pytest.fixture
+def as_on_ampere(monkeypatch):
+    """Code takes the CPU for a GPU from sm_80 on, and itself for compiled."""
+    monkeypatch.setattr(train_gpt, "is_ampere_or_newer", lambda device: True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(train_gpt, "LONGEST_BLOCKED", 0)
+
+
+def two_rows_of_documents() -> torch.Tensor:
+    """Ids [2, 384]: documents shorter than a block of FlexAttention, and longer ones."""
+    ids = torch.full((2, 384), 9)
+    ids[0, [0, 7, 130, 131]] = BOS
+    ids[1, [20, 256]] = BOS
+    return ids
+
+
+def test_flex_attention_reads_what_the_mask_lets_it_read(as_on_ampere):
+    documents = Documents.of(two_rows_of_documents())
+    blocks = documents.blocks
+    shown = create_mask(blocks.mask_mod, 2, 1, 384, 384, device="cpu")
+    assert torch.equal(shown, documents.mask())
+    by_block = documents.mask().view(2, 1, 3, 128, 3, 128).any(dim=(3, 5))
+    assert torch.equal(blocks.to_dense().bool(), by_block)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_what_the_mask_gives(as_on_ampere, monkeypatch, key_heads):
+    """In float64, the heads grouped too. Its gradients are its own affair: on a CPU it has none."""
+    documents = Documents.of(two_rows_of_documents())
+    torch.manual_seed(5)
+    q = torch.randn(2, 4, 384, 16, dtype=torch.float64)
+    k, v = torch.randn(2, 2, key_heads, 384, 16, dtype=torch.float64)
+    asked = []
+    flex = train_gpt.flex_attention
+    monkeypatch.setattr(train_gpt, "flex_attention", lambda *x, **how: asked.append(how) or flex(*x, **how))
+    found, expected = (attend(q, k, v, documents._replace(blocks=b)) for b in (documents.blocks, None))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert [how["block_mask"] for how in asked] == [documents.blocks]
+
+
+def test_flex_attention_is_left_out_where_it_has_no_kernel(as_on_ampere, monkeypatch):
+    ids = two_rows_of_documents()
+    assert Documents.of(ids).blocks is not None
+    assert Documents.of(ids[:, :200]).blocks is None  # no whole blocks of 128
+    odd = torch.zeros(2, 1, 384, 24)  # a head size that torch 2.5 does not take
+    monkeypatch.setattr(train_gpt, "flex_attention", None)
+    assert attend(odd, odd, odd, Documents.of(ids)).shape == odd.shape
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    assert Documents.of(ids).blocks is None
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(train_gpt, "is_ampere_or_newer", lambda device: False)
+    assert Documents.of(ids).blocks is None
 
 
 # --- #1855's own model ---
