@@ -279,6 +279,15 @@ def check_compiled(lab: Lab) -> Verdict:
     return compare_passes(lab, eager, compiled, "compiled_loss", "compiled_gradient")
 
 
+def check_documents(lab: Lab) -> Verdict:
+    """Rows of several documents: compiled, which takes FlexAttention, against eager, which takes a mask."""
+    # Of 64 pieces one in 64 begins a document, so that a row holds some.
+    packed = lab.size | dict(pack_documents=True, vocab_size=64)
+    eager = partial(one_pass, lab.device, torch.bfloat16, False, **packed)
+    compiled = partial(one_pass, lab.device, torch.bfloat16, True, **packed)
+    return compare_passes(lab, eager, compiled, "compiled_loss", "compiled_gradient")
+
+
 def check_attention(lab: Lab) -> Verdict:
     """The attention kernel, for long and short rows and grouped heads, against float64 on the CPU."""
     worst = 0.0
@@ -554,6 +563,7 @@ CHECKS: dict[str, Callable[[Lab], Verdict]] = dict(
     bf16=check_bf16,
     attention=check_attention,
     compiled=check_compiled,
+    documents=check_documents,
     no_waits=check_no_waits,
     hedge=check_hedge,
     hedge_forecast=check_hedge_forecast,

@@ -440,6 +440,7 @@ def test_a_mixer_that_differs_fails(lab, monkeypatch):
     assert make_check("hedge", lab)["verdict"] == "FAIL"
 
 
+@pytest.mark.parametrize("name", ["compiled", "documents"])
 @pytest.mark.parametrize("loss, gradient, are_views, verdict", [
     (1.0, 1.0, True, "ok"),
     (1.01, 1.0, True, "FAIL"),
@@ -447,15 +448,16 @@ def test_a_mixer_that_differs_fails(lab, monkeypatch):
     (1.0, 1.0, False, "FAIL"),
 ])  # fmt: skip
 def test_a_compiled_pass_that_differs_or_leaves_the_buffer_fails(
-    lab, monkeypatch, loss, gradient, are_views, verdict
+    lab, monkeypatch, name, loss, gradient, are_views, verdict
 ):
     def one_pass(device, dtype, compiles, **knobs):
+        assert knobs.get("pack_documents", False) == (name == "documents")
         if not compiles:
             return 1.0, torch.ones(3), True
         return loss, torch.full((3,), gradient), are_views
 
     monkeypatch.setattr(gpu_checks, "one_pass", one_pass)
-    assert make_check("compiled", lab)["verdict"] == verdict
+    assert make_check(name, lab)["verdict"] == verdict
 
 
 def test_a_forecast_beyond_a_factor_of_two_fails(lab, monkeypatch):
