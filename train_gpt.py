@@ -5737,8 +5737,8 @@ def sgd_with_momentum(params: list[Tensor], lr: float) -> torch.optim.Optimizer:
 
 
 TTT_OPTIMISERS = {"sgd": sgd_with_momentum, "adam": torch.optim.Adam}
-# Most tokens a pass through the model: what fits a CPU's cache, and what fills a GPU.
-CPU_PASS_TOKENS = 16_384
+# Most tokens a pass through the model: for each thread of a CPU what its cache takes, and what fills a GPU.
+CPU_PASS_TOKENS = 2_048
 GPU_PASS_TOKENS = 65_536
 # Lengths of passes as shares of the longest, and the shortest one in tokens: each is a graph to compile.
 PASS_SHARES = (0.125, 0.1875, 0.25, 0.375, 0.5, 0.75, 1.0)
@@ -6162,7 +6162,9 @@ def pass_shape(cfg: Config, device: torch.device, stride: int, learns: bool = Fa
 
 def pass_tokens(cfg: Config, device: torch.device) -> int:
     """Most tokens of a pass of official or whole-document windows."""
-    return min(cfg.val_batch_size // 8, CPU_PASS_TOKENS if device.type == "cpu" else GPU_PASS_TOKENS)
+    is_cpu = device.type == "cpu"
+    most = CPU_PASS_TOKENS * torch.get_num_threads() if is_cpu else GPU_PASS_TOKENS
+    return min(cfg.val_batch_size // 8, most)
 
 
 def pass_lengths(longest: int) -> list[int]:
