@@ -189,6 +189,55 @@ def test_every_line_keeps_its_number_and_every_string_that_is_used(tmp_path):
     assert inspect.getdoc(space["Empty"]) == "" and strip(stripped) == stripped
 
 
+NAMED = """
+size = 3
+
+def positional(width, *, height=1):
+    area = width * height
+    return area
+
+def by_keyword(depth):
+    return depth
+
+def by_dict(level):
+    return level
+
+def with_default(count=size):
+    size = count + 1
+    return size
+
+class Record:
+    field: int = 4
+
+def of_record(field):
+    return field
+
+def nested(first):
+    def inner(second):
+        return first + second
+    return inner
+
+def shown(text):
+    return f"{text}"
+
+found = [positional(2, height=5), by_keyword(depth=6), by_dict(**{"level": 7}), with_default()]
+found += [of_record(**{name: 8 for name in Record.__annotations__}), nested(4)(5), shown(10)]
+"""
+
+
+def test_names_that_a_call_may_give_stay_and_the_others_are_short():
+    stripped = strip(NAMED)
+    assert outline(stripped) == outline(NAMED) and strip(stripped) == stripped
+    for program in (NAMED, stripped):
+        space = {}
+        exec(program, space)
+        assert space["found"] == [10, 6, 7, 4, 8, 9, "10"]
+    kept = "depth", "level", "height", "size", "field", "text"
+    assert [name for name in kept if not re.search(rf"\b{name}\b", stripped)] == []
+    renamed = "width", "area", "count", "first", "second"
+    assert [name for name in renamed if re.search(rf"\b{name}\b", stripped)] == []
+
+
 @pytest.mark.parametrize(
     ("reads", "kept"),
     [("", []), ("print(__doc__)", ["Of all"]), ("print(f.__doc__)", ["Of all", "Of one"])],
@@ -358,8 +407,9 @@ def test_source_is_found_by_inspect_dynamo_and_new_processes(tmp_path, beside):
     assert ("Twice as much" in run.stdout) == beside and re.search(r" return x \* 2\n ", run.stdout)
     asked = "import script, inspect; print(inspect.getsource(script.fork), script.__file__)"
     run = python("-c", asked, cwd=script.parent)
-    indent = "    " if beside else " "  # the stripped source is what there is without the file to read
-    assert run.stdout == f"def fork(number):\n{indent}return number + Pair().x\n {script}\n", run.stderr
+    # The stripped source is what there is without the file to read.
+    indent, number = ("    ", "number") if beside else (" ", "a")
+    assert run.stdout == f"def fork({number}):\n{indent}return {number} + Pair().x\n {script}\n", run.stderr
 
 
 # -- the tool --
