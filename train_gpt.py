@@ -7900,8 +7900,9 @@ class TrainKnobs:
     )
     val_loss_every: int = knob(
         1000,
-        "Steps between validations of the live weights; 0 = only at the end.",
-        low=0,
+        "Steps between validations of the live weights; 0 = only at the end, -1 = never: the packed weights "
+        "alone are scored.",
+        low=-1,
         role="place",
         source="official",
     )
@@ -8259,7 +8260,7 @@ def evaluation_graphs(cfg: Config, runtime: Runtime) -> list[tuple[PassShape, in
         graphs += [(pass_shape(cfg, device, stride, True), -1, True) for stride in (0, cfg.eval_stride)]
     if cfg.phased_ttt_prefix_docs:
         graphs.append((phase_shape(cfg, runtime), -1, True))
-    if cfg.val_loss_every and not cfg.eval_only:
+    if cfg.val_loss_every > 0 and not cfg.eval_only:
         graphs += [(official, cfg.last_alike(phase), False) for phase in range(-len(cfg.phases), -1)]
     return list(dict.fromkeys(graphs))
 
@@ -8440,7 +8441,7 @@ class Training:
 
 
 def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
-    """Train until the step limit or the clock; validates at the end whatever the cadence.
+    """Train until the step limit or the clock; validates at the end unless VAL_LOSS_EVERY=-1.
 
     After a signal it saves the state between two steps and raises KeyboardInterrupt. So it does where the
     data of the next step cannot be read, with RunError (2).
@@ -8470,7 +8471,7 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
         pending_seconds = len(clock.pending_events) * foretold  # two steps that a GPU is behind the host
         is_done = is_finished(cfg, step, elapsed + pending_seconds, foretold)
         lacks_data = clock.data_failed and not is_done
-        validates = is_done or is_due(step, cfg.val_loss_every)
+        validates = is_due(step, cfg.val_loss_every) or (is_done and cfg.val_loss_every >= 0)
         checkpoint_is_due = 0 < cfg.checkpoint_seconds <= elapsed - training.saved_at
         saves = clock.stop_requested or is_done or checkpoint_is_due or lacks_data
         if saves or validates:
@@ -8507,11 +8508,16 @@ def train(run: Run, optimisers: Optimisers, stream: TokenStream) -> Trained:
 
 
 def end_training(
-    training: Training, score: Score, progress: float, late_graphs: int, phase: int, max_sequences: int
+    training: Training,
+    score: Score | None,
+    progress: float,
+    late_graphs: int,
+    phase: int,
+    max_sequences: int,
 ) -> Trained:
     """Say how training ended and put the average, where one is kept, into the model.
 
-    The facts are those of `Trained`; score: of the live weights.
+    The facts are those of `Trained`; score: of the live weights, None where VAL_LOSS_EVERY=-1 leaves it out.
     """
     run = training.run
     trained = Trained(
@@ -8556,11 +8562,13 @@ def compiled_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def use_average(run: Run, average: Average, trained: Trained) -> Score:
-    """Put the average into the model, to be packed, and score it beside the live weights."""
+def use_average(run: Run, average: Average, trained: Trained) -> Score | None:
+    """Put the average into the model, to be packed, and score it beside the live weights, if those are."""
     average.copy_into_model(trained.step)
-    score = run.score()
     run.log.line(f"{average.kind}: averaging {average.count} checkpoints")
+    if trained.score is None:
+        return None
+    score = run.score()
     run.log.line(f"averaged {score.text} live {trained.score.text}")
     run.log.event(
         "average",

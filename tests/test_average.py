@@ -286,3 +286,18 @@ def test_a_run_without_an_average_says_nothing_of_one(traced, tmp_path):
     result = json.loads(out.rpartition("RESULT ")[2])
     assert result["live_val_bpb"] == result["prequant_val_bpb"] and "averag" not in out
     assert events_of(tmp_path / "one", "average") == []
+
+
+@pytest.mark.parametrize("knobs", [dict(), dict(ema_decay=0.8)], ids=["live", "ema"])
+def test_without_validations_the_same_weights_are_packed_and_they_alone_are_scored(traced, tmp_path, knobs):
+    """VAL_LOSS_EVERY=-1, as in proxy waves."""
+    results = {}
+    for every in (0, -1):
+        _, out = traced(**SCHEDULE, **knobs, val_loss_every=every, out_dir=f"every{every}")
+        results[every] = json.loads(out.rpartition("RESULT ")[2])
+        assert ("ema: averaging 20 checkpoints" in out) == bool(knobs)
+    validated, silent = tmp_path / "one/every0", tmp_path / "one/every-1"
+    close(saved(silent), saved(validated), rtol=0, atol=0)
+    assert results[-1]["val_bpb"] == results[0]["val_bpb"] and results[0]["prequant_val_bpb"] is not None
+    assert (results[-1]["live_val_bpb"], results[-1]["prequant_val_bpb"]) == (None, None)
+    assert events_of(validated, "val") != [] == events_of(silent, "val") + events_of(silent, "average")

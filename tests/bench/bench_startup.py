@@ -85,20 +85,23 @@ def last(events: Iterable[dict], kind: str) -> dict:
 
 def stages_of(events: list[dict], began: float, imported: float, ended: float) -> dict[str, float]:
     """Seconds of each stage of a run, from its start to its end; they follow each other without a gap. The
-    validation before the first step leaves no sign of its start: it is taken to last as long as the last."""
+    validation before the first step leaves no sign of its start: it is taken to last as long as the last.
+    VAL_LOSS_EVERY=-1 has none; the last step is then one that the log has."""
     steps = [event for event in events if event["event"] == "step"]
-    validation, artifact = last(events, "val"), last(events, "artifact")
-    trained = validation["train_ms"] / 1000
+    validations = [event for event in events if event["event"] == "val"]
+    artifact = last(events, "artifact")
+    trained = (validations or steps)[-1]["train_ms"] / 1000
     stopped = steps[-1]["time"] + trained - steps[-1]["train_ms"] / 1000
-    early = any(event["event"] == "val" and event["step"] == 0 for event in events)
-    timed = steps[0]["time"] - steps[0]["train_ms"] / 1000 - early * (validation["time"] - stopped)
+    validated = validations[-1]["time"] if validations else stopped
+    early = any(event["step"] == 0 for event in validations)
+    timed = steps[0]["time"] - steps[0]["train_ms"] / 1000 - early * (validated - stopped)
     ends = dict(
         imports=imported,
         inputs=last(events, "config")["time"],
         warm_up=timed,
         training=timed + trained,
         pauses=stopped,  # as if all validations and checkpoints came after the training
-        last_validation=validation["time"],
+        last_validation=validated,
         packing=artifact["time"],
         scoring=last(events, "score")["time"],
         exit=ended,
