@@ -4436,7 +4436,6 @@ FORMAT_VERSION = 1
 PREFIX = struct.Struct("<6sB4s8sQQ")  # magic, version, codec, sha256[:8] of all else, raw and packed length
 RAW_LIMIT = 1 << 29  # no artifact within the limit unpacks to more; a prefix that says so is forged
 HEADER_LIMIT = 1 << 22  # a tensor takes about 100 bytes of it
-LARGEST_FLOAT_MATRIX = 65_536  # values; a larger matrix is stored as integers: the official script's rule
 NATS_PER_BIT = math.log(2)
 SDCLIP = "sdclip"
 BALANCE_TOKENS = 8192  # of training text, on which STEP_BALANCE_ROUNDS measures
@@ -5057,6 +5056,14 @@ class QuantiseKnobs:
         role="pack",
         source="official",
     )
+    int8_keep_float_max_numel: int = knob(
+        65_536,
+        "Matrices of at most so many values are packed as float16, larger ones as integers. At the default a "
+        "model of width 128 has hardly any integers.",
+        low=0,
+        role="pack",
+        source="official",
+    )
     control_float16: bool = knob(
         False,
         "Pack the control tensors (gains, scales, gates) as float16, half of their bytes.",
@@ -5129,12 +5136,12 @@ def plane_shape(plane: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def plan_tensor(cfg: Config, name: str, shape: tuple[int, ...]) -> TensorPlan:
-    """Matrices of over 65,536 values (official) become rows of integers, control tensors stay float32 unless
-    CONTROL_FLOAT16, all others are float16."""
+    """Matrices of more than INT8_KEEP_FLOAT_MAX_NUMEL values become rows of integers, control tensors stay
+    float32 unless CONTROL_FLOAT16, all others are float16."""
     shape = tuple(shape)
     if any(pattern in name for pattern in cfg.int8_keep_float_fp32_name_patterns + GATE_NAMES):
         return TensorPlan(name, shape, ("fp16" if cfg.control_float16 else "fp32",), 0)
-    if len(shape) == 2 and math.prod(shape) > LARGEST_FLOAT_MATRIX:
+    if len(shape) == 2 and math.prod(shape) > cfg.int8_keep_float_max_numel:
         planes = ("trellis", "walked", "step") if cfg.trellis else ("int8", "step")
         if cfg.column_step_power:
             planes += ("column",)
@@ -5674,7 +5681,8 @@ def predict_size(cfg: Config, model: GPT) -> int:
 
     SDClip's steps are shares of a row's deviation, so that the entropy of a Gaussian says the rest, less what
     RATE_LAMBDA takes of it. What STEP_BALANCE_ROUNDS will find is not known: up to 20 % more bytes. Of other
-    clips 127 / levels saves its log_256 bytes a weight. SIZE_TARGET takes what the finest steps can fill.
+    clips 127 / levels saves its log_256 bytes a weight. SIZE_TARGET takes what the finest steps can fill;
+    RunError (2) if it is too small for what does not become integers.
     """
     state = model.state_dict()
     plans = plan_tensors(cfg, state)
@@ -5692,7 +5700,17 @@ def predict_size(cfg: Config, model: GPT) -> int:
         coded += plan.count / 8 * rounded_entropy(sigmas, plan.levels)
     integer_ratio, float_ratio = CODED_RATIO[cfg.codec]
     predicted = int(float_ratio * others + integer_ratio * coded)
-    return min(predicted, model_room(cfg)) if cfg.size_target_bytes else predicted
+    if not cfg.size_target_bytes:
+        return predicted
+    room = model_room(cfg)
+    float_bytes = int(float_ratio * others)
+    if float_bytes > room:
+        raise RunError(
+            f"SIZE_TARGET={cfg.size_target} leaves {room} bytes to the model, but what is not packed as "
+            f"integers takes about {float_bytes}; set more, or lower "
+            f"INT8_KEEP_FLOAT_MAX_NUMEL={cfg.int8_keep_float_max_numel}"
+        )
+    return min(predicted, room)
 
 
 def model_room(cfg: Config) -> int:
