@@ -1,6 +1,7 @@
 """Scales by SDClip and GPTQ: the published recurrences, what they may never lose, and who has a Hessian."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -387,13 +388,34 @@ def test_a_target_below_the_scripts_own_size_is_refused_before_the_training(tiny
         train_gpt.predict_size(cfg, GPT(cfg))
 
 
+def test_a_target_below_what_stays_float_is_refused_before_the_training(tiny, monkeypatch):
+    """SIZE_TARGET widens the steps of integers alone: a model without any would be trained in vain."""
+    monkeypatch.setattr(train_gpt, "own_source", lambda: bytes(1000))
+    cfg = tiny(**WIDE, **SDCLIP, size_target="40000", int8_keep_float_max_numel=2**30)
+    model = GPT(cfg)
+    with pytest.raises(RunError, match="leaves 39000 bytes .* or lower INT8_KEEP_FLOAT_MAX_NUMEL"):
+        train_gpt.predict_size(cfg, model)
+    cfg = replace(cfg, int8_keep_float_max_numel=256)
+    assert train_gpt.predict_size(cfg, model) == 39_000
+
+
+def test_matrices_of_more_values_than_the_limit_become_integers(tiny):
+    model = reference.randomise(GPT(tiny()))
+    for limit, expected in ((65_536, 0), (512, 9), (511, 13), (0, 13)):
+        plans = train_gpt.plan_tensors(tiny(int8_keep_float_max_numel=limit), model.state_dict())
+        quantised = [plan for plan in plans if plan.levels]
+        sizes = {plan.count for plan in quantised}
+        assert all(size > limit for size in sizes)
+        assert len(quantised) == expected, [(plan.name, plan.count) for plan in plans]
+
+
 @pytest.mark.parametrize("target", ["600000", "auto"])
-def test_the_predicted_size_is_the_targets_or_the_finest_steps(packed_to, tiny, target):
+def test_the_predicted_size_is_the_targets_or_the_finest_steps(packed_to, tiny, monkeypatch, target):
+    monkeypatch.setattr(train_gpt, "own_source", lambda: bytes(1000))
     cfg = tiny(**WIDE, **SDCLIP, size_target=target)
     predicted = train_gpt.predict_size(cfg, reference.randomise(GPT(cfg)))
-    code = len(train_gpt.own_source())
     if target == "600000":
-        assert predicted == 600_000 - code
+        assert predicted == 599_000
     else:
         assert predicted == pytest.approx(len(packed_to(target)[0]), rel=0.02)
 
