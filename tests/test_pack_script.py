@@ -225,13 +225,12 @@ found += [of_record(**{name: 8 for name in Record.__annotations__}), nested(4)(5
 """
 
 
-def test_names_that_a_call_may_give_stay_and_the_others_are_short():
+def test_names_that_a_call_may_give_stay_and_the_others_are_short(tmp_path):
     stripped = strip(NAMED)
     assert outline(stripped) == outline(NAMED) and strip(stripped) == stripped
     for program in (NAMED, stripped):
-        space = {}
-        exec(program, space)
-        assert space["found"] == [10, 6, 7, 4, 8, 9, "10"]
+        (tmp_path / "named.py").write_text(program)
+        assert runpy.run_path(str(tmp_path / "named.py"))["found"] == [10, 6, 7, 4, 8, 9, "10"]
     kept = "depth", "level", "height", "size", "field", "text"
     assert [name for name in kept if not re.search(rf"\b{name}\b", stripped)] == []
     renamed = "width", "area", "count", "first", "second"
