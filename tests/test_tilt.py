@@ -100,14 +100,14 @@ def test_the_score_is_the_published_formula(kind):
 
 
 def test_the_tilt_leaves_the_other_scores_as_they_are():
-    """Hedge mixes the score before the tilt, and test-time training learns untilted. Passes with hints have
-    other shapes, in which float32 rounds otherwise: by 7e-5 of these random weights on an AMD EPYC."""
-    knobs = dict(use_hedge=True, hedge_order=2, eval_doc_isolated=True, eval_stride=4)
+    """Hedge mixes the score before the tilt, and test-time training learns untilted. Small steps: AdamW gives
+    the rounding of gradients near zero their full size, and passes with hints round otherwise."""
+    knobs = dict(use_hedge=True, hedge_order=2, eval_doc_isolated=True, eval_stride=4, ttt_lr=3e-4)
     plain = nats_of_all(scoring(text_of(LENGTHS), **knobs))
     tilted = nats_of_all(scoring(text_of(LENGTHS), **knobs, **SMALL))
     assert tilted.keys() - plain.keys() == {"tilt"}
     for name, nats in plain.items():
-        torch.testing.assert_close(tilted[name], nats, rtol=1e-4, atol=3e-4)
+        torch.testing.assert_close(tilted[name], nats, rtol=1e-5, atol=1e-5)
 
 
 def test_a_tilt_gains_where_the_text_repeats():
