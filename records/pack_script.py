@@ -202,6 +202,14 @@ SHORT_NAMES = string.ascii_letters
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 
+NAME_FIELDS = {ast.Name: "id", ast.arg: "arg"}  # where a node of the tree holds a variable's name
+
+
+def variable_of(node: ast.AST) -> str:
+    """The variable that a node stands for, or declares as a parameter; "" if it is another kind of node."""
+    return getattr(node, NAME_FIELDS.get(type(node), ""), "")
+
+
 def parameters(function: Function) -> set[str]:
     return {node.arg for node in ast.walk(function.args) if isinstance(node, ast.arg)}
 
@@ -235,10 +243,8 @@ def names_in(node: ast.AST) -> set[str]:
     found = set()
     named = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.ExceptHandler
     for part in ast.walk(node):
-        if isinstance(part, ast.Name):
-            found.add(part.id)
-        elif isinstance(part, ast.arg):
-            found.add(part.arg)
+        if isinstance(part, ast.Name | ast.arg):
+            found.add(variable_of(part))
         elif isinstance(part, ast.Global | ast.Nonlocal):
             found.update(part.names)
         elif isinstance(part, ast.alias):
@@ -293,7 +299,7 @@ def plain_locals(function: Function, said: set[str]) -> list[str]:
         return []
     places: dict[str, tuple[int, int]] = {}
     for node in ast.walk(function):
-        name = node.id if isinstance(node, ast.Name) else node.arg if isinstance(node, ast.arg) else ""
+        name = variable_of(node)
         if name in found:
             place = (node.lineno, node.col_offset)
             places[name] = min(place, places.get(name, place))
@@ -332,12 +338,10 @@ def rename_locals(tree: ast.Module, is_canonical: bool) -> dict[tuple[int, int],
                 new_names = filterfalse(keyword.iskeyword, new_names)
             new_name = dict(zip(candidates, new_names, strict=False))
             for node in ast.walk(function):
-                if isinstance(node, ast.Name) and node.id in new_name:
-                    renamed[node.lineno, node.col_offset] = (node.id, new_name[node.id])
-                    node.id = new_name[node.id]
-                elif isinstance(node, ast.arg) and node.arg in new_name:
-                    renamed[node.lineno, node.col_offset] = (node.arg, new_name[node.arg])
-                    node.arg = new_name[node.arg]
+                name = variable_of(node)
+                if name in new_name:
+                    renamed[node.lineno, node.col_offset] = (name, new_name[name])
+                    setattr(node, NAME_FIELDS[type(node)], new_name[name])
     return renamed
 
 
