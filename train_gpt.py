@@ -973,7 +973,7 @@ ERASE_LINE = "\r\033[K"  # of a terminal: to the start of the line, and clear it
 
 def duration_text(seconds: float) -> str:
     """A duration for a reader: seconds, minutes or hours."""
-    if seconds < 600:
+    if seconds < 599.5:
         return f"{seconds:.0f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} minutes"

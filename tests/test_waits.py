@@ -124,10 +124,11 @@ def test_the_time_left_follows_the_progress(log, capsys, knobs, steps, seconds, 
 
 
 def test_durations_are_for_readers():
-    assert [duration_text(s) for s in (0.4, 38, 599, 601, 7100, 23_880)] == [
+    assert [duration_text(s) for s in (0.4, 38, 599, 599.9999, 601, 7100, 23_880)] == [
         "0 s",
         "38 s",
         "599 s",
+        "10 minutes",
         "10 minutes",
         "118 minutes",
         "6.6 hours",
