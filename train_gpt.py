@@ -6514,6 +6514,7 @@ def take_turns(
     announce: Callable[[float], None] | None = None,
     learn: Callable[[Chunk], None] | None = None,
     watch: Callable[[float, float], None] | None = None,
+    spent: float = 0.0,
 ) -> Score:
     """Score this rank's turns and add up what all ranks have scored.
 
@@ -6522,9 +6523,10 @@ def take_turns(
     announce(seconds): is told early how long all turns will take, if there is a limit.
     learn(chunk): is called when all targets of a chunk have their scores.
     watch(share, seconds): is told after each turn what share of them is done, and since when.
+    spent: seconds that the score took before it was cut off; they count.
     Raises RunError (5) if the nats are not finite.
     """
-    began = time.perf_counter()
+    began = time.perf_counter() - spent
     totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens and bytes that this rank has scored
     target_nats = torch.zeros(data.targets)
     hint_nats = None if data.hints is None else torch.zeros(data.targets)
@@ -6535,8 +6537,8 @@ def take_turns(
         cost = done_cost + turn.shape.tokens
         # The first turn always runs: of nothing there is no partial score.
         if limit < math.inf and done:
-            spent = time.perf_counter() - began
-            seconds = runtime.main_number(spent * cost / done_cost)  # when this turn will be over
+            so_far = time.perf_counter() - began
+            seconds = runtime.main_number(so_far * cost / done_cost)  # when this turn will be over
             if announce and done == max(3, len(turns) // 8):
                 announce(seconds * all_cost / cost)
             is_cut = seconds > limit
@@ -6681,6 +6683,17 @@ class DocumentLora:
         self.moves = {key: torch.zeros_like(a) for key, a in self.first_a.items()}
         self.steps = torch.zeros(1)
 
+    def learnt(self) -> tuple[dict[tuple[int, str], Tensor], Tensor]:
+        """(moves, steps) of the block so far, copied to the CPU."""
+        return {key: move.to("cpu", copy=True) for key, move in self.moves.items()}, self.steps.clone()
+
+    def take_up(self, first_a: Mapping, learnt: tuple[Mapping, Tensor]) -> None:
+        """Stand where another stood: its A, and what `learnt` gave there."""
+        device = self.run.runtime.device
+        moves, self.steps = learnt
+        self.first_a = {key: a.to(device) for key, a in first_a.items()}
+        self.moves = {key: move.to(device) for key, move in moves.items()}
+
     def begin_group(self, rows: int) -> None:
         """Give each document of the next group its A and B, and a new optimiser."""
         self.factors = {}
@@ -6813,6 +6826,105 @@ class WeightPhases:
             progress = number / len(steps)
             optimiser.param_groups[0]["lr"] = cfg.global_ttt_lr / 2 * (1 + math.cos(math.pi * progress))
             optimiser.step()
+
+
+class DocumentScore:
+    """The score by TTT_BATCH_SIZE; with CHECKPOINT_SECONDS it is kept on the way, between groups.
+
+    Kept are the nats of all whole groups and what each rank needs to begin its next one; all ranks are in the
+    same block then. A score that goes on takes all turns again, but for whole groups it has the nats, and
+    what their blocks taught: so the sums come in the same order, and no bit differs.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.lora = DocumentLora(run)
+        self.phases = WeightPhases(run) if run.cfg.phased_ttt_prefix_docs else None
+        self.done = 0  # turns
+        # Of the targets in this rank's whole groups, and with the tilt of its hints.
+        self.nats = torch.zeros(1 + (run.data.hints is not None), run.data.targets)
+        self.group: list[tuple[np.ndarray, Tensor]] = []  # targets and nats of each turn of the group at hand
+        # Where it was cut off: turns of this rank in whole groups, turns of all, seconds.
+        self.whole = self.cut_off = 0
+        self.kept_at = 0.0
+        self.before = run.checkpoints.begun
+        if self.before:
+            self.go_on(self.before)
+        self.mark_start(0)
+
+    def go_on(self, before: Mapping) -> None:
+        """Stand where the score was cut off; with another number of ranks, begin anew."""
+        runtime = self.run.runtime
+        ranks = len(before["ranks"])
+        if ranks != runtime.world_size:
+            self.run.log.line(f"ttt: begins anew, as it was begun by {ranks} ranks, not {runtime.world_size}")
+            return
+        self.whole, learnt = before["ranks"][runtime.rank]
+        self.cut_off = before["done"]
+        self.kept_at = before["seconds"]
+        self.lora.take_up(before["first_a"], learnt)
+        if self.phases:
+            with torch.no_grad():
+                torch._foreach_copy_(self.phases.params, before["weights"])
+        self.run.log.line(f"ttt: goes on after {self.kept_at:.0f} s, turns:{self.cut_off}")
+
+    def mark_start(self, turn: int) -> None:
+        """Note that the groups before this turn are whole, and what the next one begins with."""
+        for targets, nats in self.group:
+            self.nats[:, targets] = nats.view(-1, len(targets)).float()
+        self.group = []
+        self.start = turn, self.lora.learnt()
+
+    def score(self, limit: float, announce: Callable[[float], None]) -> Score:
+        """Score all documents; as `take_turns`."""
+        run = self.run
+        turns = plan_document_turns(run.cfg, run.data, run.runtime)
+        watched = (self.learn, self.watch, self.kept_at)
+        return take_turns(turns, self.score_turn, run.data, run.runtime, limit, announce, *watched)
+
+    def score_turn(self, turn: DocumentTurn) -> Tensor:
+        """Nats of the turn's targets, as `scored_nats` gives them."""
+        if turn.begins:
+            self.mark_start(self.done)
+        targets = np.concatenate([np.arange(window.first, window.stop) for window in turn.windows])
+        if self.done < self.whole:
+            nats = self.before["nats"][:, targets].double().flatten()
+        else:
+            nats = self.lora.score(turn)
+        self.group.append((targets, nats))
+        return nats
+
+    def learn(self, block: Chunk) -> None:
+        """Learn from a block, unless the checkpoint has what it taught."""
+        if self.done >= self.cut_off:
+            self.lora.learn(block)
+            if self.phases:
+                self.phases.learn(block)
+        self.mark_start(self.done + 1)
+
+    def watch(self, share: float, seconds: float) -> None:
+        """After each turn: count it, say how long all take, and keep the score if it is time."""
+        self.done += 1
+        self.run.log.report_wait("scoring the validation text, learning from each document", share, seconds)
+        every = self.run.cfg.checkpoint_seconds
+        if every and share < 1 and self.done > self.cut_off:
+            seconds = self.run.runtime.main_number(seconds)  # by one clock, since all ranks keep it together
+            if seconds - self.kept_at >= every:
+                self.kept_at = seconds
+                self.keep()
+
+    def keep(self) -> None:
+        """Have rank 0 write a checkpoint of the score so far."""
+        runtime = self.run.runtime
+        begun = dict(
+            done=self.done,
+            seconds=self.kept_at,
+            nats=runtime.sum(self.nats.clone()),
+            ranks=runtime.gather(self.start),
+            first_a={key: a.cpu() for key, a in self.lora.first_a.items()},
+            weights=[param.detach().cpu() for param in self.phases.params] if self.phases else [],
+        )
+        runtime.on_main(partial(self.run.checkpoints.add_begun, begun, self.run.log))
 
 
 @contextmanager
@@ -7375,16 +7487,7 @@ def score_ttt(run: Run, previous: Score | None, limit: float, announce: Callable
     """Score by the same windows, or the official ones without a stride, and learn from each chunk after it is
     scored. The weights are the packed ones again in the end."""
     if run.cfg.ttt_batch_size:
-        lora = DocumentLora(run)
-        phases = WeightPhases(run) if run.cfg.phased_ttt_prefix_docs else None
-
-        def learn(block: Chunk) -> None:
-            lora.learn(block)
-            if phases:
-                phases.learn(block)
-
-        turns = plan_document_turns(run.cfg, run.data, run.runtime)
-        return run.score_turns(turns, lora.score, learn, limit, announce)
+        return DocumentScore(run).score(limit, announce)
     return run.score(run.cfg.eval_stride, limit, announce, TestTimeTraining(run).learn)
 
 
@@ -7587,7 +7690,8 @@ class CheckpointKnobs:
 
     checkpoint_seconds: float = knob(
         0.0,
-        "Training seconds between two checkpoints; 0 = one only, at the end of the training.",
+        "Seconds of training, or of a score by TTT_BATCH_SIZE, between two checkpoints; 0 = one only, at the "
+        "end of the training.",
         low=0,
         role="place",
         source="ours",
@@ -7607,7 +7711,7 @@ class CheckpointKnobs:
 
 
 class CheckpointState(TypedDict):
-    """What a checkpoint holds. `Checkpoints` adds the first six, `Training` writes and reads the rest."""
+    """What a checkpoint holds. `Checkpoints` adds the first seven, `Training` writes and reads the rest."""
 
     kind: str  # CHECKPOINT
     run_id: str
@@ -7615,6 +7719,7 @@ class CheckpointState(TypedDict):
     dtype: str  # compute type, a key of DTYPES
     resumed: list[int]  # the steps from which the run has gone on so far
     scores: dict[str, list]  # scores of the packed model that are done: the values of each Score
+    begun: dict  # the score that was being made, by `DocumentScore`; {} if there is none
     step: int  # steps done
     scales: float  # sum of the learning-rate multipliers so far
     seconds: float  # of the training clock
@@ -7635,6 +7740,7 @@ CHECKED_TYPES = {
     "dtype": str,
     "resumed": list,
     "scores": dict,
+    "begun": dict,
     "step": int,
     "scales": float,
     "seconds": float,
@@ -7745,19 +7851,21 @@ class Checkpoints:
     before: CheckpointState | None = None  # the one that this run goes on from
     paths: list[Path] = field(default_factory=list)  # those written whole, the newest last
     scores: dict[str, Score] = field(default_factory=dict)  # made since the training ended
+    begun: dict = field(default_factory=dict)  # the score being made, as `DocumentScore` keeps it
 
     def __post_init__(self) -> None:
         if self.before:
             self.header["resumed"] = [*self.before["resumed"], self.before["step"]]
             self.paths.append(Path(self.before["path"]))
             self.scores = {name: Score(*values) for name, values in self.before["scores"].items()}
+            self.begun = self.before["begun"]
 
     def write(self, state: Mapping, log: RunLog) -> None:
         """Add a checkpoint, or warn that it cannot be written: the earlier ones stay, the run goes on."""
         run_id = self.header["run_id"]
         path = self.folder / f"{run_id}-{state['step']:08d}.pt"
         scores = {name: list(vars(score).values()) for name, score in self.scores.items()}
-        content = self.header | state | dict(scores=scores)
+        content = self.header | state | dict(scores=scores, begun=self.begun)
         try:
             self.folder.mkdir(exist_ok=True)
             write_atomic(path, partial(torch.save, content))
@@ -7770,16 +7878,27 @@ class Checkpoints:
             log.warn(f"no checkpoint: {error.filename}: {error.strerror}")
 
     def add_score(self, name: str, score: Score, log: RunLog) -> None:
-        """Keep a score, so that it is not made twice; the rest of the state is the end of the training's.
-
-        A damaged checkpoint is left as it is, with a warning: the run needs none to come to its end.
-        """
+        """Keep a score, so that it is not made twice."""
+        if name not in self.scores:  # else it is one of before, and the score that was begun comes after it
+            self.begun = {}
         self.scores[name] = score
+        self.write_again(f"the {name} score", log)
+
+    def add_begun(self, begun: dict, log: RunLog) -> None:
+        """Keep a score that is being made, so that it goes on from here."""
+        self.begun = begun
+        self.write_again("the score so far", log)
+
+    def write_again(self, what: str, log: RunLog) -> None:
+        """Write the last checkpoint with the scores of now; the rest of it is the end of the training's.
+
+        A damaged one is left as it is, with a warning: the run needs none to come to its end.
+        """
         if self.folder and self.paths and self.paths[-1].exists():
             try:
                 state = read_checkpoint(self.paths[-1])
             except RunError as error:
-                log.warn(f"no checkpoint of the {name} score: {error}")
+                log.warn(f"no checkpoint of {what}: {error}")
             else:
                 self.write(state, log)
 
@@ -8029,18 +8148,6 @@ class Run:
         return evaluate(
             self.cfg, nats, self.data, self.runtime, stride, limit, announce, learn, watch, isolated
         )
-
-    def score_turns(
-        self,
-        turns: list[ScoreTurn],
-        score_turn: Callable[[ScoreTurn], Tensor],
-        learn: Callable[[Chunk], None],
-        limit: float,
-        announce: Callable[[float], None],
-    ) -> Score:
-        """Score the validation text by a plan of its own; as `take_turns`."""
-        watch = partial(self.log.report_wait, "scoring the validation text, learning from each document")
-        return take_turns(turns, score_turn, self.data, self.runtime, limit, announce, learn, watch)
 
 
 def micro_batch_limit(cfg: Config, device: torch.device) -> int:

@@ -1,6 +1,7 @@
 """Test-time training by document: a batch of LoRAs is each document's own, in an order that can be read; and
 phases of SGD on all weights between the documents."""
 
+import copy
 import itertools
 import math
 from dataclasses import replace
@@ -27,6 +28,7 @@ from tests.support.ranks import on_ranks
 from train_gpt import (
     Config,
     DocumentLora,
+    DocumentScore,
     Run,
     RunError,
     RunLog,
@@ -509,6 +511,72 @@ def test_compiled_it_is_the_same_score_and_nothing_is_compiled_late(knobs):
     assert train_gpt.compiled_graphs() == graphs > 2
     for name, nats in eager.items():
         torch.testing.assert_close(compiled[name], nats, rtol=2e-4, atol=2e-4)
+
+
+# --- a score that was cut off ---
+
+KEPT = dict(checkpoint_seconds=1e-9)  # after every turn
+
+
+def score_from(run: Run, begun: dict | None = None) -> tuple:
+    """(score, what was kept on the way, turns through the model, lines); begun: where it was cut off."""
+    kept = []
+    scored = []
+    lines = []
+    run.checkpoints.begun = copy.deepcopy(begun or {})
+    run.checkpoints.add_begun = lambda begun, log: kept.append(copy.deepcopy(begun))
+    run.log.line = lines.append
+    whole = DocumentScore(run)
+    score_turn = whole.lora.score
+    whole.lora.score = lambda turn: scored.append(turn) or score_turn(turn)
+    return whole.score(math.inf, None), kept, scored, lines
+
+
+@pytest.mark.parametrize("knobs", [{}, PHASES, dict(ngram_tilt_enabled=True, token_order=3)])
+def test_a_score_that_was_cut_off_goes_on_between_groups_to_the_bit(knobs):
+    def make():
+        run = scoring(text_of(LENGTHS), **knobs, **KEPT)
+        if run.cfg.ngram_tilt_enabled:
+            run.data = replace(run.data, hints=(run.data.tokens[1:] % VOCAB).astype(np.int64))
+        return run
+
+    expected, kept, turns, _ = score_from(make())
+    begins = [at for at, turn in enumerate(turns) if turn.begins]
+    assert len(kept) == len(turns) - 1 and len(begins) > 3
+    for begun in kept[:: len(kept) // 5]:
+        score, _, scored, lines = score_from(make(), begun)
+        assert score.nats == expected.nats and score.tokens == expected.tokens
+        assert torch.equal(score.target_nats, expected.target_nats)
+        if knobs.get("ngram_tilt_enabled"):
+            assert torch.equal(score.hint_nats, expected.hint_nats)
+        # Those of whole groups are not scored again; a group is known to be whole when the next begins.
+        ends_block = turns[begun["done"] - 1].chunk is not None
+        whole_groups = begun["done"] if ends_block else max(at for at in begins if at < begun["done"])
+        assert len(turns) - len(scored) == whole_groups
+        assert lines == [f"ttt: goes on after {begun['seconds']:.0f} s, turns:{begun['done']}"]
+
+
+def test_ranks_go_on_together_and_other_ranks_begin_anew():
+    run = scoring(text_of(LENGTHS * 2), **PHASES, **KEPT)
+    found = on_ranks(2, run, score_from)
+    kept = found[0][1]
+    assert not found[1][1]
+    apart = [begun for begun in kept if begun["ranks"][0][0] != begun["ranks"][1][0]]
+    for begun in [apart[0], apart[-1], kept[-1]]:
+        for expected, again in zip(found, on_ranks(2, run, partial(score_from, begun=begun)), strict=True):
+            assert again[0].nats == expected[0].nats
+        nats = sum(score.target_nats for score, *_ in on_ranks(2, run, partial(score_from, begun=begun)))
+        assert torch.equal(nats, sum(score.target_nats for score, *_ in found))
+    score, _, _, lines = score_from(scoring(text_of(LENGTHS * 2), **PHASES, **KEPT), kept[-1])
+    assert lines == ["ttt: begins anew, as it was begun by 2 ranks, not 1"]
+    assert score.nats == pytest.approx(found[0][0].nats, rel=1e-6)
+
+
+def test_a_score_that_goes_on_counts_the_seconds_before():
+    _, kept, *_ = score_from(scoring(text_of(LENGTHS), **KEPT))
+    begun = kept[0] | dict(seconds=5000.0)
+    score = score_from(scoring(text_of(LENGTHS), **KEPT), begun)[0]
+    assert 5000 < score.seconds < 5100
 
 
 # --- bad input ---

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import train_gpt
-from tests.conftest import ROOT
+from tests.conftest import ROOT, write_shard
 from tests.support.forkserver import left_behind
 from tests.support.stops import COUNTS, STEPS, Folder, dies, in_step, steady
 from train_gpt import Config, Run, RunLog, Runtime
@@ -34,6 +34,8 @@ MANY = DEPTH | SWA | SCORES | dict(data_shuffle=1)
 LENGTHS = dict(train_seq_schedule="8@0.25,16@0.6,32@1.0", seq_change_warmup_steps=2, pack_documents=1)
 LONGER = LOOP | LENGTHS | dict(enable_looping_at=0.5, data_shuffle=1)
 MEMORY = dict(ema_decay=0.8, head_prune=0.5, head_prune_at=0.3, synaptic_scale=1)
+# Documents are scored and learnt from in groups of four; a block of four, then one of all others.
+DOCUMENTS = dict(ttt_steps=1, ttt_batch_size=4, ttt_lora_rank=2, ttt_chunk_size=16, ttt_eval_seq_len=32)
 STOPPED, LOST = train_gpt.PREEMPTED, train_gpt.LOST_RANK
 
 
@@ -152,6 +154,21 @@ def test_a_stopped_run_of_two_ranks_goes_on_as_if_it_had_not_been(new, whole, pl
     )
     assert folder.resume(**more) == [0, 0]
     same(folder.left(), expected)
+
+
+def test_a_score_by_documents_goes_on_between_groups(new, short_dataset, tmp_path):
+    data = shutil.copytree(short_dataset, tmp_path / "data")
+    (path,) = data.glob("*_val_*")
+    tokens = np.array(train_gpt.open_shard(path))
+    tokens[::40] = train_gpt.BOS_ID
+    write_shard(path, tokens)
+    uninterrupted, folder = new(DOCUMENTS, 2), new(DOCUMENTS | EACH_STEP, 2)
+    assert uninterrupted.start(data=data) == [0, 0]
+    codes = folder.start(dies("DocumentLora.begin_group", SIGKILL, call=2, only=1), data=data)
+    assert codes == [LOST, -SIGKILL], folder.text("0.err")
+    assert folder.resume(data=data) == [0, 0]
+    same(folder.left(), uninterrupted.left())
+    assert re.search(r"^ttt: goes on after \d+ s, turns:\d+$", folder.text("logs/r.txt"), re.M)
 
 
 def test_a_chain_of_stops_in_one_run(new, whole):
