@@ -9,7 +9,11 @@ bfloat16 wrongly (Triton 3.7.1), so that float16 stands in for it: the kernel is
 import sys
 from pathlib import Path
 
-sys.path.insert(0, sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from data.missing_packages import explain_missing_packages  # noqa: E402
+
+explain_missing_packages()
+sys.path[:0] = sys.argv[1:2]
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
