@@ -2388,6 +2388,14 @@ class ModelKnobs:
         role="model",
         source="PR #1434",
     )
+    fused_mlp: bool = knob(
+        False,
+        "Train the MLP with a Triton kernel that squares its (leaky) ReLU in the product before it, forward "
+        "and backward; compiled, half precision, GPUs from sm_80 on. No card has timed it.",
+        needs="COMPILE!=0,DEVICE!=cpu,DTYPE!=fp32,REPEAT_LORA_RANK=0,MLP_ACT=relu2|MLP_ACT=leaky_relu2",
+        role="place",
+        source="ours",
+    )
     tie_embeddings: bool = knob(
         True,
         "Use the embedding table as the output head; 0 gives the head a matrix of its own.",
@@ -3117,6 +3125,92 @@ class Attention(nn.Module):
         return adapted(output, x, adapters, "o"), own_values
 
 
+# -- The squared ReLU inside its product's kernel: FUSED_MLP, on GPUs alone --------------------------------
+
+tl = optional_function("triton", "language")  # by the name that inductor knows it by
+triton_jit = optional_function("triton", "jit")
+TILE = tl and tl.constexpr(128)  # rows, and columns, of the product that one program makes
+TILE_DEPTH = tl and tl.constexpr(64)  # how far it goes along rows of a, columns of b at a time
+
+
+def squared_product_kernel(a, b, out, product, seen, slope, rows, columns, depth):
+    """One tile of a b, summed in float32, and what is made of it before it is written; in Triton.
+
+    a [rows, depth], b [depth, columns]; out, product, seen [rows, columns], all contiguous.
+    f(c) = c^2 where c > 0, else (slope c)^2. Forward, `seen` is None: product = a b, out = f(a b).
+    Backward, where a b is the gradient of f(seen): out = a b f'(seen).
+    """
+    row = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)[:, None]
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)  # neighbours read the same rows of a
+    total = tl.zeros((TILE, TILE), tl.float32)
+    for start in range(0, depth, TILE_DEPTH):
+        across = start + tl.arange(0, TILE_DEPTH)
+        down = across[:, None]
+        a_tile = tl.load(a + row * depth + across, (row < rows) & (across < depth), 0)
+        b_tile = tl.load(b + down * columns + column, (down < depth) & (column < columns), 0)
+        total = tl.dot(a_tile, b_tile, total)
+    place = row * columns + column
+    is_inside = (row < rows) & (column < columns)
+    if seen is None:
+        tl.store(product + place, total, is_inside)
+        total *= tl.where(total > 0, total, slope * slope * total)
+    else:
+        c = tl.load(seen + place, is_inside, 0).to(tl.float32)
+        total *= 2 * tl.where(c > 0, c, slope * slope * c)
+    tl.store(out + place, total, is_inside)
+
+
+squared_product = triton_jit and triton_jit(squared_product_kernel)
+
+
+def launch_squared_product(
+    a: Tensor, b: Tensor, product: Tensor | None, seen: Tensor | None, slope: float
+) -> Tensor:
+    """`out` of squared_product_kernel. All is given by name, so that packing leaves its parameters their
+    names: Triton reads them in the lines of the readable script."""
+    rows, depth = a.shape
+    columns = b.size(1)
+    out = a.new_empty(rows, columns)
+    squared_product[-(-columns // TILE.value), -(-rows // TILE.value)](
+        a=a.contiguous(),
+        b=b,
+        out=out,
+        product=product,
+        seen=seen,
+        slope=slope,
+        rows=rows,
+        columns=columns,
+        depth=depth,
+    )
+    return out
+
+
+class SquaredMLP(torch.autograd.Function):
+    """f(x F) P with f as in squared_product_kernel; the gradient of what f gives is never written."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, fc: Tensor, proj: Tensor, slope: float) -> Tensor:
+        """x [N, d], fc [d, H], proj [d, H], both contiguous -> [N, d]: f(x fc) proj^T."""
+        product = x.new_empty(len(x), fc.size(1))
+        hidden = launch_squared_product(x, fc, product, None, slope)
+        ctx.save_for_backward(x, fc, proj, product, hidden)
+        ctx.slope = slope
+        return hidden @ proj.T
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """The gradients of x, fc and proj."""
+        x, fc, proj, product, hidden = ctx.saved_tensors
+        d_proj = dy.T @ hidden  # first: else inductor makes dy twice, once for each reader
+        d_product = launch_squared_product(dy, proj, None, product, ctx.slope)
+        return d_product @ fc.T, x.T @ d_product, d_proj, None
+
+
+def can_fuse_mlp(device: torch.device, dtype: torch.dtype, is_compiled: bool) -> bool:
+    """Whether that kernel serves here: in compiled half precision on a GPU from sm_80 on, with Triton."""
+    return tl is not None and is_compiled and dtype != torch.float32 and is_ampere_or_newer(device)
+
+
 class MLP(nn.Module):
     """f(F x)^2, or SwiGLU: silu(G x) * (F x) of 2/3 of the width, so that the parameters match (PR #1434)."""
 
@@ -3129,6 +3223,8 @@ class MLP(nn.Module):
             silu2=F.silu,
         )
         self.activation = activations.get(cfg.mlp_act)  # None: swiglu
+        slopes = dict(relu2=0.0, leaky_relu2=cfg.leaky_slope)
+        self.fused_slope = slopes.get(cfg.mlp_act) if cfg.fused_mlp else None
         hidden = cfg.mlp_mult * cfg.model_dim
         hidden = int(hidden if self.activation else 2 * hidden / 3)
         self.gate = None if self.activation else Linear(cfg.model_dim, hidden)
@@ -3139,6 +3235,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, repeat: int = 0, gain: Tensor | None = None) -> Tensor:
         """[B, T, d] -> [B, T, d]; gain: of `proj`."""
+        is_training = torch.compiler.is_compiling() and torch.is_grad_enabled()
+        if gain is not None and self.fused_slope is not None and can_fuse_mlp(x.device, x.dtype, is_training):
+            fc = self.fc.weight.T.to(x.dtype).contiguous()
+            proj = (gain[:, None] * self.proj.weight).to(x.dtype)
+            return SquaredMLP.apply(x.flatten(0, -2), fc, proj, self.fused_slope).view_as(x)
         if self.gate is None:
             hidden = self.activation(self.fc(x)).square()
         else:
@@ -9044,6 +9145,8 @@ def log_start_warnings(run: Run) -> None:
         run.log.warn(f"no torch.compile ({run.runtime.eager_reason}); running eagerly, slower")
     if is_slow_float32(run.runtime):
         run.log.warn("DTYPE=fp32 is exact on this GPU, without TF32, and much slower than DTYPE=bf16")
+    if run.cfg.fused_mlp and not can_fuse_mlp(run.runtime.device, run.runtime.dtype, run.runtime.compiles):
+        run.log.warn("FUSED_MLP=1 is idle: it needs Triton, torch.compile, bf16 or fp16, a GPU from sm_80 on")
     line_ends = own_source().count(b"\r\n")
     if line_ends:
         run.log.warn(f"this script has Windows line ends, which count {line_ends} bytes; {UNIX_LINE_ENDS}")

@@ -510,10 +510,9 @@ def products_per_token(cfg: Config, model: GPT) -> float:
     return 6 * weights + 6 * layers * cfg.model_dim * cfg.train_seq_len
 
 
-def check_speed(lab: Lab) -> Verdict:
-    """Milliseconds of a step at the official shape (9 x 512, 65,536 tokens a card), MFU and peak memory."""
-    lab.need_cuda()
-    cfg = replace(Config(), train_batch_tokens=OFFICIAL_TOKENS)
+def time_steps(lab: Lab, cfg: Config) -> tuple[float, GPT]:
+    """Milliseconds of a compiled step of 65,536 tokens in bfloat16, the median of 30; and its model."""
+    cfg = replace(cfg, train_batch_tokens=OFFICIAL_TOKENS)
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, torch.bfloat16).to(lab.device)
     runtime = Runtime(lab.device, dtype=torch.bfloat16, compiles=True)
@@ -530,11 +529,38 @@ def check_speed(lab: Lab) -> Verdict:
         train_gpt.train_step(run, optimisers, (ids, ids), plan, sequences)
         torch.cuda.synchronize()
         milliseconds.append(1e3 * (time.perf_counter() - began))
-    median = sorted(milliseconds[10:])[15]
+    return sorted(milliseconds[10:])[15], model
+
+
+def check_speed(lab: Lab) -> Verdict:
+    """Milliseconds of a step at the official shape (9 x 512, 65,536 tokens a card), MFU and peak memory."""
+    lab.need_cuda()
+    cfg = Config()
+    median, model = time_steps(lab, cfg)
     utilisation = products_per_token(cfg, model) * OFFICIAL_TOKENS / (median / 1e3) / H100_FLOPS
     peak = torch.cuda.max_memory_allocated() // 2**20
     text = f"{median:.1f} ms a step, {utilisation:.1%} of an H100's products, peak {peak} MiB"
     return Verdict(True, text, dict(step_ms=median, mfu_of_h100=utilisation, peak_mib=peak))
+
+
+def check_fused_mlp(lab: Lab) -> Verdict:
+    """FUSED_MLP on against off, compiled: losses, gradients, and a step of the official shape both ways."""
+    lab.need_cuda()
+    numbers = {}
+    is_good = True
+    for knobs in (dict(mlp_act="relu2"), dict(mlp_act="leaky_relu2", leaky_slope=0.5)):
+        plain = partial(one_pass, lab.device, torch.bfloat16, True, **knobs)
+        fused = partial(plain, fused_mlp=True)
+        verdict = compare_passes(lab, plain, fused, "compiled_loss", "compiled_gradient")
+        is_good = is_good and verdict.is_good
+        numbers |= {f"{knobs['mlp_act']}_{name}": value for name, value in verdict.numbers.items()}
+    for name, is_fused in (("plain", False), ("fused", True), ("plain_again", False)):
+        numbers[f"{name}_ms"], _ = time_steps(lab, replace(Config(), fused_mlp=is_fused))
+    loss_apart = max(value for name, value in numbers.items() if name.endswith("loss_apart"))
+    gradient_apart = max(value for name, value in numbers.items() if name.endswith("gradient_apart"))
+    times = ", ".join(f"{name} {numbers[f'{name}_ms']:.1f} ms" for name in ("plain", "fused", "plain_again"))
+    text = f"loss {loss_apart:.1e}, gradient {gradient_apart:.1e} apart at the most; a step {times}"
+    return Verdict(is_good, text, numbers)
 
 
 def check_official(lab: Lab) -> Verdict:
@@ -568,6 +594,7 @@ CHECKS: dict[str, Callable[[Lab], Verdict]] = dict(
     hedge=check_hedge,
     hedge_forecast=check_hedge_forecast,
     speed=check_speed,
+    fused_mlp=check_fused_mlp,
     official=check_official,
     depths=check_depths,
     micro_batches=check_micro_batches,

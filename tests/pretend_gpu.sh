@@ -21,4 +21,5 @@ fi
 headers=$(dirname "$(find "$PRETEND_GPU/venv/" -path '*nvidia/cu*/vector_types.h' | head -n 1)")
 gcc -shared -fPIC -O1 -w -I"$here/include" -I"$headers" "$here/cuda_runtime.c" -o "$PRETEND_GPU/libpretend_cudart.so"
 gcc -shared -fPIC -O1 -w -Wl,-soname,libcuda.so.1 "$here/cuda_driver.c" -o "$PRETEND_GPU/libcuda.so.1"
+TRITON_INTERPRET=1 "$python" tests/support/fused_mlp_values.py
 exec env PYTHONPATH=. "$python" "$here/run.py" "$@"

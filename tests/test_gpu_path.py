@@ -413,7 +413,9 @@ def test_a_cheap_check_passes_on_a_cpu(lab, name):
     assert found["verdict"] == "ok", found
 
 
-@pytest.mark.parametrize("name", ["no_waits", "hedge_forecast", "speed", "official", "out_of_memory"])
+@pytest.mark.parametrize(
+    "name", ["no_waits", "hedge_forecast", "speed", "fused_mlp", "official", "out_of_memory"]
+)
 def test_a_check_that_needs_a_card_is_skipped_on_a_cpu_and_never_passes(lab, name):
     found = make_check(name, lab)
     assert (found["verdict"], found["text"]) == ("skip", "skipped: needs a card")

@@ -237,6 +237,38 @@ def test_names_that_a_call_may_give_stay_and_the_others_are_short(tmp_path):
     assert [name for name in renamed if re.search(rf"\b{name}\b", stripped)] == []
 
 
+SPACED = """
+def spaced(values, *rest, scale = 2):
+    'A docstring beside other code.'
+    first , second = values
+    name = f"{ first + second } = { scale * 2 !r:>{ 4 + 2 }}" + "a + b"
+    if first < - second or 1 .real in ( 1, ) and not rest [ : : -1 ]:
+        name += r'c - d' if scale else "" ; name = name . strip ( )
+    return - 1 if not name else name , [ * values , 2 ** - 1 , lambda : - scale ] [ : 2 ]
+
+def empty ( ) :
+    'All there is.'
+
+found = spaced ( ( 1 , 2 ) ) , empty ( )
+"""
+
+
+def test_spaces_beside_operators_go_but_those_inside_strings_stay(tmp_path):
+    stripped = strip(SPACED)
+    assert outline(stripped) == outline(SPACED) and strip(stripped) == stripped
+    assert " first,second=a\n" in stripped
+    assert '"{ first + second } = { scale * 2 !r:>{ 4 + 2 }}"+"a + b"' in stripped
+    assert " if first<-second or 1 .real in(1,)and not rest[::-1]:" in stripped
+    lines = stripped.split("\n")
+    assert lines[2] == "" and lines[9:11] == ["def empty():", ' ""']
+    for program in (SPACED, stripped):
+        (tmp_path / "spaced.py").write_text(program)
+        assert runpy.run_path(str(tmp_path / "spaced.py"))["found"] == (
+            ("3 =      4a + bc - d", [1, 2]),
+            None,
+        )
+
+
 @pytest.mark.parametrize(
     ("reads", "kept"),
     [("", []), ("print(__doc__)", ["Of all"]), ("print(f.__doc__)", ["Of all", "Of one"])],
@@ -248,7 +280,7 @@ def test_a_docstring_that_the_script_reads_stays(reads, kept):
 
 @pytest.mark.parametrize("data", [b"\xef\xbb\xbfx = 1  # c\n", b"x = 1  # c\r\n", b"x = 1  # c\r", b"x = 1"])
 def test_ends_of_lines_and_a_mark_at_the_start_are_read_as_python_does(data):
-    assert strip(source_text(data, "x.py")).strip() == "x = 1"
+    assert strip(source_text(data, "x.py")).strip() == "x=1"
 
 
 def test_two_sources_are_one_program_but_for_comments_and_docstrings():
@@ -403,12 +435,17 @@ def test_source_is_found_by_inspect_dynamo_and_new_processes(tmp_path, beside):
     run = python(script, *(("fork", "forkserver", "spawn") if beside else ("fork",)), cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert 'print("a graph break")' in run.stdout and run.stdout.endswith(OPERANDS)
-    assert ("Twice as much" in run.stdout) == beside and re.search(r" return x \* 2\n ", run.stdout)
+    assert ("Twice as much" in run.stdout) == beside
+    assert re.search(r" return x \* 2\n " if beside else r" return x\*2\n ", run.stdout)
     asked = "import script, inspect; print(inspect.getsource(script.fork), script.__file__)"
     run = python("-c", asked, cwd=script.parent)
     # The stripped source is what there is without the file to read.
-    indent, number = ("    ", "number") if beside else (" ", "a")
-    assert run.stdout == f"def fork({number}):\n{indent}return {number} + Pair().x\n {script}\n", run.stderr
+    function = (
+        "def fork(number):\n    return number + Pair().x\n"
+        if beside
+        else "def fork(a):\n return a+Pair().x\n"
+    )
+    assert run.stdout == f"{function} {script}\n", run.stderr
 
 
 # -- the tool --
