@@ -5340,12 +5340,14 @@ def quantise_rows(
     per_octave: int = 0,
     rate: float = 0.0,
     has_trellis: bool = False,
+    is_draft: bool = False,
 ) -> tuple[Tensor, ...]:
     """Round each row to multiples of a step of its own: weight ~ integers * steps[:, None] (* columns).
 
     Returns int8 [r, c] in -levels..levels and float16 steps [r] >= floor, with column_power also float16
     columns [c]. hessian [c, c]: X^T X of the inputs X that the weight meets, for `Gptq`. Without one all
-    weights go to the nearest integer, or with has_trellis all count the same. rate: RATE_LAMBDA.
+    weights go to the nearest integer, or with has_trellis all count the same. rate: RATE_LAMBDA. is_draft: in
+    the integers' place is what GPTQ's repairs would add to the variance of a column's weights [c].
     """
     if clip == SDCLIP:
         steps = sdclip_steps(weight, levels, sigmas, row_power)
@@ -5357,11 +5359,18 @@ def quantise_rows(
     if hessian is None:
         integers = round_to_steps(weight, steps.float()[:, None], levels)
         columns = torch.ones(weight.size(1))
+        repairs = torch.zeros(weight.size(1))
     else:
         weight = weight.to(hessian.device)
         solver = Gptq(hessian, column_power, per_octave, rate, has_trellis)
-        integers = solver.best(weight, steps.float().to(hessian.device), levels).cpu()
+        given = (weight, steps.float().to(hessian.device), levels)
+        if is_draft:
+            repairs = solver.repair_variances(weight / solver.fit_columns(*given)).cpu()
+        else:
+            integers = solver.best(*given).cpu()
         columns = solver.columns.cpu()
+    if is_draft:
+        return repairs, steps, columns.half()
     arrays = (integers.to(torch.int8), steps)
     if has_trellis:
         arrays = (arrays[0], solver.is_walked.cpu().to(torch.uint8), steps)
@@ -5391,6 +5400,17 @@ def best_steps(weight: Tensor, levels: int, clip: str, floor: float) -> Tensor:
     # A step beyond float16 is inf, and its error nan.
     best = torch.stack(errors).nan_to_num(torch.inf).argmin(dim=0, keepdim=True)
     return candidates.gather(0, best)[0]
+
+
+def share_variances(weight: Tensor, grid: Tensor) -> Tensor:
+    """The variance of each weight in squares of its step, a row's share times a column's; [r, c]."""
+    powers = (weight / grid).square()
+    return powers.mean(dim=1, keepdim=True) * powers.mean(dim=0) / powers.mean().clamp_min(1e-30)
+
+
+def price_shrinkage(rate: float, variances):
+    """By what RATE_LAMBDA divides weights of these variances, in squares of a step, before it rounds them."""
+    return 1 + rate / (2 * NATS_PER_BIT * (variances + RATE_VARIANCE))
 
 
 def round_octaves(steps: Tensor, per_octave: int) -> Tensor:
@@ -5443,13 +5463,31 @@ class Gptq:
         self.rate = rate
         self.has_trellis = has_trellis
 
-    def best(self, weight: Tensor, steps: Tensor, levels: int) -> Tensor:
-        """Integers [r, c] as floats: each row as `solve` gives it, or the nearest where these are better."""
-        weight = weight.masked_fill(self.is_dead, 0.0)
+    def fit_columns(self, weight: Tensor, steps: Tensor, levels: int) -> Tensor:
+        """Make no column's factor so small that the levels would clip a weight; returns the steps [r, c]."""
         if self.column_power:
             least = CLIP_MARGIN * (weight.abs() / (levels * steps[:, None])).amax(dim=0)
             self.columns = round_octaves(self.columns.maximum(least), self.per_octave).half().float()
-        grid = steps[:, None] * self.columns
+        return steps[:, None] * self.columns
+
+    def repair_variances(self, values: Tensor) -> Tensor:
+        """What repairs of earlier columns add to the variance of a column's weights, in squares of its step;
+        [c]. values: the weights [r, c] in steps. An error of rounding has a variance of 1/12, or its
+        weight's own where that is less."""
+        variances = values[:, self.order].square().mean(dim=0)
+        errors = (
+            variances.clamp_max(1 / 12) + variances * (1 - 1 / price_shrinkage(self.rate, variances)).square()
+        )
+        columns = self.columns[self.order].square()
+        shares = (self.factor / self.factor.diagonal()[:, None]).triu(1).square()
+        repairs = torch.empty_like(errors)
+        repairs[self.order] = (errors * columns) @ shares / columns
+        return repairs
+
+    def best(self, weight: Tensor, steps: Tensor, levels: int) -> Tensor:
+        """Integers [r, c] as floats: each row as `solve` gives it, or the nearest where these are better."""
+        weight = weight.masked_fill(self.is_dead, 0.0)
+        grid = self.fit_columns(weight, steps, levels)
         if self.has_trellis:
             self.is_walked = (weight / grid).square().mean(dim=0) > TRELLIS_VARIANCE
         solved = self.solve(weight, grid, levels)
@@ -5470,8 +5508,7 @@ class Gptq:
         A Gaussian number of variance s, in steps, takes v^2 / 2s nats more than 0 does. s is a row's share
         times a column's, and RATE_VARIANCE for the tails of real weights.
         """
-        powers = (weight / grid).square()
-        variances = powers.mean(dim=1, keepdim=True) * powers.mean(dim=0) / powers.mean().clamp_min(1e-30)
+        variances = share_variances(weight, grid)
         live = ~self.is_dead[self.order]
         unit = (grid / self.factor.diagonal())[:, live].log().mean(dim=1, keepdim=True).exp().square()
         return self.rate * unit / (2 * NATS_PER_BIT * (variances + RATE_VARIANCE))
@@ -5670,11 +5707,11 @@ def encode_tensors(
 
 
 def encode_matrix(
-    cfg: Config, plan: TensorPlan, weight: Tensor, calibration: Calibration
+    cfg: Config, plan: TensorPlan, weight: Tensor, calibration: Calibration, is_draft: bool = False
 ) -> tuple[Tensor, ...]:
-    """The arrays of a float32 matrix that is stored as integers."""
+    """The arrays of a float32 matrix that is stored as integers; is_draft: as in `quantise_rows`."""
     quantise = pick_quantiser(cfg, plan.name, calibration.scales.get(plan.name, 1.0))
-    return quantise(weight, plan.levels, calibration.hessians.get(plan.name))
+    return quantise(weight, plan.levels, calibration.hessians.get(plan.name), is_draft=is_draft)
 
 
 def pack_arrays(
@@ -5784,17 +5821,26 @@ def payload_bytes(cfg: Config, state: Mapping[str, Tensor]) -> int:
     return sum(plan.payload_bytes for plan in plan_tensors(cfg, state))
 
 
-# Bytes of integers over a Gaussian's entropy, and of float16 numbers over two each, in trained models.
-CODED_RATIO = {"rans": (0.992, 0.83), "brotli": (1.014, 0.9), "zstd": (1.018, 0.9), "zlib": (1.16, 0.93)}
+# Bytes over what they would take alone, in trained models: integers over their expected entropy, floats and
+# steps over two or four bytes each. What rans spends on classes of rows and columns is among the steps.
+CODED_RATIO = {
+    "rans": (1.002, 0.83, 1.1),
+    "brotli": (1.02, 0.9, 0.9),
+    "zstd": (1.02, 0.9, 0.9),
+    "zlib": (1.16, 0.93, 0.93),
+}
+ROUND_STEPS_RATIO = 0.65  # of the steps' bytes, where STEPS_PER_OCTAVE leaves them few values
+LOG_VARIANCES = np.linspace(-16, 12, 113)  # at which the entropy is tabled
 
 
-def predict_size(cfg: Config, model: GPT) -> int:
-    """Expected bytes of the trained, packed model, from shapes alone.
+def predict_size(cfg: Config, model: GPT, calibration: Calibration | None = None) -> int:
+    """Expected bytes of the packed model: from shapes alone, or of a trained model with its calibration.
 
-    SDClip's steps are shares of a row's deviation, so that the entropy of a Gaussian says the rest, less what
-    RATE_LAMBDA takes of it. What STEP_BALANCE_ROUNDS will find is not known: up to 20 % more bytes. Of other
-    clips 127 / levels saves its log_256 bytes a weight. SIZE_TARGET takes what the finest steps can fill;
-    RunError (2) if it is too small for what does not become integers.
+    The latter is within 1.5 % with QUANT_CLIP=sdclip, down to 1.8 bits a weight. Shapes do not say
+    how unlike each other rows and columns will be, which takes off up to 5 %, or what STEP_BALANCE_ROUNDS
+    will find, up to 20 % more bytes. Of other clips 127 / levels saves its log_256 bytes a weight.
+    SIZE_TARGET takes what the finest steps can fill; RunError (2) if it is too small for what does not become
+    integers.
     """
     state = model.state_dict()
     plans = plan_tensors(cfg, state)
@@ -5802,27 +5848,43 @@ def predict_size(cfg: Config, model: GPT) -> int:
     if cfg.quant_clip != SDCLIP:
         saved_bytes = sum(plan.count * math.log(127 / plan.levels, 256) for plan in quantised)
         return int(TRAINED_RATIO * payload_bytes(cfg, state) - saved_bytes)
-    others = payload_bytes(cfg, state)
-    coded = 0.0
-    scale = finest_scale(cfg) if cfg.size_target_bytes else 1.0
+    integer_ratio, float_ratio, step_ratio = CODED_RATIO[cfg.codec]
+    if cfg.steps_per_octave:
+        step_ratio *= ROUND_STEPS_RATIO
+    other_bytes = sum(float_ratio * plan.payload_bytes for plan in plans if not plan.levels)
+    integer_bytes = 0.0
+    finest = scale_sigmas(cfg, finest_scale(cfg) if cfg.size_target_bytes else 1.0)
     for plan in quantised:
-        others -= plan.count
-        sigmas = scale * sigmas_of(cfg, plan.name)
-        sigmas *= 1 + cfg.rate_lambda / (2 * NATS_PER_BIT * ((plan.levels / sigmas) ** 2 + RATE_VARIANCE))
-        coded += plan.count / 8 * rounded_entropy(sigmas, plan.levels)
-    integer_ratio, float_ratio = CODED_RATIO[cfg.codec]
-    predicted = int(float_ratio * others + integer_ratio * coded)
+        other_bytes += step_ratio * (plan.payload_bytes - plan.count)
+        variances = np.array((plan.levels / sigmas_of(finest, plan.name)) ** 2)
+        if calibration:
+            variances = rounded_variances(finest, plan, state[plan.name].float().cpu(), calibration)
+        integer_bytes += integer_ratio * plan.count / 8 * expected_bits(cfg, variances, plan.levels)
+    predicted = int(integer_bytes + other_bytes)
     if not cfg.size_target_bytes:
         return predicted
     room = model_room(cfg)
-    float_bytes = int(float_ratio * others)
-    if float_bytes > room:
+    if other_bytes > room:
         raise RunError(
             f"SIZE_TARGET={cfg.size_target} leaves {room} bytes to the model, but what is not packed as "
-            f"integers takes about {float_bytes}; set more, or lower "
+            f"integers takes about {other_bytes:.0f}; set more, or lower "
             f"INT8_KEEP_FLOAT_MAX_NUMEL={cfg.int8_keep_float_max_numel}"
         )
     return min(predicted, room)
+
+
+def rounded_variances(cfg: Config, plan: TensorPlan, weight: Tensor, calibration: Calibration) -> np.ndarray:
+    """Variances of what becomes integers of a matrix, in squares of the steps that SDClip gives; [r, c]."""
+    repairs, *steps = encode_matrix(cfg, plan, weight, calibration, is_draft=True)
+    variances = share_variances(weight, decode_matrix((torch.ones_like(weight), *steps)))
+    return (variances + repairs).numpy()
+
+
+def expected_bits(cfg: Config, variances: np.ndarray, levels: int) -> float:
+    """The entropy of Gaussian numbers of these variances, in squares of a step, rounded; a mean."""
+    variances = variances / price_shrinkage(cfg.rate_lambda, variances) ** 2
+    table = [rounded_entropy(levels / math.exp(log / 2), levels) for log in LOG_VARIANCES]
+    return float(np.interp(np.log(variances.clip(1e-9)), LOG_VARIANCES, table).mean())
 
 
 def model_room(cfg: Config) -> int:
@@ -5836,10 +5898,17 @@ def model_room(cfg: Config) -> int:
     return cfg.size_target_bytes - code_bytes
 
 
+SIGMA_KNOBS = ("quant_clip_sigmas", "mlp_quant_clip_sigmas", "embed_quant_clip_sigmas")
+
+
+def scale_sigmas(cfg: Config, scale: float) -> Config:
+    """The config with SDClip's steps so many times as large."""
+    return replace(cfg, **{name: scale * getattr(cfg, name) for name in SIGMA_KNOBS})
+
+
 def finest_scale(cfg: Config) -> float:
     """The least factor of SDClip's steps that SIZE_TARGET tries: finer ones would clip."""
-    sigmas = (cfg.quant_clip_sigmas, cfg.mlp_quant_clip_sigmas, cfg.embed_quant_clip_sigmas)
-    return LEAST_SIGMAS / min(filter(None, sigmas))
+    return LEAST_SIGMAS / min(filter(None, [getattr(cfg, name) for name in SIGMA_KNOBS]))
 
 
 def rounded_entropy(sigmas: float, levels: int) -> float:
@@ -9223,13 +9292,11 @@ def pack_to_size(
     """
     cfg = run.cfg
     room = model_room(cfg) if cfg.size_target_bytes else 0
-    knob_names = ("quant_clip_sigmas", "mlp_quant_clip_sigmas", "embed_quant_clip_sigmas")
     least_scale = finest_scale(cfg)
     scale = 1.0
     best = None
     for _ in range(SIZE_ROUNDS if cfg.size_target_bytes else 1):
-        scaled = replace(cfg, **{name: scale * getattr(cfg, name) for name in knob_names})
-        encoded = encode_tensors(scaled, state, calibration)
+        encoded = encode_tensors(scale_sigmas(cfg, scale), state, calibration)
         blob = pack_arrays(cfg, encoded, header)
         if not cfg.size_target_bytes:
             return encoded, blob

@@ -327,6 +327,32 @@ def test_the_predicted_size_knows_sigmas_and_coder(tiny, knobs):
     assert train_gpt.predict_size(cfg, model) == pytest.approx(size, rel=0.015)
 
 
+OWN_STEPS = dict(column_step_power=0.75, row_step_power=0.5, steps_per_octave=4, quant_levels=127)
+
+
+@pytest.mark.parametrize("knobs", [
+    {}, dict(quant_clip_sigmas=32.0), OWN_STEPS | dict(quant_clip_sigmas=50.0),
+    OWN_STEPS | dict(quant_clip_sigmas=100.0, rate_lambda=0.1),
+])  # fmt: skip
+def test_with_a_calibration_the_predicted_size_knows_the_weights(tiny, knobs):
+    """Rows, columns and steps are unlike each other, and inputs depend on each other."""
+    cfg = tiny(**WIDE | dict(vocab_size=1024) | SDCLIP | knobs | dict(gptq_calibration_batches=1))
+    model = reference.randomise(GPT(cfg))
+    state = model.state_dict()
+    rng = torch.Generator().manual_seed(0)
+    calibration = train_gpt.Calibration()
+    for plan in train_gpt.plan_tensors(cfg, state):
+        if plan.levels:
+            rows, columns = plan.shape
+            unlike = torch.randn(rows, 1, generator=rng) + torch.randn(columns, generator=rng)
+            state[plan.name].mul_((0.5 * unlike).exp())
+            inputs = correlated(columns)
+            calibration.hessians[plan.name] = inputs.T @ inputs
+            calibration.scales[plan.name] = math.exp(torch.randn(1, generator=rng).item())
+    size = len(pack(cfg, state, ABOUT, calibration))
+    assert train_gpt.predict_size(cfg, model, calibration) == pytest.approx(size, rel=0.015)
+
+
 @pytest.mark.parametrize("sigmas, levels", [(12.85, 31), (20, 127), (3, 7), (2, 1), (0.5, 3)])
 def test_the_entropy_of_a_rounded_gaussian(sigmas, levels):
     numbers = np.random.default_rng(0).standard_normal(400_000)
@@ -340,8 +366,8 @@ def test_the_entropy_of_a_rounded_gaussian(sigmas, levels):
 def packed_to(tiny, tmp_path):
     """packed_to(SIZE_TARGET, bytes of code) -> (artifact, log) of a model with random weights."""
 
-    def make(target: str, code: int = 1000):
-        cfg = tiny(**WIDE, **SDCLIP, size_target=target)
+    def make(target: str, code: int = 1000, **knobs):
+        cfg = tiny(**WIDE | SDCLIP | knobs, size_target=target)
         model = reference.randomise(GPT(cfg))
         log = train_gpt.RunLog(tmp_path, "x")
         run = train_gpt.Run(cfg, train_gpt.Runtime(), log, model, data=None)
@@ -360,6 +386,13 @@ def test_a_target_is_filled_and_never_passed(packed_to, target):
     assert 0.998 * (target - 1000) <= len(blob) <= target - 1000
     assert f"size_target: {target - 1000 - len(blob)} bytes unused" in log
     assert unpack(blob, "x")[0]
+
+
+def test_a_target_is_filled_by_a_trellis_too(packed_to):
+    blob, _ = packed_to("500000", trellis=True, num_layers=1)
+    assert 0.998 * 499_000 <= len(blob) <= 499_000
+    header = unpack(blob, "x")[1]
+    assert "trellis" in {plane for _, _, planes in header["tensors"] for plane in planes}
 
 
 def test_a_target_beyond_what_the_levels_can_use_leaves_bytes(packed_to):

@@ -51,15 +51,20 @@ class Packed:
     size: int
     predicted: int  # by predict_size; 0 where the recipe is not the script's own
     state: dict  # what comes back
+    by_shapes: int = 0  # the same, without the calibration
     recipe: str = ""  # where a recipe packs the same integers in two ways
 
 
 def by_script(cfg, model, state: dict, calibration, label: str, **knobs) -> Packed:
     """A point that the script packs itself."""
     own = replace(cfg, **knobs)
-    blob = train_gpt.pack(own, state, {}, calibration if own.gptq_calibration_batches else None)
+    calibration = calibration if own.gptq_calibration_batches else None
+    blob = train_gpt.pack(own, state, {}, calibration)
     restored = train_gpt.unpack(blob, "packed")[0]
-    return Packed(label, len(blob), train_gpt.predict_size(own, model), restored)
+    train_gpt.load_weights(model, state, "the trained model")  # it has an earlier point's weights
+    by_shapes = train_gpt.predict_size(own, model)
+    predicted = train_gpt.predict_size(own, model, calibration)
+    return Packed(label, len(blob), predicted, restored, by_shapes=by_shapes)
 
 
 def official(cfg, model, state: dict, calibration) -> Iterator[Packed]:
@@ -104,7 +109,7 @@ def published(cfg, model, state: dict, calibration) -> Iterator[Packed]:
         restored = train_gpt.unpack(blob, "packed")[0]
         yield Packed(f"sigmas x {rate}", size, 0, restored)
         if shutil.which("lrzip"):
-            yield Packed(f"sigmas x {rate}", zpaq_size(shuffled), 0, restored, "#1394+zpaq")
+            yield Packed(f"sigmas x {rate}", zpaq_size(shuffled), 0, restored, recipe="#1394+zpaq")
         else:
             print("ZPAQ is left out: the program lrzip is not on the PATH (Debian: apt-get install lrzip)")
 
@@ -231,6 +236,7 @@ def measure(
                     label=point.label,
                     bytes=point.size,
                     predicted=point.predicted,
+                    predicted_by_shapes=point.by_shapes,
                 )
                 row |= dict(bits=8 * point.size / weights, bpb_lost=lost, cpu_seconds=seconds)
                 rows.append(row)
