@@ -256,7 +256,7 @@ found = spaced ( ( 1 , 2 ) ) , empty ( )
 def test_spaces_beside_operators_go_but_those_inside_strings_stay(tmp_path):
     stripped = strip(SPACED)
     assert outline(stripped) == outline(SPACED) and strip(stripped) == stripped
-    assert " first,second=a\n" in stripped
+    assert "\tfirst,second=a\n" in stripped
     assert '"{ first + second } = { scale * 2 !r:>{ 4 + 2 }}"+"a + b"' in stripped
     assert " if first<-second or 1 .real in(1,)and not rest[::-1]:" in stripped
     lines = stripped.split("\n")
@@ -443,7 +443,7 @@ def test_source_is_found_by_inspect_dynamo_and_new_processes(tmp_path, beside):
     function = (
         "def fork(number):\n    return number + Pair().x\n"
         if beside
-        else "def fork(a):\n return a+Pair().x\n"
+        else "def fork(a):\n\treturn a+Pair().x\n"
     )
     assert run.stdout == f"{function} {script}\n", run.stderr
 
