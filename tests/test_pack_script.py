@@ -258,9 +258,9 @@ def test_spaces_beside_operators_go_but_those_inside_strings_stay(tmp_path):
     assert outline(stripped) == outline(SPACED) and strip(stripped) == stripped
     assert "\tfirst,second=a\n" in stripped
     assert '"{ first + second } = { scale * 2 !r:>{ 4 + 2 }}"+"a + b"' in stripped
-    assert " if first<-second or 1 .real in(1,)and not rest[::-1]:" in stripped
+    assert "\tif first<-second or 1 .real in(1,)and not rest[::-1]:" in stripped
     lines = stripped.split("\n")
-    assert lines[2] == "" and lines[9:11] == ["def empty():", ' ""']
+    assert lines[2] == "" and lines[9:11] == ["def empty():", '\t""']
     for program in (SPACED, stripped):
         (tmp_path / "spaced.py").write_text(program)
         assert runpy.run_path(str(tmp_path / "spaced.py"))["found"] == (
