@@ -1,6 +1,5 @@
 """FUSED_MLP: the kernel's values where Triton is installed, and without it all that surrounds the kernel."""
 
-import ast
 import os
 import subprocess
 import sys
@@ -15,8 +14,6 @@ from tests.conftest import ROOT
 from tests.test_gpu_path import logits_and_gradients
 from train_gpt import Config, Run, RunError, RunLog, Runtime
 
-KERNEL = "squared_product_kernel"
-
 
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_the_kernel_gives_values_and_gradients_in_tritons_interpreter(tmp_path, is_packed):
@@ -29,17 +26,6 @@ def test_the_kernel_gives_values_and_gradients_in_tritons_interpreter(tmp_path, 
         command, env=os.environ | dict(TRITON_INTERPRET="1"), capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0 and done.stdout.count("allowed") == 2, done.stdout + done.stderr[-2000:]
-
-
-def arguments_of_the_kernel(source: str) -> list[str]:
-    kernels = [node for node in ast.parse(source).body if getattr(node, "name", "") == KERNEL]
-    return [argument.arg for argument in kernels[0].args.args]
-
-
-def test_packing_leaves_the_kernels_arguments_their_names():
-    source = (ROOT / "train_gpt.py").read_text(encoding="utf-8")
-    names = arguments_of_the_kernel(source)
-    assert len(names) == 9 and arguments_of_the_kernel(pack_script.strip(source)) == names
 
 
 def plain_launch(a, b, product, seen, slope):

@@ -98,6 +98,18 @@ def test_the_packed_script_leaves_room_for_the_model(packed):
     assert size <= LARGEST
 
 
+def arguments_of(source: str, name: str) -> list[str]:
+    """The parameters of a function of the source."""
+    functions = [node for node in ast.parse(source).body if getattr(node, "name", "") == name]
+    return [argument.arg for argument in functions[0].args.args]
+
+
+def test_a_triton_kernels_arguments_keep_their_names():
+    """Triton reads them in the lines of the readable script."""
+    names = arguments_of(SCRIPT.read_text(encoding="utf-8"), "squared_product_kernel")
+    assert len(names) == 9 and arguments_of(stripped_script(), "squared_product_kernel") == names
+
+
 def test_the_bytes_do_not_depend_on_the_python_that_packs(packed, tmp_path):
     """From 3.12 on Python reads f-strings otherwise: one on the other side of that is asked."""
     for version in ("3.10", "3.11") if sys.version_info >= (3, 12) else ("3.13", "3.12", "3.14"):
