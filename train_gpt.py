@@ -5408,9 +5408,10 @@ def share_variances(weight: Tensor, grid: Tensor) -> Tensor:
     return powers.mean(dim=1, keepdim=True) * powers.mean(dim=0) / powers.mean().clamp_min(1e-30)
 
 
-def price_shrinkage(rate: float, variances):
-    """By what RATE_LAMBDA divides weights of these variances, in squares of a step, before it rounds them."""
-    return 1 + rate / (2 * NATS_PER_BIT * (variances + RATE_VARIANCE))
+def square_price(rate, variances):
+    """What v^2 costs, for numbers v of these variances, where a bit costs `rate`; all in squares of a step.
+    With it they are divided by 1 + the price before they are rounded."""
+    return rate / (2 * NATS_PER_BIT * (variances + RATE_VARIANCE))
 
 
 def round_octaves(steps: Tensor, per_octave: int) -> Tensor:
@@ -5475,9 +5476,8 @@ class Gptq:
         [c]. values: the weights [r, c] in steps. An error of rounding has a variance of 1/12, or its
         weight's own where that is less."""
         variances = values[:, self.order].square().mean(dim=0)
-        errors = (
-            variances.clamp_max(1 / 12) + variances * (1 - 1 / price_shrinkage(self.rate, variances)).square()
-        )
+        pulled = 1 - 1 / (1 + square_price(self.rate, variances))  # share of a weight that its price takes
+        errors = variances.clamp_max(1 / 12) + variances * pulled.square()
         columns = self.columns[self.order].square()
         shares = (self.factor / self.factor.diagonal()[:, None]).triu(1).square()
         repairs = torch.empty_like(errors)
@@ -5511,7 +5511,7 @@ class Gptq:
         variances = share_variances(weight, grid)
         live = ~self.is_dead[self.order]
         unit = (grid / self.factor.diagonal())[:, live].log().mean(dim=1, keepdim=True).exp().square()
-        return self.rate * unit / (2 * NATS_PER_BIT * (variances + RATE_VARIANCE))
+        return square_price(self.rate * unit, variances)
 
     def solve(self, weight: Tensor, grid: Tensor, levels: int) -> Tensor:
         """Round column by column, the error of each made up for by those after it; integers as floats."""
@@ -5882,7 +5882,7 @@ def rounded_variances(cfg: Config, plan: TensorPlan, weight: Tensor, calibration
 
 def expected_bits(cfg: Config, variances: np.ndarray, levels: int) -> float:
     """The entropy of Gaussian numbers of these variances, in squares of a step, rounded; a mean."""
-    variances = variances / price_shrinkage(cfg.rate_lambda, variances) ** 2
+    variances = variances / (1 + square_price(cfg.rate_lambda, variances)) ** 2
     table = [rounded_entropy(levels / math.exp(log / 2), levels) for log in LOG_VARIANCES]
     return float(np.interp(np.log(variances.clip(1e-9)), LOG_VARIANCES, table).mean())
 
@@ -7040,10 +7040,11 @@ class DocumentScore:
 
     def mark_start(self, turn: int) -> None:
         """Note that the groups before this turn are whole, and what the next one begins with."""
-        for targets, nats in self.group:
-            self.nats[:, targets] = nats.view(-1, len(targets)).float()
+        if self.run.cfg.checkpoint_seconds:  # else nothing is kept
+            for targets, nats in self.group:
+                self.nats[:, targets] = nats.view(-1, len(targets)).float()
+            self.start = turn, self.lora.learnt()
         self.group = []
-        self.start = turn, self.lora.learnt()
 
     def score(self, limit: float, announce: Callable[[float], None]) -> Score:
         """Score all documents; as `take_turns`."""

@@ -390,11 +390,7 @@ def indent_by_one(text: str) -> str:
         spaces = len(line) - len(line.lstrip(" "))
         if number not in inside_strings:
             lines[number] = "\t" * -(-spaces // 4) + line[spaces:]
-    shorter = "\n".join(lines)
-    try:
-        return shorter if outline(shorter) == outline(text) else text
-    except SyntaxError:
-        return text
+    return if_same("\n".join(lines), text)
 
 
 def tighten(text: str) -> str:
@@ -420,9 +416,13 @@ def tighten(text: str) -> str:
         before = token if is_code else None
     for number, start, end in reversed(gaps):
         lines[number] = lines[number][:start] + lines[number][end:]
-    tighter = "\n".join(lines)
+    return if_same("\n".join(lines), text)
+
+
+def if_same(shorter: str, text: str) -> str:
+    """The shorter text, if it is the same program as the other; else that one."""
     try:
-        return tighter if outline(tighter) == outline(text) else text
+        return shorter if outline(shorter) == outline(text) else text
     except SyntaxError:
         return text
 
